@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Family:
     config_class: str
     config: dict[str, object] = field(repr=False)
     notes: str = ""
+    gains: dict[str, float] = field(default_factory=dict, repr=False)  # module name -> factor on its random matrix
 
 
 # Four heads of 12 on a width of 48. Families that name a head size get 16, so that attention is not square either.
@@ -84,8 +86,9 @@ _ROUTED: dict[str, object] = {
     "topk_group": 2,
 }
 
-# DeepSeek's sparse attention: each query keeps 8 keys, fewer than the tests' prompts have.
-_DSA: dict[str, object] = {**_MLA, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
+# DeepSeek's sparse attention: each query keeps 8 keys, fewer than the tests' prompts have. Its scores are sums of ReLUs over
+# the heads; with two heads a quarter of them tie at zero, and the choice among ties is not the model's.
+_DSA: dict[str, object] = {**_MLA, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 8}
 
 _GATED_DELTA: dict[str, object] = {
     "head_dim": 16,
@@ -212,7 +215,7 @@ _ALL = (
         sliding_window=8,
         o_groups=2,
         o_lora_rank=12,
-        index_n_heads=2,
+        index_n_heads=8,
         index_head_dim=16,
         index_topk=4,
         swiglu_limit=1.0,
@@ -680,16 +683,22 @@ _ALL = (
         notes="the n-gram embedding needs an eos id in the config; generation still never stops",
     ),
     _family("solar_open", "SolarOpen", _BASE | _ROUTED, head_dim=16),
-    _family(
-        "zaya",
-        "Zaya",
-        _BASE | _MOE,
-        head_dim=16,
-        num_experts_per_tok=1,
-        router_hidden_size=18,
-        sliding_window=8,
-        layer_types=["hybrid", "hybrid_sliding", "hybrid"],
-        tie_word_embeddings=True,
+    Family(
+        name="zaya",
+        model_class="ZayaForCausalLM",
+        config_class="ZayaConfig",
+        config={
+            **_BASE,
+            **_MOE,
+            "head_dim": 16,
+            "num_experts_per_tok": 1,
+            "router_hidden_size": 18,
+            "sliding_window": 8,
+            "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
+            "tie_word_embeddings": True,
+        },
+        gains={"embed_tokens": 8.0, "o_proj": 0.3, "experts": 2.0, "out_proj": 6.0},
+        notes="one expert a token; the router's extra class means none: it arrives as expert 0 with weight 0",
     ),
 )
 
@@ -727,8 +736,10 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Pr
         model = model_class(name)._from_config(
             config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
         )
-    _spread_weights(model, seed)
-    model = _to_dtype(model, dtype).eval()
+    _spread_weights(model, FAMILIES[name], seed)
+    if dtype != torch.float32:
+        model = _reload_as(model, dtype)
+    model.eval()
     if model.generation_config is not None:
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
@@ -764,45 +775,72 @@ def _find_class(family: Family, class_name: str, kind: str) -> type:
     return found
 
 
-def _spread_weights(model: PreTrainedModel, seed: int) -> None:
+def _spread_weights(model: PreTrainedModel, family: Family, seed: int) -> None:
     """Redraw weights so that every part matters to the logits.
 
     Matrices get a standard deviation of one over the root of their smaller side, which keeps activations near one through
     experts that are narrower than the model. Vectors and biases (norms, sinks, decays, the router's selection bias) keep
     the value that the family starts them at and get noise: a norm stays near one, or near zero where the family adds the
-    one itself.
+    one itself. Integer tables that route by token id get distinct experts for each token.
     """
     with torch.no_grad():
         for name, tensor in _drawn_tensors(model):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            if not tensor.is_floating_point():
+                tensor.copy_(_distinct_ids(tensor, _num_experts(model), generator))
+                continue
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.dim() < 2 or name.endswith("bias"):
                 tensor.add_(_VECTOR_NOISE * noise)
             else:
-                tensor.copy_(noise * _matrix_std(tensor))
+                tensor.copy_(noise * _matrix_std(name, tensor) * family.gains.get(_leaf_module(name), 1.0))
+
+
+_VECTOR_NOISE = 0.1
+
+# Small beside what the layers add, or a model with tied embeddings repeats its last token for ever.
+_EMBEDDING_STD = 0.05
+
+# State that a checkpoint carries in buffers and that is flat, or zero, before training.
+_DRAWN_BUFFERS = frozenset({"e_score_correction_bias", "expert_bias", "balancing_biases", "layer_scalar", "tid2eid"})
 
 
 def _drawn_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters()
     for name, buffer in model.named_buffers():
-        # A router's selection bias is a buffer in most families, and zero until it is trained.
-        if name.rpartition(".")[2] in _ROUTER_BUFFERS:
+        leaf = name.rpartition(".")[2]
+        if leaf in _DRAWN_BUFFERS:
+            if leaf == "balancing_biases":
+                buffer.zero_()  # starts at -1 for zaya's "no expert", which then is never chosen
             yield name, buffer
 
 
-_VECTOR_NOISE = 0.1
-_ROUTER_BUFFERS = frozenset({"e_score_correction_bias", "expert_bias"})
+def _leaf_module(name: str) -> str:
+    return name.split(".")[-2] if "." in name else ""
 
 
-def _matrix_std(tensor: torch.Tensor) -> float:
-    is_depthwise_conv = tensor.dim() == 3 and tensor.shape[1] == 1
-    fan_in = tensor.shape[2] if is_depthwise_conv else min(tensor.shape[-2:])
+def _matrix_std(name: str, tensor: torch.Tensor) -> float:
+    if _leaf_module(name) == "embed_tokens":
+        return _EMBEDDING_STD
+    is_convolution = tensor.dim() == 3 and "conv" in name
+    fan_in = tensor[0].numel() if is_convolution else min(tensor.shape[-2:])
     return float(fan_in) ** -0.5
 
 
-def _to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    if dtype == torch.float32:
-        return model
-    model.to(dtype)
-    model.config.dtype = dtype
-    return model
+def _distinct_ids(table: torch.Tensor, num_experts: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(table.shape[0], num_experts, generator=generator).topk(table.shape[1]).indices
+
+
+def _num_experts(model: PreTrainedModel) -> int:
+    _, experts = next(expert_modules(model))
+    assert isinstance(experts.num_experts, int), f"{experts.num_experts=}"
+    return experts.num_experts
+
+
+def _reload_as(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model rounded to `dtype` as transformers rounds it on load: some families keep their routers in float32."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        model.save_pretrained(folder, save_original_format=False)
+        return type(model).from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+        )
