@@ -790,13 +790,19 @@ def _spread_weights(model: PreTrainedModel, family: Family, seed: int) -> None:
                 tensor.copy_(_distinct_ids(tensor, _num_experts(model), generator))
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
-            if tensor.dim() < 2 or name.endswith("bias"):
+            if name.endswith("balancing_biases"):
+                tensor[:-1] = _ZAYA_BIAS + _VECTOR_NOISE * noise[:-1]
+            elif tensor.dim() < 2 or name.endswith("bias"):
                 tensor.add_(_VECTOR_NOISE * noise)
             else:
                 tensor.copy_(noise * _matrix_std(name, tensor) * family.gains.get(_leaf_module(name), 1.0))
 
 
 _VECTOR_NOISE = 0.1
+
+# zaya's last router class means no expert. Transformers 5.23 loads its bias as -1 whatever the checkpoint says (`_init_weights`
+# writes it into the loaded buffer), so the others are lowered to let it win now and then.
+_ZAYA_BIAS = -0.9
 
 # Small beside what the layers add, or a model with tied embeddings repeats its last token for ever.
 _EMBEDDING_STD = 0.05
@@ -807,12 +813,7 @@ _DRAWN_BUFFERS = frozenset({"e_score_correction_bias", "expert_bias", "balancing
 
 def _drawn_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters()
-    for name, buffer in model.named_buffers():
-        leaf = name.rpartition(".")[2]
-        if leaf in _DRAWN_BUFFERS:
-            if leaf == "balancing_biases":
-                buffer.zero_()  # starts at -1 for zaya's "no expert", which then is never chosen
-            yield name, buffer
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in _DRAWN_BUFFERS)
 
 
 def _leaf_module(name: str) -> str:
