@@ -702,10 +702,239 @@ _ALL = (
     ),
 )
 
-FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
+
+
+def _mrope(*sections: int) -> dict[str, object]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+
+
+# Vision towers, one layer each: they must be there for the class to be built, and no test feeds them a picture.
+_VISION: dict[str, object] = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+_QWEN_VISION: dict[str, object] = {
+    **_VISION,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+_QWEN_VL_TEXT: dict[str, object] = {
+    **_BASE,
+    **_MOE,
+    "head_dim": 16,
+    "intermediate_size": 40,
+    "mlp_only_layers": [1],
+    "rope_parameters": _mrope(4, 2, 2),
+}
+_OCR_SAM: dict[str, object] = {
+    "hidden_size": 16,
+    "output_channels": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "window_size": 2,
+    "global_attn_indexes": [0],
+    "mlp_dim": 24,
+    "downsample_channels": [12, 16],
+}
+
+
+def _composite(
+    name: str, prefix: str, text: dict[str, object], *, model_class: str = "", notes: str = "", **towers: object
+) -> Family:
+    return Family(
+        name=name,
+        model_class=model_class or f"{prefix}ForConditionalGeneration",
+        config_class=f"{prefix}Config",
+        config={"text_config": text, "tie_word_embeddings": text["tie_word_embeddings"], **towers},
+        notes=notes,
+    )
+
+
+# Families whose only language-model head sits in a vision or audio class, used with text alone.
+_MULTIMODAL = (
+    _composite(
+        "deepseek_ocr2",
+        "DeepseekOcr2",
+        {**_BASE, **_ROUTED, "n_group": 1, "topk_group": 1, "mlp_layer_types": _DENSE_FIRST},
+        vision_config={
+            "sam_config": _OCR_SAM,
+            "encoder_config": {
+                "vocab_size": 8,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+            },
+        },
+    ),
+    _composite(
+        "ernie4_5_vl_moe",
+        "Ernie4_5_VLMoe",
+        {
+            **_BASE,
+            "intermediate_size": 40,
+            "moe_intermediate_size": [20, 12],
+            "moe_k": 2,
+            "moe_num_experts": 8,
+            "moe_num_shared_experts": 2,
+            "mlp_layer_types": _DENSE_FIRST,
+            "rope_parameters": _mrope(2, 2, 2),
+            "tie_word_embeddings": True,
+        },
+        vision_config={**_VISION, "temporal_merge_size": 2},
+        notes="two experts modules a layer, of different widths: text tokens never reach the vision experts",
+    ),
+    _composite(
+        "glm4v_moe",
+        "Glm4vMoe",
+        {**_BASE, **_ROUTED, "head_dim": 16, "first_k_dense_replace": 1, "rope_parameters": _mrope(2, 1, 1)},
+        vision_config={**_VISION, "out_hidden_size": 48, "image_size": 16},
+    ),
+    _composite(
+        "glm5_next",
+        "Glm5Next",
+        {
+            **_DSA,
+            **_ROUTED,
+            "num_hidden_layers": 4,
+            "qk_rope_head_dim": 0,
+            "layer_types": ["linear_attention", "indexed_attention", "indexed_attention", "linear_attention"],
+            "indexer_types": ["full", "full", "shared", "full"],
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+            "index_kpool": 4,
+            "linear_head_dim": 12,
+            "linear_num_heads": 4,
+            "hc_mult": 2,
+            "hc_sinkhorn_iters": 4,
+            "swiglu_limit": 1.0,
+        },
+        vision_config={**_VISION, "out_hidden_size": 48, "image_size": 16, "projection_intermediate_size": 24},
+    ),
+    _composite(
+        "mistral_large4",
+        "MistralLarge4",
+        {
+            **_DSA,
+            **_ROUTED,
+            "first_k_dense_replace": 1,
+            "indexer_types": ["full", "full", "shared"],
+            "no_rope_layers": [1, 0, 1],
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "attention_factor": 1.0,
+            },
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+    ),
+    _composite(
+        "muse_spark",
+        "MuseSpark",
+        {
+            **_BASE,
+            "head_dim": 16,
+            "intermediate_size": 40,
+            "moe_intermediate_size": 20,
+            "moe_hidden_size": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "layer_types": _FULL_SLIDING,
+            "mlp_layer_types": _DENSE_FIRST,
+            "output_multiplier": 1.0,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "patch_size": 4,
+            "pos_emb_height": 4,
+            "pos_emb_width": 4,
+        },
+        audio_config={"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "out_hidden_size": 48},
+        out_hidden_size=64,
+        projector_hidden_size=24,
+        notes="every expert's output passes a norm; experts work on a latent narrower than the model",
+    ),
+    _composite(
+        "qwen3_omni_moe",
+        "Qwen3OmniMoeThinker",
+        _QWEN_VL_TEXT,
+        vision_config=_QWEN_VISION,
+        audio_config={
+            "num_mel_bins": 8,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 24,
+            "d_model": 16,
+            "output_dim": 48,
+            "downsample_hidden_size": 4,
+        },
+        vision_start_token_id=151652,
+        notes="the thinker; the talker speaks, and cannot be prompted with text ids",
+    ),
+    _composite(
+        "qwen3_vl_moe",
+        "Qwen3VLMoe",
+        _QWEN_VL_TEXT,
+        vision_config=_QWEN_VISION,
+    ),
+    _composite(
+        "unlimited_ocr",
+        "UnlimitedOcr",
+        {
+            **_BASE,
+            **_ROUTED,
+            "num_key_value_heads": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "mlp_layer_types": _DENSE_FIRST,
+            "sliding_window": 8,
+        },
+        vision_config={
+            "sam_config": _OCR_SAM,
+            "encoder_config": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 4,
+            },
+        },
+        notes="with a cache, generated tokens see the prompt and a window: `generate` differs from one whole forward",
+    ),
+)
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_ALL, *_MULTIMODAL)}
 
 # Folder -> why no tiny causal text model of it is here.
-EXCLUDED: dict[str, str] = {}
+EXCLUDED: dict[str, str] = {
+    "diffusion_gemma": "denoises whole blocks of tokens; it has no causal language-model head and no next-token logits",
+    "openai_privacy_filter": "labels tokens in both directions; it has no language-model head and does not generate",
+}
 
 
 def make_config(name: str) -> PretrainedConfig:
