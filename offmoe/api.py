@@ -1,0 +1,33 @@
+"""`offmoe.load`: the one door for programs. Importing it costs nothing; calling it imports torch and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from offmoe.base.config import make_config
+from offmoe.base.machine import rss_bytes
+from offmoe.checkpoint.locate import demo_model_folder, locate_model
+
+if TYPE_CHECKING:
+    from offmoe.generation.engine import Engine
+
+
+def load(
+    model: str | None = None, *, progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    **options: Any,
+) -> Engine:  # fmt: skip
+    """Load a model: a folder, a hub id, or None for the bundled demo model.
+
+    Options (each may be "auto"): ram="16GiB" (what the process may grow by from here, libraries included),
+    context_length=4096, experts=N (slots, instead of what ram leaves room for), prefill_chunk=N, policy="lru",
+    io="direct"|"buffered", device="cpu", trust_remote_code=False. `progress(stage, done_bytes, total_bytes)`.
+
+    Raises OffmoeError subclasses: see offmoe.base.errors.
+    """
+    config = make_config(**options)
+    folder = demo_model_folder() if model is None else locate_model(model)
+    baseline_bytes = rss_bytes()
+    from offmoe.generation.engine import Engine
+
+    return Engine(folder, config, baseline_bytes=baseline_bytes, progress=progress)

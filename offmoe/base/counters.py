@@ -1,0 +1,45 @@
+"""Plain integer counters of what the cache and the tiers did. Always on: each event is one addition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(slots=True, kw_only=True)
+class Counters:
+    """Totals since the engine was loaded. Bytes are bytes, times are nanoseconds.
+
+    One hit, late hit or miss is counted for each expert that one layer call needs, however many tokens chose it.
+    """
+
+    hits: int = 0
+    late_hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    disk_reads: int = 0
+    disk_bytes: int = 0
+    disk_stall_ns: int = 0
+    compute_ns: int = 0
+    layer_calls: int = 0
+
+    def copy(self) -> Counters:
+        """A snapshot, to subtract from a later one."""
+        return Counters(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+    def minus(self, earlier: Counters) -> Counters:
+        """What happened since the snapshot `earlier`."""
+        return Counters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
+
+    @property
+    def lookups(self) -> int:
+        """Experts asked for."""
+        return self.hits + self.late_hits + self.misses
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts asked for that were in memory already; 0 when none was asked for."""
+        return self.hits / self.lookups if self.lookups else 0.0
+
+    def as_dict(self) -> dict[str, int]:
+        """Name to value, for JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,0 +1,55 @@
+"""The error tree. A message says what is wrong, gives the numbers, and says what to do, in one line.
+
+    OffmoeError                     a user can mend it: one line and exit code 2 in the command line
+    |-- UsageError                  a wrong option or value
+    |-- ModelNotFoundError          no such folder, not a model folder, hub out of reach
+    |-- UnsupportedModelError       a model that offmoe does not run (dense, unknown, pickled)
+    |-- BudgetError                 the model does not fit the memory allowed
+    |-- ContextLengthError          the prompt is longer than the context
+    |-- EngineBusyError             a second call while one is running, or a call on a closed engine
+    `-- CheckpointError             the files are damaged or contradict each other
+        |-- DiskReadError           the operating system failed a read
+        `-- CheckpointChangedError  a file changed under a running engine
+"""
+
+from __future__ import annotations
+
+
+class OffmoeError(Exception):
+    """Base of everything that a user can mend."""
+
+
+class UsageError(OffmoeError):
+    """An option or a value that offmoe does not know."""
+
+
+class ModelNotFoundError(OffmoeError):
+    """There is no model where the user pointed."""
+
+
+class UnsupportedModelError(OffmoeError):
+    """A model that offmoe does not run; the message names the nearest that it does."""
+
+
+class BudgetError(OffmoeError):
+    """The model does not fit the memory allowed; the message gives the smallest budget that works."""
+
+
+class ContextLengthError(OffmoeError):
+    """The prompt, or prompt plus reply, is longer than the context that memory was set aside for."""
+
+
+class EngineBusyError(OffmoeError):
+    """The engine is already generating, or is closed."""
+
+
+class CheckpointError(OffmoeError):
+    """A checkpoint file is damaged, missing, or contradicts the others."""
+
+
+class DiskReadError(CheckpointError):
+    """The operating system failed a read; the message names the file and the range."""
+
+
+class CheckpointChangedError(CheckpointError):
+    """A checkpoint file was replaced or rewritten while the engine was using it."""

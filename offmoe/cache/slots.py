@@ -1,0 +1,112 @@
+"""Which expert lies in which slot. Plain Python: no bytes, no torch, no threads of its own.
+
+A slot is FREE, FILLING (reserved for a key, bytes on their way) or READY (bytes valid). A held slot cannot be
+evicted. Weights are read-only, so eviction only forgets. Only the thread that runs the model may call this.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from offmoe.base.keys import ExpertKey
+
+
+class SlotState(Enum):
+    """The life of a slot: FREE -> FILLING -> READY -> FREE, or FILLING -> FREE when the read fails."""
+
+    FREE = "free"
+    FILLING = "filling"
+    READY = "ready"
+
+
+class SlotTable:
+    """A map key -> slot, and each slot's state and holds."""
+
+    def __init__(self, num_slots: int) -> None:
+        assert num_slots > 0, f"{num_slots=}"
+        self._states = [SlotState.FREE] * num_slots
+        self._keys: list[ExpertKey | None] = [None] * num_slots
+        self._holds = [0] * num_slots
+        self._slot_of: dict[ExpertKey, int] = {}
+        self._free = list(range(num_slots - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __repr__(self) -> str:
+        counts = {state: self._states.count(state) for state in SlotState}
+        held = sum(1 for holds in self._holds if holds)
+        return (
+            f"<SlotTable [slots: {counts[SlotState.READY]} ready, {counts[SlotState.FILLING]} filling, "
+            f"{counts[SlotState.FREE]} free | {held} held]>"
+        )
+
+    @property
+    def num_free(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
+
+    def find(self, key: ExpertKey) -> int | None:
+        """The slot of `key`, FILLING or READY; None when it has none."""
+        return self._slot_of.get(key)
+
+    def state(self, slot: int) -> SlotState:
+        """The slot's state."""
+        return self._states[slot]
+
+    def is_evictable(self, key: ExpertKey) -> bool:
+        """True when `key` is READY and not held."""
+        slot = self._slot_of.get(key)
+        return slot is not None and self._states[slot] is SlotState.READY and self._holds[slot] == 0
+
+    def reserve(self, key: ExpertKey) -> int:
+        """Give `key` a free slot: FREE -> FILLING. The caller evicts first when none is free."""
+        assert key not in self._slot_of, f"{key=} already has slot {self._slot_of[key]}"
+        slot = self._free.pop()
+        self._states[slot], self._keys[slot] = SlotState.FILLING, key
+        self._slot_of[key] = slot
+        return slot
+
+    def mark_ready(self, slot: int) -> None:
+        """The bytes have arrived: FILLING -> READY."""
+        assert self._states[slot] is SlotState.FILLING, f"{slot=} {self._states[slot]=}"
+        self._states[slot] = SlotState.READY
+
+    def mark_failed(self, slot: int) -> None:
+        """The read failed and nobody writes to the slot any more: FILLING -> FREE."""
+        assert self._states[slot] is SlotState.FILLING, f"{slot=} {self._states[slot]=}"
+        self._forget(slot)
+
+    def evict(self, key: ExpertKey) -> int:
+        """Forget a key that is READY and not held; its slot becomes FREE and is returned."""
+        slot = self._slot_of[key]
+        assert self.is_evictable(key), f"{key=} {self._states[slot]=} {self._holds[slot]=}"
+        self._forget(slot)
+        return slot
+
+    def hold(self, slot: int) -> None:
+        """Keep the slot from eviction until as many releases."""
+        assert self._states[slot] is not SlotState.FREE, f"{slot=} is free"
+        self._holds[slot] += 1
+
+    def release(self, slot: int) -> None:
+        """Undo one hold."""
+        assert self._holds[slot] > 0, f"{slot=} is not held"
+        self._holds[slot] -= 1
+
+    def _forget(self, slot: int) -> None:
+        key = self._keys[slot]
+        assert key is not None and self._holds[slot] == 0, f"{slot=} {key=} {self._holds[slot]=}"
+        del self._slot_of[key]
+        self._states[slot], self._keys[slot] = SlotState.FREE, None
+        self._free.append(slot)
+
+    def check_integrity(self) -> None:
+        """Assert that map, states, keys, holds and free list agree. For tests, after every step."""
+        assert len(set(self._free)) == len(self._free), f"{self._free=}"
+        assert len(self._slot_of) + len(self._free) == len(self._states), f"{self!r}"
+        for slot, (state, key) in enumerate(zip(self._states, self._keys, strict=True)):
+            if state is SlotState.FREE:
+                assert key is None and slot in self._free and self._holds[slot] == 0, f"{slot=} {key=}"
+            else:
+                assert key is not None and self._slot_of[key] == slot and slot not in self._free, f"{slot=} {key=}"

@@ -1,0 +1,149 @@
+"""Where each routed expert's bytes lie, and how a slot that holds them is cut into matrices. No torch.
+
+A layer's experts all have the same matrices. A matrix (`up`: gate and up projection, or up alone; `down`) is a list of
+parts to be concatenated along the output dimension; a part is a strided 2-D view of one *source*, and a source is a
+whole tensor (one tensor per expert) or one slice of a stacked 3-D tensor. So transposition, interleaving and merge
+order cost nothing: they are in the strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from offmoe.base.keys import ExpertKey
+from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Bytes [start, start + num_bytes) of file `file_idx`."""
+
+    file_idx: int
+    start: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A strided view of source `source_idx`: offset and strides in elements, shape (rows, columns)."""
+
+    source_idx: int
+    offset: int
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeLayer:
+    """One experts module. `spans[expert][source]` are the bytes; `up` and `down` the parts, the same for all experts.
+
+    Parts of a matrix are concatenated along the output dimension, in order. `transposed`: a part is (in, out) rather
+    than (out, in). `biases` are per-expert vectors that stay resident.
+    """
+
+    name: str
+    num_experts: int
+    top_k: int
+    up: tuple[Part, ...]
+    down: tuple[Part, ...]
+    transposed: bool
+    spans: tuple[tuple[Span, ...], ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert on disk."""
+        return sum(span.num_bytes for span in self.spans[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One contiguous read: `num_bytes` from `start` to slot offset `slot_offset`, of which `need_bytes` must arrive."""
+
+    file_idx: int
+    start: int
+    num_bytes: int
+    slot_offset: int
+    need_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """How one expert is read into a slot: the runs, and at which slot offset each source then begins."""
+
+    runs: tuple[Run, ...]
+    source_offsets: tuple[int, ...]
+    slot_bytes: int
+
+
+def plan_read(spans: tuple[Span, ...], *, align_bytes: int) -> ReadPlan:
+    """Coalesce adjacent spans into runs; with align_bytes > 1 widen each run to aligned bounds (for O_DIRECT).
+
+    Published checkpoints keep an expert's tensors side by side, so most experts are one run.
+    """
+    order = sorted(range(len(spans)), key=lambda i: (spans[i].file_idx, spans[i].start))
+    offsets = [0] * len(spans)
+    runs: list[Run] = []
+    slot_offset = 0
+    for position, idx in enumerate(order):
+        span = spans[idx]
+        previous = spans[order[position - 1]] if position else None
+        if runs and previous and previous.file_idx == span.file_idx and previous.start + previous.num_bytes == span.start:
+            run = runs.pop()
+            begin, slot_offset = run.start, run.slot_offset
+        else:
+            begin = span.start - span.start % align_bytes
+        end = span.start + span.num_bytes
+        padded_end = end + -end % align_bytes
+        runs.append(
+            Run(
+                file_idx=span.file_idx, start=begin, num_bytes=padded_end - begin, slot_offset=slot_offset,
+                need_bytes=end - begin,
+            )
+        )  # fmt: skip
+        offsets[idx] = slot_offset + span.start - begin
+        # The next run starts aligned in memory too, whatever the padding: 64 bytes suit vector loads.
+        next_align = max(align_bytes, 64)
+        slot_offset += padded_end - begin
+        slot_offset += -slot_offset % next_align
+    return ReadPlan(runs=tuple(runs), source_offsets=tuple(offsets), slot_bytes=slot_offset)
+
+
+@dataclass(frozen=True)
+class ExpertIndex:
+    """All MoE layers in forward order."""
+
+    layers: tuple[MoeLayer, ...]
+
+    def spans(self, key: ExpertKey) -> tuple[Span, ...]:
+        """The byte ranges of one expert, one a source."""
+        return self.layers[key.layer_idx].spans[key.expert_idx]
+
+    def keys(self) -> Iterator[ExpertKey]:
+        """Every expert, layer by layer."""
+        for layer_idx, layer in enumerate(self.layers):
+            for expert_idx in range(layer.num_experts):
+                yield ExpertKey(layer_idx, expert_idx)
+
+    @cached_property
+    def num_experts(self) -> int:
+        """Experts of all layers."""
+        return sum(layer.num_experts for layer in self.layers)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of all experts on disk."""
+        return sum(span.num_bytes for layer in self.layers for spans in layer.spans for span in spans)
+
+    @property
+    def top_k(self) -> int:
+        """The most experts that one token uses in one layer."""
+        return max(layer.top_k for layer in self.layers)
+
+    def slot_bytes(self, *, direct: bool) -> int:
+        """Bytes of a slot that any expert fits into, read direct (aligned superset) or buffered."""
+        align = DIRECT_ALIGN_BYTES if direct else 1
+        need = max(plan_read(self.spans(key), align_bytes=align).slot_bytes for key in self.keys())
+        return need + -need % DIRECT_ALIGN_BYTES

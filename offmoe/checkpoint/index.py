@@ -1,0 +1,139 @@
+"""A checkpoint folder as one table: tensor name -> file, type, shape, byte range. Reads headers only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from offmoe.base.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from offmoe.checkpoint.header import read_header
+from offmoe.checkpoint.shard_file import ShardFile
+from offmoe.checkpoint.tensor_entry import TensorEntry
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_JSON_BYTES = 256 << 20
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class CheckpointIndex:
+    """All tensors of a checkpoint, with their files held open. Close it when the last reader is done."""
+
+    def __init__(self, folder: Path, files: list[ShardFile], tensors: dict[str, TensorEntry]) -> None:
+        self.folder = folder
+        self.files = files
+        self.tensors = tensors
+
+    @classmethod
+    def open(cls, folder: Path) -> CheckpointIndex:
+        """Index `folder`: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+        Raises ModelNotFoundError (no checkpoint there), UnsupportedModelError (pickle files only, which are never
+        opened) and CheckpointError (damaged, missing or contradicting files).
+        """
+        names, weight_map = _shard_names(folder)
+        files: list[ShardFile] = []
+        tensors: dict[str, TensorEntry] = {}
+        try:
+            for file_idx, name in enumerate(names):
+                file = ShardFile(folder / name)
+                files.append(file)
+                entries = read_header(
+                    cast(BinaryIO, file.raw), file_name=str(file.path), file_bytes=file.num_bytes, file_idx=file_idx
+                )
+                _merge(tensors, entries, files)
+            _check_weight_map(weight_map, tensors, files)
+        except BaseException:
+            for file in files:
+                file.close()
+            raise
+        return cls(folder, files, tensors)
+
+    def __repr__(self) -> str:
+        return f"<CheckpointIndex {self.folder.name} [{len(self.files)} files, {len(self.tensors)} tensors]>"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.num_bytes for entry in self.tensors.values())
+
+    def read_bytes_into(self, entry: TensorEntry, view: memoryview) -> None:
+        """Fill `view` (of entry.num_bytes bytes) with the tensor, through the page cache."""
+        assert len(view) == entry.num_bytes, f"{len(view)=} {entry.num_bytes=}"
+        self.files[entry.file_idx].read_into(view, entry.start, need_bytes=entry.num_bytes)
+
+    def close(self) -> None:
+        """Close every file."""
+        for file in self.files:
+            file.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint. Raises ModelNotFoundError or CheckpointError."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; more than {MAX_JSON_BYTES} is no model file")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"{path.parent} has no {path.name}; point at a Hugging Face model folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; download it again")
+    return value
+
+
+def _shard_names(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
+    if (folder / INDEX_NAME).exists():
+        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map; download it again")
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{folder / INDEX_NAME} puts {tensor!r} into {name!r}, which is no shard name")
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of {len(names)} shards, first {missing[0]}; download the rest"
+            )
+        return names, weight_map
+    if (folder / SINGLE_NAME).is_file():
+        return [SINGLE_NAME], None
+    raise _nothing_to_load(folder)
+
+
+def _nothing_to_load(folder: Path) -> Exception:
+    loose = sorted(path.name for path in folder.glob("*.safetensors"))
+    if loose:
+        return CheckpointError(
+            f"{folder} has {len(loose)} safetensors files (first {loose[0]}) but neither {SINGLE_NAME} nor "
+            f"{INDEX_NAME}; download the index"
+        )
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        return UnsupportedModelError(
+            f"{folder} holds only pickle files (first {pickles[0]}), which can run code when opened and are refused; "
+            "get the safetensors version"
+        )
+    return ModelNotFoundError(f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}; point at a Hugging Face model folder")
+
+
+def _merge(tensors: dict[str, TensorEntry], entries: dict[str, TensorEntry], files: list[ShardFile]) -> None:
+    twice = tensors.keys() & entries.keys()
+    if twice:
+        name = min(twice)
+        first, second = files[tensors[name].file_idx].name, files[entries[name].file_idx].name
+        raise CheckpointError(f"tensor {name!r} is in both {first} and {second}; download the checkpoint again")
+    tensors.update(entries)
+
+
+def _check_weight_map(
+    weight_map: Mapping[str, str] | None, tensors: dict[str, TensorEntry], files: list[ShardFile]
+) -> None:
+    for name, shard in (weight_map or {}).items():
+        entry = tensors.get(name)
+        if entry is None or files[entry.file_idx].name != shard:
+            raise CheckpointError(f"{INDEX_NAME} says that {name!r} is in {shard}, where it is not; download both again")

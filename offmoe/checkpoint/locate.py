@@ -1,0 +1,49 @@
+"""From what the user typed to a model folder: a path, or a hub id that is fetched through huggingface_hub."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from offmoe.base.errors import ModelNotFoundError, UnsupportedModelError
+
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+# Weights as safetensors, and what config and tokenizer need; never pickles, never other frameworks' copies.
+_HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+
+
+def demo_model_folder() -> Path:
+    """The bundled demo model."""
+    return Path(str(resources.files("offmoe"))) / "demo_model"
+
+
+def locate_model(name: str) -> Path:
+    """The folder of `name`. Raises ModelNotFoundError saying what was tried."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFoundError(f"{path} has no config.json; point at a Hugging Face model folder")
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            raise UnsupportedModelError(f"{path} is a GGUF file, which is not read yet; use the safetensors version")
+        raise ModelNotFoundError(f"{path} is a file; point at the model's folder")
+    if not _HUB_ID.match(name) or path.is_absolute():
+        raise ModelNotFoundError(f"{name} does not exist; give a model folder, or a hub id like Qwen/Qwen3-30B-A3B")
+    return _fetch(name)
+
+
+def _fetch(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_PATTERNS))
+    except LocalEntryNotFoundError:
+        reason = "it is not in the local hub cache and the hub is out of reach"
+    except HfHubHTTPError as error:
+        reason = " ".join(str(error).split())[:200]
+    except (HFValidationError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise ModelNotFoundError(f"no folder {hub_id}, and no such model on the hub: {reason}; check the name")

@@ -1,0 +1,45 @@
+"""Tokens by expert: from the router's choices to the rows that each expert computes.
+
+Shapes: T tokens, K experts a token, S = T * K choices, numbered t * K + k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One expert's rows: `choices_N` index the S choices, `tokens_N` the T tokens. None means the only token."""
+
+    expert_idx: int
+    num_rows: int
+    choices_N: torch.Tensor | int
+    tokens_N: torch.Tensor | None
+
+
+def dispatch(expert_ids_TK: torch.Tensor, num_experts: int) -> list[Assignment]:
+    """Group the choices by expert, in order of expert id. Ids outside [0, num_experts) are padding and dropped."""
+    num_tokens, top_k = expert_ids_TK.shape
+    if num_tokens == 1:
+        return _dispatch_one(expert_ids_TK[0].tolist(), num_experts)
+    ids_S = expert_ids_TK.reshape(-1)
+    order_S = torch.argsort(ids_S, stable=True)
+    experts, counts = torch.unique_consecutive(ids_S[order_S], return_counts=True)
+    assignments, begin = [], 0
+    for expert_idx, count in zip(experts.tolist(), counts.tolist(), strict=True):
+        choices_N = order_S[begin : begin + count]
+        begin += count
+        if 0 <= expert_idx < num_experts:
+            assignments.append(Assignment(expert_idx, count, choices_N, choices_N // top_k))
+    return assignments
+
+
+def _dispatch_one(ids: list[int], num_experts: int) -> list[Assignment]:
+    """Decode of one token: no sorting, no index tensors. An expert chosen twice gets two assignments."""
+    return sorted(
+        (Assignment(idx, 1, choice, None) for choice, idx in enumerate(ids) if 0 <= idx < num_experts),
+        key=lambda assignment: assignment.expert_idx,
+    )

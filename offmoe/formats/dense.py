@@ -1,0 +1,78 @@
+"""Unquantised experts (float32, bfloat16, float16): a slot's bytes as matrices, without a copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from offmoe.base.errors import CheckpointError
+from offmoe.checkpoint.expert_index import MoeLayer, Part
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One expert's matrices as views of a slot, each a tuple of parts to be joined along the output dimension.
+
+    Valid while the slot is READY and held. F expert width, D model width: `up` parts join to (2F, D) or (F, D),
+    `down` parts to (D, F); the other way round when the layer is transposed.
+    """
+
+    up: tuple[torch.Tensor, ...]
+    down: tuple[torch.Tensor, ...]
+
+
+def view_expert(layer: MoeLayer, slot: torch.Tensor, source_offsets: tuple[int, ...]) -> ExpertWeights:
+    """Cut a slot (uint8) into the layer's matrices; `source_offsets` say where in the slot each source begins."""
+    return ExpertWeights(
+        up=_parts(layer.up, slot, source_offsets, layer.transposed),
+        down=_parts(layer.down, slot, source_offsets, layer.transposed),
+    )
+
+
+def torch_dtype(name: str, *, where: str) -> torch.dtype:
+    """The torch type of a safetensors type name; CheckpointError naming `where` for one that is no dense format."""
+    dtype = TORCH_DTYPES.get(name)
+    if dtype is None:
+        raise CheckpointError(f"{where} is stored as {name}; dense experts are read as {', '.join(TORCH_DTYPES)}")
+    return dtype
+
+
+def _parts(
+    parts: tuple[Part, ...], slot: torch.Tensor, source_offsets: tuple[int, ...], transposed: bool
+) -> tuple[torch.Tensor, ...]:
+    views = [_view(part, slot, source_offsets[part.source_idx]) for part in parts]
+    if transposed:
+        return tuple(views)
+    joined = [views[0]]
+    for view in views[1:]:
+        joined[-1:] = _join(joined[-1], view)
+    return tuple(joined)
+
+
+def _view(part: Part, slot: torch.Tensor, begin: int) -> torch.Tensor:
+    dtype = torch_dtype(part.dtype, where="an expert")
+    if begin % dtype.itemsize:  # a header of odd length: the one case that costs a copy
+        last = part.offset + sum((n - 1) * s for n, s in zip(part.shape, part.strides, strict=True)) + 1
+        slot, begin = slot[begin : begin + last * dtype.itemsize].clone(), 0
+    typed = slot[begin : begin + (slot.numel() - begin) // dtype.itemsize * dtype.itemsize].view(dtype)
+    return typed.as_strided(part.shape, part.strides, typed.storage_offset() + part.offset)
+
+
+def _join(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
+    """One matrix when `second` begins where `first` ends (gate and up side by side on disk), else both."""
+    rows, columns = first.shape
+    adjacent = (
+        first.is_contiguous()
+        and second.is_contiguous()
+        and second.shape[1] == columns
+        and second.dtype == first.dtype
+        and second.data_ptr() == first.data_ptr() + first.nbytes
+    )
+    if not adjacent:
+        return [first, second]
+    return [first.as_strided((rows + second.shape[0], columns), first.stride())]

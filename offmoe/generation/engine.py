@@ -1,0 +1,233 @@
+"""The engine: a loaded model, its tokenizer, and the calls a program makes on them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from offmoe.base.budget import MemoryPlan
+from offmoe.base.config import EngineConfig
+from offmoe.base.errors import CheckpointError, ContextLengthError, EngineBusyError, UsageError
+from offmoe.base.machine import peak_rss_bytes
+from offmoe.generation.chat import Message, chat_ids
+from offmoe.generation.sampling import Chooser, Sampling, make_chooser, resolve_sampling
+from offmoe.generation.stats import GenerationStats
+from offmoe.generation.step import generate_step
+from offmoe.generation.stream import Piece, StopRules, stop_strings, stream_text
+from offmoe.models.kv_cache import make_kv_cache
+from offmoe.models.load import LoadedModel, Progress, load_model
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A finished generation. `finish_reason` and `stats` as in the last Piece of a stream."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stats: GenerationStats
+
+
+class Engine:
+    """Generates with a model whose experts come through the cache. Made by `offmoe.load`; close it or use `with`.
+
+    One generation at a time: a second call while one runs raises EngineBusyError.
+    """
+
+    def __init__(self, folder: Path, config: EngineConfig, *, baseline_bytes: int, progress: Progress) -> None:
+        self.folder, self.config = folder, config
+        self._baseline_bytes = baseline_bytes
+        self._loaded: LoadedModel | None = load_model(
+            folder, config, baseline_bytes=baseline_bytes, progress=progress
+        )
+        self._running = threading.Lock()
+        try:
+            self.tokenizer = _load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        if self._loaded is None:
+            return f"<Engine {self.folder.name} [closed]>"
+        return f"<Engine {self.folder.name} [{self._loaded.cache!r}]>"
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model itself: its forward and `.generate()` go through the cache too."""
+        return self._parts.model
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What goes where."""
+        return self._parts.plan
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt plus reply that memory was set aside for."""
+        return self._parts.context_length
+
+    @property
+    def _parts(self) -> LoadedModel:
+        if self._loaded is None:
+            raise EngineBusyError("the engine is closed; load the model again")
+        return self._loaded
+
+    def stats(self) -> dict[str, Any]:
+        """Totals since load: every counter, hit rate, slots, and peak memory growth against the budget."""
+        cache = self._parts.cache
+        return {
+            **cache.counters.as_dict(),
+            "hit_rate": cache.counters.hit_rate,
+            "experts_cached": cache.num_slots,
+            "experts_total": self.plan.num_experts,
+            "io": "direct" if self._parts.disk.direct else "buffered",
+            "ram_bytes": self.plan.ram_bytes,
+            "planned_bytes": self.plan.total_bytes,
+            "peak_rss_growth_bytes": max(0, peak_rss_bytes() - self._baseline_bytes),
+        }
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Reply:
+        """The whole reply to `prompt` (text or token ids). Options as in `stream`."""
+        return _collect(self.stream(prompt, **options))
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Reply:
+        """The model's next turn, through the tokenizer's chat template. Options as in `stream`."""
+        return _collect(self.stream_chat(messages, **options))
+
+    def stream_chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Piece]:
+        """As `chat`, piece by piece."""
+        return self.stream(chat_ids(self._need_tokenizer(), messages), **options)
+
+    def stream(
+        self, prompt: str | Sequence[int], *, max_new_tokens: int = 256, stop: str | Sequence[str] | None = None,
+        on_prefill: Callable[[int, int], None] = lambda done, total: None, ignore_end: bool = False,
+        choose: Chooser | None = None, **sampling: Any,
+    ) -> Iterator[Piece]:  # fmt: skip
+        """Pieces of the reply as they come; the last one says why it ended and what it cost.
+
+        `prompt` is text or token ids. `stop`: strings that end the reply and are not part of it. `on_prefill(done,
+        total)` is told of the prompt's progress. `sampling`: temperature (0 is greedy), top_k, top_p, min_p,
+        repetition_penalty, seed; what is not given comes from the model's generation_config. `ignore_end` goes on after
+        the end token. `choose` replaces sampling by a function (ids, logits) -> id.
+
+        Raises UsageError (unknown or impossible option), ContextLengthError (the prompt leaves no room for a token) and
+        EngineBusyError at the call; CheckpointError from a failed read at any step, after which the engine is usable.
+        """
+        parts = self._parts
+        settings = self._sampling(sampling)
+        ids = self._encode(prompt)
+        rules = self._stop_rules(len(ids), max_new_tokens, stop, ignore_end)
+        cache = make_kv_cache(parts.model.config, parts.context_length)
+        steps = generate_step(
+            parts.model, ids, choose or make_chooser(settings), cache=cache, chunk=parts.plan.prefill_chunk,
+            on_prefill=on_prefill,
+        )  # fmt: skip
+        pieces = stream_text(
+            steps, self.tokenizer, rules, parts.cache.counters, num_prompt_tokens=len(ids)
+        )
+        return self._exclusively(pieces)
+
+    def _exclusively(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Hold the engine from the first piece to the last, or to the generator's end."""
+        with self._exclusive():
+            yield from pieces
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._running.acquire(blocking=False):
+            raise EngineBusyError("the engine is generating; finish or close that stream first")
+        try:
+            yield
+        finally:
+            self._running.release()
+
+    @staticmethod
+    def _options() -> tuple[str, ...]:
+        return tuple(Sampling.__dataclass_fields__)
+
+    def _sampling(self, options: dict[str, Any]) -> Sampling:
+        unknown = options.keys() - set(self._options())
+        if unknown:
+            raise UsageError(f"unknown option {min(unknown)!r}; known: {', '.join(self._options())}")
+        defaults = self.model.generation_config
+        assert defaults is not None
+        return resolve_sampling(defaults, **options)
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = self._need_tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        if not ids:
+            raise UsageError("the prompt is empty; give at least one token")
+        bad = next((token for token in ids if not isinstance(token, int) or not 0 <= token < vocab_size), None)
+        if bad is not None:
+            raise UsageError(f"token id {bad!r} is not in the vocabulary of {vocab_size}")
+        return list(ids)
+
+    def _need_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise UsageError(f"{self.folder} has no tokenizer; give token ids instead of text")
+        return self.tokenizer
+
+    def _stop_rules(
+        self, num_prompt: int, max_new_tokens: int, stop: str | Sequence[str] | None, ignore_end: bool
+    ) -> StopRules:
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens!r}; use a whole number of at least 1")
+        room = self.context_length - num_prompt
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {num_prompt} tokens, the context {self.context_length} with room for a reply of at "
+                "least 1; shorten it or raise --context-length"
+            )
+        end = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        end_ids = [] if end is None or ignore_end else [end] if isinstance(end, int) else end
+        return StopRules(
+            end_ids=frozenset(end_ids), stop_strings=stop_strings(stop),
+            max_new_tokens=min(max_new_tokens, room), limit_reason="length" if max_new_tokens <= room else "context",
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Release threads, files and memory. A second close does nothing."""
+        if self._loaded is not None:
+            self._loaded.close()
+            self._loaded = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _collect(pieces: Iterator[Piece]) -> Reply:
+    texts, ids = [], []
+    last = Piece("")
+    for last in pieces:
+        texts.append(last.text)
+        if last.token_id is not None:
+            ids.append(last.token_id)
+    assert last.stats is not None and last.finish_reason is not None, f"{last=}"
+    return Reply(text="".join(texts), token_ids=tuple(ids), finish_reason=last.finish_reason, stats=last.stats)
+
+
+def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} has a tokenizer that cannot be read: {' '.join(str(error).split())[:200]}") from None
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer

@@ -1,0 +1,65 @@
+"""What one generation cost, from the clock and the engine's counters."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from offmoe.base.counters import Counters
+from offmoe.base.units import format_percent, format_traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationStats:
+    """Times in seconds. `prefill` and `decode` are the counters of the two phases.
+
+    `prefill_s` runs to the first token, `step_s` has the time of every later token.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_s: float
+    step_s: tuple[float, ...]
+    prefill: Counters
+    decode: Counters
+
+    @property
+    def prefill_tok_per_s(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tok_per_s(self) -> float:
+        """One over the median time of a token after the first; 0 when there was none."""
+        return 1 / statistics.median(self.step_s) if self.step_s else 0.0
+
+    @property
+    def disk_bytes_per_token(self) -> float:
+        """Mean bytes read from disk for a token after the first."""
+        return self.decode.disk_bytes / len(self.step_s) if self.step_s else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "ttft_s": round(self.prefill_s, 4),
+            "prefill_tok_per_s": round(self.prefill_tok_per_s, 3),
+            "decode_tok_per_s": round(self.decode_tok_per_s, 3),
+            "hit_rate": round(self.decode.hit_rate, 4),
+            "hits": self.decode.hits,
+            "misses": self.decode.misses,
+            "disk_bytes_per_token": round(self.disk_bytes_per_token),
+            "disk_stall_s": round(self.decode.disk_stall_ns / 1e9, 4),
+            "prefill_disk_bytes": self.prefill.disk_bytes,
+        }
+
+    def line(self) -> str:
+        """One line for people."""
+        decode = f"{self.decode_tok_per_s:.1f} tok/s" if self.step_s else "-"
+        return (
+            f"{self.new_tokens} tokens, {decode} | first token {self.prefill_s:.2f} s for {self.prompt_tokens} prompt "
+            f"tokens | hits {format_percent(self.decode.hit_rate)} | disk {format_traffic(self.disk_bytes_per_token)}"
+            f"/token, {format_traffic(self.prefill.disk_bytes)} for the prompt"
+        )

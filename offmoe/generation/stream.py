@@ -1,0 +1,102 @@
+"""Text as it comes, with the reason for its end and what it cost: generate_step plus text, clock and counters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from offmoe.base.counters import Counters
+from offmoe.generation.stats import GenerationStats
+from offmoe.generation.text import StopMatcher, TextDecoder
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One step of a stream. `text` may be empty (an incomplete character, a stop string that may be beginning).
+
+    `token_id` is None for the text that only the end released. The last piece, and only it, has `finish_reason`
+    ("stop": end token or stop string, "length": max_new_tokens, "context": the context is full) and `stats`.
+    """
+
+    text: str
+    token_id: int | None = None
+    finish_reason: str | None = None
+    stats: GenerationStats | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRules:
+    """When a stream ends. `limit_reason` names what `max_new_tokens` stands for."""
+
+    end_ids: frozenset[int]
+    stop_strings: tuple[str, ...]
+    max_new_tokens: int
+    limit_reason: str
+
+
+def stream_text(
+    steps: Iterator[int], tokenizer: PreTrainedTokenizerBase | None, rules: StopRules, counters: Counters,
+    *, num_prompt_tokens: int, clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Piece]:  # fmt: skip
+    """Pieces of text for the ids of `steps`, until a rule ends them. Without a tokenizer, pieces have ids only."""
+    decoder = TextDecoder(tokenizer) if tokenizer is not None else None
+    stops = StopMatcher(rules.stop_strings)
+    meter = Meter(counters, num_prompt_tokens, clock)
+    reason = rules.limit_reason
+    for token_id in steps:
+        meter.token()
+        if token_id in rules.end_ids:
+            reason = "stop"
+            break
+        text = stops.add(decoder.add(token_id)) if decoder else ""
+        yield Piece(text, token_id)
+        if stops.stopped:
+            reason = "stop"
+            break
+        if meter.num_tokens >= rules.max_new_tokens:
+            break
+    rest = "" if stops.stopped or decoder is None else stops.add(decoder.flush())
+    yield Piece(rest + stops.flush(), None, reason, meter.stats())
+
+
+class Meter:
+    """Times of tokens and the counters of the two phases. Made when the prompt starts."""
+
+    def __init__(self, counters: Counters, num_prompt_tokens: int, clock: Callable[[], float]) -> None:
+        self._counters, self._num_prompt_tokens, self._clock = counters, num_prompt_tokens, clock
+        self._times = [clock()]
+        self._at_start = counters.copy()
+        self._at_first = self._at_start
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens counted so far."""
+        return len(self._times) - 1
+
+    def token(self) -> None:
+        """A token has come."""
+        self._times.append(self._clock())
+        if self.num_tokens == 1:
+            self._at_first = self._counters.copy()
+
+    def stats(self) -> GenerationStats:
+        """What it cost up to now."""
+        times = self._times
+        return GenerationStats(
+            prompt_tokens=self._num_prompt_tokens,
+            new_tokens=self.num_tokens,
+            prefill_s=times[1] - times[0] if self.num_tokens else 0.0,
+            step_s=tuple(after - before for before, after in zip(times[1:-1], times[2:], strict=True)),
+            prefill=self._at_first.minus(self._at_start),
+            decode=self._counters.copy().minus(self._at_first),
+        )
+
+
+def stop_strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """What the user gave as `stop`, as a tuple."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)

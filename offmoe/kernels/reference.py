@@ -1,0 +1,71 @@
+"""The experts' arithmetic in plain torch: the oracle of every faster kernel, and the path that always works.
+
+Shapes: N rows (tokens of one expert), D model width, F expert width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offmoe.formats.dense import ExpertWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertMath:
+    """What a layer does between and after its two projections, taken from the model's own experts module.
+
+    `activate` maps (N, 2F) to (N, F) for gated experts, (N, F) to (N, F) for others. Biases are per expert, resident.
+    `dtype` is what the model computes in; weights stored otherwise are converted on use, as transformers converts them
+    on load.
+    """
+
+    activate: Callable[[torch.Tensor], torch.Tensor]
+    up_bias_EF: torch.Tensor | None
+    down_bias_ED: torch.Tensor | None
+    post_norm: Callable[[torch.Tensor], torch.Tensor] | None
+    transposed: bool
+    dtype: torch.dtype
+
+
+def experts_forward(
+    math: ExpertMath, experts: Sequence[tuple[int, ExpertWeights, torch.Tensor]]
+) -> torch.Tensor:
+    """Rows of several experts, in order: each item is (expert_idx, weights, x_ND); returns their y_ND concatenated.
+
+    The activation is applied to all rows at once; every row's result depends on that row alone, so grouping experts
+    one way or another gives the same numbers.
+    """
+    up = _cat([_project(x_ND.to(math.dtype), weights.up, math) for _, weights, x_ND in experts])
+    counts = [x_ND.shape[0] for _, _, x_ND in experts]
+    if math.up_bias_EF is not None:
+        up = up + _rows_of(math.up_bias_EF, experts, counts)
+    hidden = math.activate(up)
+    y = _cat([
+        _project(h_NF, weights.down, math)
+        for (_, weights, _), h_NF in zip(experts, hidden.split(counts), strict=True)
+    ])  # fmt: skip
+    if math.down_bias_ED is not None:
+        y = y + _rows_of(math.down_bias_ED, experts, counts)
+    return y if math.post_norm is None else math.post_norm(y)
+
+
+def _project(x: torch.Tensor, parts: tuple[torch.Tensor, ...], math: ExpertMath) -> torch.Tensor:
+    outputs = []
+    for part in parts:
+        weight = part if part.dtype == math.dtype else part.to(math.dtype)
+        outputs.append(x @ weight if math.transposed else torch.nn.functional.linear(x, weight))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _rows_of(
+    bias: torch.Tensor, experts: Sequence[tuple[int, ExpertWeights, torch.Tensor]], counts: list[int]
+) -> torch.Tensor:
+    rows = [idx for (idx, _, _), count in zip(experts, counts, strict=True) for _ in range(count)]
+    return bias[torch.tensor(rows, device=bias.device)]

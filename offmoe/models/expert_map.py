@@ -1,0 +1,152 @@
+"""From transformers' conversion table and the checkpoint's headers to the expert index: which bytes are which expert."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part, Span
+from offmoe.checkpoint.index import CheckpointIndex
+from offmoe.checkpoint.tensor_entry import TensorEntry
+from offmoe.formats.dense import torch_dtype
+from offmoe.models.transformers_internals import KeyMapping, Matrix, Target, expert_matrix, experts_modules
+
+_TOP_K_NAMES = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k_experts",
+    "num_selected_experts", "moe_k", "top_k",
+)  # fmt: skip
+
+
+def streamed_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters of an experts module that stay on disk: its stacked matrices. Biases and norms stay resident."""
+    return {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
+
+
+def map_experts(
+    model: PreTrainedModel, index: CheckpointIndex, mapping: KeyMapping, targets: dict[str, Target]
+) -> tuple[ExpertIndex, set[str]]:
+    """The expert index of a meta-built model, and the checkpoint keys that it covers.
+
+    Raises CheckpointError when config and tensors disagree and UnsupportedModelError for an experts module of another
+    shape than gate/up and down.
+    """
+    by_param: dict[str, list[str]] = {}
+    for key, target in targets.items():
+        by_param.setdefault(target.param, []).append(key)
+    layers, used = [], set()
+    for module_name, module in experts_modules(model):
+        params = streamed_parameters(module)
+        up_name = "gate_up_proj" if module.has_gate else "up_proj"
+        if set(params) != {up_name, "down_proj"}:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has the matrices {', '.join(sorted(params))}; "
+                f"offmoe serves experts made of {up_name} and down_proj"
+            )
+        builder = _LayerBuilder(module_name, bool(module.is_transposed), index, mapping, targets)
+        up = builder.add(up_name, params[up_name], by_param)
+        down = builder.add("down_proj", params["down_proj"], by_param)
+        used |= builder.used_keys
+        layers.append(
+            MoeLayer(
+                name=module_name, num_experts=params[up_name].shape[0], top_k=_top_k(model, params[up_name].shape[0]),
+                up=up, down=down, transposed=bool(module.is_transposed),
+                spans=tuple(tuple(source[e] for source in builder.spans) for e in range(params[up_name].shape[0])),
+            )
+        )  # fmt: skip
+    return ExpertIndex(tuple(layers)), used
+
+
+def _top_k(model: PreTrainedModel, num_experts: int) -> int:
+    config = model.config.get_text_config()
+    for name in _TOP_K_NAMES:
+        value = getattr(config, name, None)
+        value = max(value) if isinstance(value, (list, tuple)) and value else value
+        if isinstance(value, int) and value > 0:
+            return min(value, num_experts)
+    return 1
+
+
+class _LayerBuilder:
+    """Collects the sources of one layer: `spans[source][expert]`."""
+
+    def __init__(
+        self, module_name: str, transposed: bool, index: CheckpointIndex, mapping: KeyMapping,
+        targets: dict[str, Target],
+    ) -> None:  # fmt: skip
+        self._module_name, self._transposed = module_name, transposed
+        self._index, self._mapping, self._targets = index, mapping, targets
+        self.spans: list[list[Span]] = []
+        self.used_keys: set[str] = set()
+
+    def add(
+        self, param_name: str, param: torch.nn.Parameter, by_param: dict[str, list[str]]
+    ) -> tuple[Part, ...]:
+        """Find the tensors of one parameter; returns the parts of an expert's matrix."""
+        where = f"{self._module_name}.{param_name}"
+        keys = by_param.get(where, [])
+        if not keys:
+            raise CheckpointError(
+                f"the checkpoint has no tensor for {where} of shape {list(param.shape)}, which config.json asks for; "
+                "config and tensors are of different models"
+            )
+        self.used_keys.update(keys)
+        by_pattern: dict[str, list[TensorEntry]] = {}
+        for key in keys:
+            by_pattern.setdefault(self._targets[key].pattern or where, []).append(self._index.tensors[key])
+        sources = {pattern: self._source(entries, param, where) for pattern, entries in by_pattern.items()}
+        shapes = {pattern: shape for pattern, (_, shape, _) in sources.items()}
+        pattern = self._targets[keys[0]].pattern
+        order, operations = ([where], []) if pattern is None else (
+            self._mapping.sources(pattern), self._mapping.operations(pattern)
+        )  # fmt: skip
+        expected = (param.shape[1], param.shape[2])
+        matrix = expert_matrix(shapes, order, operations, expected, where=where)
+        if matrix.shape != expected:
+            raise CheckpointError(
+                f"{where}: config.json says {list(expected)} an expert, the checkpoint holds {list(matrix.shape)}; "
+                "config and tensors are of different models"
+            )
+        output_axis = 1 if self._transposed else 0
+        if len(matrix.pieces) > 1 and matrix.axis != output_axis:
+            raise UnsupportedModelError(f"{where}: parts joined along the input dimension are not read yet")
+        return tuple(
+            Part(
+                source_idx=sources[piece.source][0], offset=piece.offset, shape=piece.shape, strides=piece.strides,
+                dtype=sources[piece.source][2],
+            )
+            for piece in matrix.pieces
+        )  # fmt: skip
+
+    def _source(
+        self, entries: list[TensorEntry], param: torch.nn.Parameter, where: str
+    ) -> tuple[int, tuple[int, int], str]:
+        """Register one source: a stacked tensor or one tensor per expert. Returns (its number, 2-D shape, type)."""
+        num_experts, first = param.shape[0], entries[0]
+        torch_dtype(first.dtype, where=f"tensor {first.name!r}")
+        if len(first.shape) == 3:
+            if len(entries) != 1 or first.shape[0] != num_experts:
+                raise CheckpointError(
+                    f"{where}: config.json says {num_experts} experts, {first.name!r} holds {first.shape[0]}"
+                )
+            size = first.num_bytes // num_experts
+            spans = [
+                Span(file_idx=first.file_idx, start=first.start + e * size, num_bytes=size) for e in range(num_experts)
+            ]
+            shape = (first.shape[1], first.shape[2])
+        else:
+            if len(entries) != num_experts:
+                raise CheckpointError(
+                    f"{where}: config.json says {num_experts} experts, the checkpoint holds {len(entries)} "
+                    f"(first {first.name!r}); a shard is missing or the config is of another model"
+                )
+            odd = [e for e in entries if (e.shape, e.dtype) != (first.shape, first.dtype) or len(e.shape) != 2]
+            if odd:
+                raise CheckpointError(
+                    f"{odd[0].name!r} is {odd[0].dtype} {list(odd[0].shape)}, {first.name!r} is {first.dtype} "
+                    f"{list(first.shape)}; experts of one layer must be alike"
+                )
+            spans = [Span(file_idx=e.file_idx, start=e.start, num_bytes=e.num_bytes) for e in entries]
+            shape = (first.shape[0], first.shape[1])
+        self.spans.append(spans)
+        return len(self.spans) - 1, shape, first.dtype

@@ -1,0 +1,44 @@
+"""What can only be learned by running the model once: bytes of KV cache a token, and whether a prompt may be cut.
+
+Runs before any expert is loaded (the seam answers zero), on eight tokens, so it costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from offmoe.models.kv_cache import kv_bytes, make_kv_cache
+
+_NUM_TOKENS = 8
+# Relative difference of the last logits above which cutting the prompt changes the result. A layer that forgets its
+# state at a cut differs by tens of percent; bfloat16 rounding by less than two.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+
+
+@dataclass(frozen=True)
+class ModelProbe:
+    """`kv_bytes` for the whole context; `chunkable`: a prompt may go through the model in pieces."""
+
+    kv_bytes: int
+    chunkable: bool
+
+
+def probe_model(model: PreTrainedModel, context_length: int) -> ModelProbe:
+    """Measure on the model itself, with experts that answer zero."""
+    num_tokens = min(_NUM_TOKENS, context_length)
+    ids = torch.arange(1, num_tokens + 1).remainder(model.config.get_text_config().vocab_size)[None]
+    with torch.no_grad():
+        whole_cache = make_kv_cache(model.config, num_tokens)
+        whole = model(input_ids=ids, past_key_values=whole_cache, use_cache=True).logits[0, -1].float()
+        chunkable = False
+        if num_tokens > 3:
+            cut = num_tokens // 2
+            cache = make_kv_cache(model.config, num_tokens)
+            model(input_ids=ids[:, :cut], past_key_values=cache, use_cache=True)
+            pieces = model(input_ids=ids[:, cut:], past_key_values=cache, use_cache=True).logits[0, -1].float()
+            difference = (whole - pieces).abs().max() / whole.abs().max().clamp_min(1e-6)
+            chunkable = bool(difference < _TOLERANCE.get(model.dtype, 3e-2))
+    return ModelProbe(kv_bytes(whole_cache, num_tokens, context_length), chunkable)

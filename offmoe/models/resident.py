@@ -1,0 +1,96 @@
+"""Resident weights: counted from the meta model, then read tensor by tensor into their final place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from types import EllipsisType
+
+import torch
+from transformers import PreTrainedModel
+
+from offmoe.base.errors import CheckpointError
+from offmoe.checkpoint.index import CheckpointIndex
+from offmoe.checkpoint.tensor_entry import TensorEntry
+from offmoe.formats.dense import TORCH_DTYPES
+from offmoe.models.transformers_internals import KeyMapping, ResidentLoader, Target
+
+# Tensors handed to transformers' loader at once: bounds what is read ahead of conversion.
+BATCH_BYTES = 256 << 20
+
+_DTYPES = TORCH_DTYPES | {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+class LazyTensor:
+    """A tensor that is read when `lazy[...]` asks for it, as a safetensors slice is."""
+
+    def __init__(self, index: CheckpointIndex, entry: TensorEntry) -> None:
+        self._index, self._entry = index, entry
+
+    def __getitem__(self, item: EllipsisType) -> torch.Tensor:
+        entry = self._entry
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise CheckpointError(f"tensor {entry.name!r} is stored as {entry.dtype}; known: {', '.join(_DTYPES)}")
+        raw = torch.empty(math.prod(entry.shape), dtype=dtype)
+        if entry.num_bytes:
+            self._index.read_bytes_into(entry, memoryview(raw.view(torch.uint8).numpy()))
+        return raw.view(entry.shape)
+
+
+def resident_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the model's own parameters and buffers, tied ones counted once. Experts must be dropped before."""
+    tied = set(model.all_tied_weights_keys)
+    params = sum(p.nbytes for name, p in model.named_parameters() if name not in tied)
+    return params + sum(buffer.nbytes for buffer in model.buffers())
+
+
+def load_resident(
+    model: PreTrainedModel, index: CheckpointIndex, mapping: KeyMapping, targets: dict[str, Target],
+    expert_keys: set[str], progress: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    """Read everything but the experts. `progress(done_bytes, total_bytes)` is called after each batch.
+
+    Raises CheckpointError when parameters stay without weights, or shapes differ from config.json.
+    """
+    dtype = model.dtype
+    loader = ResidentLoader(model, mapping, dtype)
+    keys = [key for key in targets if key not in expert_keys]
+    total, done = sum(index.tensors[key].num_bytes for key in keys), 0
+    for batch in _batches(keys, targets, index):
+        loader.load({key: LazyTensor(index, index.tensors[key]) for key in batch})
+        done += sum(index.tensors[key].num_bytes for key in batch)
+        progress(done, total)
+    report = loader.finish()
+    if report.mismatched or report.errors:
+        raise CheckpointError(
+            f"config.json and tensors disagree: {(report.mismatched + report.errors)[0]}".replace("\n", " ")
+        )
+    empty = [name for name, param in model.named_parameters() if param.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"the checkpoint has no tensor for {len(empty)} parameters that config.json asks for, first {empty[0]!r}; "
+            "config and tensors are of different models"
+        )
+    assert not any(buffer.is_meta for buffer in model.buffers()), "a buffer was left on the meta device"
+
+
+def _batches(keys: list[str], targets: dict[str, Target], index: CheckpointIndex) -> Iterator[list[str]]:
+    """Groups of about BATCH_BYTES that never split the parts of one parameter."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(targets[key].param, []).append(key)
+    batch: list[str] = []
+    size = 0
+    for group in groups.values():
+        group_bytes = sum(index.tensors[key].num_bytes for key in group)
+        if batch and size + group_bytes > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch += group
+        size += group_bytes
+    if batch:
+        yield batch

@@ -1,0 +1,81 @@
+"""Where transformers' model code hands an experts call to offmoe.
+
+Registration is process-wide, so the registered function knows nothing: all state is on the module, in a binding that
+the loader puts there. Several engines in one process therefore do not meet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from offmoe.executor.executor import Executor
+from offmoe.kernels.reference import ExpertMath
+from offmoe.models.transformers_internals import register_experts_function
+
+_BINDING_NAME = "_offmoe_binding"
+
+
+@dataclass(slots=True)
+class LayerBinding:
+    """What an experts module needs to be served: its number, its arithmetic, and who runs it (None: not yet)."""
+
+    layer_idx: int
+    num_experts: int
+    dtype: torch.dtype
+    math: ExpertMath | None = None
+    executor: Executor | None = None
+
+
+def bind(module: torch.nn.Module, binding: LayerBinding) -> None:
+    """Serve this module's experts through `binding`: zeros until an executor is attached."""
+    register_experts_function(serve_experts)
+    setattr(module, _BINDING_NAME, binding)
+
+
+def attach(module: torch.nn.Module, executor: Executor | None) -> None:
+    """Let `executor` compute a bound module's experts (None: detach). The module's resident parts are loaded by now."""
+    binding = _binding_of(module)
+    binding.math = _math_of(module, binding.dtype)
+    binding.executor = executor
+
+
+def _binding_of(module: torch.nn.Module) -> LayerBinding:
+    binding = getattr(module, _BINDING_NAME)
+    assert isinstance(binding, LayerBinding), f"{type(module).__name__} is not bound"
+    return binding
+
+
+def _math_of(module: torch.nn.Module, dtype: torch.dtype) -> ExpertMath:
+    """The module's own arithmetic, as the decorator's attributes and its resident parts describe it."""
+    experts: Any = module
+    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    return ExpertMath(
+        activate=experts._apply_gate if experts.has_gate else experts.act_fn,
+        up_bias_EF=getattr(experts, up_name + "_bias") if experts.has_bias else None,
+        down_bias_ED=experts.down_proj_bias if experts.has_bias else None,
+        post_norm=experts.post_expert_norm if experts.has_post_expert_norm else None,
+        transposed=bool(experts.is_transposed),
+        dtype=dtype,
+    )
+
+
+def serve_experts(
+    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The registered experts function: (T, D) states, (T, K) expert ids and weights -> (T, D).
+
+    Before the executor is attached (while the loader measures the KV cache) the experts contribute zero.
+    """
+    binding = _binding_of(module)
+    if binding.executor is None or binding.math is None:
+        return torch.zeros_like(hidden_states)
+    x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+    ids_TK = top_k_index.reshape(x_TD.shape[0], -1)
+    with torch.no_grad():
+        y_TD = binding.executor.run_layer(
+            binding.layer_idx, binding.math, binding.num_experts, x_TD, ids_TK, top_k_weights.reshape(ids_TK.shape)
+        )
+    return y_TD.view(hidden_states.shape)

@@ -1,0 +1,248 @@
+"""The one file that touches transformers' loading internals. When they move, the test of this file names what moved.
+
+What is used, and for what:
+- `transformers.conversion_mapping.get_model_conversion_mapping`: which checkpoint key belongs to which parameter;
+- `transformers.core_model_loading`: `rename_source_key` (the mapping, applied), `convert_and_load_state_dict_in_model`
+  (resident weights), and the conversion operations, read here as strides for the experts;
+- `transformers.modeling_utils.LoadStateDictConfig`, and three methods of PreTrainedModel that `from_pretrained` ends
+  with (`_get_dtype_plan`, `mark_tied_weights_as_initialized`, `_adjust_missing_and_unexpected_keys`);
+- `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`: the public door by which experts are served from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import LoadStateDictConfig
+
+from offmoe.base.errors import UnsupportedModelError
+
+SEAM_NAME = "offmoe"
+
+
+def register_experts_function(function: Callable[..., torch.Tensor]) -> None:
+    """Make `function` available to every model of this process under the name "offmoe"."""
+    ALL_EXPERTS_FUNCTIONS.register(SEAM_NAME, function)
+
+
+def experts_modules(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    """(name, module) of every module whose forward goes through the door, in the order of the model's layers."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate")
+    ]
+
+
+def served_families() -> list[str]:
+    """Folders of transformers' models whose experts go through the door. Reads source files: for error messages."""
+    models = Path(transformers.__file__).parent / "models"
+    return sorted({
+        path.parent.name
+        for path in models.glob("*/modeling_*.py")
+        if "@use_experts_implementation" in path.read_text(encoding="utf-8")
+    })  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where one checkpoint tensor goes: the parameter's name, and the converter pattern that took it (None: as is)."""
+
+    param: str
+    pattern: str | None
+
+
+class KeyMapping:
+    """transformers' own table for this model: checkpoint key -> parameter, and how parts become one tensor."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.transforms = get_model_conversion_mapping(model)
+        self._renamings = [t for t in self.transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in self.transforms if isinstance(t, WeightConverter)]
+        self._by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
+        self._prefix = model.base_model_prefix
+        self._params = model.state_dict()
+
+    def targets(self, keys: Iterable[str]) -> dict[str, Target]:
+        """Key -> target for every checkpoint key, in the order in which transformers stacks parts."""
+        result = {}
+        for key in sorted(keys, key=dot_natural_key):
+            name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._params)
+            if name not in self._params and key in self._params:
+                name, pattern = rename_source_key(key, [], [], self._prefix, self._params)
+            result[key] = Target(name, pattern)
+        return result
+
+    def sources(self, pattern: str) -> list[str]:
+        """All patterns of the converter that `pattern` belongs to, in the order of concatenation."""
+        return list(self._by_pattern[pattern].source_patterns)
+
+    def operations(self, pattern: str) -> list[object]:
+        """The converter's operations, in order of application."""
+        return list(self._by_pattern[pattern].operations)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A strided 2-D view of one source (offset and strides in elements)."""
+
+    source: str
+    offset: int
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Pieces joined along `axis` (0 rows, 1 columns): what an expert's slice of the parameter is made of."""
+
+    pieces: tuple[Piece, ...]
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape after joining."""
+        size = sum(piece.shape[self.axis] for piece in self.pieces)
+        other = self.pieces[0].shape[1 - self.axis]
+        return (size, other) if self.axis == 0 else (other, size)
+
+
+def expert_matrix(
+    shapes: dict[str, tuple[int, int]], order: list[str], operations: list[object], param_shape: tuple[int, int],
+    *, where: str,
+) -> Matrix:  # fmt: skip
+    """What the converter's operations do to one expert, as strides. No data is touched.
+
+    `shapes` maps each source pattern to the shape of one expert's tensor, `order` gives the order of concatenation,
+    `param_shape` the shape expected. Raises UnsupportedModelError for an operation with no such description.
+    """
+    state = {
+        source: Matrix((Piece(source, 0, shapes[source], (shapes[source][1], 1)),), 0)
+        for source in order
+        if source in shapes
+    }
+    for operation in operations:
+        state = _apply(operation, state, param_shape, where)
+    if len(state) != 1:
+        raise UnsupportedModelError(f"{where}: {len(state)} sources are left unmerged; please report this model")
+    return next(iter(state.values()))
+
+
+def _apply(operation: object, state: dict[str, Matrix], param_shape: tuple[int, int], where: str) -> dict[str, Matrix]:
+    match operation:
+        case MergeModulelist(dim=0):
+            return state
+        case Concatenate(dim=dim) if dim in (1, 2, -1, -2):
+            return {next(iter(state)): _concatenate(list(state.values()), (dim - 1) % 2 if dim > 0 else dim % 2, where)}
+        case Transpose(dim0=dim0, dim1=dim1) if {dim0 % 3, dim1 % 3} == {1, 2}:
+            if operation.check_dims and all(matrix.shape == param_shape for matrix in state.values()):
+                return state
+            return {source: _transpose(matrix) for source, matrix in state.items()}
+        case Interleave(dim=dim, inverse=False) if dim in (1, 2, -1, -2):
+            axis = (dim - 1) % 2 if dim > 0 else dim % 2
+            return {source: _deinterleave(matrix, axis, where) for source, matrix in state.items()}
+        case _:
+            raise UnsupportedModelError(
+                f"{where}: experts converted by {operation!r} are not read yet; known: MergeModulelist(0), "
+                "Concatenate, Transpose and Interleave of one expert's dimensions"
+            )
+
+
+def _concatenate(matrices: list[Matrix], axis: int, where: str) -> Matrix:
+    if len(matrices) == 1:
+        return matrices[0]
+    pieces: list[Piece] = []
+    for matrix in matrices:
+        if len(matrix.pieces) > 1 and matrix.axis != axis:
+            raise UnsupportedModelError(f"{where}: parts joined along two axes; please report this model")
+        pieces.extend(matrix.pieces)
+    return Matrix(tuple(pieces), axis)
+
+
+def _transpose(matrix: Matrix) -> Matrix:
+    pieces = tuple(Piece(p.source, p.offset, p.shape[::-1], p.strides[::-1]) for p in matrix.pieces)
+    return Matrix(pieces, 1 - matrix.axis)
+
+
+def _deinterleave(matrix: Matrix, axis: int, where: str) -> Matrix:
+    """[a0, b0, a1, b1, ...] along `axis` becomes [a0, a1, ..., b0, b1, ...]: two views of doubled stride."""
+    if len(matrix.pieces) != 1:
+        raise UnsupportedModelError(f"{where}: interleaving of merged parts is not read yet; please report this model")
+    piece = matrix.pieces[0]
+    shape, strides, step = list(piece.shape), list(piece.strides), piece.strides[axis]
+    shape[axis], strides[axis] = shape[axis] // 2, 2 * step
+    halves = tuple(
+        Piece(piece.source, piece.offset + half * step, (shape[0], shape[1]), (strides[0], strides[1]))
+        for half in range(2)
+    )
+    return Matrix(halves, axis)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading the resident weights left open; names of parameters or checkpoint keys."""
+
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+    mismatched: tuple[str, ...]
+    errors: tuple[str, ...]
+
+
+class ResidentLoader:
+    """Loads resident weights group by group through transformers' converter, so that dtype rules are its own."""
+
+    def __init__(self, model: PreTrainedModel, mapping: KeyMapping, dtype: torch.dtype) -> None:
+        self._model = model
+        self._config = LoadStateDictConfig(
+            dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping.transforms
+        )
+        self._missing = set(model.state_dict())
+        self._unexpected: set[str] = set()
+        self._mismatched: list[str] = []
+        self._errors: list[str] = []
+        self._last_info: Any = None
+
+    def load(self, tensors: dict[str, Any]) -> None:
+        """Put some checkpoint tensors into the model. `tensors` maps keys to lazy slices (`slice[...]` reads).
+
+        All parts of one parameter must be in one call.
+        """
+        info, _ = convert_and_load_state_dict_in_model(
+            model=self._model, state_dict=tensors, load_config=self._config
+        )
+        self._last_info = info
+        self._missing &= set(info.missing_keys)
+        self._unexpected |= set(info.unexpected_keys)
+        self._mismatched += [str(item) for item in info.mismatched_keys]
+        self._errors += [*map(str, info.error_msgs), *map(str, info.conversion_errors.values())]
+
+    def finish(self) -> LoadReport:
+        """Tie weights and say what is still open after transformers' own exceptions are taken off."""
+        info = self._last_info
+        assert info is not None, "load() comes first"
+        info.missing_keys, info.unexpected_keys = set(self._missing), set(self._unexpected)
+        self._model.mark_tied_weights_as_initialized(info)
+        self._model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        self._model._adjust_missing_and_unexpected_keys(info)
+        return LoadReport(
+            frozenset(info.missing_keys), frozenset(info.unexpected_keys), tuple(self._mismatched), tuple(self._errors)
+        )

@@ -1,0 +1,69 @@
+"""The contract of everything that moves expert bytes: start now, be told when they have arrived."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Ticket(Protocol):
+    """One move under way.
+
+    The destination may be read after `wait()` has returned, and not be reused before. A ticket does not promise when
+    the move starts, nor any order among tickets.
+    """
+
+    def done(self) -> bool:
+        """True when the bytes have arrived or the move has failed or was cancelled. Never blocks."""
+
+    def wait(self) -> None:
+        """Block until the move has ended; raise what it failed with. May be called more than once."""
+
+
+class Copier(Protocol):
+    """Moves tensors of equal size between memories."""
+
+    def copy(self, src: torch.Tensor, dst: torch.Tensor) -> Ticket:
+        """Start copying `src` over `dst` (same number of bytes, contiguous). Raises ValueError on unequal sizes."""
+
+    def close(self) -> None:
+        """Finish what was started and release threads; no copy may be started afterwards."""
+
+
+class DoneTicket:
+    """A move that had ended before the ticket was made."""
+
+    def done(self) -> bool:
+        """Always True."""
+        return True
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class FutureTicket:
+    """A move made of parallel pieces, each a future; it has ended when all of them have."""
+
+    __slots__ = ("_futures",)
+
+    def __init__(self, futures: list[Future[None]]) -> None:
+        self._futures = futures
+
+    def done(self) -> bool:
+        """True when no piece is queued or running."""
+        return all(future.done() for future in self._futures)
+
+    def wait(self) -> None:
+        """Block for every piece, also when one fails, so that nobody writes to the destination afterwards."""
+        wait(self._futures)
+        for future in self._futures:
+            future.result()
+
+
+def check_sizes(src: torch.Tensor, dst: torch.Tensor) -> None:
+    """Raise ValueError unless a byte-for-byte copy of `src` over `dst` is possible."""
+    if src.nbytes != dst.nbytes or src.dtype != dst.dtype:
+        raise ValueError(f"cannot copy {src.nbytes} bytes of {src.dtype} over {dst.nbytes} bytes of {dst.dtype}")

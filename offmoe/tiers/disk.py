@@ -1,0 +1,69 @@
+"""The disk tier: reads experts from the published files straight into slots, on threads.
+
+Concurrency. `read()` is called from the one thread that owns the slot table; pieces run on the tier's own threads,
+which do nothing but `preadv` (it releases the interpreter lock) into memory that nobody else touches until the ticket
+has been waited for. A slot is reused only after its ticket's wait, which waits for every piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from offmoe.base.counters import Counters
+from offmoe.base.errors import UsageError
+from offmoe.checkpoint.expert_index import ReadPlan, Run
+from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES, ShardFile
+from offmoe.tiers.copier import FutureTicket, Ticket
+
+IO_MODES = ("auto", "direct", "buffered")
+NUM_THREADS = 8
+# A single demand miss is split so that the drive sees several requests at once.
+PIECE_BYTES = 2 << 20
+
+
+class DiskTier:
+    """Reads from `files`, bypassing the page cache where `io` and the file system allow."""
+
+    def __init__(self, files: Sequence[ShardFile], *, io: str, counters: Counters) -> None:
+        """`io`: "auto" (direct where possible), "direct" (UsageError where it is not), "buffered"."""
+        if io not in IO_MODES:
+            raise UsageError(f"io is {io!r}; known: {', '.join(IO_MODES)}")
+        self._files = files
+        self._counters = counters
+        self.direct = io != "buffered" and all(file.open_direct() for file in files)
+        if io == "direct" and not self.direct:
+            raise UsageError(f"{files[0].path.parent} is on a file system without direct reads; use --io buffered")
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="offmoe-disk")
+
+    def __repr__(self) -> str:
+        return f"<DiskTier [{len(self._files)} files, {'direct' if self.direct else 'buffered'}]>"
+
+    @property
+    def align_bytes(self) -> int:
+        """What runs must be aligned to."""
+        return DIRECT_ALIGN_BYTES if self.direct else 1
+
+    def read(self, plan: ReadPlan, slot: memoryview) -> Ticket:
+        """Start filling `slot` as `plan` says. Failures (DiskReadError, CheckpointChangedError) come from wait()."""
+        futures = []
+        for run in plan.runs:
+            self._counters.disk_bytes += run.num_bytes
+            for begin in range(0, run.num_bytes, PIECE_BYTES):
+                self._counters.disk_reads += 1
+                futures.append(self._threads.submit(self._read_piece, run, begin, slot))
+        return FutureTicket(futures)
+
+    def _read_piece(self, run: Run, begin: int, slot: memoryview) -> None:
+        num_bytes = min(PIECE_BYTES, run.num_bytes - begin)
+        offset = run.slot_offset + begin
+        self._files[run.file_idx].read_into(
+            slot[offset : offset + num_bytes],
+            run.start + begin,
+            need_bytes=max(0, min(num_bytes, run.need_bytes - begin)),
+            direct=self.direct,
+        )
+
+    def close(self) -> None:
+        """End the threads; reads that were queued are dropped, reads under way end first."""
+        self._threads.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,53 @@
+"""The host tier: one slab of RAM cut into equal slots."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+from offmoe.base.errors import BudgetError
+from offmoe.base.units import format_bytes
+
+
+class HostPool:
+    """`num_slots` slots of `slot_bytes` each, allocated once, page-aligned (direct reads need that).
+
+    The slab is an anonymous mapping: pages count as used only once written, and all of it goes back to the system
+    when the last view dies after `close()`, which malloc does not promise.
+    """
+
+    def __init__(self, *, num_slots: int, slot_bytes: int) -> None:
+        self.num_slots, self.slot_bytes = num_slots, slot_bytes
+        try:
+            slab = mmap.mmap(-1, num_slots * slot_bytes)
+        except (OSError, ValueError, OverflowError) as error:
+            raise BudgetError(
+                f"the system refused {format_bytes(num_slots * slot_bytes)} for {num_slots} expert slots ({error}); "
+                "lower --ram"
+            ) from None
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                slab.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:  # a kernel without huge pages: slower look-ups, nothing else
+                pass
+        self._view: memoryview | None = memoryview(slab)
+        self._bytes: torch.Tensor | None = torch.frombuffer(slab, dtype=torch.uint8)
+
+    def __repr__(self) -> str:
+        return f"<HostPool [{self.num_slots} slots of {format_bytes(self.slot_bytes)}]>"
+
+    def memory(self, slot: int) -> memoryview:
+        """The slot's bytes, writable."""
+        assert self._view is not None, "the pool is closed"
+        return self._view[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+    def tensor(self, slot: int) -> torch.Tensor:
+        """The slot's bytes as a uint8 tensor that shares their memory."""
+        assert self._bytes is not None, "the pool is closed"
+        return self._bytes.narrow(0, slot * self.slot_bytes, self.slot_bytes)
+
+    def close(self) -> None:
+        """Let go of the slab; it is freed when no tensor refers to it."""
+        self._view = None
+        self._bytes = None
