@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from demo_corpus import Document
-from demo_eval import LayerRouting, Loss
-from transformers import Qwen3MoeConfig
+from demo_corpus import HELD_OUT_PERCENT, Document
+from demo_eval import WINDOW, LayerRouting, Loss
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 FRONT_MATTER = """\
 ---
@@ -20,28 +23,34 @@ pipeline_tag: text-generation
 ---
 """
 
-WHAT_IT_IS = """\
+INTERIM = "**Interim: written from a checkpoint of a run that had not ended.**\n"
+
+MODEL = """\
 # The offmoe demo model
 
 A small Mixture-of-Experts language model in the Qwen3-MoE layout, trained from scratch on text that every Python
-installation carries. It lets `offmoe` show a real router and real experts without a download. {size}
+installation carries. It lets `offmoe` show a real router and real experts without a download. The files take
+{size_mb:.1f} MB.
 
 | | |
 |---|---|
 | parameters | {num_parameters:,} ({num_active:,} at work for one token) |
 | layers, hidden size | {config.num_hidden_layers}, {config.hidden_size} |
-| experts | {config.num_experts} a layer, top {config.num_experts_per_tok}, intermediate size {config.moe_intermediate_size} |
-| attention | {config.num_attention_heads} heads of {config.head_dim}, {config.num_key_value_heads} key-value heads, RoPE theta {rope_theta:g} |
+| experts | {config.num_experts} a layer, top {config.num_experts_per_tok} |
+| expert's intermediate size | {config.moe_intermediate_size} |
+| attention | {config.num_attention_heads} heads of {config.head_dim}, {config.num_key_value_heads} key-value heads |
+| positions | RoPE, theta {rope_theta:g} |
 | vocabulary | {config.vocab_size}, byte-level BPE |
-| context | {config.max_position_embeddings} in the configuration, trained up to {max_length} |
+| context | {config.max_position_embeddings} in the configuration, trained up to {longest_window} |
 """
 
 DATA = """\
 ## Data
 
 The standard library of CPython {python}, nothing else: source files, their docstrings as prose, the pages behind
-`help("topic")`, and the same docstrings and topics put as questions and answers from templates. {held_out_percent}% of the files and
-topics, picked by a hash of their names, are held out of training and of the tokenizer.
+`help("topic")`, and the same docstrings and topics put as questions and answers from templates. About
+{held_out_percent}% of the files and topics, picked by a hash of their names, are held out of training and of the
+tokenizer.
 
 | kind | training documents | share of the training windows | held-out documents |
 |---|---:|---:|---:|
@@ -53,14 +62,21 @@ TRAINING = """\
 
 | | |
 |---|---|
-| steps, tokens | {card.num_steps:,} steps, {card.num_tokens:,} tokens |
-| wall-clock time | {minutes:.1f} minutes of {planned:.1f} planned, {tokens_per_s:,.0f} tokens/s, {card.num_threads} CPU threads, no GPU |
-| software | Python {card.python}, torch {torch_version}, transformers {transformers_version} |
-| seed | {card.seed} |
+| steps, tokens | {recipe.num_steps:,} steps, {recipe.num_tokens:,} tokens |
+| wall-clock time | {minutes:.1f} minutes of {planned:.1f} planned |
+| speed | {tokens_per_s:,.0f} tokens/s on average, at most {recipe.num_threads} CPU threads, no GPU |
+| batch | {recipe.tokens_per_step:,} tokens, in windows of {windows} |
+| optimizer | AdamW, learning rate {recipe.peak_learning_rate:g}, cosine over wall-clock time, bf16 autocast over fp32 weights |
+| load balancing | {aux:g} times the Switch loss, layer by layer |
+| software | Python {python}, torch {torch_version}, transformers {transformers_version} |
+| seed | {recipe.seed} |
 
-`python scripts/train_demo.py --minutes {planned:g} --threads {card.num_threads} --seed {card.seed}` trains it again. The learning rate follows the clock, so
-another machine makes another number of steps and another Python version brings another text; the figures will be near
-these, the weights will differ.
+This trains it again:
+
+    python scripts/train_demo.py --minutes {planned:g} --threads {recipe.num_threads} --seed {recipe.seed}
+
+The learning rate follows the clock, so another machine makes another number of steps, and another Python version brings
+another text; the figures will be near these, the weights will differ.
 """
 
 MEASURED = """\
@@ -102,30 +118,41 @@ under the PSF License Version 2; passages the model repeats from it stay under t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
-    """What a run measured; everything in the card that is a figure comes from here, the configuration or the data."""
+class Recipe:
+    """How a run was made and how far it came; `windows` are (progress from which it holds, length in tokens)."""
 
+    seed: int
+    num_threads: int
+    kind_shares: dict[str, float]
+    windows: tuple[tuple[float, int], ...]
+    tokens_per_step: int
+    peak_learning_rate: float
     num_steps: int
     num_tokens: int
     elapsed_s: float
     planned_s: float
-    seed: int
-    num_threads: int
-    python: str
-    num_parameters: int
-    losses: dict[str, Loss]
-    routing: list[LayerRouting]
-    samples: list[tuple[str, str]]
 
     @property
     def is_interim(self) -> bool:
         return self.elapsed_s < 0.99 * self.planned_s
 
 
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the card reports on: every figure in it comes from here or from the documents."""
+
+    recipe: Recipe
+    model: Qwen3MoeForCausalLM
+    losses: dict[str, Loss]
+    routing: list[LayerRouting]
+    samples: list[tuple[str, str]]
+
+
 def num_active_parameters(config: Qwen3MoeConfig, num_parameters: int) -> int:
     """All parameters less those of the experts a token does not visit."""
+    num_idle_experts: int = config.num_experts - config.num_experts_per_tok
     per_expert = 3 * config.hidden_size * config.moe_intermediate_size
-    return num_parameters - config.num_hidden_layers * (config.num_experts - config.num_experts_per_tok) * per_expert
+    return num_parameters - config.num_hidden_layers * num_idle_experts * per_expert
 
 
 def data_rows(documents: list[Document], kind_shares: dict[str, float]) -> str:
@@ -138,8 +165,8 @@ def data_rows(documents: list[Document], kind_shares: dict[str, float]) -> str:
 
 def loss_rows(losses: dict[str, Loss]) -> str:
     return "\n".join(
-        f"| {kind} | {loss.num_tokens:,} | {loss.nats_per_token:.3f} | {loss.nats_per_byte:.3f} | {loss.bits_per_byte:.3f} |"
-        for kind, loss in losses.items()
+        f"| {kind} | {x.num_tokens:,} | {x.nats_per_token:.3f} | {x.nats_per_byte:.3f} | {x.bits_per_byte:.3f} |"
+        for kind, x in losses.items()
     )
 
 
@@ -154,44 +181,57 @@ def quoted(question: str, answer: str) -> str:
     return f"**{question}**\n\n```text\n{answer.replace('```', '` ` `').strip()}\n```"
 
 
-def write_card(
-    folder: Path,
-    card: Card,
-    documents: list[Document],
-    *,
-    config: Qwen3MoeConfig,
-    kind_shares: dict[str, float],
-    max_length: int,
-    window: int,
-    held_out_percent: int,
-) -> None:
-    """Writes `folder/README.md`; call it last, for it states the size of the files beside it."""
-    size_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    interim = "**Interim: written from a checkpoint of a run that had not ended.**\n" if card.is_interim else ""
-    what = WHAT_IT_IS.format(
-        size=f"The files take {size_bytes / 1e6:.1f} MB.",
-        num_parameters=card.num_parameters,
-        num_active=num_active_parameters(config, card.num_parameters),
-        config=config,
-        rope_theta=config.rope_parameters["rope_theta"],
-        max_length=max_length,
-    )
-    data = DATA.format(python=card.python, held_out_percent=held_out_percent, rows=data_rows(documents, kind_shares))
-    training = TRAINING.format(
-        card=card,
-        minutes=card.elapsed_s / 60,
-        planned=card.planned_s / 60,
-        tokens_per_s=card.num_tokens / max(card.elapsed_s, 1.0),
+def training_section(recipe: Recipe, config: Qwen3MoeConfig) -> str:
+    return TRAINING.format(
+        recipe=recipe,
+        aux=config.router_aux_loss_coef,
+        windows=", ".join(f"{length} (from {since:.0%} of the time)" for since, length in recipe.windows),
+        minutes=recipe.elapsed_s / 60,
+        planned=recipe.planned_s / 60,
+        tokens_per_s=recipe.num_tokens / max(recipe.elapsed_s, 1.0),
+        python=platform.python_version(),
         torch_version=torch.__version__,
         transformers_version=transformers.__version__,
     )
+
+
+def model_section(model: Qwen3MoeForCausalLM, *, size_bytes: int, longest_window: int) -> str:
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    rope: Any = model.config.rope_parameters
+    return MODEL.format(
+        size_mb=size_bytes / 1e6,
+        num_parameters=num_parameters,
+        num_active=num_active_parameters(model.config, num_parameters),
+        config=model.config,
+        rope_theta=rope["rope_theta"],
+        longest_window=longest_window,
+    )
+
+
+def write_card(folder: Path, card: Card, documents: list[Document]) -> None:
+    """Writes `folder/README.md`; call it last, for it states the size of the files beside it."""
+    size_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    config, recipe = card.model.config, card.recipe
+    data = DATA.format(
+        python=platform.python_version(),
+        held_out_percent=HELD_OUT_PERCENT,
+        rows=data_rows(documents, recipe.kind_shares),
+    )
     measured = MEASURED.format(
-        window=window,
+        window=WINDOW,
         losses=loss_rows(card.losses),
         num_experts=config.num_experts,
-        even=-(-config.num_experts * 8 // 10),
+        even=math.ceil(0.8 * config.num_experts),
         routing=routing_rows(card.routing),
     )
-    samples = SAMPLES.format(samples="\n\n".join(quoted(*sample) for sample in card.samples))
-    parts = [part for part in (interim, what, data, training, measured, samples, LIMITS) if part]
-    (folder / "README.md").write_text(FRONT_MATTER + "\n" + "\n".join(parts), encoding="utf-8")
+    parts = [
+        FRONT_MATTER,
+        *([INTERIM] if recipe.is_interim else []),
+        model_section(card.model, size_bytes=size_bytes, longest_window=max(length for _, length in recipe.windows)),
+        data,
+        training_section(recipe, config),
+        measured,
+        SAMPLES.format(samples="\n\n".join(quoted(*sample) for sample in card.samples)),
+        LIMITS,
+    ]
+    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")

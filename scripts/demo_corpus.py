@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-
 from pydoc_data.topics import topics as help_topics
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -54,7 +55,17 @@ TOPIC_QUESTIONS = (
 )
 
 # Directories and files without text worth learning: tests, tables, vendored wheels, and build settings of this machine.
-SKIPPED_DIRECTORIES = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "_bundled", "turtledemo", "__pycache__"}
+SKIPPED_DIRECTORIES = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "encodings",
+    "pydoc_data",
+    "_bundled",
+    "turtledemo",
+    "__pycache__",
+}
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize", "test_")
 MAX_ANSWER_CHARS = 900
 
@@ -88,7 +99,9 @@ def stdlib_sources(root: Path) -> Iterator[tuple[str, str]]:
     """Yields (path relative to `root`, source) in sorted order."""
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if SKIPPED_DIRECTORIES & set(relative.parts) or any(part.startswith(SKIPPED_PREFIXES) for part in relative.parts):
+        if SKIPPED_DIRECTORIES & set(relative.parts) or any(
+            part.startswith(SKIPPED_PREFIXES) for part in relative.parts
+        ):
             continue
         try:
             yield relative.as_posix(), path.read_text(encoding="utf-8")
@@ -131,10 +144,15 @@ def builtin_docstrings() -> Iterator[Described]:
             if name.startswith("_") or not callable(value):
                 continue
             members = sorted(vars(value).items()) if isinstance(value, type) else []
-            for full_name, member in [(name, value), *((f"{name}.{n}", m) for n, m in members if not n.startswith("_"))]:
+            for full_name, member in [
+                (name, value),
+                *((f"{name}.{n}", m) for n, m in members if not n.startswith("_")),
+            ]:
                 text = inspect.getdoc(member)
                 if text:
-                    yield Described(name=prefix + full_name, text=text, signature="", held_out=is_held_out(module + name))
+                    yield Described(
+                        name=prefix + full_name, text=text, signature="", held_out=is_held_out(module + name)
+                    )
 
 
 def described(sources: list[tuple[str, str]]) -> list[Described]:
@@ -212,7 +230,8 @@ def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
     )
     texts = (document.text for document in documents if not document.held_out and document.kind != "chat")
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast = tokenizer_class(
         tokenizer_object=bpe,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
@@ -221,3 +240,4 @@ def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
+    return tokenizer

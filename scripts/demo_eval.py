@@ -1,10 +1,14 @@
-"""Measures the demo model on held-out text: loss by kind of document, how the routers spread tokens, and a few answers."""
+"""Measures the demo model on held-out text: loss by kind of document and how the routers spread tokens.
+
+Shape suffixes: T tokens, V vocabulary, L layers, E experts.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from demo_corpus import END_OF_TEXT, KINDS, Document
@@ -12,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 WINDOW = 512
 MAX_TOKENS_PER_KIND = 65_536
+MAX_ANSWER_TOKENS = 96
 QUESTIONS = ("What does os.path.join do?", "Explain the with statement in Python.", "What does json.dumps do?")
 
 
@@ -48,66 +53,62 @@ class LayerRouting:
 def windows(tokenizer: PreTrainedTokenizerFast, documents: list[Document], kind: str) -> Iterator[torch.Tensor]:
     """Yields held-out ids [1, <= WINDOW] of one kind, in order, without overlap."""
     texts = [document.text for document in documents if document.held_out and document.kind == kind]
-    ids = tokenizer.backend_tokenizer.encode(END_OF_TEXT + END_OF_TEXT.join(texts)).ids[:MAX_TOKENS_PER_KIND]
+    backend: Any = tokenizer.backend_tokenizer
+    ids = backend.encode(END_OF_TEXT + END_OF_TEXT.join(texts)).ids[:MAX_TOKENS_PER_KIND]
     for start in range(0, len(ids) - 1, WINDOW):
         yield torch.tensor([ids[start : start + WINDOW]])
 
 
 @torch.inference_mode()
-def measure_loss(
+def measure(
     model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document]
-) -> dict[str, Loss]:
-    """Returns the loss of each kind and of `all` of them together, token by token."""
-    losses = {}
+) -> tuple[dict[str, Loss], list[LayerRouting]]:
+    """Returns the loss of each kind and of `all` (token by token), and each layer's routing over all kinds."""
+    num_experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
+    counts_LE = torch.zeros(model.config.num_hidden_layers, num_experts)
+    losses: dict[str, Loss] = {}
     for kind in KINDS:
         nats, num_tokens, num_bytes = 0.0, 0, 0
         for ids in windows(tokenizer, documents, kind):
-            if ids.shape[1] < 2:
-                continue
-            logits = model(input_ids=ids).logits[0, :-1].float()
-            nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+            output = model(input_ids=ids, output_router_logits=True)
+            logits_TV = output.logits[0, :-1].float()
+            nats += torch.nn.functional.cross_entropy(logits_TV, ids[0, 1:], reduction="sum").item()
             num_tokens += ids.shape[1] - 1
-            num_bytes += len(tokenizer.decode(ids[0, 1:], skip_special_tokens=True).encode())
+            num_bytes += len(decode(tokenizer, ids[0, 1:]).encode())
+            for layer_idx, logits_TE in enumerate(output.router_logits):
+                chosen = logits_TE.topk(top_k, dim=-1).indices.flatten()
+                counts_LE[layer_idx] += torch.bincount(chosen, minlength=num_experts)
         losses[kind] = Loss(num_tokens=num_tokens, num_bytes=num_bytes, nats=nats)
     losses["all"] = Loss(
         num_tokens=sum(loss.num_tokens for loss in losses.values()),
         num_bytes=sum(loss.num_bytes for loss in losses.values()),
         nats=sum(loss.nats for loss in losses.values()),
     )
-    return losses
+    return losses, [layer_routing(counts_E) for counts_E in counts_LE]
+
+
+def layer_routing(counts_E: torch.Tensor) -> LayerRouting:
+    shares_E = (counts_E / counts_E.sum()).sort(descending=True).values
+    return LayerRouting(
+        busiest_over_fair=shares_E[0].item() * len(shares_E),
+        quietest_over_fair=shares_E[-1].item() * len(shares_E),
+        num_experts_for_80_percent=int((shares_E.cumsum(0) < 0.8).sum()) + 1,
+    )
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor) -> str:
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
 
 @torch.inference_mode()
-def measure_routing(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document]
-) -> list[LayerRouting]:
-    """Counts which experts each layer's router picks, over held-out text of all kinds."""
-    config = model.config
-    counts_LE = torch.zeros(config.num_hidden_layers, config.num_experts)
-    for kind in KINDS:
-        for ids in windows(tokenizer, documents, kind):
-            router_logits = model(input_ids=ids, output_router_logits=True).router_logits
-            for layer_idx, logits_TE in enumerate(router_logits):
-                chosen = logits_TE.topk(config.num_experts_per_tok, dim=-1).indices.flatten()
-                counts_LE[layer_idx] += torch.bincount(chosen, minlength=config.num_experts)
-    shares_LE = (counts_LE / counts_LE.sum(dim=1, keepdim=True)).sort(dim=1, descending=True).values
-    return [
-        LayerRouting(
-            busiest_over_fair=shares_E[0].item() * config.num_experts,
-            quietest_over_fair=shares_E[-1].item() * config.num_experts,
-            num_experts_for_80_percent=int((shares_E.cumsum(0) < 0.8).sum()) + 1,
-        )
-        for shares_E in shares_LE
-    ]
-
-
-@torch.inference_mode()
-def sample_answers(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str]]:
+def sample_answers(model: Any, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str]]:
     """Returns (question, greedy answer) pairs, asked through the chat template."""
     answers = []
     for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        output = model.generate(**prompt, max_new_tokens=96, do_sample=False)
-        answers.append((question, tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)))
+        prompt: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**prompt, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+        answers.append((question, decode(tokenizer, output[0, prompt["input_ids"].shape[1] :])))
     return answers

@@ -8,12 +8,9 @@ a card whose every figure was measured by this script.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
-import platform
-import shutil
 import signal
 import tempfile
 import time
@@ -24,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo_card import Card, write_card
-from demo_corpus import END, END_OF_TEXT, HELD_OUT_PERCENT, KINDS, VOCAB_SIZE, Document, load_documents, train_tokenizer
-from demo_eval import WINDOW, measure_loss, measure_routing, sample_answers
+from demo_card import Recipe
+from demo_corpus import END, END_OF_TEXT, KINDS, SPECIAL_TOKENS, VOCAB_SIZE, Document, load_documents, train_tokenizer
+from demo_export import export
 from numpy.typing import NDArray
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 log = logging.getLogger("train_demo")
 
@@ -39,6 +37,7 @@ SEQUENCE_LENGTHS = ((0.0, 256), (0.80, 512), (0.92, 1024))
 KIND_SHARES = {"prose": 0.36, "code": 0.32, "topics": 0.10, "chat": 0.22}
 CHECKPOINT_EVERY_S = 300.0
 LOG_EVERY_STEPS = 20
+PROBE_EVERY_STEPS = 20
 
 
 @dataclass(kw_only=True)
@@ -87,9 +86,10 @@ class Batches:
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
-    stop_ids = [tokenizer.convert_tokens_to_ids(END_OF_TEXT), tokenizer.convert_tokens_to_ids(END)]
-    return Qwen3MoeConfig(
+def new_model() -> Qwen3MoeForCausalLM:
+    """A freshly initialised fp32 model."""
+    stop_ids = [SPECIAL_TOKENS.index(END_OF_TEXT), SPECIAL_TOKENS.index(END)]
+    settings: dict[str, Any] = dict(
         vocab_size=VOCAB_SIZE,
         hidden_size=192,
         intermediate_size=256,
@@ -104,12 +104,17 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
         router_aux_loss_coef=0.01,
         tie_word_embeddings=True,
         max_position_embeddings=2048,
-        # With theta 1000 most rotation periods close within the 1024 positions trained on, so later ones are not foreign.
+        # With theta 1000 most rotation periods close within the 1024 positions trained on, so later ones are known.
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
         eos_token_id=stop_ids,
         pad_token_id=stop_ids[0],
         bos_token_id=None,
     )
+    model_class: Any = Qwen3MoeForCausalLM
+    model: Qwen3MoeForCausalLM = model_class._from_config(
+        Qwen3MoeConfig(**settings), experts_implementation="grouped_mm"
+    )
+    return model
 
 
 def make_optimizer(model: Qwen3MoeForCausalLM) -> torch.optim.AdamW:
@@ -147,21 +152,71 @@ class Stop:
         self.asked = True
 
 
+class ThreadChooser:
+    """Uses all threads while that is faster than one, and one while other programs hold the cores.
+
+    Two threads wait for each other at the end of every kernel; when a neighbour takes one's core, both crawl: 3,900
+    tokens/s became 400, where one thread alone still made 1,300.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._most, self._now = num_threads, 1
+        self._single_s, self._many_s, self._num_steps_single = 0.0, 0.0, 0
+        torch.set_num_threads(1)
+
+    def observe(self, step_s: float) -> None:
+        """Takes the last step's duration and sets the threads for the next one."""
+        if self._now == 1:
+            self._single_s = 0.7 * self._single_s + 0.3 * step_s if self._single_s else step_s
+            self._num_steps_single += 1
+            if self._most > 1 and self._num_steps_single >= PROBE_EVERY_STEPS:
+                self._now, self._many_s = self._most, 0.8 * self._single_s
+        else:
+            self._many_s = 0.5 * (self._many_s + step_s)
+            if self._many_s > self._single_s:
+                self._now, self._num_steps_single = 1, 0
+        torch.set_num_threads(self._now)
+
+    def __repr__(self) -> str:
+        return f"{self._now} of {self._most} threads"
+
+
+def balance_loss(router_logits: tuple[torch.Tensor, ...], config: Qwen3MoeConfig) -> torch.Tensor:
+    """The load balancing loss of Switch Transformers (arXiv:2101.03961, 2.2), layer by layer: top-k when all even.
+
+    transformers pools the layers before it compares shares, so a layer may starve an expert that another one overuses:
+    after 242 steps 9 of 32 experts took 80% of most layers' tokens, and every layer had dead ones.
+    """
+    per_layer = [
+        torch.as_tensor(load_balancing_loss_func((logits_TE,), config.num_experts, config.num_experts_per_tok))
+        for logits_TE in router_logits
+    ]
+    return torch.stack(per_layer).mean()
+
+
 def train_step(model: Qwen3MoeForCausalLM, optimizer: torch.optim.AdamW, ids: torch.Tensor) -> tuple[float, float]:
     """Returns (cross entropy in nats per token, load balancing loss before its coefficient)."""
     # bf16 autocast over fp32 weights: 3,700 against 2,800 tokens/s on two AVX-512 cores, same loss to three digits.
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(input_ids=ids, labels=ids, use_cache=False, output_router_logits=True)
-    output.loss.backward()
+        output = model(input_ids=ids, use_cache=False, output_router_logits=True)
+    logits = output.logits[:, :-1].flatten(0, 1).float()
+    loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+    balance = balance_loss(output.router_logits, model.config)
+    total: Any = loss + model.config.router_aux_loss_coef * balance
+    total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    aux = output.aux_loss.item()
-    return output.loss.item() - model.config.router_aux_loss_coef * aux, aux
+    return loss.item(), balance.item()
 
 
 def train(
-    model: Qwen3MoeForCausalLM, optimizer: torch.optim.AdamW, batches: Batches, progress: Progress, checkpoint: Path
+    model: Qwen3MoeForCausalLM,
+    optimizer: torch.optim.AdamW,
+    batches: Batches,
+    progress: Progress,
+    checkpoint: Path,
+    threads: ThreadChooser,
 ) -> None:
     """Trains until the planned wall-clock time is used up or the process is asked to stop; checkpoints on the way."""
     stop = Stop()
@@ -175,13 +230,14 @@ def train(
         losses.append(train_step(model, optimizer, batches.draw(progress.num_steps, length=length)))
         progress.num_steps += 1
         progress.num_tokens += TOKENS_PER_STEP
+        threads.observe(time.monotonic() - started - progress.elapsed_s)
         progress.elapsed_s = time.monotonic() - started
         if progress.num_steps % LOG_EVERY_STEPS == 0:
             loss, aux = np.mean(losses, axis=0)
             tokens_per_s = (progress.num_tokens - marked_tokens) / (progress.elapsed_s - marked_s)
             log.info(
-                "step %d  loss %.3f  aux %.3f  lr %.2e  length %d  %.0f tokens/s  %.1f min left",
-                *(progress.num_steps, loss, aux, learning_rate(progress), length, tokens_per_s),
+                "step %d  loss %.3f  aux %.3f  lr %.2e  length %d  %.0f tokens/s  %r  %.1f min left",
+                *(progress.num_steps, loss, aux, learning_rate(progress), length, tokens_per_s, threads),
                 (progress.planned_s - progress.elapsed_s) / 60,
             )
             marked_s, marked_tokens, losses = progress.elapsed_s, progress.num_tokens, []
@@ -191,80 +247,23 @@ def train(
     save_checkpoint(checkpoint, model, optimizer, progress)
 
 
-def make_portable(folder: Path) -> None:
-    """Adds the published spellings that transformers 5 no longer writes and other readers (and transformers 4) need."""
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"num_experts": config["num_local_experts"], "rope_theta": config["rope_parameters"]["rope_theta"]}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    for path in folder.iterdir():
-        path.chmod(0o644)
-
-
-def export(
-    model: Qwen3MoeForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    documents: list[Document],
-    progress: Progress,
-    out: Path,
-    arguments: argparse.Namespace,
-) -> None:
-    """Writes the bf16 model, measures it as written, adds the card, then puts the folder in place of `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        model.config.output_router_logits = False
-        model.generation_config = GenerationConfig(
-            eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id
-        )
-        model.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder, save_jinja_files=False)
-        make_portable(folder)
-        written = Qwen3MoeForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, experts_implementation="grouped_mm"
-        ).eval()
-        card = Card(
-            **vars(progress),
-            seed=arguments.seed,
-            num_threads=arguments.threads,
-            python=platform.python_version(),
-            num_parameters=sum(p.numel() for p in written.parameters()),
-            losses=measure_loss(written, tokenizer, documents),
-            routing=measure_routing(written, tokenizer, documents),
-            samples=sample_answers(written, tokenizer),
-        )
-        write_card(
-            folder,
-            card,
-            documents,
-            config=written.config,
-            kind_shares=KIND_SHARES,
-            max_length=max(length for _, length in SEQUENCE_LENGTHS),
-            window=WINDOW,
-            held_out_percent=HELD_OUT_PERCENT,
-        )
-        folder.chmod(0o755)
-        shutil.rmtree(out, ignore_errors=True)
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    size_bytes = sum(path.stat().st_size for path in out.iterdir())
-    log.info("wrote %s: %.2f MB, validation loss %.3f nats per token", out, size_bytes / 1e6, card.losses["all"].nats_per_token)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=75.0, help="wall-clock length of the training (default 75)")
-    parser.add_argument("--out", type=Path, default=Path("offmoe/demo_model"), help="the model folder to write or replace")
+    parser.add_argument(
+        "--out", type=Path, default=Path("offmoe/demo_model"), help="the model folder to write or replace"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads for torch (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="for weights, conversations and batches (default 0)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
-    parser.add_argument("--export-only", action="store_true", help="train no further: write the checkpoint in --work to --out")
     parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()) / "offmoe-demo-training", help="checkpoint and log go here"
+        "--export-only", action="store_true", help="train no further: write the checkpoint in --work to --out"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "offmoe-demo-training",
+        help="checkpoint and log go here",
     )
     return parser.parse_args()
 
@@ -273,7 +272,7 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
     log_name = "export.log" if arguments.export_only else "train.log"
-    handlers = [logging.StreamHandler(), logging.FileHandler(arguments.work / log_name)]
+    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(arguments.work / log_name)]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     torch.set_num_threads(arguments.threads)
@@ -286,7 +285,7 @@ def main() -> None:
     else:
         tokenizer = train_tokenizer(documents)
         tokenizer.save_pretrained(tokenizer_folder, save_jinja_files=False)
-    model = Qwen3MoeForCausalLM._from_config(model_config(tokenizer), experts_implementation="grouped_mm")
+    model = new_model()
     optimizer = make_optimizer(model)
     progress = Progress(planned_s=arguments.minutes * 60)
     checkpoint = arguments.work / "checkpoint.pt"
@@ -299,8 +298,18 @@ def main() -> None:
     if not arguments.export_only:
         batches = Batches(documents, tokenizer, seed=arguments.seed)
         log.info("%d documents, %d unique training tokens", len(documents), batches.num_unique_tokens)
-        train(model, optimizer, batches, progress, checkpoint)
-    export(model, tokenizer, documents, progress, arguments.out, arguments)
+        train(model, optimizer, batches, progress, checkpoint, ThreadChooser(arguments.threads))
+    torch.set_num_threads(arguments.threads)
+    recipe = Recipe(
+        seed=arguments.seed,
+        num_threads=arguments.threads,
+        kind_shares=KIND_SHARES,
+        windows=SEQUENCE_LENGTHS,
+        tokens_per_step=TOKENS_PER_STEP,
+        peak_learning_rate=PEAK_LEARNING_RATE,
+        **vars(progress),
+    )
+    export(model, tokenizer, documents, recipe, arguments.out)
 
 
 if __name__ == "__main__":
