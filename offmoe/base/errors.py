@@ -1,15 +1,15 @@
 """The error tree. A message says what is wrong, gives the numbers, and says what to do, in one line.
 
-    OffmoeError                     a user can mend it: one line and exit code 2 in the command line
-    |-- UsageError                  a wrong option or value
-    |-- ModelNotFoundError          no such folder, not a model folder, hub out of reach
-    |-- UnsupportedModelError       a model that offmoe does not run (dense, unknown, pickled)
-    |-- BudgetError                 the model does not fit the memory allowed
-    |-- ContextLengthError          the prompt is longer than the context
-    |-- EngineBusyError             a second call while one is running, or a call on a closed engine
-    `-- CheckpointError             the files are damaged or contradict each other
-        |-- DiskReadError           the operating system failed a read
-        `-- CheckpointChangedError  a file changed under a running engine
+OffmoeError                     a user can mend it: one line and exit code 2 in the command line
+|-- UsageError                  a wrong option or value
+|-- ModelNotFoundError          no such folder, not a model folder, hub out of reach
+|-- UnsupportedModelError       a model that offmoe does not run (dense, unknown, pickled)
+|-- BudgetError                 the model does not fit the memory allowed
+|-- ContextLengthError          the prompt is longer than the context
+|-- EngineBusyError             a second call while one is running, or a call on a closed engine
+`-- CheckpointError             the files are damaged or contradict each other
+    |-- DiskReadError           the operating system failed a read
+    `-- CheckpointChangedError  a file changed under a running engine
 """
 
 from __future__ import annotations

@@ -34,9 +34,7 @@ class Fetch:
 class ExpertCache:
     """Expert weights in the host pool, read from disk on demand."""
 
-    def __init__(
-        self, index: ExpertIndex, pool: HostPool, disk: DiskTier, policy: Policy, counters: Counters
-    ) -> None:
+    def __init__(self, index: ExpertIndex, pool: HostPool, disk: DiskTier, policy: Policy, counters: Counters) -> None:
         self._index, self._pool, self._disk, self._policy = index, pool, disk, policy
         self.counters = counters
         self.slots = SlotTable(pool.num_slots)

@@ -90,7 +90,12 @@ def plan_read(spans: tuple[Span, ...], *, align_bytes: int) -> ReadPlan:
     for position, idx in enumerate(order):
         span = spans[idx]
         previous = spans[order[position - 1]] if position else None
-        if runs and previous and previous.file_idx == span.file_idx and previous.start + previous.num_bytes == span.start:
+        if (
+            runs
+            and previous
+            and previous.file_idx == span.file_idx
+            and previous.start + previous.num_bytes == span.start
+        ):
             run = runs.pop()
             begin, slot_offset = run.start, run.slot_offset
         else:

@@ -37,7 +37,9 @@ def _load_json(file: BinaryIO, file_name: str, file_bytes: int) -> tuple[dict[st
     file.seek(0)
     prefix = file.read(8)
     if len(prefix) < 8:
-        raise CheckpointError(f"{file_name} has {file_bytes} bytes, too few for a safetensors header; download it again")
+        raise CheckpointError(
+            f"{file_name} has {file_bytes} bytes, too few for a safetensors header; download it again"
+        )
     header_bytes = int.from_bytes(prefix, "little")
     if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
         raise CheckpointError(
@@ -46,13 +48,17 @@ def _load_json(file: BinaryIO, file_name: str, file_bytes: int) -> tuple[dict[st
         )
     raw = file.read(header_bytes)
     if len(raw) != header_bytes:
-        raise CheckpointError(f"{file_name} ends inside its header ({len(raw)} of {header_bytes} bytes); download it again")
+        raise CheckpointError(
+            f"{file_name} ends inside its header ({len(raw)} of {header_bytes} bytes); download it again"
+        )
     try:
         header = json.loads(raw, object_pairs_hook=lambda pairs: _no_duplicates(pairs, file_name))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file_name}: the header is not valid JSON ({error}); download it again") from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{file_name}: the header is a JSON {type(header).__name__}, not an object; download it again")
+        raise CheckpointError(
+            f"{file_name}: the header is a JSON {type(header).__name__}, not an object; download it again"
+        )
     return header, 8 + header_bytes
 
 
@@ -63,9 +69,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]], file_name: str) -> dict[str, An
     return result
 
 
-def _entry(
-    name: str, fields: Any, file_name: str, data_start: int, file_bytes: int, file_idx: int
-) -> TensorEntry:
+def _entry(name: str, fields: Any, file_name: str, data_start: int, file_bytes: int, file_idx: int) -> TensorEntry:
     where = f"{file_name}: tensor {name!r}"
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
         raise CheckpointError(f"{where} lacks dtype, shape or data_offsets; download the file again")

@@ -74,7 +74,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint. Raises ModelNotFoundError or CheckpointError."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; more than {MAX_JSON_BYTES} is no model file")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes; more than {MAX_JSON_BYTES} is no model file"
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelNotFoundError(f"{path.parent} has no {path.name}; point at a Hugging Face model folder") from None
@@ -118,7 +120,9 @@ def _nothing_to_load(folder: Path) -> Exception:
             f"{folder} holds only pickle files (first {pickles[0]}), which can run code when opened and are refused; "
             "get the safetensors version"
         )
-    return ModelNotFoundError(f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}; point at a Hugging Face model folder")
+    return ModelNotFoundError(
+        f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}; point at a Hugging Face model folder"
+    )
 
 
 def _merge(tensors: dict[str, TensorEntry], entries: dict[str, TensorEntry], files: list[ShardFile]) -> None:
@@ -136,4 +140,6 @@ def _check_weight_map(
     for name, shard in (weight_map or {}).items():
         entry = tensors.get(name)
         if entry is None or files[entry.file_idx].name != shard:
-            raise CheckpointError(f"{INDEX_NAME} says that {name!r} is in {shard}, where it is not; download both again")
+            raise CheckpointError(
+                f"{INDEX_NAME} says that {name!r} is in {shard}, where it is not; download both again"
+            )

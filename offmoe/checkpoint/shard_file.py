@@ -97,7 +97,7 @@ class ShardFile:
     def check_unchanged(self) -> None:
         """Raise CheckpointChangedError when the path no longer holds the bytes that were indexed."""
         try:
-            status = os.stat(self.path)
+            status = self.path.stat()
         except OSError:
             raise self._changed() from None
         if os.name == "nt":  # os.stat and os.fstat disagree on st_ino for some file systems there

@@ -44,7 +44,7 @@ class Executor:
         assignments = dispatch(expert_ids_TK, num_experts)
         y_SD = torch.zeros(num_tokens * top_k, x_TD.shape[-1], dtype=math.dtype, device=x_TD.device)
         _LayerRun(self._cache, layer_idx, math, x_TD, y_SD).run(assignments)
-        return _combine(y_SD, weights_TK, x_TD.dtype)
+        return combine(y_SD, weights_TK, x_TD.dtype)
 
 
 class _LayerRun:
@@ -99,9 +99,7 @@ class _LayerRun:
             return set(by_expert)
         return set(sorted(rows, key=lambda idx: (-rows[idx], idx))[:share])
 
-    def _start_reads(
-        self, missing: deque[int], by_expert: dict[int, list[Assignment]], keep: set[int]
-    ) -> None:
+    def _start_reads(self, missing: deque[int], by_expert: dict[int, list[Assignment]], keep: set[int]) -> None:
         while missing and len(self._in_flight) < MAX_READS_IN_FLIGHT:
             fetch = self._cache.start(ExpertKey(self._layer_idx, missing[0]), cold=missing[0] not in keep)
             if fetch is None:  # every slot is held or filling: the next arrivals free some
@@ -110,7 +108,7 @@ class _LayerRun:
 
     def _compute_arrivals(self, held: list[ExpertKey]) -> None:
         """Wait for the oldest read, then compute it with whatever else has arrived by now."""
-        arrived = []
+        arrived: list[tuple[ExpertWeights, list[Assignment]]] = []
         begin = time.perf_counter_ns()
         while self._in_flight and (not arrived or self._in_flight[0][0].ticket.done()):
             fetch, assignments = self._in_flight.popleft()
@@ -135,13 +133,12 @@ class _LayerRun:
         else:
             for weights, assignment in flat:
                 x_ND = self._x_TD if assignment.tokens_N is None else self._x_TD[assignment.tokens_N]
-                self._y_SD[assignment.choices_N] = experts_forward(
-                    self._math, [(assignment.expert_idx, weights, x_ND)]
-                )
+                self._y_SD[assignment.choices_N] = experts_forward(self._math, [(assignment.expert_idx, weights, x_ND)])
         self._counters.compute_ns += time.perf_counter_ns() - begin
 
 
-def _combine(y_SD: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def combine(y_SD: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sum of every token's K rows, weighted; as transformers' grouped path does it. (S, D), (T, K) -> (T, D)."""
     num_tokens, top_k = weights_TK.shape
     y_TKD = y_SD.view(num_tokens, top_k, -1)
     blocks = [

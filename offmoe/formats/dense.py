@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,6 +33,12 @@ def view_expert(layer: MoeLayer, slot: torch.Tensor, source_offsets: tuple[int, 
         up=_parts(layer.up, slot, source_offsets, layer.transposed),
         down=_parts(layer.down, slot, source_offsets, layer.transposed),
     )
+
+
+def writable_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, for a read to fill."""
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def torch_dtype(name: str, *, where: str) -> torch.dtype:

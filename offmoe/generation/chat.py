@@ -20,7 +20,11 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
     what the template itself refuses.
     """
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+        if (
+            not isinstance(message, dict)
+            or message.get("role") not in ROLES
+            or not isinstance(message.get("content"), str)
+        ):
             raise UsageError(f"{message!r} is no message; use {{'role': one of {', '.join(ROLES)}, 'content': text}}")
     if not messages:
         raise UsageError("the conversation is empty; give at least one message")

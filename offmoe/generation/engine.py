@@ -46,9 +46,7 @@ class Engine:
     def __init__(self, folder: Path, config: EngineConfig, *, baseline_bytes: int, progress: Progress) -> None:
         self.folder, self.config = folder, config
         self._baseline_bytes = baseline_bytes
-        self._loaded: LoadedModel | None = load_model(
-            folder, config, baseline_bytes=baseline_bytes, progress=progress
-        )
+        self._loaded: LoadedModel | None = load_model(folder, config, baseline_bytes=baseline_bytes, progress=progress)
         self._running = threading.Lock()
         try:
             self.tokenizer = _load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
@@ -81,6 +79,17 @@ class Engine:
         if self._loaded is None:
             raise EngineBusyError("the engine is closed; load the model again")
         return self._loaded
+
+    @property
+    def top_k(self) -> int:
+        """The most experts that one token uses in one layer."""
+        return self._parts.experts.top_k
+
+    @contextmanager
+    def uncached(self) -> Iterator[None]:
+        """Within: every expert is read from disk for every use and nothing is kept. Slow; the oracle of `verify`."""
+        with self._parts.uncached():
+            yield
 
     def stats(self) -> dict[str, Any]:
         """Totals since load: every counter, hit rate, slots, and peak memory growth against the budget."""
@@ -127,14 +136,12 @@ class Engine:
         settings = self._sampling(sampling)
         ids = self._encode(prompt)
         rules = self._stop_rules(len(ids), max_new_tokens, stop, ignore_end)
-        cache = make_kv_cache(parts.model.config, parts.context_length)
+        cache = make_kv_cache(parts.model, parts.context_length)
         steps = generate_step(
             parts.model, ids, choose or make_chooser(settings), cache=cache, chunk=parts.plan.prefill_chunk,
             on_prefill=on_prefill,
         )  # fmt: skip
-        pieces = stream_text(
-            steps, self.tokenizer, rules, parts.cache.counters, num_prompt_tokens=len(ids)
-        )
+        pieces = stream_text(steps, self.tokenizer, rules, parts.cache.counters, num_prompt_tokens=len(ids))
         return self._exclusively(pieces)
 
     def _exclusively(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
@@ -228,6 +235,8 @@ def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedToken
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} has a tokenizer that cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(
+            f"{folder} has a tokenizer that cannot be read: {' '.join(str(error).split())[:200]}"
+        ) from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer

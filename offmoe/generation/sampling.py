@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import GenerationConfig
@@ -19,6 +20,7 @@ from transformers.generation.logits_process import (
 
 from offmoe.base.errors import UsageError
 
+Number = TypeVar("Number", int, float)
 Chooser = Callable[[torch.Tensor, torch.Tensor], int]
 
 
@@ -44,12 +46,11 @@ def resolve_sampling(
     Raises UsageError naming the option and its range.
     """
     if temperature is None:
-        temperature = float(_default(defaults.temperature, 1.0)) if defaults.do_sample else 0.0
-    top_k = _default(defaults.top_k, 0) if top_k is None else top_k
-    top_p = _default(defaults.top_p, 1.0) if top_p is None else top_p
-    min_p = _default(defaults.min_p, 0.0) if min_p is None else min_p
-    if repetition_penalty is None:
-        repetition_penalty = _default(defaults.repetition_penalty, 1.0)
+        temperature = _first(defaults.temperature, None, 1.0) if defaults.do_sample else 0.0
+    top_k = _first(top_k, defaults.top_k, 0)
+    top_p = _first(top_p, defaults.top_p, 1.0)
+    min_p = _first(min_p, defaults.min_p, 0.0)
+    repetition_penalty = _first(repetition_penalty, defaults.repetition_penalty, 1.0)
     _check("temperature", temperature, 0.0, math.inf)
     _check("top_k", top_k, 0, math.inf)
     _check("top_p", top_p, 1e-6, 1.0)
@@ -60,8 +61,10 @@ def resolve_sampling(
     )
 
 
-def _default(value: float | None, otherwise: float) -> float | int:
-    return otherwise if value is None else value
+def _first(value: Number | None, default: Number | None, otherwise: Number) -> Number:
+    if value is not None:
+        return value
+    return otherwise if default is None else default
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

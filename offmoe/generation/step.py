@@ -12,34 +12,48 @@ from offmoe.generation.sampling import Chooser
 
 
 def generate_step(
-    model: PreTrainedModel, prompt_ids: Sequence[int], choose: Chooser, *, cache: DynamicCache, chunk: int,
+    model: PreTrainedModel, prompt_ids: Sequence[int], choose: Chooser, *, cache: DynamicCache | None, chunk: int,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[int]:  # fmt: skip
     """Yield token ids without end; the caller stops. The first id comes after the whole prompt was read.
 
-    `cache` is empty or holds a prefix that `prompt_ids` continue, and receives every id but the one last yielded.
+    `cache` is empty or holds a prefix that `prompt_ids` continue, and receives every id but the one last yielded; with
+    None the model makes its own.
     The prompt goes through in pieces of `chunk`; `on_prefill(done, total)` is called after each. `choose` sees all ids
     of this call, (1, S), and the last logits, (1, V).
     """
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    forward = _Forward(model, cache)
     ids = torch.tensor([list(prompt_ids)], dtype=torch.long)
     total = ids.shape[1]
     logits = torch.empty(0)
     for begin in range(0, total, chunk):
         piece = ids[:, begin : begin + chunk]
-        logits = _last_logits(model, piece, cache, keep)
+        logits = forward(piece)
         on_prefill(begin + piece.shape[1], total)
     while True:
         token_id = choose(ids, logits)
         yield token_id
         new = torch.tensor([[token_id]], dtype=torch.long)
         ids = torch.cat([ids, new], dim=1)
-        logits = _last_logits(model, new, cache, keep)
+        logits = forward(new)
 
 
-@torch.no_grad()
-def _last_logits(
-    model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache, keep: dict[str, int]
-) -> torch.Tensor:
-    output: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits
-    return output[:, -1]
+class _Forward:
+    """Calls the model as its own `generate` does: with positions, for the last logits only, where it takes them."""
+
+    def __init__(self, model: PreTrainedModel, cache: DynamicCache | None) -> None:
+        self._model, self._cache = model, cache
+        self._position = cache.get_seq_length() if cache is not None else 0
+        accepted = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    @torch.no_grad()
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Last logits (1, V) after appending ids (1, N)."""
+        begin, self._position = self._position, self._position + ids.shape[1]
+        positions = {"position_ids": torch.arange(begin, self._position)[None]} if self._takes_positions else {}
+        output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **positions, **self._options)
+        self._cache = output.past_key_values
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits

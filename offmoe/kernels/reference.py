@@ -30,9 +30,7 @@ class ExpertMath:
     dtype: torch.dtype
 
 
-def experts_forward(
-    math: ExpertMath, experts: Sequence[tuple[int, ExpertWeights, torch.Tensor]]
-) -> torch.Tensor:
+def experts_forward(math: ExpertMath, experts: Sequence[tuple[int, ExpertWeights, torch.Tensor]]) -> torch.Tensor:
     """Rows of several experts, in order: each item is (expert_idx, weights, x_ND); returns their y_ND concatenated.
 
     The activation is applied to all rows at once; every row's result depends on that row alone, so grouping experts
@@ -45,7 +43,7 @@ def experts_forward(
     hidden = math.activate(up)
     y = _cat([
         _project(h_NF, weights.down, math)
-        for (_, weights, _), h_NF in zip(experts, hidden.split(counts), strict=True)
+        for (_, weights, _), h_NF in zip(experts, torch.split(hidden, counts), strict=True)
     ])  # fmt: skip
     if math.down_bias_ED is not None:
         y = y + _rows_of(math.down_bias_ED, experts, counts)

@@ -1,4 +1,4 @@
-"""From transformers' conversion table and the checkpoint's headers to the expert index: which bytes are which expert."""
+"""From transformers' conversion table and the headers to the expert index: which bytes are which expert."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part, Span
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.formats.dense import torch_dtype
-from offmoe.models.transformers_internals import KeyMapping, Matrix, Target, expert_matrix, experts_modules
+from offmoe.models.transformers_internals import (
+    KeyMapping,
+    Target,
+    expert_matrix,
+    experts_modules,
+    refuse_unknown_operations,
+)
 
 _TOP_K_NAMES = (
     "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k_experts",
@@ -79,9 +85,7 @@ class _LayerBuilder:
         self.spans: list[list[Span]] = []
         self.used_keys: set[str] = set()
 
-    def add(
-        self, param_name: str, param: torch.nn.Parameter, by_param: dict[str, list[str]]
-    ) -> tuple[Part, ...]:
+    def add(self, param_name: str, param: torch.nn.Parameter, by_param: dict[str, list[str]]) -> tuple[Part, ...]:
         """Find the tensors of one parameter; returns the parts of an expert's matrix."""
         where = f"{self._module_name}.{param_name}"
         keys = by_param.get(where, [])
@@ -91,15 +95,16 @@ class _LayerBuilder:
                 "config and tensors are of different models"
             )
         self.used_keys.update(keys)
-        by_pattern: dict[str, list[TensorEntry]] = {}
-        for key in keys:
-            by_pattern.setdefault(self._targets[key].pattern or where, []).append(self._index.tensors[key])
-        sources = {pattern: self._source(entries, param, where) for pattern, entries in by_pattern.items()}
-        shapes = {pattern: shape for pattern, (_, shape, _) in sources.items()}
         pattern = self._targets[keys[0]].pattern
         order, operations = ([where], []) if pattern is None else (
             self._mapping.sources(pattern), self._mapping.operations(pattern)
         )  # fmt: skip
+        refuse_unknown_operations(operations, where=where)
+        by_pattern: dict[str, list[TensorEntry]] = {}
+        for key in keys:
+            by_pattern.setdefault(self._targets[key].pattern or where, []).append(self._index.tensors[key])
+        sources = {name: self._source(entries, param, where) for name, entries in by_pattern.items()}
+        shapes = {name: shape for name, (_, shape, _) in sources.items()}
         expected = (param.shape[1], param.shape[2])
         matrix = expert_matrix(shapes, order, operations, expected, where=where)
         if matrix.shape != expected:

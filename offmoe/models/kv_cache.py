@@ -7,9 +7,13 @@ transformers' own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from offmoe.models.transformers_internals import brings_own_cache
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -42,9 +46,11 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def make_kv_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
-    """An empty cache for sequences of up to `capacity` tokens."""
-    cache = DynamicCache(config=config)
+def make_kv_cache(model: PreTrainedModel, capacity: int) -> DynamicCache | None:
+    """An empty cache for sequences of up to `capacity` tokens; None for a model that must make its own kind."""
+    if brings_own_cache(model):
+        return None
+    cache = DynamicCache(config=model.config)
     cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
@@ -52,7 +58,8 @@ def make_kv_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
 def kv_bytes(cache: DynamicCache, num_tokens: int, capacity: int) -> int:
     """Bytes that `cache`, now holding `num_tokens` tokens of one sequence, will take at `capacity` tokens.
 
-    Counts every tensor a layer holds; those with a dimension of `num_tokens` are taken to grow with the sequence.
+    Counts every tensor that it holds; those with a dimension of `num_tokens` are taken to grow with the sequence, and
+    twice, since a layer that concatenates has its old and its new copy for a moment.
     """
     total = 0
     for layer in cache.layers:
@@ -60,12 +67,15 @@ def kv_bytes(cache: DynamicCache, num_tokens: int, capacity: int) -> int:
             if layer.keys is not None and layer.values is not None:
                 total += (layer.keys.nbytes + layer.values.nbytes) // num_tokens * capacity
             continue
-        limit = int(getattr(layer, "sliding_window", 0) or capacity)
-        for value in vars(layer).values():
-            tensors = value if isinstance(value, (list, tuple)) else [value]
-            for tensor in tensors:
-                if isinstance(tensor, torch.Tensor):
-                    grows = num_tokens in tensor.shape[1:]
-                    # a concatenating layer holds the old and the new copy for a moment: twice
-                    total += tensor.nbytes // num_tokens * min(limit, capacity) * 2 if grows else tensor.nbytes
-    return total
+        limit = min(capacity, int(getattr(layer, "sliding_window", 0) or capacity))
+        for tensor in _tensors(list(vars(layer).values())):
+            total += 2 * tensor.nbytes // num_tokens * limit if num_tokens in tensor.shape[1:] else tensor.nbytes
+    return total + sum(tensor.nbytes for tensor in _tensors(getattr(cache, "linear_cache", None)))
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from offmoe.cache.policy import make_policy
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex, read_json
 from offmoe.executor.executor import Executor
+from offmoe.executor.uncached import UncachedExecutor
 from offmoe.formats.dense import TORCH_DTYPES
 from offmoe.models.expert_map import map_experts, streamed_parameters
 from offmoe.models.probe import probe_model
 from offmoe.models.resident import load_resident, resident_bytes
-from offmoe.models.seam import LayerBinding, attach, bind
+from offmoe.models.seam import ExpertsExecutor, LayerBinding, attach, bind
 from offmoe.models.transformers_internals import SEAM_NAME, KeyMapping, experts_modules, served_families
 from offmoe.models.workspace import choose_chunk, workspace_bytes
 from offmoe.tiers.disk import DiskTier
@@ -48,14 +50,23 @@ class LoadedModel:
     cache: ExpertCache
     disk: DiskTier
     pool: HostPool
+    executor: Executor
     plan: MemoryPlan
     context_length: int
     chunkable: bool
 
+    @contextmanager
+    def uncached(self) -> Iterator[None]:
+        """Serve experts without the cache for a while."""
+        _attach_all(self.model, UncachedExecutor(self.experts, self.index.files))
+        try:
+            yield
+        finally:
+            _attach_all(self.model, self.executor)
+
     def close(self) -> None:
         """Take the experts away from the model, end threads, give back memory, close files."""
-        for _, module in experts_modules(self.model):
-            attach(module, None)
+        _attach_all(self.model, None)
         self.disk.close()
         self.cache.close()
         self.pool.close()
@@ -104,15 +115,14 @@ def load_model(
         pool = HostPool(num_slots=plan.num_slots, slot_bytes=slot_bytes)
         cache = ExpertCache(experts, pool, disk, make_policy(config.policy), counters)
         executor = Executor(cache)
-        for _, module in experts_modules(model):
-            attach(module, executor)
+        _attach_all(model, executor)
     except BaseException:
         if disk is not None:
             disk.close()
         index.close()
         raise
     return LoadedModel(
-        model=model, index=index, experts=experts, cache=cache, disk=disk, pool=pool, plan=plan,
+        model=model, index=index, experts=experts, cache=cache, disk=disk, pool=pool, executor=executor, plan=plan,
         context_length=context_length, chunkable=probe.chunkable,
     )  # fmt: skip
 
@@ -150,7 +160,9 @@ def read_model_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedCon
         raise CheckpointError(f"{folder / 'config.json'} is no valid {model_type} config: {_one_line(error)}") from None
     except Exception as error:  # noqa: BLE001 - hub's strict dataclass errors share no base with the above
         if type(error).__module__.startswith("huggingface_hub"):
-            raise CheckpointError(f"{folder / 'config.json'} is no valid {model_type} config: {_one_line(error)}") from None
+            raise CheckpointError(
+                f"{folder / 'config.json'} is no valid {model_type} config: {_one_line(error)}"
+            ) from None
         raise
 
 
@@ -168,7 +180,9 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
             try:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
             except ValueError as error:
-                raise UnsupportedModelError(f"{config.model_type!r} has no text generation model: {_one_line(error)}") from None
+                raise UnsupportedModelError(
+                    f"{config.model_type!r} has no text generation model: {_one_line(error)}"
+                ) from None
     if not experts_modules(model):
         if _looks_moe(index):
             raise UnsupportedModelError(
@@ -181,22 +195,34 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
     model.eval()
     folder = index.folder
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder / 'generation_config.json'} is not valid: {_one_line(error)}") from None
     return model
 
 
 def _model_class(config: PreTrainedConfig) -> Any:
     """The class that the checkpoint names, when transformers has it and it generates."""
     for name in getattr(config, "architectures", None) or ():
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.can_generate():
+        found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+        if _is_generator(found):
             return found
     return None
+
+
+def _is_generator(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, PreTrainedModel) and bool(found.can_generate())
 
 
 def _stored_dtype(index: CheckpointIndex) -> torch.dtype:
     found = (TORCH_DTYPES[entry.dtype] for entry in index.tensors.values() if entry.dtype in TORCH_DTYPES)
     return next(found, torch.float32)
+
+
+def _attach_all(model: PreTrainedModel, executor: ExpertsExecutor | None) -> None:
+    for _, module in experts_modules(model):
+        attach(module, executor)
 
 
 def _take_experts_out(model: PreTrainedModel) -> None:

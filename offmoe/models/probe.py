@@ -31,14 +31,13 @@ def probe_model(model: PreTrainedModel, context_length: int) -> ModelProbe:
     num_tokens = min(_NUM_TOKENS, context_length)
     ids = torch.arange(1, num_tokens + 1).remainder(model.config.get_text_config().vocab_size)[None]
     with torch.no_grad():
-        whole_cache = make_kv_cache(model.config, num_tokens)
-        whole = model(input_ids=ids, past_key_values=whole_cache, use_cache=True).logits[0, -1].float()
+        output = model(input_ids=ids, past_key_values=make_kv_cache(model, num_tokens), use_cache=True)
+        whole_cache, whole = output.past_key_values, output.logits[0, -1].float()
         chunkable = False
         if num_tokens > 3:
             cut = num_tokens // 2
-            cache = make_kv_cache(model.config, num_tokens)
-            model(input_ids=ids[:, :cut], past_key_values=cache, use_cache=True)
-            pieces = model(input_ids=ids[:, cut:], past_key_values=cache, use_cache=True).logits[0, -1].float()
-            difference = (whole - pieces).abs().max() / whole.abs().max().clamp_min(1e-6)
+            first = model(input_ids=ids[:, :cut], past_key_values=make_kv_cache(model, num_tokens), use_cache=True)
+            second = model(input_ids=ids[:, cut:], past_key_values=first.past_key_values, use_cache=True)
+            difference = (whole - second.logits[0, -1].float()).abs().max() / whole.abs().max().clamp_min(1e-6)
             chunkable = bool(difference < _TOLERANCE.get(model.dtype, 3e-2))
     return ModelProbe(kv_bytes(whole_cache, num_tokens, context_length), chunkable)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from offmoe.base.errors import CheckpointError
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.tensor_entry import TensorEntry
-from offmoe.formats.dense import TORCH_DTYPES
+from offmoe.formats.dense import TORCH_DTYPES, writable_bytes
 from offmoe.models.transformers_internals import KeyMapping, ResidentLoader, Target
 
 # Tensors handed to transformers' loader at once: bounds what is read ahead of conversion.
@@ -37,15 +37,16 @@ class LazyTensor:
             raise CheckpointError(f"tensor {entry.name!r} is stored as {entry.dtype}; known: {', '.join(_DTYPES)}")
         raw = torch.empty(math.prod(entry.shape), dtype=dtype)
         if entry.num_bytes:
-            self._index.read_bytes_into(entry, memoryview(raw.view(torch.uint8).numpy()))
+            self._index.read_bytes_into(entry, writable_bytes(raw))
         return raw.view(entry.shape)
 
 
 def resident_bytes(model: PreTrainedModel) -> int:
     """Bytes of the model's own parameters and buffers, tied ones counted once. Experts must be dropped before."""
     tied = set(model.all_tied_weights_keys)
-    params = sum(p.nbytes for name, p in model.named_parameters() if name not in tied)
-    return params + sum(buffer.nbytes for buffer in model.buffers())
+    params: int = sum(p.nbytes for name, p in model.named_parameters() if name not in tied)
+    buffers: int = sum(buffer.nbytes for buffer in model.buffers())
+    return params + buffers
 
 
 def load_resident(

@@ -7,15 +7,24 @@ the loader puts there. Several engines in one process therefore do not meet.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from offmoe.executor.executor import Executor
 from offmoe.kernels.reference import ExpertMath
 from offmoe.models.transformers_internals import register_experts_function
 
 _BINDING_NAME = "_offmoe_binding"
+
+
+class ExpertsExecutor(Protocol):
+    """Who computes a layer's experts."""
+
+    def run_layer(
+        self, layer_idx: int, math: ExpertMath, num_experts: int,
+        x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """The experts' weighted sum, (T, D)."""
 
 
 @dataclass(slots=True)
@@ -26,7 +35,7 @@ class LayerBinding:
     num_experts: int
     dtype: torch.dtype
     math: ExpertMath | None = None
-    executor: Executor | None = None
+    executor: ExpertsExecutor | None = None
 
 
 def bind(module: torch.nn.Module, binding: LayerBinding) -> None:
@@ -35,7 +44,7 @@ def bind(module: torch.nn.Module, binding: LayerBinding) -> None:
     setattr(module, _BINDING_NAME, binding)
 
 
-def attach(module: torch.nn.Module, executor: Executor | None) -> None:
+def attach(module: torch.nn.Module, executor: ExpertsExecutor | None) -> None:
     """Let `executor` compute a bound module's experts (None: detach). The module's resident parts are loaded by now."""
     binding = _binding_of(module)
     binding.math = _math_of(module, binding.dtype)

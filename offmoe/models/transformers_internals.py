@@ -53,6 +53,11 @@ def experts_modules(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]
     ]
 
 
+def brings_own_cache(model: PreTrainedModel) -> bool:
+    """True for a model that refuses a DynamicCache and makes its own kind on the first call (MiniMax-Text-01)."""
+    return not model._supports_default_dynamic_cache()
+
+
 def served_families() -> list[str]:
     """Folders of transformers' models whose experts go through the door. Reads source files: for error messages."""
     models = Path(transformers.__file__).parent / "models"
@@ -147,6 +152,20 @@ def expert_matrix(
     return next(iter(state.values()))
 
 
+def refuse_unknown_operations(operations: list[object], *, where: str) -> None:
+    """Raise UnsupportedModelError for operations that `expert_matrix` cannot describe."""
+    for operation in operations:
+        if type(operation) not in (MergeModulelist, Concatenate, Transpose, Interleave):
+            raise _unknown_operation(operation, where)
+
+
+def _unknown_operation(operation: object, where: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{where}: experts converted by {operation!r} are not read yet; known: MergeModulelist(0), "
+        "Concatenate, Transpose and Interleave of one expert's dimensions"
+    )
+
+
 def _apply(operation: object, state: dict[str, Matrix], param_shape: tuple[int, int], where: str) -> dict[str, Matrix]:
     match operation:
         case MergeModulelist(dim=0):
@@ -161,10 +180,7 @@ def _apply(operation: object, state: dict[str, Matrix], param_shape: tuple[int, 
             axis = (dim - 1) % 2 if dim > 0 else dim % 2
             return {source: _deinterleave(matrix, axis, where) for source, matrix in state.items()}
         case _:
-            raise UnsupportedModelError(
-                f"{where}: experts converted by {operation!r} are not read yet; known: MergeModulelist(0), "
-                "Concatenate, Transpose and Interleave of one expert's dimensions"
-            )
+            raise _unknown_operation(operation, where)
 
 
 def _concatenate(matrices: list[Matrix], axis: int, where: str) -> Matrix:
@@ -226,9 +242,7 @@ class ResidentLoader:
 
         All parts of one parameter must be in one call.
         """
-        info, _ = convert_and_load_state_dict_in_model(
-            model=self._model, state_dict=tensors, load_config=self._config
-        )
+        info, _ = convert_and_load_state_dict_in_model(model=self._model, state_dict=tensors, load_config=self._config)
         self._last_info = info
         self._missing &= set(info.missing_keys)
         self._unexpected |= set(info.unexpected_keys)

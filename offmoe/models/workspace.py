@@ -6,6 +6,8 @@ An upper estimate, in bytes, of what is alive at once in the widest place of a l
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedConfig, PreTrainedModel
 
 PREFILL_CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64)
@@ -17,7 +19,7 @@ def workspace_bytes(model: PreTrainedModel, *, chunk: int, context_length: int) 
     """Peak of temporaries for `chunk` tokens against `context_length` cached ones."""
     config = model.config.get_text_config()
     item = model.dtype.itemsize
-    width = int(config.hidden_size)
+    width = _number(config, "hidden_size", 1)
     heads = _number(config, "num_attention_heads", 1)
     head_dim = max(
         _number(config, "head_dim", width // heads),
@@ -34,28 +36,41 @@ def workspace_bytes(model: PreTrainedModel, *, chunk: int, context_length: int) 
     if getattr(config, "_attn_implementation", "sdpa") == "eager":
         attention += chunk * context_length * heads * (2 * item + 4)
     # Experts' outputs for every choice, the sort, and one expert's own activations for at most `chunk` rows.
-    experts = chunk * top_k * (width * item + 32) + chunk * (width + 4 * _number(config, "moe_intermediate_size", dense)) * item
+    experts = (
+        chunk * top_k * (width * item + 32)
+        + chunk * (width + 4 * _number(config, "moe_intermediate_size", dense)) * item
+    )
     mlp = chunk * dense * item * 4
     # Linear-attention and state-space layers run in float32 here.
     if any(kind not in ("full_attention", "sliding_attention") for kind in getattr(config, "layer_types", None) or ()):
         attention += chunk * max(heads * head_dim, 2 * width) * 4 * 12
-    logits = int(config.vocab_size) * (item + 4 * 4)
+    logits = _number(config, "vocab_size", 1) * (item + 4 * 4)
     # oneDNN reorders a matrix before a product: at most the largest resident one.
     reorder = max((p.nbytes for p in model.parameters() if p.dim() == 2), default=0)
-    return hidden + mask + max(attention, experts, mlp) + experts // 2 + logits + reorder
+    peak: int = hidden + mask + max(attention, experts, mlp) + experts // 2 + logits + reorder
+    return peak
 
 
 def choose_chunk(model: PreTrainedModel, *, context_length: int, room_bytes: int) -> int:
-    """The largest prefill chunk whose workspace stays under its share of `room_bytes`; larger chunks read fewer bytes."""
+    """The largest prefill chunk whose workspace stays under its share of `room_bytes`; larger ones read fewer bytes."""
     for chunk in PREFILL_CHUNKS:
-        if chunk < 2 * context_length and workspace_bytes(
-            model, chunk=min(chunk, context_length), context_length=context_length
-        ) <= MAX_WORKSPACE_SHARE * room_bytes:
+        if (
+            chunk < 2 * context_length
+            and workspace_bytes(model, chunk=min(chunk, context_length), context_length=context_length)
+            <= MAX_WORKSPACE_SHARE * room_bytes
+        ):
             return min(chunk, context_length)
     return min(PREFILL_CHUNKS[-1], context_length)
 
 
 def _number(config: PreTrainedConfig, name: str, default: int) -> int:
-    value = getattr(config, name, None)
-    value = max(value) if isinstance(value, (list, tuple)) and value else value
-    return int(value) if isinstance(value, (int, float)) and value else default
+    """The largest value that `name` has anywhere in the config (it may differ by layer), or `default`."""
+
+    def largest(value: Any, inside: bool) -> float:
+        if isinstance(value, dict):
+            return max((largest(item, inside or key == name) for key, item in value.items()), default=0)
+        if isinstance(value, (list, tuple)):
+            return max((largest(item, inside) for item in value), default=0)
+        return value if inside and isinstance(value, (int, float)) else 0
+
+    return int(largest(config.to_dict(), inside=False)) or default

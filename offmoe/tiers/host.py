@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -27,10 +28,8 @@ class HostPool:
                 "lower --ram"
             ) from None
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with contextlib.suppress(OSError):  # a kernel without huge pages: slower look-ups, nothing else
                 slab.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel without huge pages: slower look-ups, nothing else
-                pass
         self._view: memoryview | None = memoryview(slab)
         self._bytes: torch.Tensor | None = torch.frombuffer(slab, dtype=torch.uint8)
 

@@ -1,0 +1,172 @@
+"""The `offmoe` command. torch and transformers are imported by the commands that need them, not here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from offmoe import __version__
+from offmoe.base.errors import UsageError
+from offmoe.checkpoint.locate import demo_model_folder, locate_model
+from offmoe.cli.options import (
+    engine_options,
+    json_option,
+    print_json,
+    sampling_options,
+    split_engine_options,
+    user_errors,
+)
+
+DEMO_PROMPT = "def read_lines(path):\n    "
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="offmoe")
+def main() -> None:
+    """Run Mixture-of-Experts language models larger than memory, exactly as published.
+
+    MODEL is a Hugging Face model folder or a hub id; without one, the bundled demo model is used.
+    """
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--prompt", required=True, help='The text to continue; "-" reads it from standard input.')
+@sampling_options
+@engine_options
+@json_option
+@user_errors
+def generate(model: str | None, prompt: str, stop: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Continue a prompt."""
+    from offmoe.cli.session import open_engine, peak_line, print_stream
+    from offmoe.report.progress import ProgressReporter
+
+    engine_given, sampling = split_engine_options(options)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with open_engine(model, engine_given, quiet=as_json) as engine:
+        if as_json:
+            reply = engine.generate(text, stop=stop, **sampling)
+            print_json(
+                {
+                    "text": reply.text, "token_ids": reply.token_ids, "finish_reason": reply.finish_reason,
+                    "stats": reply.stats.as_dict(), "engine": engine.stats(),
+                }
+            )  # fmt: skip
+            return
+        with ProgressReporter() as progress:
+            pieces = engine.stream(
+                text, stop=stop, on_prefill=lambda done, total: progress("prompt", done, total), **sampling
+            )
+            last = print_stream(pieces)
+        click.echo()
+        assert last.stats is not None
+        click.echo(last.stats.line(), err=True)
+        click.echo(peak_line(engine), err=True)
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--system", help="A system message.")
+@sampling_options
+@engine_options
+@user_errors
+def chat(model: str | None, system: str | None, stop: tuple[str, ...], **options: Any) -> None:
+    """Talk with a model; Ctrl-C stops a reply, /exit or end of input leaves."""
+    from offmoe.cli.chat import run_chat
+    from offmoe.cli.session import open_engine
+
+    engine_given, sampling = split_engine_options(options)
+    with open_engine(model, engine_given) as engine:
+        run_chat(engine, system=system, options={"stop": stop, **sampling})
+
+
+@main.command()
+@click.option("--prompt", default=DEMO_PROMPT, show_default=False, help="The text to continue.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=160, show_default=True, help="Length of the reply.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Another seed, another text.")
+@json_option
+@user_errors
+def demo(prompt: str, max_new_tokens: int, seed: int, as_json: bool) -> None:
+    """Stream the bundled model with a quarter of its experts in memory, and show what that cost."""
+    from offmoe.cli.demo import run_demo
+
+    record = run_demo(prompt, max_new_tokens=max_new_tokens, seed=seed, quiet=as_json)
+    if as_json:
+        print_json(record)
+
+
+@main.command()
+@click.argument("model", required=False)
+@json_option
+@user_errors
+def inspect(model: str | None, as_json: bool) -> None:
+    """Layers, experts and sizes of a checkpoint, from its headers alone."""
+    from offmoe.planner.survey import survey
+    from offmoe.report.tables import print_pairs, survey_rows
+
+    folder = demo_model_folder() if model is None else locate_model(model)
+    found = survey(folder)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print_pairs(str(folder.name), survey_rows(found))
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--prompt", default="The quick brown fox", show_default=True, help="The text to compare on.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=8, show_default=True, help="Greedy tokens to compare."
+)
+@engine_options
+@json_option
+@user_errors
+def verify(model: str | None, prompt: str, max_new_tokens: int, as_json: bool, **options: Any) -> None:
+    """Check that cached output equals uncached output, at three cache sizes."""
+    from offmoe.cli.verify import run_verify
+
+    engine_given, _ = split_engine_options(options)
+    sys.exit(run_verify(model, engine_given, prompt, max_new_tokens, as_json=as_json))
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option(
+    "--ids", "ids_file", type=click.Path(path_type=Path), help="JSON list of token ids to go through as given."
+)
+@click.option("--prompt", help="Text to go through instead of --ids.")
+@click.option("--prefill", type=click.IntRange(1), default=128, show_default=True, help="Ids read at once, first.")
+@click.option("--decode", type=click.IntRange(2), help="Ids decoded one at a time; default: all that are left.")
+@engine_options
+@json_option
+@user_errors
+def bench(
+    model: str | None, ids_file: Path | None, prompt: str | None, prefill: int, decode: int | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Time load, prompt and decoding on given ids. The last line of standard output is one JSON object."""
+    from offmoe.cli.bench import run_bench_command
+
+    engine_given, _ = split_engine_options(options)
+    ids = None if ids_file is None else read_ids(ids_file)
+    record = run_bench_command(model, engine_given, ids, prompt, prefill, decode, quiet=as_json)
+    print_json(record)
+
+
+def read_ids(path: Path) -> list[int]:
+    """A JSON list of token ids. Raises UsageError naming the file."""
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--ids {path} cannot be read as JSON: {error}") from None
+    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+        raise UsageError(f"--ids {path} is no list of token ids; expected JSON like [1, 2, 3]")
+    return ids
+
+
+if __name__ == "__main__":
+    main()

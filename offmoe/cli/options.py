@@ -1,0 +1,87 @@
+"""Flags that several commands share, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from offmoe.base.errors import OffmoeError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_ENGINE_FLAGS = [
+    click.option(
+        "--ram", metavar="SIZE", help='Memory the process may use, e.g. "6GiB". Default: most of what is free.'
+    ),
+    click.option("--context-length", metavar="N", help="Tokens of prompt plus reply to set memory aside for."),
+    click.option("--experts", metavar="N", help="Expert slots, instead of what --ram leaves room for."),
+    click.option("--prefill-chunk", metavar="N", help="Prompt tokens that go through the model at once."),
+    click.option("--policy", metavar="auto|lru", help="Which experts are evicted."),
+    click.option("--io", metavar="auto|direct|buffered", help="How experts are read from disk."),
+    click.option("--device", metavar="auto|cpu", help="Where to compute."),
+    click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model."),
+]
+_SAMPLING_FLAGS = [
+    click.option(
+        "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Length of the reply."
+    ),
+    click.option("--temperature", type=float, help="0 is greedy. Default: what the model's publisher set."),
+    click.option("--top-k", type=int, help="Sample from the K likeliest tokens."),
+    click.option("--top-p", type=float, help="Sample from the likeliest tokens that sum to P."),
+    click.option("--min-p", type=float, help="Drop tokens below P times the likeliest one's probability."),
+    click.option("--repetition-penalty", type=float, help="Above 1: avoid tokens that occurred before."),
+    click.option("--seed", type=int, help="Make sampling repeatable."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the reply at TEXT. May be given more than once."),
+]
+ENGINE_NAMES = (
+    "ram", "context_length", "experts", "prefill_chunk", "policy", "io", "device", "trust_remote_code",
+)  # fmt: skip
+
+
+def engine_options(command: Command) -> Command:
+    """The cache flags."""
+    return functools.reduce(lambda f, option: option(f), reversed(_ENGINE_FLAGS), command)
+
+
+def sampling_options(command: Command) -> Command:
+    """The flags of how tokens are chosen."""
+    return functools.reduce(lambda f, option: option(f), reversed(_SAMPLING_FLAGS), command)
+
+
+def json_option(command: Command) -> Command:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")(command)
+
+
+def split_engine_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(engine options, the others), leaving out what was not given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    engine = {name: value for name, value in given.items() if name in ENGINE_NAMES}
+    return engine, {name: value for name, value in given.items() if name not in ENGINE_NAMES}
+
+
+def user_errors(command: Command) -> Command:
+    """OffmoeError becomes one line on stderr and exit code 2; Ctrl-C exit code 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except OffmoeError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            sys.exit(130)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """One line of JSON to stdout."""
+    click.echo(json.dumps(record, ensure_ascii=False))

@@ -1,0 +1,56 @@
+"""Loading and streaming as the commands do it: the plan first, progress while waiting, statistics last."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from offmoe.base.units import format_bytes
+from offmoe.report.progress import ProgressReporter
+
+if TYPE_CHECKING:
+    from offmoe.generation.engine import Engine
+    from offmoe.generation.stream import Piece
+
+
+def open_engine(model: str | None, options: dict[str, Any], *, quiet: bool = False) -> Engine:
+    """Load with progress on stderr, then say what goes where (unless `quiet`)."""
+    from offmoe.api import load
+
+    _hush_libraries()
+    with ProgressReporter(quiet=quiet) as progress:
+        engine = load(model, progress=progress, **options)
+    if not quiet:
+        click.echo(f"{engine.folder.name}: {engine.plan.line()}", err=True)
+    return engine
+
+
+def _hush_libraries() -> None:
+    """transformers' own bars and advice would mix with ours; its errors are raised, not logged."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def print_stream(pieces: Iterator[Piece]) -> Piece:
+    """Write text as it comes; returns the last piece. Closes the stream whatever happens."""
+    last = None
+    try:
+        for last in pieces:
+            sys.stdout.write(last.text)
+            sys.stdout.flush()
+    finally:
+        pieces.close()  # type: ignore[attr-defined]
+    assert last is not None, "a stream has a last piece"
+    return last
+
+
+def peak_line(engine: Engine) -> str:
+    """Measured peak against the budget."""
+    totals = engine.stats()
+    peak, planned = totals["peak_rss_growth_bytes"], totals["planned_bytes"]
+    return f"memory: peak {format_bytes(peak)}, planned {format_bytes(planned)}, budget {format_bytes(totals['ram_bytes'])}"

@@ -1,0 +1,48 @@
+"""`offmoe verify`: prints one line a cache size and the verdict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from offmoe.base.errors import UsageError
+from offmoe.base.units import format_percent
+from offmoe.cli.options import print_json
+from offmoe.cli.session import open_engine
+from offmoe.report.progress import ProgressReporter
+
+if TYPE_CHECKING:
+    from offmoe.generation.engine import Engine
+
+
+def run_verify(model: str | None, options: dict[str, Any], prompt: str, num_new: int, *, as_json: bool) -> int:
+    """Exit code 0 when every size agrees with the oracle, 1 when one does not."""
+    from offmoe.report.verify import verify
+
+    def engine_with(slots: int | None) -> Engine:
+        wanted = {} if slots is None else {"experts": slots}
+        return open_engine(model, {**options, **wanted}, quiet=True)
+
+    with engine_with(None) as engine:
+        if engine.tokenizer is not None:
+            ids = list(engine.tokenizer(prompt)["input_ids"])
+        else:
+            vocab = engine.model.config.get_text_config().vocab_size
+            ids = [(7 * position + 3) % vocab for position in range(16)]
+    if not ids:
+        raise UsageError("--prompt is empty; give at least one token")
+    with ProgressReporter(quiet=as_json) as progress:
+        results = verify(engine_with, ids, num_new, progress)
+    for result in results:
+        if not as_json:
+            click.echo(
+                f"{result.slots:6d} slots: ids {'equal' if result.ids_equal else 'DIFFER'}, logits differ by at most "
+                f"{result.max_relative_difference:.1e} of the largest, hits {format_percent(result.hit_rate)}"
+            )
+    passed = all(result.passed for result in results)
+    if as_json:
+        print_json({"passed": passed, "sizes": [result.as_dict() for result in results]})
+    else:
+        click.echo("cached output equals uncached output" if passed else "cached output DIFFERS from uncached output")
+    return 0 if passed else 1

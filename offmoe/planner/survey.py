@@ -1,0 +1,135 @@
+"""A checkpoint described from its config and headers alone, in milliseconds: no torch, no transformers.
+
+Which tensors are experts is told by name and shape here; the loader asks transformers. A test holds both equal on
+every family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.checkpoint.index import CheckpointIndex, read_json
+from offmoe.checkpoint.tensor_entry import TensorEntry
+
+_EXPERT_COUNTS = (
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts",
+    "num_moe_experts", "moe_num_routed_experts", "num_local_routed_experts",
+)  # fmt: skip
+_TOP_K = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k_experts",
+    "num_selected_experts", "moe_k", "top_k",
+)  # fmt: skip
+# layers.3.mlp.experts.17.gate_proj.weight -> ("layers.3.mlp.experts", 17)
+_ONE_EXPERT = re.compile(r"^(.*\bexperts?)\.(\d+)\.")
+_LAYER = re.compile(r"^(.*?\.\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What a checkpoint holds. Bytes on disk; `resident` is everything that is not a routed expert."""
+
+    model_type: str
+    architecture: str
+    num_layers: int
+    num_moe_layers: int
+    experts_per_layer: int
+    top_k: int
+    expert_bytes: int
+    experts_total_bytes: int
+    resident_bytes: int
+    total_bytes: int
+    layout: str
+    formats: dict[str, int]
+    num_files: int
+    num_tensors: int
+    context_length: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Expert bytes that one token uses."""
+        return self.num_moe_layers * self.top_k * self.expert_bytes
+
+
+def survey(folder: Path) -> Survey:
+    """Describe the checkpoint in `folder`. Raises CheckpointError, or UnsupportedModelError for a dense model."""
+    config = read_json(folder / "config.json")
+    index = CheckpointIndex.open(folder)
+    index.close()
+    counts = _numbers(config, _EXPERT_COUNTS)
+    per_expert, stacked = _experts(index.tensors.values(), counts)
+    if not per_expert and not stacked:
+        raise UnsupportedModelError(
+            f"{folder} is a dense model ({config.get('model_type')}): it has no experts to stream; "
+            "use transformers or llama.cpp"
+        )
+    experts = [entry for _, _, entry in per_expert] + [entry for entry, _ in stacked]
+    layers = {prefix for prefix, _, _ in per_expert} | {_layer_of(entry.name) for entry, _ in stacked}
+    num_experts = max([idx + 1 for _, idx, _ in per_expert] + [count for _, count in stacked])
+    expert_total = sum(entry.num_bytes for entry in experts)
+    sizes = Counter[str]()
+    for entry in index.tensors.values():
+        sizes[entry.dtype] += entry.num_bytes
+    return Survey(
+        model_type=str(config.get("model_type")),
+        architecture=_architecture(config),
+        num_layers=max(_numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0),
+        num_moe_layers=len(layers),
+        experts_per_layer=num_experts,
+        top_k=max(_numbers(config, _TOP_K), default=0),
+        expert_bytes=expert_total // (len(layers) * num_experts),
+        experts_total_bytes=expert_total,
+        resident_bytes=index.num_bytes - expert_total,
+        total_bytes=index.num_bytes,
+        layout="one tensor per expert" if per_expert else "stacked tensors",
+        formats=dict(sizes.most_common()),
+        num_files=len(index.files),
+        num_tensors=len(index.tensors),
+        context_length=max(_numbers(config, ("max_position_embeddings",)), default=None),
+    )
+
+
+def _experts(
+    entries: Any, counts: set[int]
+) -> tuple[list[tuple[str, int, TensorEntry]], list[tuple[TensorEntry, int]]]:
+    """(prefix, expert, tensor) of experts with tensors of their own, and (tensor, experts) of stacked ones."""
+    per_expert, stacked = [], []
+    for entry in entries:
+        match = _ONE_EXPERT.match(entry.name)
+        if match and len(entry.shape) == 2:
+            per_expert.append((match.group(1), int(match.group(2)), entry))
+        elif len(entry.shape) == 3 and entry.shape[0] in counts and "conv" not in entry.name:
+            stacked.append((entry, entry.shape[0]))
+    return per_expert, stacked
+
+
+def _layer_of(name: str) -> str:
+    match = _LAYER.match(name)
+    return match.group(1) if match else name
+
+
+def _numbers(config: dict[str, Any], names: tuple[str, ...]) -> set[int]:
+    """Every positive whole number under one of `names`, anywhere in the config; lists may give one a layer."""
+    found: set[int] = set()
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= _numbers(value, names)
+        elif key in names:
+            items = value if isinstance(value, list) else [value]
+            found |= {item for item in items if type(item) is int and item > 0}
+    return found
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    names = config.get("architectures")
+    if names is not None and (not isinstance(names, list) or not all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"config.json has architectures {names!r}; expected a list of names")
+    return names[0] if names else "unknown"

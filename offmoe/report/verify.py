@@ -1,0 +1,77 @@
+"""Is cached output the uncached output? The same prompt at several cache sizes against an executor without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from offmoe.generation.engine import Engine
+
+# Largest difference of logits, relative to the largest logit, that counts as equal. The arithmetic is the same
+# instructions on the same bytes, so 0 is expected; the allowance is for a matrix product that splits rows otherwise.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult:
+    """One cache size against the oracle."""
+
+    slots: int
+    ids_equal: bool
+    max_relative_difference: float
+    hit_rate: float
+
+    @property
+    def passed(self) -> bool:
+        """Ids equal, logits within TOLERANCE."""
+        return self.ids_equal and self.max_relative_difference <= TOLERANCE
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def cache_sizes(engine: Engine) -> list[int]:
+    """Three sizes: one token's experts, a quarter, and all that the budget allows."""
+    num_slots, total, top_k = engine.plan.num_slots, engine.plan.num_experts, engine.top_k
+    return sorted({top_k, min(num_slots, max(top_k, total // 4)), num_slots})
+
+
+def run_and_record(engine: Engine, ids: list[int], num_new: int) -> tuple[list[int], torch.Tensor]:
+    """Greedy ids and the logits (num_new, V) they were chosen from."""
+    logits: list[torch.Tensor] = []
+
+    def choose(_: torch.Tensor, last: torch.Tensor) -> int:
+        logits.append(last[0].float().clone())
+        return int(last.argmax(dim=-1))
+
+    reply = engine.generate(ids, max_new_tokens=num_new, choose=choose, ignore_end=True)
+    return list(reply.token_ids), torch.stack(logits)
+
+
+def verify(
+    open_engine: Callable[[int | None], Engine], ids: list[int], num_new: int,
+    progress: Callable[[str, int, int], None],
+) -> list[VerifyResult]:  # fmt: skip
+    """Compare three cache sizes with no cache. `open_engine(slots)` loads with that many slots (None: what fits)."""
+    with open_engine(None) as engine:
+        sizes = cache_sizes(engine)
+        progress("uncached", 0, 1 + len(sizes))
+        with engine.uncached():
+            expected_ids, expected = run_and_record(engine, ids, num_new)
+    results = []
+    for step, slots in enumerate(sizes):
+        progress(f"{slots} slots", 1 + step, 1 + len(sizes))
+        with open_engine(slots) as engine:
+            got_ids, got = run_and_record(engine, ids, num_new)
+            difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+            results.append(
+                VerifyResult(
+                    slots=slots, ids_equal=got_ids == expected_ids, max_relative_difference=difference,
+                    hit_rate=engine.stats()["hit_rate"],
+                )
+            )  # fmt: skip
+    return results
