@@ -1,23 +1,25 @@
 """A tiny real model of every family that transformers routes through its experts door.
 
-Each `Family` is a config of the family's own class, small enough to run in milliseconds, and wide enough to be wrong in a
-visible way: expert width differs from model width, weights are spread so that a wrong expert, a wrong layer or a swapped
-half moves the logits, biases and attention sinks are not zero. `build` makes the model, `save_layout` writes it in the
-forms a checkpoint is found in. Nothing here knows offmoe: these are the models it is measured against.
+Each `Family` is a config of the family's own class, small enough to run in milliseconds, and wide enough to be wrong in
+a visible way: expert width differs from model width, weights are spread so that a wrong expert, a wrong layer or a
+swapped half moves the logits, biases and attention sinks are not zero. `build` makes the model, `save_layout` writes it
+in the forms a checkpoint is found in. Nothing here knows offmoe: these are the models it is measured against.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
+import math
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -37,7 +39,10 @@ class Family:
     config_class: str
     config: dict[str, object] = field(repr=False)
     notes: str = ""
-    gains: dict[str, float] = field(default_factory=dict, repr=False)  # module name -> factor on its random matrix
+    # Name of a module -> factor on the standard deviation of its random matrix.
+    gains: dict[str, float] = field(default_factory=dict, repr=False)
+    # The hub stores the stacked experts transposed. transformers turns them on load and never writes them so.
+    published_transposed: bool = False
 
 
 # Four heads of 12 on a width of 48. Families that name a head size get 16, so that attention is not square either.
@@ -66,10 +71,22 @@ _MLA: dict[str, object] = {
 }
 
 
-def _family(name: str, prefix: str, base: dict[str, object], *, notes: str = "", **overrides: object) -> Family:
-    config = {**base, **overrides}
+def _family(
+    name: str,
+    prefix: str,
+    base: dict[str, object],
+    *,
+    notes: str = "",
+    gains: dict[str, float] | None = None,
+    **overrides: object,
+) -> Family:
     return Family(
-        name=name, model_class=f"{prefix}ForCausalLM", config_class=f"{prefix}Config", config=config, notes=notes
+        name=name,
+        model_class=f"{prefix}ForCausalLM",
+        config_class=f"{prefix}Config",
+        config={**base, **overrides},
+        notes=notes,
+        gains=gains or {},
     )
 
 
@@ -86,8 +103,8 @@ _ROUTED: dict[str, object] = {
     "topk_group": 2,
 }
 
-# DeepSeek's sparse attention: each query keeps 8 keys, fewer than the tests' prompts have. Its scores are sums of ReLUs over
-# the heads; with two heads a quarter of them tie at zero, and the choice among ties is not the model's.
+# DeepSeek's sparse attention: each query keeps 8 keys, fewer than the tests' prompts have. Its scores are sums of ReLUs
+# over the heads; with two heads a quarter of them tie at zero, and the choice among ties is not the model's.
 _DSA: dict[str, object] = {**_MLA, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 8}
 
 _GATED_DELTA: dict[str, object] = {
@@ -125,6 +142,7 @@ _ALL = (
         num_shared_experts=2,
         route_scale=1.5,
         mup_enabled=True,
+        gains={"embed_tokens": 0.3},  # the family multiplies them by the root of the width
         sliding_window=8,
         layer_types=_FULL_SLIDING,
     ),
@@ -703,7 +721,6 @@ _ALL = (
 )
 
 
-
 def _mrope(*sections: int) -> dict[str, object]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
 
@@ -895,11 +912,8 @@ _MULTIMODAL = (
         vision_start_token_id=151652,
         notes="the thinker; the talker speaks, and cannot be prompted with text ids",
     ),
-    _composite(
-        "qwen3_vl_moe",
-        "Qwen3VLMoe",
-        _QWEN_VL_TEXT,
-        vision_config=_QWEN_VISION,
+    replace(
+        _composite("qwen3_vl_moe", "Qwen3VLMoe", _QWEN_VL_TEXT, vision_config=_QWEN_VISION), published_transposed=True
     ),
     _composite(
         "unlimited_ocr",
@@ -930,6 +944,111 @@ _MULTIMODAL = (
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_ALL, *_MULTIMODAL)}
 
+
+def _text(name: str) -> dict[str, object]:
+    return FAMILIES[name].config
+
+
+# Folders with a text class of their own whose checkpoints are published from the class that also sees or hears: other
+# key prefixes, and for some other expert layouts. `build` and `save_layout` take their keys too.
+_ALSO_MULTIMODAL = (
+    _composite(
+        "aria",
+        "Aria",
+        _text("aria"),
+        vision_config={
+            "model_type": "idefics3_vision",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        projector_patch_to_query_dict={"16": 4},
+    ),
+    _composite(
+        "dots3_note",
+        "Dots3Note",
+        _text("dots3_note"),
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "patch_size": 4,
+            "mlp_layer_types": ["dense"],
+            "adapter_in_dim": 16,
+            "adapter_out_dim": 48,
+        },
+        audio_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "feature_size": 8,
+            "downsample_hidden_size": 4,
+            "adapter_input_size": 16,
+            "adapter_out_dim": 48,
+        },
+    ),
+    _composite("gemma4", "Gemma4", _text("gemma4"), notes="both towers are optional, and absent here"),
+    _composite(
+        "inkling",
+        "Inkling",
+        _text("inkling"),
+        vision_config={"patch_size": 2, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2},
+        audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
+        notes="published experts interleave the rows of gate and up",
+    ),
+    _composite(
+        "inkling2",
+        "Inkling2",
+        _text("inkling2"),
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "patch_size": 4,
+            "posemb_grid_size": 4,
+            "projection_hidden_dim": 24,
+            "text_hidden_size": 48,
+        },
+        notes="published experts interleave the rows of gate and up",
+    ),
+    _composite(
+        "minimax_m3_vl",
+        "MiniMaxM3VL",
+        _text("minimax_m3_vl"),
+        model_class="MiniMaxM3SparseForConditionalGeneration",
+        vision_config={
+            "hidden_size": 24,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        projector_hidden_size=24,
+        notes="published one expert a tensor, unlike the text class's stacked ones",
+    ),
+    _composite(
+        "qwen3_5_moe",
+        "Qwen3_5Moe",
+        {**_text("qwen3_5_moe"), "rope_parameters": {**_mrope(1, 1, 0), "partial_rotary_factor": 0.25}},
+        vision_config={**_VISION, "out_hidden_size": 48, "num_position_embeddings": 16},
+    ),
+    _composite(
+        "qwen4_exp",
+        "Qwen4Exp",
+        {**_text("qwen4_exp"), "rope_parameters": {**_mrope(4, 2, 2), "partial_rotary_factor": 1.0}},
+        vision_config={**_VISION, "out_hidden_size": 48, "num_position_embeddings": 16},
+    ),
+)
+
+MULTIMODAL: dict[str, Family] = {f"{family.name}_multimodal": family for family in _ALSO_MULTIMODAL}
+
 # Folder -> why no tiny causal text model of it is here.
 EXCLUDED: dict[str, str] = {
     "diffusion_gemma": "denoises whole blocks of tokens; it has no causal language-model head and no next-token logits",
@@ -937,9 +1056,14 @@ EXCLUDED: dict[str, str] = {
 }
 
 
+def find_family(name: str) -> Family:
+    """The family of a folder, or of a folder's multimodal class by its key in `MULTIMODAL`."""
+    return FAMILIES[name] if name in FAMILIES else MULTIMODAL[name]
+
+
 def make_config(name: str) -> PretrainedConfig:
     """A fresh config of the family; the caller may change it."""
-    family = FAMILIES[name]
+    family = find_family(name)
     config_type = _find_class(family, family.config_class, "configuration")
     config = config_type(**copy.deepcopy(family.config))
     assert isinstance(config, PretrainedConfig), f"{config_type=}"
@@ -947,8 +1071,8 @@ def make_config(name: str) -> PretrainedConfig:
 
 
 def model_class(name: str) -> type[PreTrainedModel]:
-    """The family's causal model class."""
-    family = FAMILIES[name]
+    """The class of the family's model with a language-model head."""
+    family = find_family(name)
     model_type = _find_class(family, family.model_class, "modeling")
     assert issubclass(model_type, PreTrainedModel), f"{model_type=}"
     return model_type
@@ -965,7 +1089,7 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Pr
         model = model_class(name)._from_config(
             config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
         )
-    _spread_weights(model, FAMILIES[name], seed)
+    _spread_weights(model, find_family(name), seed)
     if dtype != torch.float32:
         model = _reload_as(model, dtype)
     model.eval()
@@ -982,14 +1106,21 @@ def save_layout(model: PreTrainedModel, folder: Path, layout: Layout) -> None:
     stacked: parameters as they lie in memory, one 3-D tensor for all experts of a layer.
     shards: published, cut into many files with an index.
     """
-    if layout == "published":
-        model.save_pretrained(folder)
-    elif layout == "stacked":
-        model.save_pretrained(folder, save_original_format=False)
-    elif layout == "shards":
-        model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
-    else:
+    if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+    if layout == "stacked":
+        model.save_pretrained(folder, save_original_format=False)
+        return
+    model.save_pretrained(folder, max_shard_size=_SHARD_SIZE if layout == "shards" else "1GB")
+    if any(family.published_transposed for family in FAMILIES.values() if family.model_class == type(model).__name__):
+        _transpose_experts(folder)
+
+
+def _transpose_experts(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        turned = {key: t.transpose(1, 2).contiguous() if ".experts." in key else t for key, t in tensors.items()}
+        save_file(turned, file, metadata={"format": "pt"})
 
 
 def expert_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
@@ -1007,11 +1138,13 @@ def _find_class(family: Family, class_name: str, kind: str) -> type:
 def _spread_weights(model: PreTrainedModel, family: Family, seed: int) -> None:
     """Redraw weights so that every part matters to the logits.
 
-    Matrices get a standard deviation of one over the root of their smaller side, which keeps activations near one through
-    experts that are narrower than the model. Vectors and biases (norms, sinks, decays, the router's selection bias) keep
-    the value that the family starts them at and get noise: a norm stays near one, or near zero where the family adds the
-    one itself. Integer tables that route by token id get distinct experts for each token.
+    Matrices get a standard deviation of one over the root of their smaller side, which keeps activations near one
+    through experts that are narrower than the model. Vectors and biases (norms, sinks, decays, the router's selection
+    bias) keep the value that the family starts them at and get noise: a norm stays near one, or near zero where the
+    family adds the one itself. Integer tables that route by token id get distinct experts for each token.
     """
+    is_tied = bool(model.config.tie_word_embeddings)
+    gains = _ATTENTION_GAIN | family.gains
     with torch.no_grad():
         for name, tensor in _drawn_tensors(model):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
@@ -1024,17 +1157,20 @@ def _spread_weights(model: PreTrainedModel, family: Family, seed: int) -> None:
             elif tensor.dim() < 2 or name.endswith("bias"):
                 tensor.add_(_VECTOR_NOISE * noise)
             else:
-                tensor.copy_(noise * _matrix_std(name, tensor) * family.gains.get(_leaf_module(name), 1.0))
+                tensor.copy_(noise * _matrix_std(name, tensor, is_tied) * gains.get(_leaf_module(name), 1.0))
 
 
 _VECTOR_NOISE = 0.1
 
-# zaya's last router class means no expert. Transformers 5.23 loads its bias as -1 whatever the checkpoint says (`_init_weights`
-# writes it into the loaded buffer), so the others are lowered to let it win now and then.
+# zaya's last router class means no expert. transformers 5.23 loads its bias as -1 whatever the checkpoint says
+# (`_init_weights` writes it into the loaded buffer), so the others are lowered to let it win now and then.
 _ZAYA_BIAS = -0.9
 
-# Small beside what the layers add, or a model with tied embeddings repeats its last token for ever.
-_EMBEDDING_STD = 0.05
+# Chosen so that greedy text wanders. Attention averages over the tokens, so its output is halved, or the last token is
+# hardly heard and the model falls into one that it repeats; tied embeddings are small, or it repeats its last token.
+_ATTENTION_GAIN = {"o_proj": 0.5}
+_EMBEDDING_STD = 0.3
+_TIED_EMBEDDING_STD = 0.05
 
 # State that a checkpoint carries in buffers and that is flat, or zero, before training.
 _DRAWN_BUFFERS = frozenset({"e_score_correction_bias", "expert_bias", "balancing_biases", "layer_scalar", "tid2eid"})
@@ -1049,12 +1185,12 @@ def _leaf_module(name: str) -> str:
     return name.split(".")[-2] if "." in name else ""
 
 
-def _matrix_std(name: str, tensor: torch.Tensor) -> float:
+def _matrix_std(name: str, tensor: torch.Tensor, is_tied: bool) -> float:
     if _leaf_module(name) == "embed_tokens":
-        return _EMBEDDING_STD
+        return _TIED_EMBEDDING_STD if is_tied else _EMBEDDING_STD
     is_convolution = tensor.dim() == 3 and "conv" in name
     fan_in = tensor[0].numel() if is_convolution else min(tensor.shape[-2:])
-    return float(fan_in) ** -0.5
+    return 1.0 / math.sqrt(fan_in)
 
 
 def _distinct_ids(table: torch.Tensor, num_experts: int, generator: torch.Generator) -> torch.Tensor:
