@@ -66,7 +66,8 @@ TRAINING = """\
 | wall-clock time | {minutes:.1f} minutes of {planned:.1f} planned |
 | speed | {tokens_per_s:,.0f} tokens/s on average, at most {recipe.num_threads} CPU threads, no GPU |
 | batch | {recipe.tokens_per_step:,} tokens, in windows of {windows} |
-| optimizer | AdamW, learning rate {recipe.peak_learning_rate:g}, cosine over wall-clock time, bf16 autocast over fp32 weights |
+| optimizer | AdamW, learning rate {recipe.peak_learning_rate:g}, cosine over wall-clock time |
+| arithmetic | bf16 autocast over fp32 weights |
 | load balancing | {aux:g} times the Switch loss, layer by layer |
 | software | Python {python}, torch {torch_version}, transformers {transformers_version} |
 | seed | {recipe.seed} |
@@ -150,9 +151,9 @@ class Card:
 
 def num_active_parameters(config: Qwen3MoeConfig, num_parameters: int) -> int:
     """All parameters less those of the experts a token does not visit."""
-    num_idle_experts: int = config.num_experts - config.num_experts_per_tok
+    num_idle_experts = config.num_experts - config.num_experts_per_tok
     per_expert = 3 * config.hidden_size * config.moe_intermediate_size
-    return num_parameters - config.num_hidden_layers * num_idle_experts * per_expert
+    return num_parameters - int(config.num_hidden_layers * num_idle_experts * per_expert)
 
 
 def data_rows(documents: list[Document], kind_shares: dict[str, float]) -> str:

@@ -26,6 +26,7 @@ _TOP_K = (
 )  # fmt: skip
 # layers.3.mlp.experts.17.gate_proj.weight -> ("layers.3.mlp.experts", 17)
 _ONE_EXPERT = re.compile(r"^(.*\bexperts?)\.(\d+)\.")
+_EXPERTS = re.compile(r"^(.*\bexperts?)\.")
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
@@ -112,7 +113,7 @@ def _experts(
 
 
 def _layer_of(name: str) -> str:
-    match = _LAYER.match(name)
+    match = _EXPERTS.match(name) or _LAYER.match(name)
     return match.group(1) if match else name
 
 
