@@ -977,7 +977,9 @@ _ALSO_MULTIMODAL = (
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
             "patch_size": 4,
-            "mlp_layer_types": ["dense"],
+            "mlp_layer_types": ["sparse"],
+            "num_local_experts": 4,
+            "moe_intermediate_size": 12,
             "adapter_in_dim": 16,
             "adapter_out_dim": 48,
         },
@@ -991,6 +993,7 @@ _ALSO_MULTIMODAL = (
             "adapter_input_size": 16,
             "adapter_out_dim": 48,
         },
+        notes="the vision tower has experts of its own, in other words and of another width; text never reaches them",
     ),
     _composite("gemma4", "Gemma4", _text("gemma4"), notes="both towers are optional, and absent here"),
     _composite(

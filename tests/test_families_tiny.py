@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import families
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-
-from tests import families
 
 ALL_NAMES = (*families.FAMILIES, *families.MULTIMODAL)
 
