@@ -66,8 +66,10 @@ def plan_memory(
     Raises BudgetError, with the smallest budget that works, when fewer than `top_k` slots (one layer's experts for one
     token) fit.
     """
+    if experts is not None and experts < top_k:
+        raise BudgetError(f"experts is {experts}, one token needs {top_k} in a layer; use --experts {top_k} or more")
     fixed = runtime_bytes + resident_bytes + kv_bytes + workspace_bytes + SLACK_BYTES
-    smallest = fixed + top_k * slot_bytes
+    smallest = suggested_mib(fixed + top_k * slot_bytes)
     room = (ram_bytes - fixed) // slot_bytes
     parts = (
         f"libraries {format_bytes(runtime_bytes)}, resident weights {format_bytes(resident_bytes)}, "
@@ -75,14 +77,12 @@ def plan_memory(
     )
     if room < top_k:
         raise BudgetError(
-            f"ram is {format_bytes(ram_bytes)}, this model needs {round_up_mib(smallest)} MiB: {parts}, and {top_k} "
-            f"experts of {format_bytes(slot_bytes)}; use --ram {round_up_mib(smallest)}MiB or a lower --context-length"
+            f"ram is {format_bytes(ram_bytes)}, this model needs {smallest} MiB: {parts}, and {top_k} experts of "
+            f"{format_bytes(slot_bytes)}; use --ram {smallest}MiB or a lower --context-length"
         )
     wanted = num_experts if experts is None else experts
-    if experts is not None and experts < top_k:
-        raise BudgetError(f"experts is {experts}, one token needs {top_k} in a layer; use --experts {top_k} or more")
     if experts is not None and min(experts, num_experts) > room:
-        need = round_up_mib(fixed + min(experts, num_experts) * slot_bytes)
+        need = suggested_mib(fixed + min(experts, num_experts) * slot_bytes)
         raise BudgetError(
             f"--experts {experts} needs {need} MiB ({parts}), ram is {format_bytes(ram_bytes)} with room for {room}; "
             f"use --experts {room} or --ram {need}MiB"
@@ -94,6 +94,6 @@ def plan_memory(
     )  # fmt: skip
 
 
-def round_up_mib(num_bytes: int) -> int:
-    """Whole MiB that hold `num_bytes`."""
-    return -(-num_bytes // (1 << 20))
+def suggested_mib(num_bytes: int) -> int:
+    """MiB to advise for `num_bytes`: 8 to 24 MiB more, since what libraries take differs by a few from run to run."""
+    return -(-(num_bytes + (8 << 20)) // (16 << 20)) * 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -47,11 +48,7 @@ def make_config(**options: Any) -> EngineConfig:
 
     Sizes are "6GiB", "6GB" or bytes; counts are whole numbers; "auto" or None leaves the choice to offmoe.
     """
-    for name in options:
-        if name not in OPTION_NAMES:
-            close = difflib.get_close_matches(name, OPTION_NAMES, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UsageError(f"unknown option {name!r}{hint} Known: {', '.join(OPTION_NAMES)}")
+    refuse_unknown(options, OPTION_NAMES)
     values = {name: value for name, value in options.items() if value is not None and value != "auto"}
     if "ram" in values:
         values["ram"] = parse_size(values["ram"], name="ram")
@@ -64,6 +61,15 @@ def make_config(**options: Any) -> EngineConfig:
     if not isinstance(values.get("trust_remote_code", False), bool):
         raise UsageError(f"trust_remote_code is {values['trust_remote_code']!r}; use True or False")
     return EngineConfig(**values)
+
+
+def refuse_unknown(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise UsageError for the first name that is not known, with the nearest and all that are."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ";"
+            raise UsageError(f"unknown option {name!r}{hint} known: {', '.join(known)}")
 
 
 def _count(name: str, value: Any) -> int:

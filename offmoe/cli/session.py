@@ -52,5 +52,7 @@ def print_stream(pieces: Iterator[Piece]) -> Piece:
 def peak_line(engine: Engine) -> str:
     """Measured peak against the budget."""
     totals = engine.stats()
-    peak, planned = totals["peak_rss_growth_bytes"], totals["planned_bytes"]
-    return f"memory: peak {format_bytes(peak)}, planned {format_bytes(planned)}, budget {format_bytes(totals['ram_bytes'])}"
+    peak, planned, budget = (
+        format_bytes(totals[name]) for name in ("peak_rss_growth_bytes", "planned_bytes", "ram_bytes")
+    )
+    return f"memory: peak {peak}, planned {planned}, budget {budget}"

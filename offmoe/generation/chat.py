@@ -8,6 +8,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from offmoe.base.errors import UsageError
+from offmoe.generation.prompt import check_text
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant", "tool")
@@ -26,6 +27,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
             or not isinstance(message.get("content"), str)
         ):
             raise UsageError(f"{message!r} is no message; use {{'role': one of {', '.join(ROLES)}, 'content': text}}")
+        check_text(message["content"], "the message")
     if not messages:
         raise UsageError("the conversation is empty; give at least one message")
     if tokenizer.chat_template is None:

@@ -10,21 +10,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from offmoe.base.budget import MemoryPlan
-from offmoe.base.config import EngineConfig
-from offmoe.base.errors import CheckpointError, ContextLengthError, EngineBusyError, UsageError
+from offmoe.base.config import EngineConfig, refuse_unknown
+from offmoe.base.errors import EngineBusyError, UsageError
 from offmoe.base.machine import peak_rss_bytes
 from offmoe.generation.chat import Message, chat_ids
+from offmoe.generation.prompt import encode, stop_rules
 from offmoe.generation.sampling import Chooser, Sampling, make_chooser, resolve_sampling
 from offmoe.generation.stats import GenerationStats
 from offmoe.generation.step import generate_step
-from offmoe.generation.stream import Piece, StopRules, stop_strings, stream_text
+from offmoe.generation.stream import Piece, stream_text
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.load import LoadedModel, Progress, load_model
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+_OPTIONS = ("max_new_tokens", "stop", "on_prefill", "ignore_end", "choose", *Sampling.__dataclass_fields__)
+_BUSY = "the engine is generating; finish or close that stream first"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +48,10 @@ class Engine:
     def __init__(self, folder: Path, config: EngineConfig, *, baseline_bytes: int, progress: Progress) -> None:
         self.folder, self.config = folder, config
         self._baseline_bytes = baseline_bytes
-        self._loaded: LoadedModel | None = load_model(folder, config, baseline_bytes=baseline_bytes, progress=progress)
+        loaded = load_model(folder, config, baseline_bytes=baseline_bytes, progress=progress)
+        self._loaded: LoadedModel | None = loaded
+        self.tokenizer = loaded.tokenizer
         self._running = threading.Lock()
-        try:
-            self.tokenizer = _load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
-        except BaseException:
-            self.close()
-            raise
 
     def __repr__(self) -> str:
         if self._loaded is None:
@@ -79,6 +78,11 @@ class Engine:
         if self._loaded is None:
             raise EngineBusyError("the engine is closed; load the model again")
         return self._loaded
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return int(self.model.config.get_text_config().vocab_size)
 
     @property
     def top_k(self) -> int:
@@ -115,7 +119,9 @@ class Engine:
 
     def stream_chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Piece]:
         """As `chat`, piece by piece."""
-        return self.stream(chat_ids(self._need_tokenizer(), messages), **options)
+        if self.tokenizer is None:
+            raise UsageError(f"{self.folder} has no tokenizer, which a conversation needs; use generate with token ids")
+        return self.stream(chat_ids(self.tokenizer, messages), **options)
 
     def stream(
         self, prompt: str | Sequence[int], *, max_new_tokens: int = 256, stop: str | Sequence[str] | None = None,
@@ -133,9 +139,14 @@ class Engine:
         EngineBusyError at the call; CheckpointError from a failed read at any step, after which the engine is usable.
         """
         parts = self._parts
+        if self._running.locked():
+            raise EngineBusyError(_BUSY)
         settings = self._sampling(sampling)
-        ids = self._encode(prompt)
-        rules = self._stop_rules(len(ids), max_new_tokens, stop, ignore_end)
+        ids = encode(prompt, self.tokenizer, vocab_size=self.vocab_size)
+        rules = stop_rules(
+            num_prompt=len(ids), context_length=parts.context_length, max_new_tokens=max_new_tokens, stop=stop,
+            end_ids=frozenset() if ignore_end else self._end_ids(), has_text=self.tokenizer is not None,
+        )  # fmt: skip
         cache = make_kv_cache(parts.model, parts.context_length)
         steps = generate_step(
             parts.model, ids, choose or make_chooser(settings), cache=cache, chunk=parts.plan.prefill_chunk,
@@ -146,68 +157,33 @@ class Engine:
 
     def _exclusively(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Hold the engine from the first piece to the last, or to the generator's end."""
-        with self._exclusive():
-            yield from pieces
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
         if not self._running.acquire(blocking=False):
-            raise EngineBusyError("the engine is generating; finish or close that stream first")
+            raise EngineBusyError(_BUSY)
         try:
-            yield
+            yield from pieces
+        except Exception:  # whatever a close in another thread broke off, it is the close that the user should hear of
+            if self._loaded is None:
+                raise EngineBusyError("the engine was closed while it was generating; load the model again") from None
+            raise
         finally:
             self._running.release()
 
-    @staticmethod
-    def _options() -> tuple[str, ...]:
-        return tuple(Sampling.__dataclass_fields__)
-
     def _sampling(self, options: dict[str, Any]) -> Sampling:
-        unknown = options.keys() - set(self._options())
-        if unknown:
-            raise UsageError(f"unknown option {min(unknown)!r}; known: {', '.join(self._options())}")
+        refuse_unknown(options, _OPTIONS)
         defaults = self.model.generation_config
         assert defaults is not None
         return resolve_sampling(defaults, **options)
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        ids = self._need_tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
-        vocab_size = self.model.config.get_text_config().vocab_size
-        if not ids:
-            raise UsageError("the prompt is empty; give at least one token")
-        bad = next((token for token in ids if not isinstance(token, int) or not 0 <= token < vocab_size), None)
-        if bad is not None:
-            raise UsageError(f"token id {bad!r} is not in the vocabulary of {vocab_size}")
-        return list(ids)
-
-    def _need_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise UsageError(f"{self.folder} has no tokenizer; give token ids instead of text")
-        return self.tokenizer
-
-    def _stop_rules(
-        self, num_prompt: int, max_new_tokens: int, stop: str | Sequence[str] | None, ignore_end: bool
-    ) -> StopRules:
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {max_new_tokens!r}; use a whole number of at least 1")
-        room = self.context_length - num_prompt
-        if room < 1:
-            raise ContextLengthError(
-                f"the prompt has {num_prompt} tokens, the context {self.context_length} with room for a reply of at "
-                "least 1; shorten it or raise --context-length"
-            )
-        end = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        end_ids = [] if end is None or ignore_end else [end] if isinstance(end, int) else end
-        return StopRules(
-            end_ids=frozenset(end_ids), stop_strings=stop_strings(stop),
-            max_new_tokens=min(max_new_tokens, room), limit_reason="length" if max_new_tokens <= room else "context",
-        )  # fmt: skip
+    def _end_ids(self) -> frozenset[int]:
+        config = self.model.generation_config
+        end = config.eos_token_id if config else None
+        return frozenset(() if end is None else [end] if isinstance(end, int) else end)
 
     def close(self) -> None:
         """Release threads, files and memory. A second close does nothing."""
-        if self._loaded is not None:
-            self._loaded.close()
-            self._loaded = None
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            loaded.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -227,16 +203,3 @@ def _collect(pieces: Iterator[Piece]) -> Reply:
             ids.append(last.token_id)
     assert last.stats is not None and last.finish_reason is not None, f"{last=}"
     return Reply(text="".join(texts), token_ids=tuple(ids), finish_reason=last.finish_reason, stats=last.stats)
-
-
-def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} has a tokenizer that cannot be read: {' '.join(str(error).split())[:200]}"
-        ) from None
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer

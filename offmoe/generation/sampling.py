@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypeVar
 
 import torch
@@ -47,17 +48,15 @@ def resolve_sampling(
     """
     if temperature is None:
         temperature = _first(defaults.temperature, None, 1.0) if defaults.do_sample else 0.0
-    top_k = _first(top_k, defaults.top_k, 0)
-    top_p = _first(top_p, defaults.top_p, 1.0)
-    min_p = _first(min_p, defaults.min_p, 0.0)
-    repetition_penalty = _first(repetition_penalty, defaults.repetition_penalty, 1.0)
-    _check("temperature", temperature, 0.0, math.inf)
-    _check("top_k", top_k, 0, math.inf)
-    _check("top_p", top_p, 1e-6, 1.0)
-    _check("min_p", min_p, 0.0, 1.0)
-    _check("repetition_penalty", repetition_penalty, 1e-6, math.inf)
     return Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
+        temperature=_number("temperature", temperature, 0.0, None),
+        top_k=_whole("top_k", _first(top_k, defaults.top_k, 0), 0),
+        top_p=_number("top_p", _first(top_p, defaults.top_p, 1.0), 1e-6, 1.0),
+        min_p=_number("min_p", _first(min_p, defaults.min_p, 0.0), 0.0, 1.0),
+        repetition_penalty=_number(
+            "repetition_penalty", _first(repetition_penalty, defaults.repetition_penalty, 1.0), 1e-6, None
+        ),
+        seed=None if seed is None else _whole("seed", seed, 0),
     )
 
 
@@ -67,10 +66,19 @@ def _first(value: Number | None, default: Number | None, otherwise: Number) -> N
     return otherwise if default is None else default
 
 
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-        limits = f"between {low:g} and {high:g}" if high < math.inf else f"of at least {low:g}"
-        raise UsageError(f"{name} is {value!r}; use a number {limits}")
+def _number(name: str, value: object, low: float, high: float | None) -> float:
+    number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+    if math.isfinite(number) and low <= number <= (math.inf if high is None else high):
+        return number
+    limits = f"of at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+    raise UsageError(f"{name} is {value!r}; use a number {limits}")
+
+
+def _whole(name: str, value: object, low: int) -> int:
+    number = int(value) if not isinstance(value, bool) and isinstance(value, Integral) else -1
+    if low <= number < 1 << 63:
+        return number
+    raise UsageError(f"{name} is {value!r}; use a whole number of at least {low}")
 
 
 def make_chooser(sampling: Sampling) -> Chooser:
@@ -81,13 +89,13 @@ def make_chooser(sampling: Sampling) -> Chooser:
     if sampling.temperature == 0.0:
         return lambda ids, logits: int(processors(ids, logits.float()).argmax(dim=-1))
     if sampling.temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
-        processors.append(TopKLogitsWarper(int(sampling.top_k)))
+        processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:
-        processors.append(TopPLogitsWarper(float(sampling.top_p)))
+        processors.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p > 0.0:
-        processors.append(MinPLogitsWarper(float(sampling.min_p)))
+        processors.append(MinPLogitsWarper(sampling.min_p))
     generator = torch.Generator()
     if sampling.seed is None:
         generator.seed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -54,12 +54,11 @@ def stream_text(
         text = stops.add(decoder.add(token_id)) if decoder else ""
         yield Piece(text, token_id)
         if stops.stopped:
-            reason = "stop"
             break
         if meter.num_tokens >= rules.max_new_tokens:
             break
     rest = "" if stops.stopped or decoder is None else stops.add(decoder.flush())
-    yield Piece(rest + stops.flush(), None, reason, meter.stats())
+    yield Piece(rest + stops.flush(), None, "stop" if stops.stopped else reason, meter.stats())
 
 
 class Meter:
@@ -93,10 +92,3 @@ class Meter:
             prefill=self._at_first.minus(self._at_start),
             decode=self._counters.copy().minus(self._at_first),
         )
-
-
-def stop_strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """What the user gave as `stop`, as a tuple."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, str) else tuple(value)

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import accelerate
-import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offmoe.base.budget import SLACK_BYTES, MemoryPlan, auto_ram, plan_memory
 from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
-from offmoe.base.errors import BudgetError, CheckpointError, UnsupportedModelError
+from offmoe.base.errors import UsageError
 from offmoe.base.machine import available_ram_bytes, rss_bytes
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.policy import make_policy
 from offmoe.checkpoint.expert_index import ExpertIndex
-from offmoe.checkpoint.index import CheckpointIndex, read_json
+from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.executor.executor import Executor
 from offmoe.executor.uncached import UncachedExecutor
-from offmoe.formats.dense import TORCH_DTYPES
+from offmoe.models.build import build_on_meta, read_model_config
 from offmoe.models.expert_map import map_experts, streamed_parameters
-from offmoe.models.probe import probe_model
+from offmoe.models.probe import ModelProbe, foresee_kv_bytes, probe_model
 from offmoe.models.resident import load_resident, resident_bytes
-from offmoe.models.seam import ExpertsExecutor, LayerBinding, attach, bind
-from offmoe.models.transformers_internals import SEAM_NAME, KeyMapping, experts_modules, served_families
+from offmoe.models.seam import ClosedExecutor, ExpertsExecutor, LayerBinding, attach, bind
+from offmoe.models.tokenizer import load_tokenizer
+from offmoe.models.transformers_internals import SEAM_NAME, KeyMapping, experts_modules
 from offmoe.models.workspace import choose_chunk, workspace_bytes
 from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
@@ -45,6 +40,7 @@ class LoadedModel:
     """A running model and the parts that serve its experts."""
 
     model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
     index: CheckpointIndex
     experts: ExpertIndex
     cache: ExpertCache
@@ -66,7 +62,7 @@ class LoadedModel:
 
     def close(self) -> None:
         """Take the experts away from the model, end threads, give back memory, close files."""
-        _attach_all(self.model, None)
+        _attach_all(self.model, ClosedExecutor())
         self.disk.close()
         self.cache.close()
         self.pool.close()
@@ -81,50 +77,77 @@ def load_model(
     Raises OffmoeError subclasses; whatever was opened or started is closed again on any failure.
     """
     model_config = read_model_config(folder, trust_remote_code=config.trust_remote_code)
-    index = CheckpointIndex.open(folder)
-    disk: DiskTier | None = None
-    try:
+    with ExitStack() as opened:
+        index = CheckpointIndex.open(folder)
+        opened.callback(index.close)
         model = build_on_meta(model_config, index, trust_remote_code=config.trust_remote_code)
+        context_length = _context_length(config, model)
         mapping = KeyMapping(model)
         targets = mapping.targets(index.tensors)
         experts, expert_keys = map_experts(model, index, mapping, targets)
         counters = Counters()
         disk = DiskTier(index.files, io=config.io, counters=counters)
-        slot_bytes = experts.slot_bytes(direct=disk.direct)
+        opened.callback(disk.close)
         _take_experts_out(model)
-        ram = config.ram if config.ram is not None else baseline_room(baseline_bytes)
-        room = ram - (rss_bytes() - baseline_bytes) - resident_bytes(model) - SLACK_BYTES
-        _refuse_hopeless(ram, room, experts, slot_bytes)
-        context_length = _context_length(config, model)
+        tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+        budget = _Budget(model, experts, config, context_length, experts.slot_bytes(direct=disk.direct), baseline_bytes)
+        budget.refuse_hopeless()
         load_resident(
             model, index, mapping, targets, expert_keys, lambda done, total: progress("resident weights", done, total)
         )
         probe = probe_model(model, context_length)
-        chunk = config.prefill_chunk or choose_chunk(
-            model, context_length=context_length, room_bytes=room - probe.kv_bytes
-        )
-        chunk = min(chunk, context_length) if probe.chunkable else context_length
-        resident = resident_bytes(model)
-        plan = plan_memory(
-            ram_bytes=ram, runtime_bytes=max(0, rss_bytes() - baseline_bytes - resident), resident_bytes=resident,
-            kv_bytes=probe.kv_bytes,
-            workspace_bytes=workspace_bytes(model, chunk=chunk, context_length=context_length),
-            slot_bytes=slot_bytes, num_experts=experts.num_experts, top_k=experts.top_k, experts=config.experts,
-            prefill_chunk=chunk,
-        )  # fmt: skip
-        pool = HostPool(num_slots=plan.num_slots, slot_bytes=slot_bytes)
+        plan = budget.plan(probe)
+        pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
         cache = ExpertCache(experts, pool, disk, make_policy(config.policy), counters)
         executor = Executor(cache)
         _attach_all(model, executor)
-    except BaseException:
-        if disk is not None:
-            disk.close()
-        index.close()
-        raise
+        opened.pop_all()
     return LoadedModel(
-        model=model, index=index, experts=experts, cache=cache, disk=disk, pool=pool, executor=executor, plan=plan,
-        context_length=context_length, chunkable=probe.chunkable,
+        model=model, tokenizer=tokenizer, index=index, experts=experts, cache=cache, disk=disk, pool=pool,
+        executor=executor, plan=plan, context_length=context_length, chunkable=probe.chunkable,
     )  # fmt: skip
+
+
+class _Budget:
+    """Divides what the user allows: once before weights are read, to refuse in time, and once when they are there."""
+
+    def __init__(
+        self, model: PreTrainedModel, experts: ExpertIndex, config: EngineConfig, context_length: int, slot_bytes: int,
+        baseline_bytes: int,
+    ) -> None:  # fmt: skip
+        self._model, self._experts, self._config = model, experts, config
+        self._context_length, self._slot_bytes = context_length, slot_bytes
+        self._baseline_bytes = baseline_bytes
+        self._ram = config.ram if config.ram is not None else baseline_room(baseline_bytes)
+        self._resident_bytes = resident_bytes(model)
+        self._runtime_bytes = max(0, rss_bytes() - baseline_bytes)
+
+    def refuse_hopeless(self) -> None:
+        """Raise BudgetError before gigabytes are read when the model cannot fit at its most modest."""
+        chunk = min(self._context_length, self._config.prefill_chunk or self._choose_chunk(0))
+        self._divide(foresee_kv_bytes(self._model, self._context_length), chunk)
+
+    def plan(self, probe: ModelProbe) -> MemoryPlan:
+        """The plan, now that the weights are loaded and the model has run once. Raises BudgetError."""
+        chunk = self._context_length
+        if probe.chunkable:
+            slots = min(self._config.experts or self._experts.top_k, self._experts.num_experts)
+            taken = self._runtime_bytes + self._resident_bytes + SLACK_BYTES + probe.kv_bytes + slots * self._slot_bytes
+            chunk = min(chunk, self._config.prefill_chunk or self._choose_chunk(self._ram - taken))
+        self._runtime_bytes = max(0, rss_bytes() - self._baseline_bytes - self._resident_bytes)
+        return self._divide(probe.kv_bytes, chunk)
+
+    def _choose_chunk(self, room_bytes: int) -> int:
+        return choose_chunk(self._model, context_length=self._context_length, room_bytes=room_bytes)
+
+    def _divide(self, kv_bytes: int, chunk: int) -> MemoryPlan:
+        return plan_memory(
+            ram_bytes=self._ram, runtime_bytes=self._runtime_bytes, resident_bytes=self._resident_bytes,
+            kv_bytes=kv_bytes,
+            workspace_bytes=workspace_bytes(self._model, chunk=chunk, context_length=self._context_length),
+            slot_bytes=self._slot_bytes, num_experts=self._experts.num_experts, top_k=self._experts.top_k,
+            experts=self._config.experts, prefill_chunk=chunk,
+        )  # fmt: skip
 
 
 def baseline_room(baseline_bytes: int) -> int:
@@ -132,95 +155,7 @@ def baseline_room(baseline_bytes: int) -> int:
     return auto_ram(available_ram_bytes() + max(0, rss_bytes() - baseline_bytes))
 
 
-def read_model_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
-    """config.json as transformers' class. Raises UnsupportedModelError naming the nearest supported type."""
-    raw = read_json(folder / "config.json")
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError(f"{folder / 'config.json'} has no model_type; it is no Hugging Face model config")
-    if "auto_map" in raw and model_type not in transformers.CONFIG_MAPPING and not trust_remote_code:
-        raise UnsupportedModelError(
-            f"{model_type!r} brings its own Python code, which offmoe does not run unasked; read it, then use "
-            "--trust-remote-code"
-        )
-    quantised = raw.get("quantization_config")
-    if isinstance(quantised, dict):
-        raise UnsupportedModelError(
-            f"{folder.name} is quantised ({quantised.get('quant_method', 'unknown method')}), which is not read yet; "
-            "use the bfloat16 version"
-        )
-    if model_type not in transformers.CONFIG_MAPPING and "auto_map" not in raw:
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} does not know the architecture {model_type!r}"
-            f"{_nearest(model_type)}; a newer transformers may"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is no valid {model_type} config: {_one_line(error)}") from None
-    except Exception as error:  # noqa: BLE001 - hub's strict dataclass errors share no base with the above
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise CheckpointError(
-                f"{folder / 'config.json'} is no valid {model_type} config: {_one_line(error)}"
-            ) from None
-        raise
-
-
-def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The model with parameters that have shapes but no memory; buffers are real.
-
-    Raises UnsupportedModelError for a dense model, and for an MoE whose experts are not behind transformers' door.
-    """
-    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or _stored_dtype(index)
-    model_class = _model_class(config)
-    with accelerate.init_empty_weights(include_buffers=False):
-        if model_class is not None:
-            model = model_class._from_config(config, dtype=dtype)
-        else:
-            try:
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-            except ValueError as error:
-                raise UnsupportedModelError(
-                    f"{config.model_type!r} has no text generation model: {_one_line(error)}"
-                ) from None
-    if not experts_modules(model):
-        if _looks_moe(index):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} keeps its experts where offmoe cannot serve them"
-                f"{_nearest(config.model_type)}; see the models table in the README"
-            )
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is a dense model: it has no experts to stream; use transformers or llama.cpp"
-        )
-    model.eval()
-    folder = index.folder
-    if (folder / "generation_config.json").is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{folder / 'generation_config.json'} is not valid: {_one_line(error)}") from None
-    return model
-
-
-def _model_class(config: PreTrainedConfig) -> Any:
-    """The class that the checkpoint names, when transformers has it and it generates."""
-    for name in getattr(config, "architectures", None) or ():
-        found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-        if _is_generator(found):
-            return found
-    return None
-
-
-def _is_generator(found: Any) -> bool:
-    return isinstance(found, type) and issubclass(found, PreTrainedModel) and bool(found.can_generate())
-
-
-def _stored_dtype(index: CheckpointIndex) -> torch.dtype:
-    found = (TORCH_DTYPES[entry.dtype] for entry in index.tensors.values() if entry.dtype in TORCH_DTYPES)
-    return next(found, torch.float32)
-
-
-def _attach_all(model: PreTrainedModel, executor: ExpertsExecutor | None) -> None:
+def _attach_all(model: PreTrainedModel, executor: ExpertsExecutor) -> None:
     for _, module in experts_modules(model):
         attach(module, executor)
 
@@ -242,31 +177,8 @@ def _context_length(config: EngineConfig, model: PreTrainedModel) -> int:
     if config.context_length is None:
         return min(DEFAULT_CONTEXT_LENGTH, longest or DEFAULT_CONTEXT_LENGTH)
     if longest is not None and config.context_length > longest:
-        raise BudgetError(
-            f"context_length is {config.context_length}, the model was made for {longest}; use --context-length {longest}"
+        raise UsageError(
+            f"context_length is {config.context_length}, the model was made for {longest}; "
+            f"use --context-length {longest}"
         )
     return config.context_length
-
-
-def _refuse_hopeless(ram: int, room: int, experts: ExpertIndex, slot_bytes: int) -> None:
-    """Before gigabytes are read: does one layer's top-k fit beside the weights at all?"""
-    need = experts.top_k * slot_bytes
-    if room < need:
-        smallest = -(-(ram - room + need) // (1 << 20))
-        raise BudgetError(
-            f"ram is {-(-ram // (1 << 20))} MiB, resident weights and one layer's {experts.top_k} experts need "
-            f"{smallest} MiB without any KV cache; use --ram {smallest + 256}MiB or more"
-        )
-
-
-def _looks_moe(index: CheckpointIndex) -> bool:
-    return any(re.search(r"\bexperts?\b|moe", name) for name in index.tensors)
-
-
-def _nearest(model_type: str) -> str:
-    close = difflib.get_close_matches(model_type, served_families(), n=1, cutoff=0.4)
-    return f"; nearest that offmoe runs: {close[0]}" if close and close[0] != model_type else ""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

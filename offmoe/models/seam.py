@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from offmoe.base.errors import EngineBusyError
 from offmoe.kernels.reference import ExpertMath
 from offmoe.models.transformers_internals import register_experts_function
 
@@ -38,14 +39,25 @@ class LayerBinding:
     executor: ExpertsExecutor | None = None
 
 
+class ClosedExecutor:
+    """What a closed engine leaves behind, so that a model used later says so instead of answering without experts."""
+
+    def run_layer(
+        self, layer_idx: int, math: ExpertMath, num_experts: int,
+        x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """Raises EngineBusyError."""
+        raise EngineBusyError("the engine is closed; load the model again")
+
+
 def bind(module: torch.nn.Module, binding: LayerBinding) -> None:
     """Serve this module's experts through `binding`: zeros until an executor is attached."""
     register_experts_function(serve_experts)
     setattr(module, _BINDING_NAME, binding)
 
 
-def attach(module: torch.nn.Module, executor: ExpertsExecutor | None) -> None:
-    """Let `executor` compute a bound module's experts (None: detach). The module's resident parts are loaded by now."""
+def attach(module: torch.nn.Module, executor: ExpertsExecutor) -> None:
+    """Let `executor` compute a bound module's experts . The module's resident parts are loaded by now."""
     binding = _binding_of(module)
     binding.math = _math_of(module, binding.dtype)
     binding.executor = executor

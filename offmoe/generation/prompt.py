@@ -1,0 +1,71 @@
+"""What the user gives as a prompt and as stop strings, checked and turned into ids and rules."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from offmoe.base.errors import ContextLengthError, UsageError
+from offmoe.generation.stream import StopRules
+
+
+def encode(prompt: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int) -> list[int]:
+    """Token ids of a text, or of a sequence of whole numbers. Raises UsageError."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise UsageError("the model has no tokenizer; give token ids instead of text")
+        check_text(prompt, "the prompt")
+        ids = list(tokenizer(prompt)["input_ids"])
+    else:
+        ids = check_ids(prompt, vocab_size=vocab_size)
+    if not ids:
+        raise UsageError("the prompt is empty; give at least one token")
+    return ids
+
+
+def check_ids(ids: Sequence[int], *, vocab_size: int) -> list[int]:
+    """Plain ints of a sequence of ids (a list, an array, a 1-D tensor). Raises UsageError for what is no token."""
+    try:
+        checked = [operator.index(token) for token in ids]
+    except TypeError:
+        raise UsageError(f"the prompt is a {type(ids).__name__}; give text, or a sequence of token ids") from None
+    bad = next((token for token in checked if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise UsageError(f"token id {bad} is not in the vocabulary of {vocab_size}")
+    return checked
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise UsageError for text that no tokenizer can take: halves of surrogate pairs, from a broken encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{what} has {text[error.start]!r} at character {error.start}, not valid Unicode; mend its encoding"
+        ) from None
+
+
+def stop_rules(
+    *, num_prompt: int, context_length: int, max_new_tokens: int, stop: str | Sequence[str] | None,
+    end_ids: frozenset[int], has_text: bool,
+) -> StopRules:  # fmt: skip
+    """When the reply ends. Raises UsageError, and ContextLengthError when the prompt leaves no room for a token."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens!r}; use a whole number of at least 1")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (list, tuple)) else stop
+    if stops is not None and (not isinstance(stops, tuple) or not all(isinstance(s, str) and s for s in stops)):
+        raise UsageError(f"stop is {stop!r}; use a text that is not empty, or a list of such")
+    if stops and not has_text:
+        raise UsageError("the model has no tokenizer, so stop strings cannot be found; leave stop out")
+    room = context_length - num_prompt
+    if room < 1:
+        raise ContextLengthError(
+            f"the prompt has {num_prompt} tokens, the context {context_length} with room for a reply of at least 1; "
+            "shorten it or raise --context-length"
+        )
+    return StopRules(
+        end_ids=end_ids, stop_strings=stops or (), max_new_tokens=min(max_new_tokens, room),
+        limit_reason="length" if max_new_tokens <= room else "context",
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""From a folder's config to a model without weights, refusing what offmoe does not run before anything is read."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.checkpoint.index import CheckpointIndex, read_json
+from offmoe.formats.dense import TORCH_DTYPES
+from offmoe.models.transformers_internals import experts_modules, served_families
+
+# What a config of impossible numbers makes transformers' constructors raise.
+_CONFIG_ERRORS = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError,
+)  # fmt: skip
+# Named when no supported family has a name like the one that was asked for.
+_WELL_KNOWN = "mixtral, qwen3_moe, deepseek_v3, gpt_oss"
+
+
+def read_model_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """config.json as transformers' class. Raises UnsupportedModelError naming the nearest supported type."""
+    raw = read_json(folder / "config.json")
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{folder / 'config.json'} has no model_type; it is no Hugging Face model config")
+    if "auto_map" in raw and model_type not in transformers.CONFIG_MAPPING and not trust_remote_code:
+        raise UnsupportedModelError(
+            f"{model_type!r} brings its own Python code, which offmoe does not run unasked; read it, then use "
+            "--trust-remote-code"
+        )
+    quantised = raw.get("quantization_config")
+    if isinstance(quantised, dict):
+        raise UnsupportedModelError(
+            f"{folder.name} is quantised ({quantised.get('quant_method', 'unknown method')}), which is not read yet; "
+            "use the bfloat16 version"
+        )
+    if model_type not in transformers.CONFIG_MAPPING and "auto_map" not in raw:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} does not know the architecture {model_type!r}"
+            f"{_nearest(model_type)}; a newer transformers may know it"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except _CONFIG_ERRORS as error:
+        raise _bad_config(folder, model_type, error) from None
+    except Exception as error:  # the hub's strict dataclass errors share no base with the above
+        if type(error).__module__.startswith("huggingface_hub"):
+            raise _bad_config(folder, model_type, error) from None
+        raise
+
+
+def _bad_config(folder: Path, model_type: str, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder / 'config.json'} is no valid {model_type} config: {_one_line(error)}")
+
+
+def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model with parameters that have shapes but no memory; buffers are real.
+
+    Raises UnsupportedModelError for a dense model, and for an MoE whose experts are not behind transformers' door.
+    """
+    model = _instantiate(config, index, trust_remote_code=trust_remote_code)
+    if not experts_modules(model):
+        if _looks_moe(index):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} ({config.model_type}) keeps its experts where offmoe cannot serve them"
+                f"{_nearest(config.model_type)}; see the models table in the README"
+            )
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a dense model: it has no experts to stream; use transformers or llama.cpp"
+        )
+    model.eval()
+    path = index.folder / "generation_config.json"
+    if path.is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(index.folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is not valid: {_one_line(error)}") from None
+    return model
+
+
+def _instantiate(config: PreTrainedConfig, index: CheckpointIndex, *, trust_remote_code: bool) -> PreTrainedModel:
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or _stored_dtype(index)
+    model_class = _model_class(config)
+    if model_class is None and not trust_remote_code and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModelError(
+            f"{config.model_type!r} has no text generation model in transformers{_nearest(config.model_type)}"
+        )
+    try:
+        with accelerate.init_empty_weights(include_buffers=False):
+            if model_class is not None:
+                return model_class._from_config(config, dtype=dtype)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except _CONFIG_ERRORS as error:
+        raise _bad_config(index.folder, config.model_type, error) from None
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    """The class that the checkpoint names, when transformers has it and it generates."""
+    for name in getattr(config, "architectures", None) or ():
+        found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+        if _is_generator(found):
+            return found
+    return None
+
+
+def _is_generator(found: Any) -> bool:
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        return False
+    generator: Any = found
+    return bool(generator.can_generate())
+
+
+def _stored_dtype(index: CheckpointIndex) -> torch.dtype:
+    found = (TORCH_DTYPES[entry.dtype] for entry in index.tensors.values() if entry.dtype in TORCH_DTYPES)
+    return next(found, torch.float32)
+
+
+def _looks_moe(index: CheckpointIndex) -> bool:
+    return any(re.search(r"\bexperts?\b|moe|\bexpert_", name) for name in index.tensors)
+
+
+def _nearest(model_type: str) -> str:
+    served = [name for name in served_families() if name != model_type]
+    close = difflib.get_close_matches(model_type, served, n=1, cutoff=0.6)
+    return (
+        f"; nearest that offmoe runs: {close[0]}" if close else f"; offmoe runs {_WELL_KNOWN} and {len(served)} in all"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
