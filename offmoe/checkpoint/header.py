@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from typing import Any, BinaryIO
 
 from offmoe.base.errors import CheckpointError
@@ -16,6 +17,7 @@ from offmoe.checkpoint.tensor_entry import ITEM_BITS, TensorEntry
 # The format's own limit (100 MB) keeps a lying length from being allocated.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMS = 8
+MAX_SIZE = 1 << 63
 
 
 def read_header(file: BinaryIO, *, file_name: str, file_bytes: int, file_idx: int) -> dict[str, TensorEntry]:
@@ -70,21 +72,20 @@ def _no_duplicates(pairs: list[tuple[str, Any]], file_name: str) -> dict[str, An
 
 
 def _entry(name: str, fields: Any, file_name: str, data_start: int, file_bytes: int, file_idx: int) -> TensorEntry:
-    where = f"{file_name}: tensor {name!r}"
+    where = f"{file_name}: tensor {_shown(name)}"
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
         raise CheckpointError(f"{where} lacks dtype, shape or data_offsets; download the file again")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
-        raise CheckpointError(f"{where} has the unknown type {dtype!r}; known: {', '.join(ITEM_BITS)}")
+        raise CheckpointError(f"{where} has the unknown type {_shown(dtype)}; known: {', '.join(ITEM_BITS)}")
     if not _is_size_list(shape) or len(shape) > MAX_DIMS:
-        raise CheckpointError(f"{where} has the shape {shape!r}; expected at most {MAX_DIMS} sizes >= 0")
+        raise CheckpointError(f"{where} has the shape {_shown(shape)}; expected at most {MAX_DIMS} sizes >= 0")
     if not _is_size_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has the byte range {offsets!r}; expected [start, end] with start <= end")
-    need_bits = math.prod(shape) * ITEM_BITS[dtype]
-    if need_bits != 8 * (offsets[1] - offsets[0]):
+        raise CheckpointError(f"{where} has the byte range {_shown(offsets)}; expected [start, end] with start <= end")
+    need_bits, have_bits = math.prod(shape) * ITEM_BITS[dtype], 8 * (offsets[1] - offsets[0])
+    if need_bits != have_bits:
         raise CheckpointError(
-            f"{where}: {dtype} {shape} needs {need_bits / 8:g} bytes, its byte range has {offsets[1] - offsets[0]}; "
-            "download the file again"
+            f"{where}: {dtype} {shape} needs {need_bits} bits, its byte range has {have_bits}; download the file again"
         )
     if data_start + offsets[1] > file_bytes:
         raise CheckpointError(
@@ -98,13 +99,22 @@ def _entry(name: str, fields: Any, file_name: str, data_start: int, file_bytes: 
 
 
 def _is_size_list(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < MAX_SIZE for item in value)
+
+
+def _shown(value: Any) -> str:
+    """`value` as an error message shows it: a hostile header may hold megabytes, nested a thousand deep."""
+    short = reprlib.Repr()
+    short.maxstring = 200
+    return short.repr(value)
 
 
 def _refuse_overlaps(entries: dict[str, TensorEntry], file_name: str) -> None:
     end, last = 0, ""
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.num_bytes)):
         if entry.num_bytes and entry.start < end:
-            raise CheckpointError(f"{file_name}: tensors {last!r} and {entry.name!r} overlap; download the file again")
+            raise CheckpointError(
+                f"{file_name}: tensors {_shown(last)} and {_shown(entry.name)} overlap; download the file again"
+            )
         if entry.num_bytes:
             end, last = entry.start + entry.num_bytes, entry.name

@@ -44,11 +44,11 @@ class ShardFile:
         return self._file
 
     def open_direct(self) -> bool:
-        """Open a second handle that bypasses the page cache; False where the file system refuses."""
+        """Open a second handle that bypasses the page cache; False where the system or the file system has none."""
         if self._direct_fd is not None:
             return True
         flag = getattr(os, "O_DIRECT", None)
-        if flag is None:
+        if flag is None or not hasattr(os, "preadv"):
             return False
         try:
             self._direct_fd = os.open(self.path, os.O_RDONLY | flag)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, wait
+import contextlib
+from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Copier(Protocol):
     """Moves tensors of equal size between memories."""
 
     def copy(self, src: torch.Tensor, dst: torch.Tensor) -> Ticket:
-        """Start copying `src` over `dst` (same number of bytes, contiguous). Raises ValueError on unequal sizes."""
+        """Start copying `src` over `dst` (same type, same number of bytes, contiguous), else ValueError."""
 
     def close(self) -> None:
         """Finish what was started and release threads; no copy may be started afterwards."""
@@ -57,13 +58,21 @@ class FutureTicket:
         return all(future.done() for future in self._futures)
 
     def wait(self) -> None:
-        """Block for every piece, also when one fails, so that nobody writes to the destination afterwards."""
-        wait(self._futures)
+        """Block for every piece, also when one fails, so that nobody writes to the destination afterwards.
+
+        Raises the first failure, CancelledError for a piece that was dropped from the queue.
+        """
+        for future in self._futures:  # not futures.wait(): it never returns for a future cancelled by a shutdown
+            with contextlib.suppress(CancelledError):
+                future.exception()
         for future in self._futures:
             future.result()
 
 
-def check_sizes(src: torch.Tensor, dst: torch.Tensor) -> None:
-    """Raise ValueError unless a byte-for-byte copy of `src` over `dst` is possible."""
+def flatten(src: torch.Tensor, dst: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as one dimension, whatever their shapes; ValueError unless `src` can be copied over `dst` byte for byte."""
     if src.nbytes != dst.nbytes or src.dtype != dst.dtype:
         raise ValueError(f"cannot copy {src.nbytes} bytes of {src.dtype} over {dst.nbytes} bytes of {dst.dtype}")
+    if not (src.is_contiguous() and dst.is_contiguous()):
+        raise ValueError(f"only contiguous tensors are copied, not strides {src.stride()} over {dst.stride()}")
+    return src.view(-1), dst.view(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from offmoe.tiers.copier import DoneTicket, check_sizes
+from offmoe.tiers.copier import DoneTicket, flatten
 
 
 class InlineCopier:
@@ -12,7 +12,7 @@ class InlineCopier:
 
     def copy(self, src: torch.Tensor, dst: torch.Tensor) -> DoneTicket:
         """Copy now."""
-        check_sizes(src, dst)
+        src, dst = flatten(src, dst)
         dst.copy_(src)
         return DoneTicket()
 

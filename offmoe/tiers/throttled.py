@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from offmoe.tiers.copier import check_sizes
+from offmoe.tiers.copier import flatten
 
 
 class CancelledCopyError(RuntimeError):
@@ -78,11 +78,10 @@ class ThrottledCopier:
         self._thread.start()
 
     def copy(self, src: torch.Tensor, dst: torch.Tensor) -> ThrottledTicket:
-        """Queue the copy. Raises ValueError on unequal sizes or after close()."""
-        check_sizes(src, dst)
+        """Queue the copy. Raises ValueError when it cannot be done, and after close()."""
         if self._closed:
             raise ValueError("the copier is closed")
-        ticket = ThrottledTicket(src, dst)
+        ticket = ThrottledTicket(*flatten(src, dst))
         self._queue.put(ticket)
         return ticket
 

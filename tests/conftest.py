@@ -1,0 +1,18 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import pytest
+from makers import LAYOUTS, TinyExperts, make_tiny_experts
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyExperts:
+    """Two layers of eight experts, each expert's matrices side by side. Nobody writes to it."""
+    return make_tiny_experts(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session", params=LAYOUTS)
+def tiny_of_layout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyExperts:
+    """The same experts, once in each layout. Nobody writes to them."""
+    return make_tiny_experts(tmp_path_factory.mktemp("tiny"), layout=request.param)
