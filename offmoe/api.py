@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str | None = None, *, progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    **options: Any,
+    model: str | os.PathLike[str] | None = None, *,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    _baseline_bytes: int | None = None, **options: Any,
 ) -> Engine:  # fmt: skip
     """Load a model: a folder, a hub id, or None for the bundled demo model.
 
@@ -23,11 +25,12 @@ def load(
     context_length=4096, experts=N (slots, instead of what ram leaves room for), prefill_chunk=N, policy="lru",
     io="direct"|"buffered", device="cpu", trust_remote_code=False. `progress(stage, done_bytes, total_bytes)`.
 
-    Raises OffmoeError subclasses: see offmoe.base.errors.
+    `_baseline_bytes` is for the command line: resident memory that the budget counts from, instead of what is resident
+    now. Raises OffmoeError subclasses: see offmoe.base.errors.
     """
     config = make_config(**options)
-    folder = demo_model_folder() if model is None else locate_model(model)
-    baseline_bytes = rss_bytes()
+    folder = demo_model_folder() if model is None else locate_model(os.fspath(model))
+    baseline_bytes = rss_bytes() if _baseline_bytes is None else _baseline_bytes
     from offmoe.generation.engine import Engine
 
     return Engine(folder, config, baseline_bytes=baseline_bytes, progress=progress)

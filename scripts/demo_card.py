@@ -65,7 +65,7 @@ TRAINING = """\
 | steps, tokens | {recipe.num_steps:,} steps, {recipe.num_tokens:,} tokens |
 | wall-clock time | {minutes:.1f} minutes of {planned:.1f} planned |
 | speed | {tokens_per_s:,.0f} tokens/s on average, at most {recipe.num_threads} CPU threads, no GPU |
-| batch | {recipe.tokens_per_step:,} tokens, in windows of {windows} |
+| batch, windows x tokens | {schedule} of the time |
 | optimizer | AdamW, learning rate {recipe.peak_learning_rate:g}, cosine over wall-clock time |
 | arithmetic | bf16 autocast over fp32 weights |
 | load balancing | {aux:g} times the Switch loss, layer by layer |
@@ -120,13 +120,12 @@ under the PSF License Version 2; passages the model repeats from it stay under t
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a run was made and how far it came; `windows` are (progress from which it holds, length in tokens)."""
+    """How a run was made and how far it came; `schedule` has (progress, window, tokens per step)."""
 
     seed: int
     num_threads: int
     kind_shares: dict[str, float]
-    windows: tuple[tuple[float, int], ...]
-    tokens_per_step: int
+    schedule: tuple[tuple[float, int, int], ...]
     peak_learning_rate: float
     num_steps: int
     num_tokens: int
@@ -186,7 +185,9 @@ def training_section(recipe: Recipe, config: Qwen3MoeConfig) -> str:
     return TRAINING.format(
         recipe=recipe,
         aux=config.router_aux_loss_coef,
-        windows=", ".join(f"{length} (from {since:.0%} of the time)" for since, length in recipe.windows),
+        schedule=", ".join(
+            f"{num_tokens // length} x {length} from {since:.0%}" for since, length, num_tokens in recipe.schedule
+        ),
         minutes=recipe.elapsed_s / 60,
         planned=recipe.planned_s / 60,
         tokens_per_s=recipe.num_tokens / max(recipe.elapsed_s, 1.0),
@@ -228,7 +229,9 @@ def write_card(folder: Path, card: Card, documents: list[Document]) -> None:
     parts = [
         FRONT_MATTER,
         *([INTERIM] if recipe.is_interim else []),
-        model_section(card.model, size_bytes=size_bytes, longest_window=max(length for _, length in recipe.windows)),
+        model_section(
+            card.model, size_bytes=size_bytes, longest_window=max(length for _, length, _ in recipe.schedule)
+        ),
         data,
         training_section(recipe, config),
         measured,

@@ -82,7 +82,6 @@ def make_checkpoint(args: argparse.Namespace) -> None:
         specs,
         dtype=args.dtype,
         seed=args.seed,
-        std=config["initializer_range"],
         max_shard_bytes=max_shard_bytes,
         on_shard=lambda name, num_bytes: progress(f"{name}  {format_gb(num_bytes)}"),
     )

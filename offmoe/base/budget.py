@@ -9,8 +9,8 @@ from offmoe.base.units import format_bytes
 
 # Left to the system when `ram` is "auto": a tenth of what is free, and at least this much.
 MIN_RESERVE_BYTES = 1 << 30
-# The allocator's rounding and what Python itself grows by while generating (measured: 20-40 MiB).
-SLACK_BYTES = 64 << 20
+# The allocator's rounding and what Python itself grows by while generating (measured: 20-60 MiB).
+SLACK_BYTES = 96 << 20
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,28 +92,36 @@ class ExpertCache:
 
     def finish(self, fetch: Fetch) -> ExpertWeights:
         """Wait for a fetch, hold the key and return its weights. On failure the slot is freed and the error raised."""
+        layer = self._index.layers[fetch.key.layer_idx]
         try:
             fetch.ticket.wait()
+            weights = view_expert(layer, self._pool.tensor(fetch.slot), self._plan(fetch.key).source_offsets)
         except BaseException:
             self.abandon([fetch])
             raise
         self.slots.mark_ready(fetch.slot)
         self.slots.hold(fetch.slot)
-        layer = self._index.layers[fetch.key.layer_idx]
-        weights = view_expert(layer, self._pool.tensor(fetch.slot), self._plan(fetch.key).source_offsets)
         self._weights[fetch.slot] = weights
         return weights
 
     def abandon(self, fetches: Iterable[Fetch]) -> None:
-        """Free the slots of fetches that nobody will finish, after their reads have ended (they may still write)."""
+        """Free the slots of fetches that nobody will finish, after their reads have ended (they may still write).
+
+        A KeyboardInterrupt meanwhile is raised at the end: a slot left FILLING would be lost for good.
+        """
+        interrupt: BaseException | None = None
         for fetch in fetches:
             while not fetch.ticket.done():
                 try:
                     fetch.ticket.wait()
                 except Exception:  # noqa: BLE001 - the cause is being raised by whoever abandons
                     break
+                except BaseException as error:  # noqa: BLE001 - raised below
+                    interrupt = error
             self._policy.removed(fetch.key)
             self.slots.mark_failed(fetch.slot)
+        if interrupt is not None:
+            raise interrupt
 
     def _plan(self, key: ExpertKey) -> ReadPlan:
         plan = self._plans.get(key)

@@ -24,35 +24,28 @@ def run_bench_command(
 
     if ids is not None and prompt is not None:
         raise UsageError("give --ids or --prompt, not both")
-    if ids is None:
-        ids = _text_ids(model, prompt, prefill + (decode or DEFAULT_DECODE))
-    if decode is not None:
-        if prefill + decode > len(ids):
-            raise UsageError(
-                f"--prefill {prefill} and --decode {decode} need {prefill + decode} ids, there are {len(ids)}"
-            )
-        ids = ids[: prefill + decode]
 
     def make_engine() -> Engine:
         return open_engine(model, options, quiet=quiet)
 
+    def choose_ids(engine: Engine) -> list[int]:
+        given = ids if ids is not None else _text_ids(engine, prompt, prefill + (decode or DEFAULT_DECODE))
+        if decode is not None and prefill + decode > len(given):
+            raise UsageError(
+                f"--prefill {prefill} and --decode {decode} need {prefill + decode} ids, there are {len(given)}"
+            )
+        return given if decode is None else given[: prefill + decode]
+
     with ProgressReporter(quiet=quiet) as progress:
-        return run_bench(make_engine, ids, prefill=prefill, progress=progress)
+        return run_bench(make_engine, choose_ids, prefill=prefill, progress=progress)
 
 
-def _text_ids(model: str | None, prompt: str | None, count: int) -> list[int]:
-    """`count` ids of the prompt, repeated when it is short."""
-    from transformers import AutoTokenizer
+def _text_ids(engine: Engine, prompt: str | None, count: int) -> list[int]:
+    """`count` ids of the prompt, repeated when it is short; of the vocabulary for a model without a tokenizer."""
+    from offmoe.generation.prompt import encode
 
-    from offmoe.checkpoint.locate import demo_model_folder, locate_model
-
-    folder = demo_model_folder() if model is None else locate_model(model)
-    try:
-        ids = list(AutoTokenizer.from_pretrained(folder)(prompt or DEFAULT_TEXT)["input_ids"])
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{folder} has no readable tokenizer ({' '.join(str(error).split())[:120]}); use --ids"
-        ) from None
-    if not ids:
-        raise UsageError("--prompt is empty; give at least one token")
+    if engine.tokenizer is None and prompt is None:
+        return [(7 * position + 3) % engine.vocab_size for position in range(count)]
+    text = DEFAULT_TEXT if prompt is None else prompt
+    ids = encode(text, engine.tokenizer, vocab_size=engine.vocab_size)
     return (ids * (count // len(ids) + 1))[:count]

@@ -12,10 +12,13 @@ import click
 from offmoe import __version__
 from offmoe.base.errors import UsageError
 from offmoe.checkpoint.locate import demo_model_folder, locate_model
+from offmoe.cli.group import OneLineGroup
 from offmoe.cli.options import (
+    begin_process,
     engine_options,
     json_option,
     print_json,
+    read_stdin,
     sampling_options,
     split_engine_options,
     user_errors,
@@ -24,13 +27,21 @@ from offmoe.cli.options import (
 DEMO_PROMPT = "def read_lines(path):\n    "
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=OneLineGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="offmoe")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Run Mixture-of-Experts language models larger than memory, exactly as published.
 
     MODEL is a Hugging Face model folder or a hub id; without one, the bundled demo model is used.
     """
+    begin_process(context)
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @main.command()
@@ -46,7 +57,7 @@ def generate(model: str | None, prompt: str, stop: tuple[str, ...], as_json: boo
     from offmoe.report.progress import ProgressReporter
 
     engine_given, sampling = split_engine_options(options)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_stdin() if prompt == "-" else prompt
     with open_engine(model, engine_given, quiet=as_json) as engine:
         if as_json:
             reply = engine.generate(text, stop=stop, **sampling)

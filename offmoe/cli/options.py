@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from offmoe.base.errors import OffmoeError
+from offmoe.base.errors import OffmoeError, UsageError
+from offmoe.base.machine import rss_bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -73,13 +74,39 @@ def user_errors(command: Command) -> Command:
         try:
             return command(*args, **kwargs)
         except OffmoeError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
             sys.exit(130)
 
     return wrapped  # type: ignore[return-value]
+
+
+def begin_process(context: click.Context) -> None:
+    """What is done once, before torch is imported: budgets and peaks count from the memory used at this moment."""
+    context.obj = rss_bytes()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a model's text may hold what a narrow encoding has not
+            stream.reconfigure(errors="replace")
+
+
+def process_baseline_bytes() -> int:
+    """Resident memory when the process began."""
+    baseline = click.get_current_context().find_root().obj
+    assert isinstance(baseline, int), f"{baseline=}"
+    return baseline
+
+
+def read_stdin() -> str:
+    """All of standard input, which must be text. Raises UsageError."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input has the byte {error.object[error.start]:#04x} at {error.start}, which is no "
+            f"{error.encoding} text; convert it first"
+        ) from None
 
 
 def print_json(record: dict[str, Any]) -> None:

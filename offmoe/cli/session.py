@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offmoe.base.units import format_bytes
+from offmoe.cli.options import process_baseline_bytes
 from offmoe.report.progress import ProgressReporter
 
 if TYPE_CHECKING:
@@ -16,13 +17,19 @@ if TYPE_CHECKING:
     from offmoe.generation.stream import Piece
 
 
-def open_engine(model: str | None, options: dict[str, Any], *, quiet: bool = False) -> Engine:
-    """Load with progress on stderr, then say what goes where (unless `quiet`)."""
+def open_engine(
+    model: str | None, options: dict[str, Any], *, quiet: bool = False, baseline_bytes: int | None = None
+) -> Engine:
+    """Load with progress on stderr, then say what goes where (unless `quiet`).
+
+    The budget counts from `baseline_bytes`, by default from the begin of the process.
+    """
     from offmoe.api import load
 
+    baseline = process_baseline_bytes() if baseline_bytes is None else baseline_bytes
     _hush_libraries()
     with ProgressReporter(quiet=quiet) as progress:
-        engine = load(model, progress=progress, **options)
+        engine = load(model, progress=progress, _baseline_bytes=baseline, **options)
     if not quiet:
         click.echo(f"{engine.folder.name}: {engine.plan.line()}", err=True)
     return engine

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offmoe.base.errors import UsageError
+from offmoe.base.machine import rss_bytes
 from offmoe.base.units import format_percent
 from offmoe.cli.options import print_json
 from offmoe.cli.session import open_engine
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 def run_verify(model: str | None, options: dict[str, Any], prompt: str, num_new: int, *, as_json: bool) -> int:
     """Exit code 0 when every size agrees with the oracle, 1 when one does not."""
+    from offmoe.generation.prompt import encode
     from offmoe.report.verify import verify
 
     def engine_with(slots: int | None) -> Engine:
-        wanted = {} if slots is None else {"experts": slots}
-        return open_engine(model, {**options, **wanted}, quiet=True)
+        if slots is None:
+            return open_engine(model, options, quiet=True)
+        # The libraries are here already, and what the engine before has left is not this one's: count from now.
+        return open_engine(model, {**options, "experts": slots}, quiet=True, baseline_bytes=rss_bytes())
 
-    with engine_with(None) as engine:
-        if engine.tokenizer is not None:
-            ids = list(engine.tokenizer(prompt)["input_ids"])
-        else:
-            vocab = engine.model.config.get_text_config().vocab_size
-            ids = [(7 * position + 3) % vocab for position in range(16)]
-    if not ids:
-        raise UsageError("--prompt is empty; give at least one token")
+    def choose_ids(engine: Engine) -> list[int]:
+        if engine.tokenizer is None:
+            return [(7 * position + 3) % engine.vocab_size for position in range(16)]
+        return encode(prompt, engine.tokenizer, vocab_size=engine.vocab_size)
+
     with ProgressReporter(quiet=as_json) as progress:
-        results = verify(engine_with, ids, num_new, progress)
+        results = verify(engine_with, choose_ids, num_new, progress)
     for result in results:
         if not as_json:
             click.echo(

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.generation.sampling import Chooser
+from offmoe.models.transformers_internals import experts_modules
 
 
 def generate_step(
@@ -19,23 +20,44 @@ def generate_step(
 
     `cache` is empty or holds a prefix that `prompt_ids` continue, and receives every id but the one last yielded; with
     None the model makes its own.
-    The prompt goes through in pieces of `chunk`; `on_prefill(done, total)` is called after each. `choose` sees all ids
-    of this call, (1, S), and the last logits, (1, V).
+    The prompt goes through in pieces of `chunk`; `on_prefill(done, total)` is called after each layer of each piece,
+    with `done` in tokens. `choose` sees all ids of this call, (1, S), and the last logits, (1, V).
     """
     forward = _Forward(model, cache)
     ids = torch.tensor([list(prompt_ids)], dtype=torch.long)
-    total = ids.shape[1]
-    logits = torch.empty(0)
-    for begin in range(0, total, chunk):
-        piece = ids[:, begin : begin + chunk]
-        logits = forward(piece)
-        on_prefill(begin + piece.shape[1], total)
+    logits = _read_prompt(model, forward, ids, chunk, on_prefill)
     while True:
         token_id = choose(ids, logits)
         yield token_id
         new = torch.tensor([[token_id]], dtype=torch.long)
         ids = torch.cat([ids, new], dim=1)
         logits = forward(new)
+
+
+def _read_prompt(
+    model: PreTrainedModel, forward: _Forward, ids: torch.Tensor, chunk: int, on_prefill: Callable[[int, int], None]
+) -> torch.Tensor:
+    """The last logits, (1, V). One piece may take a minute on a large model, so layers are reported, not pieces."""
+    layers = [module for _, module in experts_modules(model)]
+    total, begin, size, layers_done = ids.shape[1], 0, 0, 0
+
+    def layer_done(*_: object) -> None:
+        nonlocal layers_done
+        layers_done = min(layers_done + 1, len(layers))
+        on_prefill(begin + size * layers_done // (len(layers) + 1), total)
+
+    logits = torch.empty(0)
+    hooks = [layer.register_forward_hook(layer_done) for layer in layers]
+    try:
+        for begin in range(0, total, chunk):
+            piece = ids[:, begin : begin + chunk]
+            size, layers_done = piece.shape[1], 0
+            logits = forward(piece)
+            on_prefill(begin + size, total)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits
 
 
 class _Forward:

@@ -36,8 +36,8 @@ def experts_forward(math: ExpertMath, experts: Sequence[tuple[int, ExpertWeights
     The activation is applied to all rows at once; every row's result depends on that row alone, so grouping experts
     one way or another gives the same numbers.
     """
-    up = _cat([_project(x_ND.to(math.dtype), weights.up, math) for _, weights, x_ND in experts])
     counts = [x_ND.shape[0] for _, _, x_ND in experts]
+    up = _cat([_project(x_ND.to(math.dtype), weights.up, math) for _, weights, x_ND in experts])
     if math.up_bias_EF is not None:
         up = up + _rows_of(math.up_bias_EF, experts, counts)
     hidden = math.activate(up)
@@ -50,12 +50,27 @@ def experts_forward(math: ExpertMath, experts: Sequence[tuple[int, ExpertWeights
     return y if math.post_norm is None else math.post_norm(y)
 
 
+def _padded_rows(num_rows: int) -> int:
+    """Row counts are rounded up so that few different matrix shapes occur.
+
+    oneDNN compiles and keeps a kernel for every shape it meets: with experts' row counts as they come, a 1024-token
+    prefill compiled hundreds and grew the process by 190 MiB (measured; 768 experts of 3 x 2048 x 768, bfloat16).
+    """
+    if num_rows <= 16:
+        return 1 << (num_rows - 1).bit_length()
+    step = 16 if num_rows <= 128 else 64
+    return -(-num_rows // step) * step
+
+
 def _project(x: torch.Tensor, parts: tuple[torch.Tensor, ...], math: ExpertMath) -> torch.Tensor:
+    num_rows = x.shape[0]
+    if math.dtype != torch.float32 and x.device.type == "cpu":
+        x = torch.nn.functional.pad(x, (0, 0, 0, _padded_rows(num_rows) - num_rows))
     outputs = []
     for part in parts:
         weight = part if part.dtype == math.dtype else part.to(math.dtype)
         outputs.append(x @ weight if math.transposed else torch.nn.functional.linear(x, weight))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))[:num_rows]
 
 
 def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -44,9 +44,10 @@ def workspace_bytes(model: PreTrainedModel, *, chunk: int, context_length: int) 
     # Linear-attention and state-space layers run in float32 here.
     if any(kind not in ("full_attention", "sliding_attention") for kind in getattr(config, "layer_types", None) or ()):
         attention += chunk * max(heads * head_dim, 2 * width) * 4 * 12
-    logits = _number(config, "vocab_size", 1) * (item + 4 * 4)
-    # oneDNN reorders a matrix before a product: at most the largest resident one.
-    reorder = max((p.nbytes for p in model.parameters() if p.dim() == 2), default=0)
+    vocab = _number(config, "vocab_size", 1)
+    logits = vocab * (item + 4 * 4)
+    # oneDNN reorders a matrix before a product of many rows: at most the largest resident one but embedding and head.
+    reorder = max((p.nbytes for p in model.parameters() if p.dim() == 2 and vocab not in p.shape), default=0)
     peak: int = hidden + mask + max(attention, experts, mlp) + experts // 2 + logits + reorder
     return peak
 

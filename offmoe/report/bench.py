@@ -11,28 +11,41 @@ import torch
 import transformers
 
 import offmoe
-from offmoe.base.errors import UsageError
+from offmoe.base.errors import ContextLengthError, UsageError
 from offmoe.base.machine import num_cores
 from offmoe.generation.engine import Engine
+from offmoe.generation.prompt import check_ids
 from offmoe.generation.stats import GenerationStats
 
 
 def run_bench(
-    open_engine: Callable[[], Engine], ids: Sequence[int], *, prefill: int, progress: Callable[[str, int, int], None]
-) -> dict[str, Any]:
+    open_engine: Callable[[], Engine], choose_ids: Callable[[Engine], Sequence[int]], *, prefill: int,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:  # fmt: skip
     """Load, read ids[:prefill] at once, then decode ids[prefill:] one at a time as given; returns the JSON record.
 
     Decode speed is one over the median time of a token. Counters cover the decode phase alone.
     """
-    if not 0 < prefill < len(ids) - 1:
-        raise UsageError(
-            f"--prefill {prefill} leaves {len(ids) - prefill} of {len(ids)} ids to decode; at least 2 needed"
-        )
     begin = time.perf_counter()
     with open_engine() as engine:
         load_s = time.perf_counter() - begin
+        ids = _check(engine, choose_ids(engine), prefill)
         stats = _teacher_forced(engine, ids, prefill, progress)
         return {"load_s": round(load_s, 3), **stats.as_dict(), **_record(engine)}
+
+
+def _check(engine: Engine, ids: Sequence[int], prefill: int) -> list[int]:
+    """All ids must be real tokens and have room, or the run would not be the work that was asked for."""
+    if prefill > len(ids) - 2:
+        raise UsageError(
+            f"--prefill {prefill} of {len(ids)} ids leaves {max(0, len(ids) - prefill)} to decode; at least 2 needed"
+        )
+    if len(ids) > engine.context_length:
+        raise ContextLengthError(
+            f"there are {len(ids)} ids, the context has room for {engine.context_length}; give fewer or raise "
+            "--context-length"
+        )
+    return check_ids(ids, vocab_size=engine.vocab_size)
 
 
 def _teacher_forced(

@@ -53,11 +53,12 @@ def run_and_record(engine: Engine, ids: list[int], num_new: int) -> tuple[list[i
 
 
 def verify(
-    open_engine: Callable[[int | None], Engine], ids: list[int], num_new: int,
+    open_engine: Callable[[int | None], Engine], choose_ids: Callable[[Engine], list[int]], num_new: int,
     progress: Callable[[str, int, int], None],
 ) -> list[VerifyResult]:  # fmt: skip
     """Compare three cache sizes with no cache. `open_engine(slots)` loads with that many slots (None: what fits)."""
     with open_engine(None) as engine:
+        ids = choose_ids(engine)
         sizes = cache_sizes(engine)
         progress("uncached", 0, 1 + len(sizes))
         with engine.uncached():

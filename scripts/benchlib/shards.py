@@ -30,7 +30,6 @@ def write_checkpoint(
     *,
     dtype: str,
     seed: int,
-    std: float,
     max_shard_bytes: int,
     on_shard: Callable[[str, int], None],
 ) -> int:
@@ -44,7 +43,7 @@ def write_checkpoint(
     weight_map: dict[str, str] = {}
     for shard_idx, shard in enumerate(shards):
         name = f"model-{shard_idx + 1:05d}-of-{len(shards):05d}.safetensors"
-        shard_bytes = _write_shard(out_dir / name, shard, dtype=dtype, seed=seed, std=std)
+        shard_bytes = _write_shard(out_dir / name, shard, dtype=dtype, seed=seed)
         weight_map |= dict.fromkeys((spec.name for spec in shard), name)
         on_shard(name, shard_bytes)
     total_bytes = sum(spec.num_elements for spec in specs) * item_bytes
@@ -67,7 +66,7 @@ def split_shards(specs: Sequence[TensorSpec], *, item_bytes: int, max_shard_byte
     return shards
 
 
-def _write_shard(path: Path, shard: list[TensorSpec], *, dtype: str, seed: int, std: float) -> int:
+def _write_shard(path: Path, shard: list[TensorSpec], *, dtype: str, seed: int) -> int:
     """Write one safetensors file; return the bytes of its tensor data."""
     torch_dtype, dtype_name = DTYPES[dtype]
     ordered = sorted(shard, key=lambda spec: spec.name)
@@ -82,17 +81,17 @@ def _write_shard(path: Path, shard: list[TensorSpec], *, dtype: str, seed: int, 
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for spec in ordered:
-            for piece in draw_pieces(spec, seed=seed, std=std):
+            for piece in draw_pieces(spec, seed=seed):
                 file.write(piece.to(torch_dtype).view(torch.uint8).numpy().data)
     return offset
 
 
-def draw_pieces(spec: TensorSpec, *, seed: int, std: float) -> Iterator[torch.Tensor]:
-    """The tensor's numbers as flat float32 pieces: ones for norms, else normal with deviation `std`."""
+def draw_pieces(spec: TensorSpec, *, seed: int) -> Iterator[torch.Tensor]:
+    """The tensor's numbers as flat float32 pieces: ones for norms, else normal with its deviation."""
     generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(spec.name.encode()))
     for start in range(0, spec.num_elements, PIECE_ELEMENTS):
         count = min(PIECE_ELEMENTS, spec.num_elements - start)
         if spec.ones:
             yield torch.ones(count)
         else:
-            yield torch.randn(count, generator=generator).mul_(std)
+            yield torch.randn(count, generator=generator).mul_(spec.deviation)
