@@ -123,6 +123,22 @@ class ExpertCache:
         if interrupt is not None:
             raise interrupt
 
+    def recover(self) -> None:
+        """Put the books in order after a call was broken off between any two lines (Ctrl-C). Afterwards nothing is
+        held and nothing is under way; what was READY stays, in the order in which the policy would let it go.
+        """
+        self._disk.restart()
+        order: list[ExpertKey] = []
+        while (key := self._policy.victim(lambda key: True)) is not None:
+            order.append(key)
+            self._policy.removed(key)
+        kept = set(self.slots.recover(lambda slot: self._weights[slot] is not None))
+        for key in [*(key for key in order if key in kept), *sorted(kept - set(order))]:
+            self._policy.inserted(key, cold=False)
+        for slot in range(len(self.slots)):
+            if self.slots.state(slot) is not SlotState.READY:
+                self._weights[slot] = None
+
     def _plan(self, key: ExpertKey) -> ReadPlan:
         plan = self._plans.get(key)
         if plan is None:

@@ -6,6 +6,7 @@ evicted. Weights are read-only, so eviction only forgets. Only the thread that r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 
 from offmoe.base.keys import ExpertKey
@@ -100,6 +101,23 @@ class SlotTable:
         del self._slot_of[key]
         self._states[slot], self._keys[slot] = SlotState.FREE, None
         self._free.append(slot)
+
+    def recover(self, is_valid: Callable[[int], bool]) -> list[ExpertKey]:
+        """After a call was broken off between any two lines: forget holds and reads, keep the READY slots that the map
+        and `is_valid(slot)` agree on, and return their keys. Nobody may be writing to a slot any more.
+        """
+        kept = {
+            key: slot
+            for slot, (state, key) in enumerate(zip(self._states, self._keys, strict=True))
+            if state is SlotState.READY and key is not None and self._slot_of.get(key) == slot and is_valid(slot)
+        }
+        slots = set(kept.values())
+        self._holds = [0] * len(self._states)
+        self._free = [slot for slot in range(len(self._states) - 1, -1, -1) if slot not in slots]
+        for slot in self._free:
+            self._states[slot], self._keys[slot] = SlotState.FREE, None
+        self._slot_of = kept
+        return list(kept)
 
     def check_integrity(self) -> None:
         """Assert that map, states, keys, holds and free list agree. For tests, after every step."""

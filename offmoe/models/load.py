@@ -19,6 +19,7 @@ from offmoe.cache.policy import make_policy
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.executor.executor import Executor
+from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.executor.uncached import UncachedExecutor
 from offmoe.models.build import build_on_meta, read_model_config
 from offmoe.models.expert_map import map_experts, streamed_parameters
@@ -46,7 +47,7 @@ class LoadedModel:
     cache: ExpertCache
     disk: DiskTier
     pool: HostPool
-    executor: Executor
+    executor: ExpertsExecutor
     plan: MemoryPlan
     context_length: int
     chunkable: bool
@@ -99,7 +100,7 @@ def load_model(
         plan = budget.plan(probe)
         pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
         cache = ExpertCache(experts, pool, disk, make_policy(config.policy), counters)
-        executor = Executor(cache)
+        executor = RecoveringExecutor(Executor(cache), cache)
         _attach_all(model, executor)
         opened.pop_all()
     return LoadedModel(

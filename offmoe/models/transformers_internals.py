@@ -11,7 +11,8 @@ What is used, and for what:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
 
 from offmoe.base.errors import UnsupportedModelError
 
@@ -223,6 +225,18 @@ class LoadReport:
     errors: tuple[str, ...]
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws one bar a call; offmoe reports its own progress, once."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 class ResidentLoader:
     """Loads resident weights group by group through transformers' converter, so that dtype rules are its own."""
 
@@ -242,7 +256,10 @@ class ResidentLoader:
 
         All parts of one parameter must be in one call.
         """
-        info, _ = convert_and_load_state_dict_in_model(model=self._model, state_dict=tensors, load_config=self._config)
+        with _without_bars():
+            info, _ = convert_and_load_state_dict_in_model(
+                model=self._model, state_dict=tensors, load_config=self._config
+            )
         self._last_info = info
         self._missing &= set(info.missing_keys)
         self._unexpected |= set(info.unexpected_keys)

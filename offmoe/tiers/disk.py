@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from offmoe.base.counters import Counters
 from offmoe.base.errors import UsageError
-from offmoe.checkpoint.expert_index import ReadPlan, Run
+from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, ReadPlan, Run
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES, ShardFile
 from offmoe.tiers.copier import FutureTicket, Ticket
 
@@ -34,7 +34,7 @@ class DiskTier:
         self.direct = io != "buffered" and all(file.open_direct() for file in files)
         if io == "direct" and not self.direct:
             raise UsageError(f"{files[0].path.parent} is on a file system without direct reads; use --io buffered")
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="offmoe-disk")
+        self._threads = self._start_threads()
 
     def __repr__(self) -> str:
         return f"<DiskTier [{len(self._files)} files, {'direct' if self.direct else 'buffered'}]>"
@@ -42,7 +42,7 @@ class DiskTier:
     @property
     def align_bytes(self) -> int:
         """What runs must be aligned to."""
-        return DIRECT_ALIGN_BYTES if self.direct else 1
+        return DIRECT_ALIGN_BYTES if self.direct else BUFFERED_ALIGN_BYTES
 
     def read(self, plan: ReadPlan, slot: memoryview) -> Ticket:
         """Start filling `slot` as `plan` says. Failures (DiskReadError, CheckpointChangedError) come from wait()."""
@@ -64,6 +64,15 @@ class DiskTier:
             direct=self.direct,
         )
 
+    def restart(self) -> None:
+        """End every read, also those whose ticket was lost: afterwards nobody writes to a slot, and reads may start."""
+        self.close()
+        self._threads = self._start_threads()
+
     def close(self) -> None:
         """End the threads; reads that were queued are dropped, reads under way end first."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    @staticmethod
+    def _start_threads() -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="offmoe-disk")

@@ -1,0 +1,42 @@
+"""Ctrl-C may come between any two lines; this puts the cache's books in order before anybody looks at them again.
+
+`Executor` ends every call without a hold or an unfinished read, also when a read fails. An exception that a signal
+raises inside the bookkeeping itself is beyond that: a slot may be off the free list and in no map.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from offmoe.base.errors import OffmoeError
+from offmoe.cache.expert_cache import ExpertCache
+from offmoe.executor.executor import Executor
+from offmoe.kernels.reference import ExpertMath
+
+
+class RecoveringExecutor:
+    """Runs layers as `executor` does. After a call was broken off, the cache is at rest and keeps what is whole."""
+
+    def __init__(self, executor: Executor, cache: ExpertCache) -> None:
+        self._executor, self._cache = executor, cache
+        self._in_call = False
+
+    def run_layer(
+        self, layer_idx: int, math: ExpertMath, num_experts: int,
+        x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """The experts' weighted sum, (T, D) in x's dtype."""
+        if self._in_call:  # a second Ctrl-C broke off the recovery of the call before
+            self._cache.recover()
+        self._in_call = True
+        try:
+            y_TD = self._executor.run_layer(layer_idx, math, num_experts, x_TD, expert_ids_TK, weights_TK)
+        except OffmoeError:  # a read that failed: the executor has cleaned up
+            self._in_call = False
+            raise
+        except BaseException:
+            self._cache.recover()
+            self._in_call = False
+            raise
+        self._in_call = False
+        return y_TD
