@@ -16,8 +16,8 @@ BEGIN, END = "<!-- models table: begin -->", "<!-- models table: end -->"
 
 def make_table() -> str:
     """The markdown table: one row a family, then those left out, each with its reason."""
-    from families import EXCLUDED, FAMILIES, MULTIMODAL
-    from test_families_exact import LAYOUTS, REFUSED
+    from families import EXCLUDED, FAMILIES, LAYOUTS, MULTIMODAL
+    from test_families_exact import REFUSED
 
     lines = ["| family | class | exact as |", "|---|---|---|"]
     for name, family in sorted(FAMILIES.items()):
@@ -42,7 +42,7 @@ def current(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 when the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 when it is out of date")
     check = parser.parse_args().check
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")

@@ -7,28 +7,30 @@ KV cache, from offmoe's own loop and from the model's `.generate()`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MULTIMODAL, build, save_layout
+from families import FAMILIES, LAYOUTS, MULTIMODAL, Layout, build, save_layout
 
 import offmoe
 from offmoe.base.errors import UnsupportedModelError
 from offmoe.models.transformers_internals import experts_modules
 from offmoe.planner.survey import survey
 
-LAYOUTS = ("published", "stacked", "shards")
 NUM_PROMPT, NUM_NEW = 12, 32
 _ERNIE = "text and vision experts are one list of tensors, which is not taken apart yet; the stacked form runs"
 # Layouts that offmoe refuses, each with its reason.
 REFUSED = {("ernie4_5_vl_moe", "published"): _ERNIE, ("ernie4_5_vl_moe", "shards"): _ERNIE}
 
 
-CASES = [(name, layout) for name in FAMILIES for layout in LAYOUTS] + [(name, "published") for name in MULTIMODAL]
+CASES: list[tuple[str, Layout]] = [(name, layout) for name in FAMILIES for layout in LAYOUTS] + [
+    (name, "published") for name in MULTIMODAL
+]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_offloaded_equals_eager(name: str, layout: str, tmp_path: Path) -> None:
+def test_offloaded_equals_eager(name: str, layout: Layout, tmp_path: Path) -> None:
     model = build(name)
     save_layout(model, tmp_path, layout)
     if (name, layout) in REFUSED:
@@ -39,7 +41,7 @@ def test_offloaded_equals_eager(name: str, layout: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(input_ids=ids).logits
     expected_ids = model.generate(ids[:1], max_new_tokens=NUM_NEW, do_sample=False)[0, NUM_PROMPT:].tolist()
-    num_experts = sum(module.down_proj.shape[0] for _, module in experts_modules(model))
+    num_experts = sum(len(module.get_parameter("down_proj")) for _, module in experts_modules(model))
 
     with offmoe.load(str(tmp_path), ram="4GiB", experts=max(_top_k(model), num_experts // 4)) as engine:
         with torch.no_grad():
@@ -57,8 +59,9 @@ def test_offloaded_equals_eager(name: str, layout: str, tmp_path: Path) -> None:
 
 def _top_k(model: torch.nn.Module) -> int:
     """A cache below top-k is refused; families' own configs say what top-k is, 4 covers the tiny ones."""
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    return max((getattr(config, n) for n in ("num_experts_per_tok", "top_k_experts") if getattr(config, n, None)), default=4)
+    config: Any = model.config
+    names = ("num_experts_per_tok", "top_k_experts")
+    return max((getattr(config.get_text_config(), name, None) or 0 for name in names), default=0) or 4
 
 
 def _survey_agrees(folder: Path, engine: offmoe.Engine) -> None:
