@@ -21,7 +21,7 @@ from offmoe.base.errors import (
     ModelNotFoundError,
     UsageError,
 )
-from offmoe.checkpoint.expert_index import ReadPlan, Span, plan_read
+from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, ReadPlan, Span, plan_read
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES, ShardFile
 from offmoe.tiers import disk as disk_module
 from offmoe.tiers.disk import DiskTier
@@ -112,7 +112,8 @@ def test_bytes_and_reads_are_counted(make_disk: Callable[[str], DiskTier], monke
     monkeypatch.setattr(disk_module, "PIECE_BYTES", DIRECT_ALIGN_BYTES)
     disk = make_disk("buffered")
     read_expert(disk, EXPERTS["three places"])
-    assert (disk._counters.disk_bytes, disk._counters.disk_reads) == (7000 + 1 + 5000, 2 + 1 + 2)
+    blocks = [-(-FILE_BYTES // 64) - (FILE_BYTES - 7000) // 64, 1, -(-5010 // 64)]
+    assert (disk._counters.disk_bytes, disk._counters.disk_reads) == (64 * sum(blocks), 2 + 1 + 2)
 
 
 def test_direct_reads_count_the_blocks_they_move(make_disk: Callable[[str], DiskTier]) -> None:
@@ -171,7 +172,7 @@ def test_auto_falls_back_where_the_file_system_refuses(
         make_disk("direct")
     assert "without direct reads; use --io buffered" in one_line(caught)
     disk = make_disk("auto")
-    assert not disk.direct and disk.align_bytes == 1
+    assert not disk.direct and disk.align_bytes == BUFFERED_ALIGN_BYTES
     assert read_expert(disk, EXPERTS["three places"]) == expected(EXPERTS["three places"])
 
 

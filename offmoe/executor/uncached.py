@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from offmoe.base.keys import ExpertKey
-from offmoe.checkpoint.expert_index import ExpertIndex, plan_read
+from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, ExpertIndex, plan_read
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.executor.dispatch import dispatch
 from offmoe.executor.executor import combine
@@ -27,12 +27,14 @@ class UncachedExecutor:
         y_SD = torch.zeros(expert_ids_TK.numel(), x_TD.shape[-1], dtype=math.dtype)
         for assignment in dispatch(expert_ids_TK, num_experts):
             layer = self._index.layers[layer_idx]
-            plan = plan_read(self._index.spans(ExpertKey(layer_idx, assignment.expert_idx)), align_bytes=1)
+            plan = plan_read(
+                self._index.spans(ExpertKey(layer_idx, assignment.expert_idx)), align_bytes=BUFFERED_ALIGN_BYTES
+            )
             slot = torch.empty(plan.slot_bytes, dtype=torch.uint8)
             view = writable_bytes(slot)
             for run in plan.runs:
                 part = view[run.slot_offset : run.slot_offset + run.num_bytes]
-                self._files[run.file_idx].read_into(part, run.start, need_bytes=run.num_bytes)
+                self._files[run.file_idx].read_into(part, run.start, need_bytes=run.need_bytes)
             weights = view_expert(layer, slot, plan.source_offsets)
             x_ND = x_TD if assignment.tokens_N is None else x_TD[assignment.tokens_N]
             y_SD[assignment.choices_N] = experts_forward(math, [(assignment.expert_idx, weights, x_ND)])

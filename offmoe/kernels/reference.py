@@ -12,6 +12,9 @@ import torch
 
 from offmoe.formats.dense import ExpertWeights
 
+# Rows of a multiple of this end with a whole vector, whether gated or not, in every type and instruction set.
+VECTOR_ELEMENTS = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertMath:
@@ -33,18 +36,19 @@ class ExpertMath:
 def experts_forward(math: ExpertMath, experts: Sequence[tuple[int, ExpertWeights, torch.Tensor]]) -> torch.Tensor:
     """Rows of several experts, in order: each item is (expert_idx, weights, x_ND); returns their y_ND concatenated.
 
-    The activation is applied to all rows at once; every row's result depends on that row alone, so grouping experts
-    one way or another gives the same numbers.
+    Grouping experts one way or another gives the same bits. The activation is applied to all rows at once (8 rows:
+    14 us, against 100 us one by one, measured) where that changes nothing: torch computes what is left of an array
+    after the last whole vector by scalar code, whose exponentials round otherwise.
     """
     counts = [x_ND.shape[0] for _, _, x_ND in experts]
     up = _cat([_project(x_ND.to(math.dtype), weights.up, math) for _, weights, x_ND in experts])
     if math.up_bias_EF is not None:
         up = up + _rows_of(math.up_bias_EF, experts, counts)
-    hidden = math.activate(up)
-    y = _cat([
-        _project(h_NF, weights.down, math)
-        for (_, weights, _), h_NF in zip(experts, torch.split(hidden, counts), strict=True)
-    ])  # fmt: skip
+    if up.shape[-1] % VECTOR_ELEMENTS == 0:
+        hidden = torch.split(math.activate(up), counts)
+    else:
+        hidden = tuple(math.activate(rows) for rows in torch.split(up, counts))
+    y = _cat([_project(h_NF, weights.down, math) for (_, weights, _), h_NF in zip(experts, hidden, strict=True)])
     if math.down_bias_ED is not None:
         y = y + _rows_of(math.down_bias_ED, experts, counts)
     return y if math.post_norm is None else math.post_norm(y)
