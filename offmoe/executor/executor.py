@@ -15,7 +15,7 @@ from offmoe.base.keys import ExpertKey
 from offmoe.cache.expert_cache import ExpertCache, Fetch
 from offmoe.executor.dispatch import Assignment, dispatch
 from offmoe.formats.dense import ExpertWeights
-from offmoe.kernels.reference import ExpertMath, experts_forward
+from offmoe.kernels.reference import ExpertMath, experts_forward, one_token_forward
 
 # Reads in flight at once: enough to keep a drive busy; more only lengthens the wait for the first.
 MAX_READS_IN_FLIGHT = 8
@@ -127,9 +127,9 @@ class _LayerRun:
         begin = time.perf_counter_ns()
         flat = [(weights, assignment) for weights, assigned in experts for assignment in assigned]
         if flat and all(assignment.tokens_N is None for _, assignment in flat):
-            y_ND = experts_forward(self._math, [(a.expert_idx, weights, self._x_TD) for weights, a in flat])
+            y_KD = one_token_forward(self._math, [(a.expert_idx, weights) for weights, a in flat], self._x_TD)
             for row, (_, assignment) in enumerate(flat):
-                self._y_SD[assignment.choices_N] = y_ND[row]
+                self._y_SD[assignment.choices_N] = y_KD[row]
         else:
             for weights, assignment in flat:
                 x_ND = self._x_TD if assignment.tokens_N is None else self._x_TD[assignment.tokens_N]

@@ -157,6 +157,7 @@ class Engine:
 
     def _exclusively(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Hold the engine from the first piece to the last, or to the generator's end."""
+        _ = self._parts  # raises when the engine was closed since the call
         if not self._running.acquire(blocking=False):
             raise EngineBusyError(_BUSY)
         try:

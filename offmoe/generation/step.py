@@ -70,7 +70,7 @@ class _Forward:
         self._takes_positions = "position_ids" in accepted
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Last logits (1, V) after appending ids (1, N)."""
         begin, self._position = self._position, self._position + ids.shape[1]
