@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from io import FileIO
 from pathlib import Path
 
 from offmoe.base.errors import CheckpointChangedError, CheckpointError, DiskReadError, ModelNotFoundError
@@ -30,13 +31,13 @@ class ShardFile:
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror}; check the permissions") from None
         self._lock = threading.Lock()
-        self._direct_fd: int | None = None
+        self._direct: FileIO | None = None
         status = os.fstat(self._file.fileno())
         self.num_bytes = status.st_size
         self._identity = (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def __repr__(self) -> str:
-        return f"<ShardFile {self.name} [{self.num_bytes} bytes{', direct' if self._direct_fd is not None else ''}]>"
+        return f"<ShardFile {self.name} [{self.num_bytes} bytes{', direct' if self._direct is not None else ''}]>"
 
     @property
     def raw(self) -> object:
@@ -45,16 +46,16 @@ class ShardFile:
 
     def open_direct(self) -> bool:
         """Open a second handle that bypasses the page cache; False where the system or the file system has none."""
-        if self._direct_fd is not None:
+        if self._direct is not None:
             return True
         flag = getattr(os, "O_DIRECT", None)
         if flag is None or not hasattr(os, "preadv"):
             return False
         try:
-            self._direct_fd = os.open(self.path, os.O_RDONLY | flag)
+            self._direct = FileIO(self.path, opener=lambda path, flags: os.open(path, flags | flag))
         except OSError:
             return False
-        status = os.fstat(self._direct_fd)
+        status = os.fstat(self._direct.fileno())
         if (status.st_ino, status.st_size, status.st_mtime_ns) != self._identity:
             raise self._changed()
         return True
@@ -86,8 +87,8 @@ class ShardFile:
 
     def _read_once(self, view: memoryview, start: int, *, direct: bool) -> int:
         if direct:
-            assert self._direct_fd is not None, "open_direct() comes first"
-            return os.preadv(self._direct_fd, [view], start)
+            assert self._direct is not None, "open_direct() comes first"
+            return os.preadv(self._direct.fileno(), [view], start)
         if hasattr(os, "preadv"):
             return os.preadv(self._file.fileno(), [view], start)
         with self._lock:  # no positional read on this system: the file has one position
@@ -113,6 +114,6 @@ class ShardFile:
     def close(self) -> None:
         """Close both handles; reads afterwards fail."""
         self._file.close()
-        if self._direct_fd is not None:
-            os.close(self._direct_fd)
-            self._direct_fd = None
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None

@@ -1,0 +1,123 @@
+"""`engine.model` is the transformers model: whatever transformers does with it gives what the whole model gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import PROMPT, QUARTER, assert_at_rest, open_tiny, plain_model, save_tiny
+from transformers import PreTrainedModel
+
+import offmoe
+
+PADDED = torch.tensor([PROMPT, [0, 0, 0, 0, *PROMPT[2:8]]])
+MASK = torch.tensor([[1] * 10, [0] * 4 + [1] * 6])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[offmoe.Engine]:
+    with open_tiny(folder) as engine:
+        yield engine
+        assert_at_rest(engine)
+        assert engine.stats()["evictions"] > QUARTER, "a quarter of the experts cannot serve this without eviction"
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> PreTrainedModel:
+    return plain_model(folder)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 1.1, "top_k": 30, "top_p": 0.95},
+    "several samples": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "beam sampling": {"do_sample": True, "num_beams": 2},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+    "no cache": {"do_sample": False, "use_cache": False},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_generate_gives_what_the_whole_model_gives(engine: offmoe.Engine, plain: PreTrainedModel, way: str) -> None:
+    # A prompt that repeats itself, so that prompt lookup has something to find.
+    prompt = torch.tensor([PROMPT + PROMPT[:6]])
+    results = []
+    for model in (plain, engine.model):
+        torch.manual_seed(2)
+        results.append(model.generate(prompt, max_new_tokens=20, **WAYS[way]).tolist())
+    assert results[0] == results[1]
+
+
+def test_scores_of_beams(engine: offmoe.Engine, plain: PreTrainedModel) -> None:
+    options: dict[str, Any] = {
+        "num_beams": 3,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    want, got = (model.generate(PADDED[:1], max_new_tokens=8, **options) for model in (plain, engine.model))
+    torch.testing.assert_close(got.sequences_scores, want.sequences_scores)
+
+
+def test_a_padded_batch(engine: offmoe.Engine, plain: PreTrainedModel) -> None:
+    with torch.no_grad():
+        want, got = (
+            model(input_ids=PADDED, attention_mask=MASK).logits[MASK.bool()] for model in (plain, engine.model)
+        )
+    assert float((got - want).abs().max() / want.abs().max()) < 1e-5
+    ids = [
+        model.generate(PADDED, attention_mask=MASK, max_new_tokens=12, do_sample=False)
+        for model in (plain, engine.model)
+    ]
+    assert ids[0].tolist() == ids[1].tolist()
+    alone = engine.generate(PROMPT[2:8], max_new_tokens=12).token_ids
+    assert ids[1][1, PADDED.shape[1] :].tolist() == list(alone), "padding does not change a prompt's reply"
+
+
+def test_logits_at_every_position(engine: offmoe.Engine, plain: PreTrainedModel) -> None:
+    ids = torch.randint(3, 120, (3, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, got = (model(input_ids=ids).logits for model in (plain, engine.model))
+    assert float((got - want).abs().max() / want.abs().max()) < 1e-5
+
+
+def test_uncached_is_the_same_model(engine: offmoe.Engine, plain: PreTrainedModel) -> None:
+    with torch.no_grad():
+        want = plain(input_ids=PADDED[:1]).logits
+        cached = engine.model(input_ids=PADDED[:1]).logits
+        before = engine.stats()
+        with engine.uncached():
+            uncached = engine.model(input_ids=PADDED[:1]).logits
+        assert engine.stats() == {**before, "peak_rss_growth_bytes": engine.stats()["peak_rss_growth_bytes"]}
+        engine.model(input_ids=PADDED[:1])
+    assert engine.stats()["layer_calls"] == before["layer_calls"] + 2, "afterwards the cache serves again"
+    for got in (cached, uncached):
+        assert float((got - want).abs().max() / want.abs().max()) < 1e-5
+
+
+def test_a_stream_and_the_model_take_turns(engine: offmoe.Engine) -> None:
+    expected = engine.generate(PROMPT, max_new_tokens=6).token_ids
+    stream = engine.stream(PROMPT, max_new_tokens=6)
+    ids = []
+    for piece in stream:
+        ids.append(piece.token_id)
+        engine.model.generate(PADDED[1:, 4:], max_new_tokens=2, do_sample=False)
+    assert tuple(ids[:-1]) == expected
+
+
+def test_the_model_has_no_expert_weights(engine: offmoe.Engine) -> None:
+    names = [name for name, _ in engine.model.named_parameters()]
+    assert not [name for name in names if "expert" in name], "experts are on disk and in slots, nowhere else"
+    assert not any(parameter.is_meta for parameter in engine.model.parameters())
+    assert not engine.model.training
+    engine.generate(PROMPT, max_new_tokens=3)
