@@ -15,7 +15,7 @@ _FACTORS = {
     "g": 10**9, "gb": 10**9, "gib": GIB,
     "t": 10**12, "tb": 10**12, "tib": 1 << 40,
 }  # fmt: skip
-_SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]*)?)\s*([a-z]*)\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"^\s*([0-9]{1,18}(?:\.[0-9]*)?)\s*([a-z]*)\s*$", re.IGNORECASE)
 
 
 def parse_size(text: str | int, *, name: str = "size") -> int:

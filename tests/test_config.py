@@ -1,0 +1,113 @@
+"""What a user may set: each option's accepted values, and a line that says so for all others."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from makers import one_line
+
+from offmoe.base.config import OPTION_NAMES, EngineConfig, make_config
+from offmoe.base.errors import UsageError
+from offmoe.cache.policy import POLICY_NAMES
+from offmoe.tiers.disk import IO_MODES
+
+COUNTS = ("context_length", "experts", "prefill_chunk")
+DEFAULTS = EngineConfig()
+
+
+def test_nothing_set_is_all_auto() -> None:
+    assert make_config() == DEFAULTS
+    assert {DEFAULTS.as_dict()[name] for name in ("ram", *COUNTS)} == {None}
+
+
+@pytest.mark.parametrize("name", OPTION_NAMES)
+def test_none_and_auto_leave_every_choice_to_offmoe(name: str) -> None:
+    assert make_config(**{name: None}) == make_config(**{name: "auto"}) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("ram", "6GiB", 6 << 30), ("ram", 12345, 12345), ("experts", 7, 7), ("experts", "7", 7), ("experts", 7.0, 7),
+        ("context_length", 1 << 20, 1 << 20), ("prefill_chunk", 1, 1), ("policy", "lru", "lru"),
+        ("device", "cpu", "cpu"),
+        ("io", "direct", "direct"), ("io", "buffered", "buffered"), ("trust_remote_code", True, True),
+        ("trust_remote_code", False, False),
+    ],
+)  # fmt: skip
+def test_values_that_are_kept(name: str, value: Any, kept: Any) -> None:
+    config = make_config(**{name: value})
+    assert config.as_dict() == DEFAULTS.as_dict() | {name: kept}
+    assert type(config.as_dict()[name]) is type(kept)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", [0, -1, 1.5, "many", "", True, [1], float("nan"), float("inf"), 10**400, "9" * 5000])
+def test_counts_are_whole_numbers_of_at_least_one(name: str, value: Any) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_config(**{name: value})
+    message = one_line(caught)
+    assert message.startswith(f"{name} is ") and "whole number of at least 1" in message
+
+
+@pytest.mark.parametrize(("name", "known"), [("policy", POLICY_NAMES), ("io", IO_MODES), ("device", ("auto", "cpu"))])
+@pytest.mark.parametrize("value", ["best", "", 5, ["lru"], Decimal(1)])
+def test_choices_list_what_is_known(name: str, known: tuple[str, ...], value: Any) -> None:
+    """The same names that the policies and the disk tier have."""
+    with pytest.raises(UsageError) as caught:
+        make_config(**{name: value})
+    assert one_line(caught) == f"{name} is {value!r}; known: {', '.join(known)}"
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0, []])
+def test_trust_is_true_or_false(value: Any) -> None:
+    with pytest.raises(UsageError, match="use True or False"):
+        make_config(trust_remote_code=value)
+
+
+@pytest.mark.parametrize("value", ["lots", -1, 2.5])
+def test_ram_is_a_size(value: Any) -> None:
+    with pytest.raises(UsageError, match=r"^ram is "):
+        make_config(ram=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("contxt_length", "context_length"), ("expert", "experts"), ("polcy", "policy"), ("rams", "ram")]
+)
+def test_an_unknown_option_is_an_error_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_config(**{name: 1})
+    message = one_line(caught)
+    assert message.startswith(f"unknown option {name!r}; did you mean {near!r}?")
+    assert all(known in message for known in OPTION_NAMES)
+
+
+def test_an_unknown_option_like_no_other() -> None:
+    with pytest.raises(UsageError) as caught:
+        make_config(zzzzzz=1)
+    assert one_line(caught) == f"unknown option 'zzzzzz'; known: {', '.join(OPTION_NAMES)}"
+
+
+def test_every_option_is_described() -> None:
+    lines = (EngineConfig.__doc__ or "").splitlines()
+    assert [line.split()[0] for line in lines if line.strip().startswith(OPTION_NAMES)] == list(OPTION_NAMES)
+
+
+values = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.lists(st.integers(), max_size=2)
+)
+
+
+@given(options=st.dictionaries(st.sampled_from(OPTION_NAMES) | st.text(max_size=5), values, max_size=3))
+def test_any_options_are_a_config_or_a_usage_error(options: dict[str, Any]) -> None:
+    try:
+        config = make_config(**options)
+    except UsageError as error:
+        assert str(error).isprintable()
+    else:
+        assert all(getattr(config, name) is None or getattr(config, name) >= 1 for name in COUNTS)
+        assert config.ram is None or config.ram >= 0
