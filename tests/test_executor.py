@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -36,6 +37,9 @@ from offmoe.executor.uncached import UncachedExecutor
 from offmoe.kernels.reference import ExpertMath
 from offmoe.tiers.copier import Ticket
 
+if TYPE_CHECKING:
+    from offmoe.models.seam import ExpertsExecutor
+
 PADDING = NUM_EXPERTS
 
 
@@ -51,20 +55,25 @@ def interleaved(up_N2F: torch.Tensor) -> torch.Tensor:
 
 
 def make_math(
-    activate: Callable[[torch.Tensor], torch.Tensor] = gated, *, biased: bool = False, width_F: int = 64
+    activate: Callable[[torch.Tensor], torch.Tensor] = gated,
+    *,
+    biased: bool = False,
+    width_F: int = 64,
+    dtype: torch.dtype = torch.float32,
 ) -> ExpertMath:
     generator = torch.Generator().manual_seed(3)
     return ExpertMath(
         activate=activate,
-        up_bias_EF=torch.randn(NUM_EXPERTS, 2 * width_F, generator=generator) if biased else None,
-        down_bias_ED=torch.randn(NUM_EXPERTS, WIDTH_D, generator=generator) if biased else None,
+        up_bias_EF=torch.randn(NUM_EXPERTS, 2 * width_F, generator=generator).to(dtype) if biased else None,
+        down_bias_ED=torch.randn(NUM_EXPERTS, WIDTH_D, generator=generator).to(dtype) if biased else None,
         post_norm=(lambda y_ND: y_ND / (1 + y_ND.abs().amax(-1, keepdim=True))) if biased else None,
         transposed=False,
-        dtype=torch.float32,
+        dtype=dtype,
     )
 
 
 MATH, BIASED = make_math(), make_math(biased=True)
+BFLOAT16 = make_math(biased=True, dtype=torch.bfloat16)
 
 
 class Call:
@@ -86,7 +95,7 @@ class Call:
     def experts(self) -> set[ExpertKey]:
         return {ExpertKey(self.layer_idx, idx) for idx in self.ids_TK.unique().tolist() if 0 <= idx < NUM_EXPERTS}
 
-    def run(self, executor: Executor | UncachedExecutor, math: ExpertMath = MATH) -> torch.Tensor:
+    def run(self, executor: ExpertsExecutor, math: ExpertMath = MATH) -> torch.Tensor:
         return executor.run_layer(self.layer_idx, math, NUM_EXPERTS, self.x_TD, self.ids_TK, self.weights_TK)
 
     def eager(self, tiny: TinyExperts, math: ExpertMath = MATH) -> torch.Tensor:
@@ -175,7 +184,7 @@ def test_the_result_has_the_type_of_the_states(opened: Opened, num_tokens: int) 
 # --- the same bits, whatever the cache did
 
 
-@pytest.mark.parametrize("math", [MATH, BIASED], ids=["plain", "biases and norm"])
+@pytest.mark.parametrize("math", [MATH, BIASED, BFLOAT16], ids=["plain", "biases and norm", "bfloat16"])
 def test_neither_slots_nor_reads_change_a_bit(tiny_of_layout: TinyExperts, math: ExpertMath) -> None:
     calls = calls_of(seed=1, count=12)
     with open_cache(tiny_of_layout, num_slots=1) as opened:
@@ -191,11 +200,12 @@ def test_neither_slots_nor_reads_change_a_bit(tiny_of_layout: TinyExperts, math:
 
 @pytest.mark.parametrize("width_F", [20, 33, 64])
 @pytest.mark.parametrize("activate", [gated, interleaved])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_computed_together_or_alone_give_the_same_bits(
-    tmp_path: Path, width_F: int, activate: Callable[[torch.Tensor], torch.Tensor]
+    tmp_path: Path, width_F: int, activate: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
 ) -> None:
     """Widths that are no multiple of a vector, and an activation that torch vectorises over all rows at once."""
-    tiny, math = make_tiny_experts(tmp_path, width_F=width_F), make_math(activate, width_F=width_F)
+    tiny, math = make_tiny_experts(tmp_path, width_F=width_F), make_math(activate, width_F=width_F, dtype=dtype)
     calls = [Call(idx % NUM_LAYERS, 1, idx, top_k=4) for idx in range(12)]
     with open_cache(tiny, num_slots=5) as opened:
         uncached = UncachedExecutor(opened.experts, opened.index.files)

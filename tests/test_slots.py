@@ -85,6 +85,16 @@ class SlotTableMachine(RuleBasedStateMachine):
             with pytest.raises(AssertionError):
                 self.table.evict(key)
 
+    @rule(lost=st.sets(keys))
+    def recover(self, lost: set[ExpertKey]) -> None:
+        """After a call was broken off: holds and reads are forgotten, and slots whose weights are gone."""
+        invalid = {self.slot_of[key] for key in lost if key in self.slot_of}
+        kept = self.table.recover(lambda slot: slot not in invalid)
+        assert set(kept) == self.ready - lost
+        for key in set(self.slot_of) - set(kept):
+            self.forget(key)
+        self.holds = dict.fromkeys(self.holds, 0)
+
     def forget(self, key: ExpertKey) -> None:
         self.ready.discard(key)
         del self.slot_of[key], self.holds[key]

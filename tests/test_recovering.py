@@ -1,0 +1,136 @@
+"""Ctrl-C at every line of cache and executor in turn: the books are in order afterwards, and the next call is right."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from makers import Opened, TinyExperts, failing_reads, open_cache
+from test_executor import Call, make_math
+
+import offmoe
+from offmoe.base.errors import DiskReadError
+from offmoe.base.keys import ExpertKey
+from offmoe.cache.slots import SlotTable
+from offmoe.executor.executor import Executor
+from offmoe.executor.recovering import RecoveringExecutor
+
+PACKAGE = Path(offmoe.__file__).parent
+INTERRUPTED_FILES = {
+    str(PACKAGE / name)
+    for name in (
+        "cache/expert_cache.py", "cache/slots.py", "cache/policy.py", "executor/executor.py", "executor/dispatch.py",
+        "tiers/copier.py", "kernels/reference.py", "formats/dense.py",
+    )
+}  # fmt: skip
+
+
+Line = tuple[str, int]
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before `line` first runs; remembers which lines of the files above ran."""
+
+    def __init__(self, line: Line | None) -> None:
+        self._line, self.ran = line, dict[Line, None]()
+
+    def __enter__(self) -> Interrupt:
+        self._previous = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        sys.settrace(self._previous)
+
+    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename not in INTERRUPTED_FILES or frame.f_code.co_name == "recover":
+            return None
+        line = (frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and line not in self.ran:
+            self.ran[line] = None
+            if line == self._line:
+                raise KeyboardInterrupt
+        return self._trace
+
+
+def line_after(function: Callable[..., object], text: str) -> Line:
+    """The line of `function` that follows the first one with `text` in it."""
+    lines, first = inspect.getsourcelines(function)
+    return str(inspect.getsourcefile(function)), first + 1 + next(i for i, line in enumerate(lines) if text in line)
+
+
+def start(opened: Opened) -> tuple[RecoveringExecutor, Call]:
+    """An executor in use, and a call with hits, misses and more experts than slots are free."""
+    executor = RecoveringExecutor(Executor(opened.cache), opened.cache)
+    Call(0, 1).choosing([0, 1]).run(executor)
+    Call(1, 1).choosing([0, 1]).run(executor)
+    return executor, Call(0, 2, top_k=4).choosing([0, 1, 2, 3], [3, 2, 1, 0])
+
+
+def test_ctrl_c_at_every_line(tiny: TinyExperts) -> None:
+    with open_cache(tiny, num_slots=4) as opened:
+        executor, call = start(opened)
+        with Interrupt(None) as watch:
+            call.run(executor)
+    assert {name for name, _ in watch.ran} == INTERRUPTED_FILES
+    for line in watch.ran:
+        with open_cache(tiny, num_slots=4) as opened:
+            executor, call = start(opened)
+            with contextlib.suppress(KeyboardInterrupt), Interrupt(line):
+                call.run(executor)
+            opened.assert_at_rest()
+            for later in (call, Call(1, 1).choosing([0, 5])):
+                torch.testing.assert_close(later.run(executor), later.eager(tiny), rtol=1e-5, atol=1e-5)
+                opened.assert_at_rest()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+def test_what_was_whole_stays_cached(tiny: TinyExperts, error: type[BaseException]) -> None:
+    def fail(up_N2F: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    with open_cache(tiny, num_slots=8) as opened:
+        executor, call = start(opened)
+        before = opened.cached()
+        with pytest.raises(error):
+            call.run(executor, make_math(fail))
+        opened.assert_at_rest()
+        assert before <= opened.cached()
+
+
+def test_recovery_keeps_the_order_of_eviction(tiny: TinyExperts) -> None:
+    with open_cache(tiny, num_slots=4) as opened:
+        executor, _ = start(opened)
+        Call(0, 1).choosing([0, 0]).run(executor)  # the newest now; the oldest is (0, 1)
+        opened.cache.recover()
+        Call(1, 1).choosing([7, 7]).run(executor)
+        assert opened.cached() == {ExpertKey(0, 0), ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 7)}
+
+
+def test_a_failed_read_needs_no_recovery(tiny: TinyExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_cache(tiny, num_slots=4) as opened:
+        executor, call = start(opened)
+        monkeypatch.setattr(opened.cache, "recover", lambda: pytest.fail("recovered"))
+        with failing_reads(opened, ExpertKey(0, 3)), pytest.raises(DiskReadError):
+            call.run(executor)
+        opened.assert_at_rest()
+        torch.testing.assert_close(call.run(executor), call.eager(tiny), rtol=1e-5, atol=1e-5)
+
+
+def test_a_broken_off_recovery_is_done_before_the_next_call(tiny: TinyExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_cache(tiny, num_slots=4) as opened:
+        executor, call = start(opened)
+        with monkeypatch.context() as patch:
+            patch.setattr(opened.cache, "recover", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+            # A slot is off the free list and in no map.
+            with Interrupt(line_after(SlotTable.reserve, "pop()")), pytest.raises(KeyboardInterrupt):
+                call.run(executor)
+        torch.testing.assert_close(call.run(executor), call.eager(tiny), rtol=1e-5, atol=1e-5)
+        opened.assert_at_rest()
