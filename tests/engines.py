@@ -50,7 +50,7 @@ def open_checkpoint_files() -> list[str]:
 
 @contextmanager
 def leaves_nothing() -> Iterator[None]:
-    """Within: engines may come and go. Afterwards no thread and no open checkpoint file is there that was not before."""
+    """Within: engines may come and go. Afterwards there is no thread and no open checkpoint file more than before."""
     gc.collect()
     threads, files = engine_threads(), open_checkpoint_files()
     yield

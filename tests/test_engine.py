@@ -157,7 +157,7 @@ def test_unknown_option_names_the_known(shared: offmoe.Engine) -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "3", True, None])
 def test_max_new_tokens_is_a_whole_number(shared: offmoe.Engine, value: Any) -> None:
-    with pytest.raises(UsageError, match="max_new_tokens is .*at least 1"):
+    with pytest.raises(UsageError, match=r"max_new_tokens is .*at least 1"):
         shared.generate(PROMPT, max_new_tokens=value)
 
 

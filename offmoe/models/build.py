@@ -20,6 +20,7 @@ from offmoe.models.transformers_internals import experts_modules, served_familie
 # What a config of impossible numbers makes transformers' constructors raise.
 _CONFIG_ERRORS = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError,
+    ImportError,
 )  # fmt: skip
 # Named when no supported family has a name like the one that was asked for.
 _WELL_KNOWN = "mixtral, qwen3_moe, deepseek_v3, gpt_oss"
@@ -68,6 +69,11 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
     """
     model = _instantiate(config, index, trust_remote_code=trust_remote_code)
     if not experts_modules(model):
+        if _looks_moe(index) and config.model_type in served_families():
+            raise CheckpointError(
+                f"{index.folder / 'config.json'} asks for no experts, the tensors hold some; config and tensors are of "
+                "different models"
+            )
         if _looks_moe(index):
             raise UnsupportedModelError(
                 f"{type(model).__name__} ({config.model_type}) keeps its experts where offmoe cannot serve them"

@@ -11,6 +11,7 @@ import torch
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from offmoe.base.errors import CheckpointError
 from offmoe.models.kv_cache import kv_bytes, make_kv_cache
 
 _NUM_TOKENS = 8
@@ -47,7 +48,16 @@ def foresee_kv_bytes(model: PreTrainedModel, context_length: int) -> int:
 
 
 def probe_model(model: PreTrainedModel, context_length: int) -> ModelProbe:
-    """Measure on the model itself, with experts that answer zero."""
+    """Measure on the model itself, with experts that answer zero. Raises CheckpointError when it cannot run at all."""
+    try:
+        return _measure(model, context_length)
+    except (RuntimeError, ValueError, IndexError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{type(model).__name__} does not run with this config.json: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def _measure(model: PreTrainedModel, context_length: int) -> ModelProbe:
     num_tokens = min(_NUM_TOKENS, context_length)
     ids = torch.arange(1, num_tokens + 1).remainder(model.config.get_text_config().vocab_size)[None]
     with torch.no_grad():

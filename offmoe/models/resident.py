@@ -67,13 +67,13 @@ def load_resident(
         progress(done, total)
     report = loader.finish()
     if report.mismatched or report.errors:
-        raise CheckpointError(
-            f"config.json and tensors disagree: {(report.mismatched + report.errors)[0]}".replace("\n", " ")
-        )
-    empty = [name for name, param in model.named_parameters() if param.is_meta]
+        first = " ".join((report.mismatched + report.errors)[0].split())
+        raise CheckpointError(f"{first}; config and tensors are of different models")
+    # A buffer that no tensor was for has a value all the same: the one that training starts from.
+    empty = sorted({name for name, param in model.named_parameters() if param.is_meta} | report.missing)
     if empty:
         raise CheckpointError(
-            f"the checkpoint has no tensor for {len(empty)} parameters that config.json asks for, first {empty[0]!r}; "
+            f"the checkpoint has no tensor for {len(empty)} weights that config.json asks for, first {empty[0]!r}; "
             "config and tensors are of different models"
         )
     assert not any(buffer.is_meta for buffer in model.buffers()), "a buffer was left on the meta device"

@@ -29,4 +29,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
             ) from None
         raise CheckpointError(f"{folder} has a tokenizer that cannot be read: {reason[:200]}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if not tokenizer("one 2 three")["input_ids"]:  # transformers makes an empty one when the vocabulary is missing
+        raise CheckpointError(f"{folder} has a tokenizer without a vocabulary; download tokenizer.json again")
     return tokenizer

@@ -263,7 +263,10 @@ class ResidentLoader:
         self._last_info = info
         self._missing &= set(info.missing_keys)
         self._unexpected |= set(info.unexpected_keys)
-        self._mismatched += [str(item) for item in info.mismatched_keys]
+        self._mismatched += [
+            f"{name} is {list(stored)}, config.json asks for {list(asked)}"
+            for name, stored, asked in info.mismatched_keys
+        ]
         self._errors += [*map(str, info.error_msgs), *map(str, info.conversion_errors.values())]
 
     def finish(self) -> LoadReport:
