@@ -42,8 +42,6 @@ def _fetch(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=_HUB_PATTERNS))
     except LocalEntryNotFoundError:
         reason = "it is not in the local hub cache and the hub is out of reach"
-    except HfHubHTTPError as error:
-        reason = " ".join(str(error).split())[:200]
-    except (HFValidationError, OSError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
     raise ModelNotFoundError(f"no folder {hub_id}, and no such model on the hub: {reason}; check the name")

@@ -36,11 +36,10 @@ def open_engine(
 
 
 def _hush_libraries() -> None:
-    """transformers' own bars and advice would mix with ours; its errors are raised, not logged."""
+    """transformers' advice would mix with the reply; its errors are raised, not logged."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def print_stream(pieces: Iterator[Piece]) -> Piece:

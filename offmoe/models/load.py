@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offmoe.base.budget import SLACK_BYTES, MemoryPlan, auto_ram, plan_memory
 from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
-from offmoe.base.errors import UsageError
+from offmoe.base.errors import BudgetError, UsageError
 from offmoe.base.machine import available_ram_bytes, rss_bytes
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.policy import make_policy
@@ -34,6 +34,8 @@ from offmoe.tiers.host import HostPool
 
 Progress = Callable[[str, int, int], None]
 DEFAULT_CONTEXT_LENGTH = 4096
+# What libraries grow by when a model runs for the first time in a process (measured: 18 MiB).
+FIRST_RUN_BYTES = 24 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,12 @@ class _Budget:
     def refuse_hopeless(self) -> None:
         """Raise BudgetError before gigabytes are read when the model cannot fit at its most modest."""
         chunk = min(self._context_length, self._config.prefill_chunk or self._choose_chunk(0))
-        self._divide(foresee_kv_bytes(self._model, self._context_length), chunk)
+        kv_bytes = foresee_kv_bytes(self._model, self._context_length)
+        try:
+            self._divide(kv_bytes, chunk)
+        except BudgetError:
+            self._runtime_bytes += FIRST_RUN_BYTES  # so that the budget in the message is one that works
+            self._divide(kv_bytes, chunk)
 
     def plan(self, probe: ModelProbe) -> MemoryPlan:
         """The plan, now that the weights are loaded and the model has run once. Raises BudgetError."""
