@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from offmoe.base.config import make_config
 from offmoe.base.machine import rss_bytes
-from offmoe.checkpoint.locate import demo_model_folder, locate_model
+from offmoe.checkpoint.locate import locate_model
 
 if TYPE_CHECKING:
     from offmoe.generation.engine import Engine
@@ -29,7 +29,7 @@ def load(
     now. Raises OffmoeError subclasses: see offmoe.base.errors.
     """
     config = make_config(**options)
-    folder = demo_model_folder() if model is None else locate_model(os.fspath(model))
+    folder = locate_model(model)
     baseline_bytes = rss_bytes() if _baseline_bytes is None else _baseline_bytes
     from offmoe.generation.engine import Engine
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -18,8 +19,11 @@ def demo_model_folder() -> Path:
     return Path(str(resources.files("offmoe"))) / "demo_model"
 
 
-def locate_model(name: str) -> Path:
-    """The folder of `name`. Raises ModelNotFoundError saying what was tried."""
+def locate_model(model: str | os.PathLike[str] | None) -> Path:
+    """The folder of `model`, or of the demo model for None. Raises ModelNotFoundError saying what was tried."""
+    if model is None:
+        return demo_model_folder()
+    name = os.fspath(model)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

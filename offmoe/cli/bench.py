@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from offmoe.base.errors import UsageError
-from offmoe.cli.session import open_engine
+from offmoe.cli.session import check_request, open_engine
 from offmoe.report.progress import ProgressReporter
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ def run_bench_command(
     decode: int | None, *, quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The record of one run."""
-    from offmoe.report.bench import run_bench
-
     if ids is not None and prompt is not None:
         raise UsageError("give --ids or --prompt, not both")
+    check_request(model, options)
+    from offmoe.report.bench import run_bench
 
     def make_engine() -> Engine:
         return open_engine(model, options, quiet=quiet)

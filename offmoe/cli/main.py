@@ -11,7 +11,7 @@ import click
 
 from offmoe import __version__
 from offmoe.base.errors import UsageError
-from offmoe.checkpoint.locate import demo_model_folder, locate_model
+from offmoe.checkpoint.locate import locate_model
 from offmoe.cli.group import OneLineGroup
 from offmoe.cli.options import (
     begin_process,
@@ -119,7 +119,7 @@ def inspect(model: str | None, as_json: bool) -> None:
     from offmoe.planner.survey import survey
     from offmoe.report.tables import print_pairs, survey_rows
 
-    folder = demo_model_folder() if model is None else locate_model(model)
+    folder = locate_model(model)
     found = survey(folder)
     if as_json:
         print_json(found.as_dict())

@@ -29,16 +29,29 @@ _ENGINE_FLAGS = [
 ]
 _SAMPLING_FLAGS = [
     click.option(
-        "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Length of the reply."
+        "--max-new-tokens", type=click.IntRange(1), metavar="N", default=256, show_default=True,
+        help="Length of the reply.",
     ),
-    click.option("--temperature", type=float, help="0 is greedy. Default: what the model's publisher set."),
-    click.option("--top-k", type=int, help="Sample from the K likeliest tokens."),
-    click.option("--top-p", type=float, help="Sample from the likeliest tokens that sum to P."),
-    click.option("--min-p", type=float, help="Drop tokens below P times the likeliest one's probability."),
-    click.option("--repetition-penalty", type=float, help="Above 1: avoid tokens that occurred before."),
-    click.option("--seed", type=int, help="Make sampling repeatable."),
+    click.option(
+        "--temperature", type=click.FloatRange(0), metavar="X",
+        help="0 is greedy. Default: what the model's publisher set.",
+    ),
+    click.option("--top-k", type=click.IntRange(0), metavar="N", help="Sample from the N likeliest tokens."),
+    click.option(
+        "--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="X",
+        help="Sample from the likeliest tokens that sum to X.",
+    ),
+    click.option(
+        "--min-p", type=click.FloatRange(0, 1), metavar="X",
+        help="Drop tokens below X times the likeliest one's probability.",
+    ),
+    click.option(
+        "--repetition-penalty", type=click.FloatRange(0, min_open=True), metavar="X",
+        help="Above 1: avoid tokens that occurred before.",
+    ),
+    click.option("--seed", type=click.IntRange(0), metavar="N", help="Make sampling repeatable."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the reply at TEXT. May be given more than once."),
-]
+]  # fmt: skip
 ENGINE_NAMES = (
     "ram", "context_length", "experts", "prefill_chunk", "policy", "io", "device", "trust_remote_code",
 )  # fmt: skip

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from offmoe.base.config import make_config
 from offmoe.base.units import format_bytes
+from offmoe.checkpoint.locate import locate_model
 from offmoe.cli.options import process_baseline_bytes
 from offmoe.report.progress import ProgressReporter
 
 if TYPE_CHECKING:
     from offmoe.generation.engine import Engine
     from offmoe.generation.stream import Piece
+
+
+def check_request(model: str | None, options: dict[str, Any]) -> Path:
+    """The model's folder. Imports nothing heavy: a wrong name or option is told before seconds of imports."""
+    make_config(**options)
+    return locate_model(model)
 
 
 def open_engine(
@@ -27,9 +36,10 @@ def open_engine(
     from offmoe.api import load
 
     baseline = process_baseline_bytes() if baseline_bytes is None else baseline_bytes
+    folder = check_request(model, options)
     _hush_libraries()
     with ProgressReporter(quiet=quiet) as progress:
-        engine = load(model, progress=progress, _baseline_bytes=baseline, **options)
+        engine = load(folder, progress=progress, _baseline_bytes=baseline, **options)
     if not quiet:
         click.echo(f"{engine.folder.name}: {engine.plan.line()}", err=True)
     return engine
@@ -49,6 +59,9 @@ def print_stream(pieces: Iterator[Piece]) -> Piece:
         for last in pieces:
             sys.stdout.write(last.text)
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+        raise
     finally:
         pieces.close()  # type: ignore[attr-defined]
     assert last is not None, "a stream has a last piece"

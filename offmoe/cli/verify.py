@@ -9,7 +9,7 @@ import click
 from offmoe.base.machine import rss_bytes
 from offmoe.base.units import format_percent
 from offmoe.cli.options import print_json
-from offmoe.cli.session import open_engine
+from offmoe.cli.session import check_request, open_engine
 from offmoe.report.progress import ProgressReporter
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def run_verify(model: str | None, options: dict[str, Any], prompt: str, num_new: int, *, as_json: bool) -> int:
     """Exit code 0 when every size agrees with the oracle, 1 when one does not."""
+    check_request(model, options)
     from offmoe.generation.prompt import encode
     from offmoe.report.verify import verify
 
