@@ -71,6 +71,7 @@ HOSTILE = {
     "range too small": (one_tensor(shape=[3]), "needs 96 bits, its byte range has 64"),
     "range too large": (one_tensor(shape=[1]), "needs 32 bits, its byte range has 64"),
     "half a byte over": (one_tensor(dtype="F4", shape=[15]), "needs 60 bits, its byte range has 64"),
+    "last byte missing": (safetensors_bytes({"w": tensor()}, bytes(7)), "the file has"),
     "range out of the file": (one_tensor(data_offsets=[8, 16]), "ends at byte 86, the file has 78"),
     "overlap": (
         safetensors_bytes({"a": tensor(), "b": tensor(data_offsets=[4, 12])}, bytes(12)),
