@@ -6,7 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from makers import LAYOUTS, TinyExperts, make_tiny_experts
+
+# A busy machine is no failure.
+settings.register_profile("offmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("offmoe")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -144,7 +144,7 @@ def test_equals_the_plain_formula(tiny_of_layout: TinyExperts, num_tokens: int, 
             opened.assert_at_rest()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 1000), num_slots=st.integers(1, 16), num_tokens=st.sampled_from([1, 2, 5, 30]))
 def test_equals_the_plain_formula_with_padding_and_repeats(
     tiny: TinyExperts, seed: int, num_slots: int, num_tokens: int
@@ -240,7 +240,7 @@ class LateDisk(RecordingDisk):
         return LateTicket(lambda: super(LateDisk, self).read(plan, slot).wait(), self.chance)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), num_slots=st.integers(1, 9))
 def test_the_order_of_arrival_changes_no_bit(tiny: TinyExperts, seed: int, num_slots: int) -> None:
     calls = calls_of(seed)

@@ -77,7 +77,7 @@ def test_matrices_side_by_side_are_one_matrix_without_a_copy(tiny: TinyExperts) 
             assert slot.data_ptr() <= matrix.data_ptr() < slot.data_ptr() + slot.nbytes
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     num_slots=st.integers(1, 6),
     io=st.sampled_from(["auto", "buffered"]),

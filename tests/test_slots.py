@@ -118,7 +118,7 @@ class SlotTableMachine(RuleBasedStateMachine):
 
 
 TestSlotTable = SlotTableMachine.TestCase
-TestSlotTable.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSlotTable.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_free_slots_cannot_be_used() -> None:
