@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="times each system runs (default: 1)")
     parser.add_argument("--cap", help="memory cap on process and page cache, such as 4.0GB (default: none)")
     parser.add_argument("--ram", nargs="+", default=[], help="offmoe's --ram; several values are several systems")
-    parser.add_argument("--accelerate-ram", help="weights accelerate keeps in RAM (default: what the cap leaves it)")
+    parser.add_argument("--accelerate-ram", help="weights accelerate keeps in RAM (default: all but experts)")
     parser.add_argument("--threads", type=int, default=num_cores(), help="of every system (default: the cores)")
     parser.add_argument("--ids", type=Path, help="JSON list of token ids (default: MODEL/ids.json)")
     parser.add_argument("--llama-python", type=Path, help="interpreter with llama-cpp-python and gguf")
@@ -150,7 +150,7 @@ def run_once(system: System, options: Options) -> Round:
         finished = run_measured(system.command, cap_bytes=options.cap_bytes, cwd=ROOT, environment=environment)
     finally:
         shutil.rmtree(options.offload_dir, ignore_errors=True)
-    return read_round(finished, capped=options.cap_bytes is not None)
+    return read_round(finished, cap_bytes=options.cap_bytes)
 
 
 def outcome(round_: Round) -> str:

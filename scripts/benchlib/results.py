@@ -10,7 +10,11 @@ from typing import Any
 
 from benchlib.cgroup import Finished
 from benchlib.peers import System
+from benchlib.sizes import format_gb
 
+# A cap does not count pages that another process brought in: libraries in use elsewhere, which is harmless, or the
+# model itself, which is not.
+SHARED_BYTES = 500_000_000
 REQUIRED = ("load_s", "prefill_tok_per_s", "decode_tok_per_s")
 
 
@@ -98,10 +102,13 @@ class Summary:
         }
 
 
-def read_round(finished: Finished, *, capped: bool) -> Round:
-    """Take the last stdout line as the report; say what is wrong where there is none."""
+def read_round(finished: Finished, *, cap_bytes: int | None) -> Round:
+    """Take the last stdout line as the report; say what is wrong where there is none, or where the cap did not hold."""
     if finished.killed:
-        return Round(finished=finished, failure="killed (out of memory)" if capped else "killed")
+        return Round(finished=finished, failure="killed (out of memory)" if cap_bytes else "killed")
+    if cap_bytes and finished.peak_rss_bytes > cap_bytes + SHARED_BYTES:
+        peak = format_gb(finished.peak_rss_bytes)
+        return Round(finished=finished, failure=f"above the cap at {peak}: another process has its files in memory")
     if finished.returncode != 0:
         return Round(finished=finished, failure=f"failed (exit code {finished.returncode})")
     lines = finished.stdout.strip().splitlines()
