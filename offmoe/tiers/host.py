@@ -21,7 +21,7 @@ class HostPool:
     def __init__(self, *, num_slots: int, slot_bytes: int) -> None:
         self.num_slots, self.slot_bytes = num_slots, slot_bytes
         try:
-            slab = mmap.mmap(-1, num_slots * slot_bytes)
+            slab = _map_private(num_slots * slot_bytes)
         except (OSError, ValueError, OverflowError) as error:
             raise BudgetError(
                 f"the system refused {format_bytes(num_slots * slot_bytes)} for {num_slots} expert slots ({error}); "
@@ -50,3 +50,10 @@ class HostPool:
         """Let go of the slab; it is freed when no tensor refers to it."""
         self._view = None
         self._bytes = None
+
+
+def _map_private(num_bytes: int) -> mmap.mmap:
+    """An anonymous mapping. Python's default is a shared one, which never gets huge pages."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, num_bytes)
