@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 
 import torch
@@ -45,6 +46,13 @@ class HostPool:
         """The slot's bytes as a uint8 tensor that shares their memory."""
         assert self._bytes is not None, "the pool is closed"
         return self._bytes.narrow(0, slot * self.slot_bytes, self.slot_bytes)
+
+    def move(self, slot: int, *, src: int, dst: int, num_bytes: int) -> None:
+        """Move bytes within a slot; the ranges may overlap."""
+        assert self._bytes is not None, "the pool is closed"
+        assert dst >= 0 and max(src, dst) + num_bytes <= self.slot_bytes, f"{src=} {dst=} {num_bytes=}"
+        begin = self._bytes.data_ptr() + slot * self.slot_bytes
+        ctypes.memmove(begin + dst, begin + src, num_bytes)
 
     def close(self) -> None:
         """Let go of the slab; it is freed when no tensor refers to it."""
