@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 PREFILL_CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64)
 # Of what weights and KV leave, the share that a prefill chunk may take; the rest is for expert slots.
-MAX_WORKSPACE_SHARE = 0.15
+MAX_WORKSPACE_SHARE = 0.06
 
 
 def workspace_bytes(model: PreTrainedModel, *, chunk: int, context_length: int) -> int:
