@@ -31,7 +31,8 @@ def run_bench(
         load_s = time.perf_counter() - begin
         ids = _check(engine, choose_ids(engine), prefill)
         stats = _teacher_forced(engine, ids, prefill, progress)
-        return {"load_s": round(load_s, 3), **stats.as_dict(), **_record(engine)}
+        decode_s = [round(seconds, 5) for seconds in stats.step_s]
+        return {"load_s": round(load_s, 3), **stats.as_dict(), **_record(engine), "decode_s": decode_s}
 
 
 def _check(engine: Engine, ids: Sequence[int], prefill: int) -> list[int]:
