@@ -89,27 +89,27 @@ class Batches:
 def new_model() -> Qwen3MoeForCausalLM:
     """A freshly initialised fp32 model."""
     stop_ids = [SPECIAL_TOKENS.index(END_OF_TEXT), SPECIAL_TOKENS.index(END)]
-    settings: dict[str, Any] = dict(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=32,
-        num_experts_per_tok=4,
-        moe_intermediate_size=64,
-        norm_topk_prob=True,
-        router_aux_loss_coef=0.01,
-        tie_word_embeddings=True,
-        max_position_embeddings=2048,
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 192,
+        "intermediate_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
         # With theta 1000 most rotation periods close within the 1024 positions trained on, so later ones are known.
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        eos_token_id=stop_ids,
-        pad_token_id=stop_ids[0],
-        bos_token_id=None,
-    )
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+        "eos_token_id": stop_ids,
+        "pad_token_id": stop_ids[0],
+        "bos_token_id": None,
+    }
     model_class: Any = Qwen3MoeForCausalLM
     model: Qwen3MoeForCausalLM = model_class._from_config(
         Qwen3MoeConfig(**settings), experts_implementation="grouped_mm"
@@ -136,7 +136,7 @@ def save_checkpoint(path: Path, model: Qwen3MoeForCausalLM, optimizer: torch.opt
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": vars(progress)}
     torch.save(state, path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)
+    path.with_suffix(".partial").replace(path)
     log.info("checkpoint at step %d: %s", progress.num_steps, path)
 
 
