@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,10 @@ from makers import LAYOUTS, TinyExperts, make_tiny_experts
 # A busy machine is no failure.
 settings.register_profile("offmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("offmoe")
+
+
+# A runner in the background ignores Ctrl-C, and every child would inherit that: the tests send it and mean it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
