@@ -47,7 +47,8 @@ installation carries. It lets `offmoe` show a real router and real experts witho
 DATA = """\
 ## Data
 
-The standard library of CPython {python}, nothing else: source files, their docstrings as prose, the pages behind
+The standard library of CPython {python}, nothing else: source files, docstrings (those of compiled modules
+too) as prose, the pages behind
 `help("topic")`, and the same docstrings and topics put as questions and answers from templates. About
 {held_out_percent}% of the files and topics, picked by a hash of their names, are held out of training and of the
 tokenizer.
