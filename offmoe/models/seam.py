@@ -77,7 +77,8 @@ def _math_of(module: torch.nn.Module, dtype: torch.dtype) -> ExpertMath:
         activate=experts._apply_gate if experts.has_gate else experts.act_fn,
         up_bias_EF=getattr(experts, up_name + "_bias") if experts.has_bias else None,
         down_bias_ED=experts.down_proj_bias if experts.has_bias else None,
-        post_norm=experts.post_expert_norm if experts.has_post_expert_norm else None,
+        # transformers 5.17 has no such attribute, and no experts with a norm of their own.
+        post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
         transposed=bool(experts.is_transposed),
         dtype=dtype,
     )
