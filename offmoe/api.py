@@ -22,8 +22,10 @@ def load(
     """Load a model: a folder, a hub id, or None for the bundled demo model.
 
     Options (each may be "auto"): ram="16GiB" (what the process may grow by from here, libraries included),
-    context_length=4096, experts=N (slots, instead of what ram leaves room for), prefill_chunk=N, policy="lru",
-    io="direct"|"buffered", device="cpu", trust_remote_code=False. `progress(stage, done_bytes, total_bytes)`.
+    vram="6GiB", context_length=4096, experts=N (slots, instead of what vram or ram leaves room for), prefill_chunk=N,
+    policy="lru", io="direct"|"buffered", device="cpu"|"cuda"|"cuda:N", miss="stream"|"cpu", prefetch="off"|1..3,
+    compile="off"|"on", placement_invariant=False, trust_remote_code=False. What each does: offmoe.base.config.
+    `progress(stage, done_bytes, total_bytes)`.
 
     `_baseline_bytes` is for the command line: resident memory that the budget counts from, instead of what is resident
     now. Raises OffmoeError subclasses: see offmoe.base.errors.

@@ -21,7 +21,7 @@ DEFAULTS = EngineConfig()
 
 def test_nothing_set_is_all_auto() -> None:
     assert make_config() == DEFAULTS
-    assert {DEFAULTS.as_dict()[name] for name in ("ram", *COUNTS)} == {None}
+    assert {DEFAULTS.as_dict()[name] for name in ("ram", "vram", *COUNTS)} == {None}
 
 
 @pytest.mark.parametrize("name", OPTION_NAMES)
@@ -34,7 +34,10 @@ def test_none_and_auto_leave_every_choice_to_offmoe(name: str) -> None:
     [
         ("ram", "6GiB", 6 << 30), ("ram", 12345, 12345), ("experts", 7, 7), ("experts", "7", 7), ("experts", 7.0, 7),
         ("context_length", 1 << 20, 1 << 20), ("prefill_chunk", 1, 1), ("policy", "lru", "lru"),
-        ("device", "cpu", "cpu"),
+        ("vram", "1.5GiB", 3 << 29), ("device", "cpu", "cpu"), ("device", "cuda", "cuda"),
+        ("device", "cuda:1", "cuda:1"),
+        ("miss", "stream", "stream"), ("miss", "cpu", "cpu"), ("prefetch", "off", "off"), ("prefetch", 1, 1),
+        ("prefetch", "3", 3), ("compile", "on", "on"), ("compile", "off", "off"), ("placement_invariant", True, True),
         ("io", "direct", "direct"), ("io", "buffered", "buffered"), ("trust_remote_code", True, True),
         ("trust_remote_code", False, False),
     ],
@@ -54,7 +57,13 @@ def test_counts_are_whole_numbers_of_at_least_one(name: str, value: Any) -> None
     assert message.startswith(f"{name} is ") and "whole number of at least 1" in message
 
 
-@pytest.mark.parametrize(("name", "known"), [("policy", POLICY_NAMES), ("io", IO_MODES), ("device", ("auto", "cpu"))])
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("policy", POLICY_NAMES), ("io", IO_MODES), ("device", ("auto", "cpu", "cuda", "cuda:N")),
+        ("miss", ("auto", "stream", "cpu")), ("compile", ("auto", "off", "on")),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("value", ["best", "", 5, ["lru"], Decimal(1)])
 def test_choices_list_what_is_known(name: str, known: tuple[str, ...], value: Any) -> None:
     """The same names that the policies and the disk tier have."""
@@ -63,16 +72,36 @@ def test_choices_list_what_is_known(name: str, known: tuple[str, ...], value: An
     assert one_line(caught) == f"{name} is {value!r}; known: {', '.join(known)}"
 
 
+@pytest.mark.parametrize("name", ["trust_remote_code", "placement_invariant"])
 @pytest.mark.parametrize("value", ["yes", 1, 0, []])
-def test_trust_is_true_or_false(value: Any) -> None:
-    with pytest.raises(UsageError, match="use True or False"):
-        make_config(trust_remote_code=value)
+def test_switches_are_true_or_false(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"{name} is .*use True or False"):
+        make_config(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["ram", "vram"])
 @pytest.mark.parametrize("value", ["lots", -1, 2.5])
-def test_ram_is_a_size(value: Any) -> None:
-    with pytest.raises(UsageError, match=r"^ram is "):
-        make_config(ram=value)
+def test_budgets_are_sizes(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=rf"^{name} is "):
+        make_config(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, 4, -1, "0", "on", "", True, 1.5, [1], None.__class__])
+def test_prefetch_is_a_distance(value: Any) -> None:
+    with pytest.raises(UsageError, match=r"^prefetch is .*; known: auto, off, or how many layers ahead: 1 to 3$"):
+        make_config(prefetch=value)
+
+
+@pytest.mark.parametrize("value", ["cuda:", "cuda:-1", "cuda:x", "cuda:1000", "CUDA", "cpu:0", "cuda:1\n"])
+def test_devices_are_written_one_way(value: str) -> None:
+    with pytest.raises(UsageError, match=r"known: auto, cpu, cuda, cuda:N"):
+        make_config(device=value)
+
+
+def test_no_device_memory_without_a_device() -> None:
+    with pytest.raises(UsageError, match=r"^vram is set and device is cpu.*leave out one"):
+        make_config(vram="1GiB", device="cpu")
+    assert make_config(vram="1GiB", device="auto").vram == 1 << 30
 
 
 @pytest.mark.parametrize(

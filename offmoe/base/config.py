@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -15,23 +16,35 @@ from offmoe.base.units import parse_size
 class EngineConfig:
     """Settings of an engine; None means "auto". See `make_config` for what each accepts.
 
-    ram               bytes that the process may grow by: libraries, resident weights, KV cache, workspace, expert slots
-    context_length    tokens of prompt plus reply that memory is set aside for
-    experts           expert slots, instead of what `ram` leaves room for
-    prefill_chunk     prompt tokens that go through the model at once
-    policy            who is evicted: "auto" or "lru"
-    io                "auto" (direct where possible), "direct" or "buffered"
-    device            "auto" or "cpu"
-    trust_remote_code run model code that comes with the checkpoint
+    ram                 bytes that the process may grow by: libraries, expert slots in RAM; without a device also
+                        resident weights, KV cache and workspace
+    vram                bytes of the device: resident weights, KV cache, workspace, expert slots there
+    context_length      tokens of prompt plus reply that memory is set aside for
+    experts             expert slots where experts are computed, instead of what `vram` (or `ram`) leaves room for
+    prefill_chunk       prompt tokens that go through the model at once
+    policy              who is evicted: "auto" or "lru"
+    io                  "auto" (direct where possible), "direct" or "buffered"
+    device              "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"
+    miss                an expert that is not on the device is copied there ("stream"), computed in RAM ("cpu"), or
+                        whichever is measured to be faster ("auto")
+    prefetch            "auto", "off", or how many layers ahead experts are fetched: 1 to 3
+    compile             compile the model's resident part: "auto", "off" or "on"
+    placement_invariant compute every expert in one place, so that rounding does not depend on what was cached where
+    trust_remote_code   run model code that comes with the checkpoint
     """
 
     ram: int | None = None
+    vram: int | None = None
     context_length: int | None = None
     experts: int | None = None
     prefill_chunk: int | None = None
     policy: str = "auto"
     io: str = "auto"
     device: str = "auto"
+    miss: str = "auto"
+    prefetch: str | int = "auto"
+    compile: str = "auto"
+    placement_invariant: bool = False
     trust_remote_code: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -40,7 +53,15 @@ class EngineConfig:
 
 
 OPTION_NAMES = tuple(field.name for field in fields(EngineConfig))
-_CHOICES = {"policy": ("auto", "lru"), "io": ("auto", "direct", "buffered"), "device": ("auto", "cpu")}
+MAX_PREFETCH_DISTANCE = 3
+_SIZES = ("ram", "vram")
+_COUNTS = ("context_length", "experts", "prefill_chunk")
+_SWITCHES = ("placement_invariant", "trust_remote_code")
+_CHOICES = {
+    "policy": ("auto", "lru"), "io": ("auto", "direct", "buffered"), "miss": ("auto", "stream", "cpu"),
+    "compile": ("auto", "off", "on"),
+}  # fmt: skip
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 
 
 def make_config(**options: Any) -> EngineConfig:
@@ -50,17 +71,39 @@ def make_config(**options: Any) -> EngineConfig:
     """
     refuse_unknown(options, OPTION_NAMES)
     values = {name: value for name, value in options.items() if value is not None and value != "auto"}
-    if "ram" in values:
-        values["ram"] = parse_size(values["ram"], name="ram")
-    for name in ("context_length", "experts", "prefill_chunk"):
+    for name in _SIZES:
+        if name in values:
+            values[name] = parse_size(values[name], name=name)
+    for name in _COUNTS:
         if name in values:
             values[name] = _count(name, values[name])
     for name, choices in _CHOICES.items():
         if name in values and values[name] not in choices:
             raise UsageError(f"{name} is {values[name]!r}; known: {', '.join(choices)}")
-    if not isinstance(values.get("trust_remote_code", False), bool):
-        raise UsageError(f"trust_remote_code is {values['trust_remote_code']!r}; use True or False")
+    for name in _SWITCHES:
+        if not isinstance(values.get(name, False), bool):
+            raise UsageError(f"{name} is {values[name]!r}; use True or False")
+    if "prefetch" in values:
+        values["prefetch"] = _distance(values["prefetch"])
+    _check_device(values)
     return EngineConfig(**values)
+
+
+def _distance(value: Any) -> str | int:
+    if value == "off":
+        return "off"
+    for distance in range(1, MAX_PREFETCH_DISTANCE + 1):
+        if not isinstance(value, bool) and value in (distance, str(distance)):
+            return distance
+    raise UsageError(f"prefetch is {value!r}; known: auto, off, or how many layers ahead: 1 to {MAX_PREFETCH_DISTANCE}")
+
+
+def _check_device(values: dict[str, Any]) -> None:
+    device = values.get("device", "auto")
+    if device != "auto" and not (isinstance(device, str) and _DEVICE.fullmatch(device)):
+        raise UsageError(f"device is {device!r}; known: auto, cpu, cuda, cuda:N")
+    if device == "cpu" and "vram" in values:
+        raise UsageError("vram is set and device is cpu, which has none; leave out one of the two")
 
 
 def refuse_unknown(given: Iterable[str], known: Sequence[str]) -> None:

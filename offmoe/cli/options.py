@@ -10,23 +10,37 @@ from typing import Any, TypeVar
 
 import click
 
+from offmoe.base.config import OPTION_NAMES
 from offmoe.base.errors import OffmoeError, UsageError
 from offmoe.base.machine import rss_bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+# One for each of OPTION_NAMES.
 _ENGINE_FLAGS = [
     click.option(
         "--ram", metavar="SIZE", help='Memory the process may use, e.g. "6GiB". Default: most of what is free.'
     ),
+    click.option(
+        "--vram", metavar="SIZE", help='Device memory to use, e.g. "6GiB". Default: most of what is free there.'
+    ),
     click.option("--context-length", metavar="N", help="Tokens of prompt plus reply to set memory aside for."),
-    click.option("--experts", metavar="N", help="Expert slots, instead of what --ram leaves room for."),
+    click.option("--experts", metavar="N", help="Expert slots, instead of what --vram or --ram leaves room for."),
     click.option("--prefill-chunk", metavar="N", help="Prompt tokens that go through the model at once."),
     click.option("--policy", metavar="auto|lru", help="Which experts are evicted."),
     click.option("--io", metavar="auto|direct|buffered", help="How experts are read from disk."),
-    click.option("--device", metavar="auto|cpu", help="Where to compute."),
+    click.option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute."),
+    click.option(
+        "--miss", metavar="auto|stream|cpu", help="Copy experts that the device lacks there, or compute them in RAM."
+    ),
+    click.option("--prefetch", metavar="auto|off|N", help="How many layers ahead experts are fetched, 1 to 3."),
+    click.option("--compile", metavar="auto|off|on", help="Compile the part of the model that stays in memory."),
+    click.option(
+        "--placement-invariant", is_flag=True, default=None,
+        help="Compute every expert in one place: the same rounding whatever is cached where.",
+    ),
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model."),
-]
+]  # fmt: skip
 _SAMPLING_FLAGS = [
     click.option(
         "--max-new-tokens", type=click.IntRange(1), metavar="N", default=256, show_default=True,
@@ -52,9 +66,6 @@ _SAMPLING_FLAGS = [
     click.option("--seed", type=click.IntRange(0), metavar="N", help="Make sampling repeatable."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the reply at TEXT. May be given more than once."),
 ]  # fmt: skip
-ENGINE_NAMES = (
-    "ram", "context_length", "experts", "prefill_chunk", "policy", "io", "device", "trust_remote_code",
-)  # fmt: skip
 
 
 def engine_options(command: Command) -> Command:
@@ -75,8 +86,8 @@ def json_option(command: Command) -> Command:
 def split_engine_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(engine options, the others), leaving out what was not given."""
     given = {name: value for name, value in options.items() if value is not None}
-    engine = {name: value for name, value in given.items() if name in ENGINE_NAMES}
-    return engine, {name: value for name, value in given.items() if name not in ENGINE_NAMES}
+    engine = {name: value for name, value in given.items() if name in OPTION_NAMES}
+    return engine, {name: value for name, value in given.items() if name not in OPTION_NAMES}
 
 
 def user_errors(command: Command) -> Command:
