@@ -1,0 +1,125 @@
+"""What moving and computing bytes costs on this machine, and the bounds that follow from it.
+
+A rate is measured alone and beside the other side: link and CPU share the RAM's bandwidth and slow each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Rates in bytes per second, times in seconds. `beside` is a rate while the other side is working too.
+
+    `cpu_flops_per_s` is what bounds the CPU when many rows use one expert; `cpu_latency_s` is paid once for each layer
+    call that uses the CPU (its rows travel there and back), `link_latency_s` once for each copy.
+    """
+
+    link_bytes_per_s: float
+    cpu_bytes_per_s: float
+    link_beside_cpu_bytes_per_s: float
+    cpu_beside_link_bytes_per_s: float
+    disk_bytes_per_s: float
+    cpu_flops_per_s: float
+    link_latency_s: float = 0.0
+    cpu_latency_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_time = field.name.endswith("latency_s")
+            assert value >= 0 if is_time else value > 0, f"{field.name}={value}"
+        assert self.link_beside_cpu_bytes_per_s <= self.link_bytes_per_s, f"{self=}"
+        assert self.cpu_beside_link_bytes_per_s <= self.cpu_bytes_per_s, f"{self=}"
+
+    @property
+    def link_slowdown(self) -> float:
+        """How many times longer a copy takes beside the CPU's work; 1 or more."""
+        return self.link_bytes_per_s / self.link_beside_cpu_bytes_per_s
+
+    @property
+    def cpu_slowdown(self) -> float:
+        """How many times longer the CPU takes beside a copy; 1 or more."""
+        return self.cpu_bytes_per_s / self.cpu_beside_link_bytes_per_s
+
+    def link_s(self, num_bytes: float, *, num_copies: int = 1) -> float:
+        """Seconds to copy `num_bytes` to the device, alone."""
+        return num_bytes / self.link_bytes_per_s + num_copies * self.link_latency_s
+
+    def cpu_s(self, num_bytes: float, *, flops: float = 0.0) -> float:
+        """Seconds to compute an expert of `num_bytes` on the CPU, alone, without `cpu_latency_s`."""
+        return max(num_bytes / self.cpu_bytes_per_s, flops / self.cpu_flops_per_s)
+
+    def disk_s(self, num_bytes: float) -> float:
+        """Seconds to read `num_bytes` into RAM."""
+        return num_bytes / self.disk_bytes_per_s
+
+    def side_by_side_s(self, link_s: float, cpu_s: float) -> float:
+        """Seconds until both have ended, when both begin now and would take `link_s` and `cpu_s` alone.
+
+        Both are slowed until the shorter has ended; what is left of the longer runs alone.
+        """
+        link_slowed_s, cpu_slowed_s = link_s * self.link_slowdown, cpu_s * self.cpu_slowdown
+        if link_slowed_s <= cpu_slowed_s:
+            return cpu_s + link_slowed_s * (1 - 1 / self.cpu_slowdown)
+        return link_s + cpu_slowed_s * (1 - 1 / self.link_slowdown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenWork:
+    """What one decoded token needs. `hit_rate`: found on the device; `ram_hit_rate`: of the others, found in RAM;
+    `streamed_share`: of the others, copied to the device (the rest is computed on the CPU).
+    """
+
+    dense_bytes: float
+    routed_bytes: float
+    num_layers: int
+    hit_rate: float
+    ram_hit_rate: float
+    streamed_share: float
+
+    @property
+    def missed_bytes(self) -> float:
+        """Routed bytes that are not on the device."""
+        return (1 - self.hit_rate) * self.routed_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTimes:
+    """Seconds a token keeps each resource busy."""
+
+    device_s: float
+    link_s: float
+    cpu_s: float
+    host_s: float
+    disk_s: float
+
+    @property
+    def bound_s(self) -> float:
+        """A token's time when everything overlaps: no engine can be faster."""
+        return max(self.device_s, self.link_s, self.cpu_s, self.host_s, self.disk_s)
+
+    @property
+    def serial_s(self) -> float:
+        """A token's time when only link and CPU overlap."""
+        return self.device_s + max(self.link_s, self.cpu_s) + self.disk_s
+
+
+def token_times(
+    work: TokenWork, costs: Costs, *, device_bytes_per_s: float, host_bytes_per_s: float, layer_fixed_s: float
+) -> TokenTimes:
+    """The arithmetic of an upper bound: bytes over bandwidth, resource by resource.
+
+    `device_bytes_per_s` is the device's memory, `host_bytes_per_s` is RAM, which link and CPU read both;
+    `layer_fixed_s` is a layer's overhead on the device.
+    """
+    device_bytes = work.dense_bytes + work.hit_rate * work.routed_bytes
+    streamed_bytes = work.streamed_share * work.missed_bytes
+    return TokenTimes(
+        device_s=device_bytes / device_bytes_per_s + work.num_layers * layer_fixed_s,
+        link_s=streamed_bytes / costs.link_bytes_per_s,
+        cpu_s=(work.missed_bytes - streamed_bytes) / costs.cpu_bytes_per_s,
+        host_s=work.missed_bytes / host_bytes_per_s,
+        disk_s=(1 - work.ram_hit_rate) * work.missed_bytes / costs.disk_bytes_per_s,
+    )
