@@ -21,6 +21,7 @@ from offmoe.base.errors import DiskReadError
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.policy import make_policy
+from offmoe.cache.sources import DiskSource
 from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part, ReadPlan, Span, plan_read
 from offmoe.checkpoint.index import INDEX_NAME, CheckpointIndex
 from offmoe.checkpoint.shard_file import ShardFile
@@ -135,7 +136,7 @@ class RecordingDisk(DiskTier):
         super().__init__(files, io=io, counters=counters)
         self.plans_read: list[ReadPlan] = []
 
-    def read(self, plan: ReadPlan, slot: memoryview) -> Ticket:
+    def read(self, plan: ReadPlan, slot: memoryview, *, urgent: bool = True) -> Ticket:
         self.plans_read.append(plan)
         return super().read(plan, slot)
 
@@ -148,6 +149,8 @@ class Opened:
     index: CheckpointIndex
     experts: ExpertIndex
     disk: RecordingDisk
+    pool: HostPool
+    source: DiskSource
     cache: ExpertCache
 
     def assert_at_rest(self) -> None:
@@ -156,7 +159,7 @@ class Opened:
         assert ", 0 filling," in repr(self.cache) and "| 0 held |" in repr(self.cache), repr(self.cache)
 
     def cached(self) -> set[ExpertKey]:
-        return {key for key in self.experts.keys() if self.cache.has(key)}  # noqa: SIM118 - a method, not a dict
+        return {key for key in self.experts.keys() if self.cache.is_ready(key)}  # noqa: SIM118 - a method, not a dict
 
 
 @contextmanager
@@ -173,9 +176,10 @@ def open_cache(
     experts, counters = index_experts(index), Counters()
     disk = disk_type(index.files, io=io, counters=counters)
     pool = HostPool(num_slots=num_slots, slot_bytes=experts.slot_bytes(direct=disk.direct))
-    cache = ExpertCache(experts, pool, disk, make_policy(policy), counters)
+    source = DiskSource(experts, pool, disk)
+    cache = ExpertCache(num_slots, len(experts.layers), source, make_policy(policy), counters)
     try:
-        yield Opened(tiny, index, experts, disk, cache)
+        yield Opened(tiny, index, experts, disk, pool, source, cache)
     finally:
         disk.close()
         cache.close()

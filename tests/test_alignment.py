@@ -10,7 +10,7 @@ from families import build, save_layout
 
 import offmoe
 from offmoe.base.keys import ExpertKey
-from offmoe.cache.expert_cache import LINE_BYTES
+from offmoe.cache.sources import LINE_BYTES
 
 IDS = list(range(3, 60))
 
@@ -20,10 +20,10 @@ def starts(engine: offmoe.Engine) -> set[int]:
     cache, experts = engine._parts.cache, engine._parts.experts
     found = set()
     for key in experts.keys():  # noqa: SIM118 - not a mapping
-        if cache.has(ExpertKey(*key)):
+        if cache.is_ready(ExpertKey(*key)):
             weights = cache.use(key, touch=False)
             found.add(min(part.data_ptr() for part in (*weights.up, *weights.down)) % LINE_BYTES)
-            cache.release(key)
+            cache.release([key])
     return found
 
 

@@ -235,7 +235,7 @@ class LateDisk(RecordingDisk):
 
     chance = random.Random(0)
 
-    def read(self, plan: ReadPlan, slot: memoryview) -> Ticket:
+    def read(self, plan: ReadPlan, slot: memoryview, *, urgent: bool = True) -> Ticket:
         slot[:] = b"\xff" * len(slot)
         return LateTicket(lambda: super(LateDisk, self).read(plan, slot).wait(), self.chance)
 
@@ -311,7 +311,7 @@ def test_experts_in_memory_are_computed_while_others_are_read(tiny: TinyExperts)
     events = []
 
     class Watched(RecordingDisk):
-        def read(self, plan: ReadPlan, slot: memoryview) -> Ticket:
+        def read(self, plan: ReadPlan, slot: memoryview, *, urgent: bool = True) -> Ticket:
             events.append("read starts")
             inner = super().read(plan, slot)
 
@@ -343,7 +343,7 @@ def test_reads_in_flight_are_bounded(tiny: TinyExperts, monkeypatch: pytest.Monk
     in_flight, most = [0], [0]
 
     class Counting(LateDisk):
-        def read(self, plan: ReadPlan, slot: memoryview) -> Ticket:
+        def read(self, plan: ReadPlan, slot: memoryview, *, urgent: bool = True) -> Ticket:
             in_flight[0] += 1
             most[0] = max(most[0], in_flight[0])
 
@@ -411,7 +411,7 @@ def test_a_call_stopped_while_waiting_leaves_nothing_behind(tiny: TinyExperts, n
     class Interrupted(LateDisk):
         presses = 1
 
-        def read(self, plan: ReadPlan, slot: memoryview) -> Ticket:
+        def read(self, plan: ReadPlan, slot: memoryview, *, urgent: bool = True) -> Ticket:
             def read() -> None:
                 if self.presses and len(self.plans_read) >= 1:
                     self.presses -= 1

@@ -22,7 +22,7 @@ from makers import (
 
 from offmoe.base.errors import BudgetError, CheckpointError, DiskReadError
 from offmoe.base.keys import ExpertKey
-from offmoe.cache import expert_cache
+from offmoe.cache import sources
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.checkpoint.expert_index import ReadPlan
 from offmoe.formats.dense import ExpertWeights, torch_dtype
@@ -43,7 +43,7 @@ def load(cache: ExpertCache, *keys: ExpertKey, cold: bool = False) -> None:
     """Fetch and let go."""
     for key in keys:
         fetch(cache, key, cold=cold)
-        cache.release(key)
+        cache.release([key])
 
 
 def assert_weights(weights: ExpertWeights, tiny: TinyExperts, key: ExpertKey) -> None:
@@ -72,7 +72,7 @@ def test_matrices_side_by_side_are_one_matrix_without_a_copy(tiny: TinyExperts) 
     with open_cache(tiny, num_slots=1, io="buffered") as opened:
         weights = fetch(opened.cache, A)
         assert len(weights.up) == len(weights.down) == 1
-        slot = opened.cache._pool.tensor(0)
+        slot = opened.pool.tensor(0)
         for matrix in (*weights.up, *weights.down):
             assert slot.data_ptr() <= matrix.data_ptr() < slot.data_ptr() + slot.nbytes
 
@@ -89,11 +89,11 @@ def test_random_access_with_few_slots(
     with open_cache(tiny, num_slots=num_slots, io=io) as opened:
         cache = opened.cache
         for key, cold, touch in steps:
-            weights = cache.use(key, touch=touch) if cache.has(key) else fetch(cache, key, cold=cold)
+            weights = cache.use(key, touch=touch) if cache.is_ready(key) else fetch(cache, key, cold=cold)
             assert_weights(weights, tiny, key)
             cache.slots.check_integrity()
-            cache.release(key)
-            assert cache.has(key)
+            cache.release([key])
+            assert cache.is_ready(key)
             assert len(opened.cached()) <= num_slots
         opened.assert_at_rest()
         assert cache.counters.evictions == max(0, len(opened.disk.plans_read) - num_slots)
@@ -102,7 +102,7 @@ def test_random_access_with_few_slots(
 def test_the_least_recently_used_is_evicted(opened: Opened) -> None:
     load(opened.cache, A, B, C)
     opened.cache.use(A, touch=True)
-    opened.cache.release(A)
+    opened.cache.release([A])
     load(opened.cache, D)
     assert opened.cached() == {A, C, D}
     assert opened.cache.counters.evictions == 1
@@ -111,7 +111,7 @@ def test_the_least_recently_used_is_evicted(opened: Opened) -> None:
 def test_a_use_without_touch_does_not_save_a_key(opened: Opened) -> None:
     load(opened.cache, A, B, C)
     opened.cache.use(A, touch=False)
-    opened.cache.release(A)
+    opened.cache.release([A])
     load(opened.cache, D)
     assert opened.cached() == {B, C, D}
 
@@ -129,26 +129,26 @@ def test_held_keys_stay_and_nothing_starts_without_a_slot(opened: Opened) -> Non
     filling = cache.start(C, cold=False)
     assert filling is not None
     assert cache.start(D, cold=False) is None
-    assert not cache.has(C)
+    assert not cache.is_ready(C)
     weights[C] = cache.finish(filling)
     assert cache.start(D, cold=False) is None
-    cache.release(B)
+    cache.release([B])
     load(cache, D)
     assert opened.cached() == {A, C, D}
     for key in (A, C):
         assert_weights(weights[key], opened.tiny, key)
-        cache.release(key)
+        cache.release([key])
 
 
 def test_holds_are_counted(opened: Opened) -> None:
     fetch(opened.cache, A)
     opened.cache.use(A, touch=True)
-    opened.cache.release(A)
+    opened.cache.release([A])
     load(opened.cache, B, C, D)
-    assert opened.cache.has(A)
-    opened.cache.release(A)
+    assert opened.cache.is_ready(A)
+    opened.cache.release([A])
     load(opened.cache, E, B)
-    assert not opened.cache.has(A)
+    assert not opened.cache.is_ready(A)
 
 
 def test_state_is_visible(opened: Opened) -> None:
@@ -159,7 +159,7 @@ def test_state_is_visible(opened: Opened) -> None:
     assert filling is not None
     assert repr(opened.cache) == "<ExpertCache [slots: 2 ready, 1 filling, 0 free | 1 held | 12 hits, 4 misses]>"
     opened.cache.abandon([filling])
-    opened.cache.release(B)
+    opened.cache.release([B])
     assert (opened.cache.num_slots, opened.cache.slots_per_layer) == (3, 1)
 
 
@@ -170,7 +170,7 @@ def test_a_failed_read_frees_the_slot_and_leaves_the_others(opened: Opened) -> N
     opened.assert_at_rest()
     assert opened.cached() == {A, B}
     assert_weights(fetch(opened.cache, C), opened.tiny, C)
-    opened.cache.release(C)
+    opened.cache.release([C])
     assert opened.cached() == {A, B, C}
 
 
@@ -192,7 +192,7 @@ def test_abandoned_reads_free_their_slots(opened: Opened) -> None:
     assert opened.cached() == set()
     for key in (A, B, C):
         assert_weights(fetch(opened.cache, key), opened.tiny, key)
-        opened.cache.release(key)
+        opened.cache.release([key])
 
 
 class InterruptedTicket:
@@ -216,7 +216,9 @@ def test_an_interrupted_wait_ends_the_read_and_frees_the_slot(
     opened: Opened, monkeypatch: pytest.MonkeyPatch, presses: int
 ) -> None:
     read = opened.disk.read
-    monkeypatch.setattr(opened.disk, "read", lambda plan, slot: InterruptedTicket(read(plan, slot), presses))
+    monkeypatch.setattr(
+        opened.disk, "read", lambda plan, slot, **options: InterruptedTicket(read(plan, slot, **options), presses)
+    )
     fetches = [opened.cache.start(key, cold=False) for key in (A, B)]
     assert fetches[0] is not None
     with pytest.raises(KeyboardInterrupt):
@@ -233,7 +235,7 @@ def test_bytes_that_cannot_be_viewed_free_the_slot(opened: Opened, monkeypatch: 
     def refuse(*args: object) -> ExpertWeights:
         raise CheckpointError("stored as I8")
 
-    monkeypatch.setattr(expert_cache, "view_expert", refuse)
+    monkeypatch.setattr(sources, "view_expert", refuse)
     with pytest.raises(CheckpointError):
         fetch(opened.cache, A)
     opened.assert_at_rest()
@@ -250,7 +252,7 @@ def test_a_file_that_changes_is_an_error_for_new_reads_only(tmp_path: Path) -> N
         with pytest.raises(CheckpointError, match="was replaced or removed"):
             fetch(opened.cache, B)
         assert_weights(opened.cache.use(A, touch=True), tiny, A)
-        opened.cache.release(A)
+        opened.cache.release([A])
         opened.assert_at_rest()
 
 
@@ -273,7 +275,7 @@ def test_no_byte_of_the_evicted_expert_is_left(tiny_of_layout: TinyExperts) -> N
     with open_cache(tiny_of_layout, num_slots=1, disk_type=FilledDisk) as opened:
         for key in KEYS:
             assert_weights(fetch(opened.cache, key), tiny_of_layout, key)
-            opened.cache.release(key)
+            opened.cache.release([key])
 
 
 def test_slots_of_the_pool_do_not_overlap() -> None:

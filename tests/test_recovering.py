@@ -68,7 +68,7 @@ def line_after(function: Callable[..., object], text: str) -> Line:
 
 def start(opened: Opened) -> tuple[RecoveringExecutor, Call]:
     """An executor in use, and a call with hits, misses and more experts than slots are free."""
-    executor = RecoveringExecutor(Executor(opened.cache), opened.cache)
+    executor = RecoveringExecutor(Executor(opened.cache))
     Call(0, 1).choosing([0, 1]).run(executor)
     Call(1, 1).choosing([0, 1]).run(executor)
     return executor, Call(0, 2, top_k=4).choosing([0, 1, 2, 3], [3, 2, 1, 0])

@@ -9,7 +9,9 @@ from dataclasses import dataclass, fields
 class Counters:
     """Totals since the engine was loaded. Bytes are bytes, times are nanoseconds.
 
-    One hit, late hit or miss is counted for each expert that one layer call needs, however many tokens chose it.
+    One hit, late hit or miss is counted for each expert that one layer call needs, however many tokens chose it, in the
+    tier that computes. `ahead`: fetched before a router had asked for it. `cpu_experts`: misses computed where they lie
+    in RAM. `syncs`: times that the host waited for the device to learn what the routers said.
     """
 
     hits: int = 0
@@ -19,8 +21,15 @@ class Counters:
     disk_reads: int = 0
     disk_bytes: int = 0
     disk_stall_ns: int = 0
+    link_copies: int = 0
+    link_bytes: int = 0
+    cpu_experts: int = 0
+    ahead_bytes: int = 0
+    ahead_used_bytes: int = 0
+    ahead_wasted_bytes: int = 0
     compute_ns: int = 0
     layer_calls: int = 0
+    syncs: int = 0
 
     def copy(self) -> Counters:
         """A snapshot, to subtract from a later one."""

@@ -1,48 +1,68 @@
-"""Experts in RAM slots: find, fetch, hold, evict.
+"""Experts in the slots of one tier: find, fetch, hold, evict; on demand and ahead of time.
 
-Concurrency. One thread (the one that runs the model) calls everything here. Bytes arrive on the disk tier's threads,
-into slots that are FILLING; a FILLING slot is nobody's until `finish` has waited for its ticket, and a READY slot is
-only read. A slot is reused after eviction, which requires READY and no hold, so no read can be under way in it and no
-computation can be using it.
+The same class serves both tiers; a `Source` says where the bytes come from (cache/sources.py).
+
+Concurrency. One thread (the one that runs the model) calls everything here. Bytes arrive on threads or streams of the
+tier below, into slots that are FILLING; a FILLING slot is nobody's until its ticket was waited for, and a READY slot is
+only read. A slot is reused after eviction, which requires READY and no hold, so nothing writes to it and no
+computation that this thread started can be using it (a device's queued work: see LinkSource).
+
+A fetch is *ahead* when no computation waits for it (a prefetch). The first use of an expert that was fetched ahead,
+or the end of its use (evicted, taken back, its layer ran without it), is told to the listener, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.policy import Policy
 from offmoe.cache.slots import SlotState, SlotTable
-from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, ReadPlan, plan_read
-from offmoe.formats.dense import ExpertWeights, view_expert
+from offmoe.cache.sources import Source
+from offmoe.formats.dense import ExpertWeights
 from offmoe.tiers.copier import Ticket
-from offmoe.tiers.disk import DiskTier
-from offmoe.tiers.host import HostPool
-
-LINE_BYTES = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Fetch:
-    """A read under way. It ends in exactly one call of `ExpertCache.finish` or `abandon`."""
+    """A move under way. `ahead`: nobody waits for it; `doomed`: taken back, it will not arrive.
+
+    A fetch that is not ahead ends in `finish` or `abandon`.
+    """
 
     key: ExpertKey
     slot: int
     ticket: Ticket
+    ahead: bool
+    doomed: bool = False
+
+
+class AheadListener(Protocol):
+    """Is told once of each fetch ahead of time how it ended."""
+
+    def used_ahead(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
+        """It was used; `late`: it was still under way and waited for."""
+
+    def wasted_ahead(self, key: ExpertKey) -> None:
+        """It was not used: evicted, taken back, failed, or its layer ran without it."""
 
 
 class ExpertCache:
-    """Expert weights in the host pool, read from disk on demand."""
+    """Expert weights in `num_slots` slots of one tier, for `num_layers` MoE layers."""
 
-    def __init__(self, index: ExpertIndex, pool: HostPool, disk: DiskTier, policy: Policy, counters: Counters) -> None:
-        self._index, self._pool, self._disk, self._policy = index, pool, disk, policy
-        self.counters = counters
-        self.slots = SlotTable(pool.num_slots)
-        self._weights: list[ExpertWeights | None] = [None] * pool.num_slots
-        self._plans: dict[ExpertKey, ReadPlan] = {}
-        self._keeps_all = pool.num_slots >= index.num_experts
+    def __init__(self, num_slots: int, num_layers: int, source: Source, policy: Policy, counters: Counters) -> None:
+        self._source, self._policy, self.counters = source, policy, counters
+        self.slots = SlotTable(num_slots)
+        self.listener: AheadListener | None = None
+        self._num_layers = num_layers
+        self._weights: list[ExpertWeights | None] = [None] * num_slots
+        self._coming: dict[ExpertKey, Fetch] = {}
+        self._unused: set[ExpertKey] = set()
+        self.ahead_bytes = 0
 
     def __repr__(self) -> str:
         table = repr(self.slots).removeprefix("<SlotTable [").removesuffix("]>")
@@ -56,86 +76,213 @@ class ExpertCache:
     @property
     def slots_per_layer(self) -> int:
         """A layer's fair share of the slots."""
-        return self.num_slots // len(self._index.layers)
+        return self.num_slots // self._num_layers
 
-    def has(self, key: ExpertKey) -> bool:
-        """True when `key` is READY."""
+    def num_bytes(self, key: ExpertKey) -> int:
+        """Bytes that fetching `key` moves."""
+        return self._source.num_bytes(key)
+
+    def is_ready(self, key: ExpertKey) -> bool:
+        """True when `key` can be used at once."""
         slot = self.slots.find(key)
         return slot is not None and self.slots.state(slot) is SlotState.READY
+
+    def is_coming(self, key: ExpertKey) -> bool:
+        """True when `key` is on its way."""
+        fetch = self._coming.get(key)
+        return fetch is not None and not fetch.doomed
 
     def use(self, key: ExpertKey, *, touch: bool) -> ExpertWeights:
         """Hold a READY key and return its weights; `touch` tells the policy. Release it afterwards."""
         slot = self.slots.find(key)
         assert slot is not None, f"{key=} is not cached"
+        weights = self._weights[slot]
+        assert weights is not None, f"{key=} {slot=} is not ready"
         self.slots.hold(slot)
         if touch:
             self._policy.touched(key)
-        weights = self._weights[slot]
-        assert weights is not None, f"{key=} {slot=} is not ready"
+        self._used_ahead(key, late=False, waited_ns=0)
         return weights
 
-    def release(self, key: ExpertKey) -> None:
-        """Undo one `use` or `finish`."""
+    def slot_of(self, key: ExpertKey) -> int:
+        """The slot of a key that is held."""
         slot = self.slots.find(key)
         assert slot is not None, f"{key=} is not cached"
-        self.slots.release(slot)
+        return slot
 
-    def start(self, key: ExpertKey, *, cold: bool) -> Fetch | None:
-        """Begin reading `key` into a free slot or a victim's; None when every slot is held or filling."""
+    def release(self, keys: Iterable[ExpertKey]) -> None:
+        """Undo one `use` or `finish` of each key. Whatever was queued on the device until now may read their slots."""
+        slots = [self.slot_of(key) for key in keys]
+        self._source.used(slots)
+        for slot in slots:
+            self.slots.release(slot)
+
+    def start(self, key: ExpertKey, *, cold: bool, urgent: bool = True) -> Fetch | None:
+        """Begin fetching `key` for a computation; None when no slot can be freed now.
+
+        A key that is coming already is not fetched twice: its fetch is returned, and overtakes others when `urgent`.
+        """
+        fetch = self._coming.get(key)
+        if fetch is not None and fetch.doomed:
+            self._end_ahead(fetch)
+            fetch = None
+        if fetch is not None:
+            fetch.ahead = False
+            if urgent:
+                fetch.ticket.promote()
+            if not cold:
+                self._policy.touched(key)
+            return fetch
+        return self._begin(key, self._victim_on_demand, cold=cold, urgent=urgent)
+
+    def start_ahead(self, key: ExpertKey, *, keep: Collection[ExpertKey]) -> bool:
+        """Begin fetching `key` before anybody needs it, into a free slot or a victim's that is not in `keep`.
+
+        It is inserted cold: unless used it is the first to go. False when there is no such slot.
+        """
+        if self.slots.find(key) is not None:
+            return False
+
+        def victim() -> ExpertKey | None:
+            return self._policy.victim(lambda k: k not in keep and k not in self._unused and self.slots.is_evictable(k))
+
+        fetch = self._begin(key, victim, cold=True, urgent=False)
+        if fetch is None:
+            return False
+        fetch.ahead = True
+        self._unused.add(key)
+        self.ahead_bytes += self.num_bytes(key)
+        self.counters.ahead_bytes += self.num_bytes(key)
+        return True
+
+    def _victim_on_demand(self) -> ExpertKey | None:
+        """What was fetched ahead and not used yet goes only when nothing else can."""
+        evictable = self.slots.is_evictable
+        if self._unused:
+            victim = self._policy.victim(lambda key: key not in self._unused and evictable(key))
+            if victim is not None:
+                return victim
+        return self._policy.victim(evictable)
+
+    def _begin(
+        self, key: ExpertKey, choose_victim: Callable[[], ExpertKey | None], *, cold: bool, urgent: bool
+    ) -> Fetch | None:
         if not self.slots.num_free:
-            victim = self._policy.victim(self.slots.is_evictable)
+            victim = choose_victim()
             if victim is None:
                 return None
             self._policy.removed(victim)
             self._weights[self.slots.evict(victim)] = None
             self.counters.evictions += 1
+            self._wasted_ahead(victim)
         slot = self.slots.reserve(key)
+        ticket = None
+        try:
+            ticket = self._source.start(key, slot, urgent=urgent)
+        finally:
+            if ticket is None:
+                self.slots.mark_failed(slot)
+        if ticket is None:
+            return None
         self._policy.inserted(key, cold=cold)
-        return Fetch(key, slot, self._disk.read(self._plan(key), self._pool.memory(slot)))
+        fetch = self._coming[key] = Fetch(key, slot, ticket, ahead=False)
+        return fetch
 
     def finish(self, fetch: Fetch) -> ExpertWeights:
         """Wait for a fetch, hold the key and return its weights. On failure the slot is freed and the error raised."""
-        layer = self._index.layers[fetch.key.layer_idx]
+        if self._coming.get(fetch.key) is not fetch:  # somebody else has waited for it
+            return self.use(fetch.key, touch=False)
+        begin = time.perf_counter_ns()
+        late = not fetch.ticket.done()
         try:
             fetch.ticket.wait()
-            weights = view_expert(layer, self._pool.tensor(fetch.slot), self._source_offsets(fetch, layer))
+            self._arrived(fetch)
         except BaseException:
             self.abandon([fetch])
             raise
-        self.slots.mark_ready(fetch.slot)
+        self._used_ahead(fetch.key, late=late, waited_ns=time.perf_counter_ns() - begin)
         self.slots.hold(fetch.slot)
-        self._weights[fetch.slot] = weights
+        weights = self._weights[fetch.slot]
+        assert weights is not None, f"{fetch=}"
         return weights
 
-    def _source_offsets(self, fetch: Fetch, layer: MoeLayer) -> tuple[int, ...]:
-        """Where the expert's sources begin in its slot, after moving it to a cache line's start where that pays.
+    def _arrived(self, fetch: Fetch) -> None:
+        self._weights[fetch.slot] = self._source.contents(fetch.key, fetch.slot)
+        self._forget_coming(fetch)
+        self.slots.mark_ready(fetch.slot)
 
-        Files align tensors to 8 bytes, and torch's 16-bit products read weights 10-14% slower off a 64-byte line
-        (8 bytes off: 10.1 against 11.5 GB/s up, 9.3 against 10.3 down). A move costs about a millisecond, so it is made
-        only where all experts fit and each is moved once. Float32 stays: its last bits depend on the address.
+    def _forget_coming(self, fetch: Fetch) -> None:
+        if self._coming.pop(fetch.key, None) is not None and fetch.key in self._unused:
+            self.ahead_bytes -= self.num_bytes(fetch.key)
+
+    def poll(self) -> None:
+        """What was fetched ahead and has arrived becomes READY, or free again when its fetch failed. Never blocks."""
+        self._source.poll()
+        for fetch in [fetch for fetch in self._coming.values() if fetch.ahead and fetch.ticket.done()]:
+            self._end_ahead(fetch)
+
+    def settle(self) -> None:
+        """Wait until nothing fetched ahead is under way: every slot is then READY, held, or somebody's demand."""
+        for fetch in [fetch for fetch in self._coming.values() if fetch.ahead]:
+            fetch.ticket.cancel()
+            self._end_ahead(fetch)
+        self._source.settle()
+
+    def cancel_ahead(self, key: ExpertKey) -> bool:
+        """Take back a fetch that nobody waits for, unless it is too far gone. True when it will not arrive.
+
+        Its slot is free again once `poll` finds that what had begun has ended.
         """
-        plan = self._plan(fetch.key)
-        if not self._keeps_all or layer.up[0].dtype not in ("BF16", "F16"):
-            return plan.source_offsets
-        offsets = list(plan.source_offsets)
-        for run in plan.runs:
-            end = run.slot_offset + run.need_bytes
-            inside = [idx for idx, offset in enumerate(offsets) if run.slot_offset <= offset < end]
-            first = min(offsets[idx] for idx in inside)
-            shift = first % LINE_BYTES
-            if shift:
-                self._pool.move(fetch.slot, src=first, dst=first - shift, num_bytes=end - first)
-                for idx in inside:
-                    offsets[idx] -= shift
-        return tuple(offsets)
+        fetch = self._coming.get(key)
+        if fetch is None or not fetch.ahead or fetch.doomed or not fetch.ticket.cancel():
+            return False
+        fetch.doomed = True
+        self._wasted_ahead(key)
+        if fetch.ticket.done():
+            self._end_ahead(fetch)
+        return True
+
+    def expire_ahead(self, layer_idx: int, needed: Collection[ExpertKey]) -> None:
+        """Layer `layer_idx` runs now and needs `needed`: whatever else was fetched ahead for it was for nothing."""
+        for key in [key for key in self._unused if key.layer_idx == layer_idx and key not in needed]:
+            self.cancel_ahead(key)
+            self._wasted_ahead(key)
+
+    def _end_ahead(self, fetch: Fetch) -> None:
+        """The end of a fetch that nobody asked to be told of: a failure is for the demand that comes later."""
+        try:
+            fetch.ticket.wait()
+            self._arrived(fetch)
+        except Exception:  # noqa: BLE001 - read again, and told, on demand
+            self.abandon([fetch])
+
+    def _used_ahead(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
+        if key not in self._unused:
+            return
+        self._unused.discard(key)
+        self.counters.ahead_used_bytes += self.num_bytes(key)
+        if self.listener is not None:
+            self.listener.used_ahead(key, late=late, waited_ns=waited_ns)
+
+    def _wasted_ahead(self, key: ExpertKey) -> None:
+        if key not in self._unused:
+            return
+        if key in self._coming:
+            self.ahead_bytes -= self.num_bytes(key)
+        self._unused.discard(key)
+        self.counters.ahead_wasted_bytes += self.num_bytes(key)
+        if self.listener is not None:
+            self.listener.wasted_ahead(key)
 
     def abandon(self, fetches: Iterable[Fetch]) -> None:
-        """Free the slots of fetches that nobody will finish, after their reads have ended (they may still write).
+        """Free the slots of fetches that nobody will finish, after their moves have ended (they may still write).
 
         A KeyboardInterrupt meanwhile is raised at the end: a slot left FILLING would be lost for good.
         """
         interrupt: BaseException | None = None
         for fetch in fetches:
+            if self._coming.get(fetch.key) is not fetch:
+                continue
             while not fetch.ticket.done():
                 try:
                     fetch.ticket.wait()
@@ -143,6 +290,8 @@ class ExpertCache:
                     break
                 except BaseException as error:  # noqa: BLE001 - raised below
                     interrupt = error
+            self._forget_coming(fetch)
+            self._wasted_ahead(fetch.key)
             self._policy.removed(fetch.key)
             self.slots.mark_failed(fetch.slot)
         if interrupt is not None:
@@ -152,7 +301,10 @@ class ExpertCache:
         """Put the books in order after a call was broken off between any two lines (Ctrl-C). Afterwards nothing is
         held and nothing is under way; what was READY stays, in the order in which the policy would let it go.
         """
-        self._disk.restart()
+        self._source.restart()
+        self._coming.clear()
+        self._unused.clear()
+        self.ahead_bytes = 0
         order: list[ExpertKey] = []
         while (key := self._policy.victim(lambda key: True)) is not None:
             order.append(key)
@@ -163,12 +315,6 @@ class ExpertCache:
         for slot in range(len(self.slots)):
             if self.slots.state(slot) is not SlotState.READY:
                 self._weights[slot] = None
-
-    def _plan(self, key: ExpertKey) -> ReadPlan:
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = plan_read(self._index.spans(key), align_bytes=self._disk.align_bytes)
-        return plan
 
     def close(self) -> None:
         """Drop every view of the pool. No `use` or `start` afterwards."""

@@ -1,4 +1,4 @@
-"""One MoE layer: look up, fetch what is missing, compute hits while bytes fly, compute arrivals, combine.
+"""One MoE layer: look up, decide, fetch what is missing, compute hits while bytes fly, compute arrivals, combine.
 
 Shapes: T tokens, D model width, K experts a token, S = T * K choices.
 """
@@ -7,27 +7,60 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Collection, Sequence
+from typing import Protocol
 
 import torch
 
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.expert_cache import ExpertCache, Fetch
-from offmoe.executor.dispatch import Assignment, dispatch
-from offmoe.formats.dense import ExpertWeights
-from offmoe.kernels.reference import ExpertMath, experts_forward, one_token_forward
+from offmoe.executor.cpu_experts import CpuExperts, CpuJob
+from offmoe.executor.dispatch import Assignment, dispatch, num_rows
+from offmoe.executor.rows import Computed, ReferenceRows, Rows
+from offmoe.kernels.reference import ExpertMath
 
-# Reads in flight at once: enough to keep a drive busy; more only lengthens the wait for the first.
+# Moves in flight at once: enough to keep a drive busy; more only lengthens the wait for the first.
 MAX_READS_IN_FLIGHT = 8
 # Rows per fp32 block of the final weighted sum, so that a long prefill needs no (S, D) fp32 tensor.
 COMBINE_ROWS = 256
 
 
+class Ahead(Protocol):
+    """Who fetches for layers to come. Knows the model's states by itself; the executor tells it the time."""
+
+    def router_spoke(self, layer_idx: int, expert_ids: Sequence[int], num_tokens: int) -> None:
+        """Layer `layer_idx` needs these experts. Called before its demand fetches start."""
+
+    def look(self, layer_idx: int) -> None:
+        """The demand fetches of `layer_idx` are under way: time to guess for the layers after it."""
+
+    def pump(self) -> None:
+        """The demand of a layer is served: the tier below is idle unless something is started now."""
+
+    def reset(self) -> None:
+        """A call was broken off: forget what is queued."""
+
+
+class Placer(Protocol):
+    """Who decides, for each miss, between fetching it to the device and computing it in RAM."""
+
+    def place(self, layer_idx: int, misses: Sequence[ExpertKey], rows: Sequence[int]) -> Collection[ExpertKey]:
+        """The misses that are to be computed in RAM."""
+
+    def ran(self, layer_idx: int, *, fetched: int, computed: int, seconds: float) -> None:
+        """What the misses of a call cost, from the decision to the last result."""
+
+
 class Executor:
     """Runs MoE layers through the expert cache. One call at a time, on the thread that runs the model."""
 
-    def __init__(self, cache: ExpertCache) -> None:
-        self._cache = cache
+    def __init__(
+        self, cache: ExpertCache, *, rows: Rows | None = None, ahead: Ahead | None = None,
+        cpu: CpuExperts | None = None, placer: Placer | None = None,
+    ) -> None:  # fmt: skip
+        self.cache, self.rows, self.ahead = cache, rows or ReferenceRows(), ahead
+        self.cpu, self.placer = cpu, placer
         self._counters: Counters = cache.counters
 
     def run_layer(
@@ -36,54 +69,96 @@ class Executor:
     ) -> torch.Tensor:  # fmt: skip
         """The experts' weighted sum, (T, D) in x's dtype.
 
-        Each expert is read at most once however many tokens chose it. The sum runs over K in the router's order, so
+        Each expert is fetched at most once however many tokens chose it. The sum runs over K in the router's order, so
         the result does not depend on which experts were cached or arrived first.
         """
         self._counters.layer_calls += 1
         num_tokens, top_k = expert_ids_TK.shape
+        if x_TD.device.type != "cpu":
+            self._counters.syncs += 1
         assignments = dispatch(expert_ids_TK, num_experts)
         y_SD = torch.zeros(num_tokens * top_k, x_TD.shape[-1], dtype=math.dtype, device=x_TD.device)
-        _LayerRun(self._cache, layer_idx, math, x_TD, y_SD).run(assignments)
-        return combine(y_SD, weights_TK, x_TD.dtype)
+        _LayerRun(self, layer_idx, math, x_TD, y_SD).run(assignments)
+        y_TD = combine(y_SD, weights_TK, x_TD.dtype)
+        if self.ahead is not None:
+            self.cache.poll()
+            self.ahead.pump()
+        return y_TD
+
+    def recover(self) -> None:
+        """After a call was broken off between any two lines: nothing is computed, held or under way any more."""
+        if self.cpu is not None:
+            self.cpu.restart()
+        self.cache.recover()
+        if self.ahead is not None:
+            self.ahead.reset()
 
 
 class _LayerRun:
-    """The state of one layer call. Whatever happens in it, no hold and no unfinished read is left behind."""
+    """The state of one layer call. Whatever happens in it, no hold and no unfinished fetch is left behind."""
 
     def __init__(
-        self, cache: ExpertCache, layer_idx: int, math: ExpertMath, x_TD: torch.Tensor, y_SD: torch.Tensor
+        self, executor: Executor, layer_idx: int, math: ExpertMath, x_TD: torch.Tensor, y_SD: torch.Tensor
     ) -> None:
-        self._cache, self._counters = cache, cache.counters
+        self._executor, self._cache, self._counters = executor, executor.cache, executor.cache.counters
         self._layer_idx, self._math = layer_idx, math
         self._x_TD, self._y_SD = x_TD, y_SD
         self._in_flight: deque[tuple[Fetch, list[Assignment]]] = deque()
+        self._held: list[ExpertKey] = []
+        self._job: CpuJob | None = None
+        self._num_on_cpu = 0
 
     def run(self, assignments: list[Assignment]) -> None:
         by_expert: dict[int, list[Assignment]] = {}
         for assignment in assignments:
             by_expert.setdefault(assignment.expert_idx, []).append(assignment)
         keep = self._experts_to_keep(by_expert)
-        hits = [idx for idx in by_expert if self._cache.has(ExpertKey(self._layer_idx, idx))]
-        missing = deque(idx for idx in by_expert if not self._cache.has(ExpertKey(self._layer_idx, idx)))
-        self._counters.hits += len(hits)
-        self._counters.misses += len(missing)
-        held: list[ExpertKey] = []
+        hits, late, missing = self._look_up(by_expert)
+        num_misses = len(missing)
+        begin = time.perf_counter()
         try:
-            ready = []
-            for idx in hits:
-                key = ExpertKey(self._layer_idx, idx)
-                ready.append((self._cache.use(key, touch=idx in keep), by_expert[idx]))
-                held.append(key)
-            self._start_reads(missing, by_expert, keep)
+            ready = [self._use(idx, by_expert[idx], touch=idx in keep) for idx in hits]
+            self._claim(late, by_expert, keep)
+            missing = self._send_to_cpu(missing, by_expert)
+            self._start_fetches(missing, by_expert, keep)
+            if self._executor.ahead is not None:
+                self._executor.ahead.look(self._layer_idx)
             self._compute(ready)
-            self._release(held)
             while self._in_flight or missing:
-                self._start_reads(missing, by_expert, keep)
+                self._start_fetches(missing, by_expert, keep)
+                if not self._in_flight:  # what was fetched ahead has every slot that is not held
+                    self._cache.settle()
+                    self._start_fetches(missing, by_expert, keep)
                 assert self._in_flight, f"{self._cache!r} has no slot to free, and nothing is under way"
-                self._compute_arrivals(held)
+                self._compute_arrivals()
+            if self._job is not None:
+                self._job.collect(self._y_SD)
         finally:
-            self._release(held)
+            self._release()
             self._cache.abandon(fetch for fetch, _ in self._in_flight)
+            if self._job is not None:
+                self._job.close()
+        placer, computed = self._executor.placer, self._num_on_cpu
+        if placer is not None and num_misses:
+            placer.ran(
+                self._layer_idx, fetched=num_misses - computed, computed=computed, seconds=time.perf_counter() - begin
+            )
+
+    def _look_up(self, by_expert: dict[int, list[Assignment]]) -> tuple[list[int], list[int], deque[int]]:
+        """Which experts are here, which are on their way, and which are neither. Tells whoever fetches ahead."""
+        cache, layer_idx = self._cache, self._layer_idx
+        keys = {idx: ExpertKey(layer_idx, idx) for idx in by_expert}
+        if self._executor.ahead is not None:
+            cache.poll()
+            self._executor.ahead.router_spoke(layer_idx, list(by_expert), self._x_TD.shape[0])
+            cache.expire_ahead(layer_idx, keys.values())
+        hits = [idx for idx, key in keys.items() if cache.is_ready(key)]
+        late = [idx for idx, key in keys.items() if cache.is_coming(key)]
+        missing = deque(idx for idx in by_expert if idx not in hits and idx not in late)
+        self._counters.hits += len(hits)
+        self._counters.late_hits += len(late)
+        self._counters.misses += len(missing)
+        return hits, late, missing
 
     def _experts_to_keep(self, by_expert: dict[int, list[Assignment]]) -> set[int]:
         """A call that touches more than the layer's share of slots (prefill) keeps only the busiest experts.
@@ -94,47 +169,69 @@ class _LayerRun:
         share = max(1, self._cache.slots_per_layer)
         if len(by_expert) <= share:
             return set(by_expert)
-        rows = {idx: sum(a.num_rows for a in assigned) for idx, assigned in by_expert.items()}
+        rows = {idx: num_rows(assigned) for idx, assigned in by_expert.items()}
         if max(rows.values()) == 1:  # one token: all its experts are equally recent
             return set(by_expert)
         return set(sorted(rows, key=lambda idx: (-rows[idx], idx))[:share])
 
-    def _start_reads(self, missing: deque[int], by_expert: dict[int, list[Assignment]], keep: set[int]) -> None:
+    def _use(self, idx: int, assigned: list[Assignment], *, touch: bool) -> Computed:
+        key = ExpertKey(self._layer_idx, idx)
+        weights = self._cache.use(key, touch=touch)
+        self._held.append(key)
+        return Computed(self._cache.slot_of(key), weights, assigned)
+
+    def _claim(self, late: list[int], by_expert: dict[int, list[Assignment]], keep: set[int]) -> None:
+        """What is on its way becomes this call's to wait for."""
+        for idx in late:
+            fetch = self._cache.start(ExpertKey(self._layer_idx, idx), cold=idx not in keep)
+            assert fetch is not None, f"{idx=} was on its way"
+            self._in_flight.append((fetch, by_expert[idx]))
+
+    def _send_to_cpu(self, missing: deque[int], by_expert: dict[int, list[Assignment]]) -> deque[int]:
+        """Hand the misses that are better computed in RAM over to the CPU; returns those that are to be fetched."""
+        executor = self._executor
+        if executor.cpu is None or executor.placer is None or not missing:
+            return missing
+        keys = [ExpertKey(self._layer_idx, idx) for idx in missing]
+        chosen = executor.placer.place(self._layer_idx, keys, [num_rows(by_expert[idx]) for idx in missing])
+        if not chosen:
+            return missing
+        self._num_on_cpu = len(chosen)
+        self._counters.cpu_experts += len(chosen)
+        self._job = executor.cpu.start(
+            self._layer_idx, self._math, {key: by_expert[key.expert_idx] for key in keys if key in chosen}, self._x_TD
+        )
+        return deque(key.expert_idx for key in keys if key not in chosen)
+
+    def _start_fetches(self, missing: deque[int], by_expert: dict[int, list[Assignment]], keep: set[int]) -> None:
         while missing and len(self._in_flight) < MAX_READS_IN_FLIGHT:
             fetch = self._cache.start(ExpertKey(self._layer_idx, missing[0]), cold=missing[0] not in keep)
             if fetch is None:  # every slot is held or filling: the next arrivals free some
                 return
             self._in_flight.append((fetch, by_expert[missing.popleft()]))
 
-    def _compute_arrivals(self, held: list[ExpertKey]) -> None:
-        """Wait for the oldest read, then compute it with whatever else has arrived by now."""
-        arrived: list[tuple[ExpertWeights, list[Assignment]]] = []
+    def _compute_arrivals(self) -> None:
+        """Wait for the oldest fetch, then compute it with whatever else has arrived by now."""
+        arrived: list[Computed] = []
         begin = time.perf_counter_ns()
         while self._in_flight and (not arrived or self._in_flight[0][0].ticket.done()):
             fetch, assignments = self._in_flight.popleft()
-            arrived.append((self._cache.finish(fetch), assignments))
-            held.append(fetch.key)
+            arrived.append(Computed(fetch.slot, self._cache.finish(fetch), assignments))
+            self._held.append(fetch.key)
         self._counters.disk_stall_ns += time.perf_counter_ns() - begin
         self._compute(arrived)
-        self._release(held)
 
-    def _release(self, held: list[ExpertKey]) -> None:
-        while held:
-            self._cache.release(held.pop())
-
-    def _compute(self, experts: list[tuple[ExpertWeights, list[Assignment]]]) -> None:
-        """y of the experts' rows. One row each (decode): one group. Many rows: expert by expert, to bound memory."""
+    def _compute(self, experts: list[Computed]) -> None:
+        """y of the experts' rows; then nothing holds them."""
         begin = time.perf_counter_ns()
-        flat = [(weights, assignment) for weights, assigned in experts for assignment in assigned]
-        if flat and all(assignment.tokens_N is None for _, assignment in flat):
-            y_KD = one_token_forward(self._math, [(a.expert_idx, weights) for weights, a in flat], self._x_TD)
-            for row, (_, assignment) in enumerate(flat):
-                self._y_SD[assignment.choices_N] = y_KD[row]
-        else:
-            for weights, assignment in flat:
-                x_ND = self._x_TD if assignment.tokens_N is None else self._x_TD[assignment.tokens_N]
-                self._y_SD[assignment.choices_N] = experts_forward(self._math, [(assignment.expert_idx, weights, x_ND)])
+        if experts:
+            self._executor.rows.compute(self._layer_idx, self._math, experts, self._x_TD, self._y_SD)
         self._counters.compute_ns += time.perf_counter_ns() - begin
+        self._release()
+
+    def _release(self) -> None:
+        held, self._held = self._held, []
+        self._cache.release(held)
 
 
 def combine(y_SD: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from offmoe.base.errors import OffmoeError
-from offmoe.cache.expert_cache import ExpertCache
 from offmoe.executor.executor import Executor
 from offmoe.kernels.reference import ExpertMath
 
@@ -17,8 +16,8 @@ from offmoe.kernels.reference import ExpertMath
 class RecoveringExecutor:
     """Runs layers as `executor` does. After a call was broken off, the cache is at rest and keeps what is whole."""
 
-    def __init__(self, executor: Executor, cache: ExpertCache) -> None:
-        self._executor, self._cache = executor, cache
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
         self._in_call = False
 
     def run_layer(
@@ -27,7 +26,7 @@ class RecoveringExecutor:
     ) -> torch.Tensor:  # fmt: skip
         """The experts' weighted sum, (T, D) in x's dtype."""
         if self._in_call:  # a second Ctrl-C broke off the recovery of the call before
-            self._cache.recover()
+            self._executor.recover()
         self._in_call = True
         try:
             y_TD = self._executor.run_layer(layer_idx, math, num_experts, x_TD, expert_ids_TK, weights_TK)
@@ -35,7 +34,7 @@ class RecoveringExecutor:
             self._in_call = False
             raise
         except BaseException:
-            self._cache.recover()
+            self._executor.recover()
             self._in_call = False
             raise
         self._in_call = False

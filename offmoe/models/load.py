@@ -16,6 +16,7 @@ from offmoe.base.errors import BudgetError, UsageError
 from offmoe.base.machine import available_ram_bytes, rss_bytes
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.policy import make_policy
+from offmoe.cache.sources import DiskSource
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.executor.executor import Executor
@@ -101,8 +102,10 @@ def load_model(
         probe = probe_model(model, context_length)
         plan = budget.plan(probe)
         pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
-        cache = ExpertCache(experts, pool, disk, make_policy(config.policy), counters)
-        executor = RecoveringExecutor(Executor(cache), cache)
+        cache = ExpertCache(
+            plan.num_slots, len(experts.layers), DiskSource(experts, pool, disk), make_policy(config.policy), counters
+        )
+        executor = RecoveringExecutor(Executor(cache))
         _attach_all(model, executor)
         opened.pop_all()
     return LoadedModel(

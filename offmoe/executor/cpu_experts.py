@@ -1,0 +1,143 @@
+"""Misses computed where they lie: in RAM slots, on a thread beside the device's work.
+
+Concurrency. The thread only multiplies: look-ups, reads and holds in the RAM cache are made by the thread that runs
+the model. An expert's slot is held from before its product is queued until the job is closed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from offmoe.base.keys import ExpertKey
+from offmoe.cache.expert_cache import ExpertCache, Fetch
+from offmoe.executor.dispatch import Assignment
+from offmoe.formats.dense import ExpertWeights
+from offmoe.kernels.reference import ExpertMath, experts_forward
+
+Result = tuple[Assignment, torch.Tensor]
+
+
+class CpuExperts:
+    """Computes experts out of `host`, the cache of RAM slots."""
+
+    def __init__(self, host: ExpertCache) -> None:
+        self._host = host
+        self._thread = _start_thread()
+        self._maths: dict[int, tuple[ExpertMath, ExpertMath]] = {}
+
+    def start(
+        self, layer_idx: int, math: ExpertMath, experts: dict[ExpertKey, list[Assignment]], x_TD: torch.Tensor
+    ) -> CpuJob:
+        """Begin; the experts that RAM has are computed at once, the others when they were read."""
+        job = CpuJob(self._host, self._thread, self._cpu_math(layer_idx, math), x_TD.to("cpu"))
+        try:
+            for key, assigned in experts.items():
+                job.add(key, assigned)
+        except BaseException:
+            job.close()
+            raise
+        return job
+
+    def _cpu_math(self, layer_idx: int, math: ExpertMath) -> ExpertMath:
+        """The layer's arithmetic with its resident parts in RAM; copied once."""
+        original, on_cpu = self._maths.get(layer_idx, (None, math))
+        if original is not math:
+            norm = math.post_norm
+            on_cpu = dataclasses.replace(
+                math,
+                up_bias_EF=None if math.up_bias_EF is None else math.up_bias_EF.cpu(),
+                down_bias_ED=None if math.down_bias_ED is None else math.down_bias_ED.cpu(),
+                post_norm=copy.deepcopy(norm).cpu() if isinstance(norm, torch.nn.Module) else norm,
+            )
+            self._maths[layer_idx] = (math, on_cpu)
+        return on_cpu
+
+    def restart(self) -> None:
+        """End whatever is computed, also for a job that was lost."""
+        self.close()
+        self._thread = _start_thread()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="offmoe-cpu-experts")
+
+
+class CpuJob:
+    """The experts of one layer call that are computed in RAM."""
+
+    def __init__(self, host: ExpertCache, thread: ThreadPoolExecutor, math: ExpertMath, x_TD: torch.Tensor) -> None:
+        self._host, self._thread, self._math, self._x_TD = host, thread, math, x_TD
+        self._coming: list[tuple[Fetch, list[Assignment]]] = []
+        self._waiting: list[tuple[ExpertKey, list[Assignment]]] = []
+        self._held: list[ExpertKey] = []
+        self._results: list[Future[list[Result]]] = []
+
+    def add(self, key: ExpertKey, assigned: list[Assignment]) -> None:
+        """Compute `key` as soon as it is in RAM. While RAM has no slot for it, it waits for `collect`."""
+        if self._host.is_ready(key):
+            self._host.counters.hits += 1
+            weights = self._host.use(key, touch=True)
+            self._held.append(key)
+            self._queue(weights, assigned)
+            return
+        fetch = self._host.start(key, cold=False)
+        if fetch is None:
+            self._waiting.append((key, assigned))
+        else:
+            self._host.counters.misses += 1
+            self._coming.append((fetch, assigned))
+
+    def collect(self, y_SD: torch.Tensor) -> None:
+        """Wait for everything and write the rows into `y_SD`, on whatever device it lies."""
+        while self._coming or self._waiting:
+            if not self._coming:
+                self._make_room()
+            fetch, assigned = self._coming.pop(0)
+            weights = self._host.finish(fetch)
+            self._held.append(fetch.key)
+            self._queue(weights, assigned)
+        for future in self._results:
+            for assignment, y_ND in future.result():
+                rows = y_ND.to(y_SD.device, non_blocking=True)
+                y_SD[assignment.choices_N] = rows[0] if assignment.tokens_N is None else rows
+
+    def _make_room(self) -> None:
+        """Every RAM slot is held: finish what was queued, let its slots go, and start with those that wait."""
+        for future in self._results:
+            future.exception()
+        self._host.release(self._held)
+        self._held = []
+        self._host.settle()
+        waiting, self._waiting = self._waiting, []
+        for key, assigned in waiting:
+            self.add(key, assigned)
+        assert self._coming or not self._waiting, f"{self._host!r} has no slot to free"
+
+    def _queue(self, weights: ExpertWeights, assigned: list[Assignment]) -> None:
+        self._results.append(self._thread.submit(self._compute, weights, assigned))
+
+    @torch.inference_mode()
+    def _compute(self, weights: ExpertWeights, assigned: list[Assignment]) -> list[Result]:
+        results = []
+        for assignment in assigned:
+            x_ND = self._x_TD if assignment.tokens_N is None else self._x_TD[assignment.tokens_N.cpu()]
+            results.append((assignment, experts_forward(self._math, [(assignment.expert_idx, weights, x_ND)])))
+        return results
+
+    def close(self) -> None:
+        """Nothing is computed or read for this job any more, and nothing is held. Called however the call ended."""
+        for future in self._results:
+            if not future.cancel():
+                future.exception()
+        held, self._held = self._held, []
+        self._host.release(held)
+        self._host.abandon(fetch for fetch, _ in self._coming)
+        self._coming = []
