@@ -1,0 +1,260 @@
+"""Fetches ahead of time: what to ask the cache for, in which order, how much at once, and when to take it back.
+
+Whoever predicts says what a layer will want (`want`); the executor says what it turned out to want (`router_spoke`),
+when computations wait for fetches (`demand_begins`, `demand_ends`), and gives time to start things (`pump`). Nothing
+here blocks, moves bytes or knows how predictions are made. Keys and integers only: no torch, no threads; the one
+thread that runs the model calls everything.
+
+What is queued is held for one layer at a time, nearest layer first, surest expert first. Rules: never more than
+`budget_bytes` under way; nothing starts while a computation waits for the link; what is READY or coming is not asked
+for again; what another layer wants is not evicted for it. The caller holds what a layer needs before it pumps, so a
+prefetch cannot evict that either.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable
+from typing import Protocol
+
+from offmoe.base.keys import ExpertKey
+from offmoe.cache.slots import SlotTable
+from offmoe.prefetch.audit import Audit
+from offmoe.prefetch.switch import Mode, Switch
+
+# Layers that may run past the time a prediction was made for before it is forgotten: families skip and repeat layers.
+SLACK_CALLS = 2
+
+
+class AheadListener(Protocol):
+    """Is told once of each fetch ahead of time how it ended (see cache/expert_cache.py)."""
+
+    def used_ahead(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
+        """It was used; `late`: it was still under way and waited for."""
+
+    def wasted_ahead(self, key: ExpertKey) -> None:
+        """It was not used."""
+
+
+class AheadCache(Protocol):
+    """What of `ExpertCache` a prefetcher uses."""
+
+    slots: SlotTable
+    ahead_bytes: int
+
+    @property
+    def slots_per_layer(self) -> int:
+        """A layer's fair share of the slots."""
+
+    def num_bytes(self, key: ExpertKey) -> int:
+        """Bytes that fetching `key` moves."""
+
+    def is_ready(self, key: ExpertKey) -> bool:
+        """True when `key` can be used at once."""
+
+    def is_coming(self, key: ExpertKey) -> bool:
+        """True when `key` is on its way."""
+
+    def start_ahead(self, key: ExpertKey, *, keep: Collection[ExpertKey]) -> bool:
+        """Begin fetching `key` into a free slot or that of a key not in `keep`; False when there is none."""
+
+    def cancel_ahead(self, key: ExpertKey) -> bool:
+        """Take a fetch back that nobody waits for; True when it will not arrive."""
+
+    def expire_ahead(self, layer_idx: int, needed: Collection[ExpertKey]) -> None:
+        """Whatever else was fetched ahead for this layer was for nothing."""
+
+    def poll(self) -> None:
+        """What has arrived becomes READY."""
+
+
+class _Wanted:
+    """What one layer is expected to need: all of it, and what of it has not been started."""
+
+    __slots__ = ("due", "experts", "queue", "whole_layer")
+
+    def __init__(self, expert_ids: Iterable[int], due: int, *, whole_layer: bool) -> None:
+        ordered = dict.fromkeys(expert_ids)
+        self.experts = frozenset(ordered)
+        self.queue = deque(enumerate(ordered))
+        self.due, self.whole_layer = due, whole_layer
+
+
+class Prefetcher:
+    """The queue, the budget and the books of fetches ahead of time into one cache."""
+
+    def __init__(
+        self, cache: AheadCache, *, budget_bytes: int, mode: Mode = "auto", ns_per_byte: float = 0.0,
+        switch: Switch | None = None,
+    ) -> None:  # fmt: skip
+        """`ns_per_byte`: the stall that a byte fetched on demand costs, believed until one was fetched.
+
+        The cache's `listener` must be this object; it is not set here.
+        """
+        self._cache, self._budget_bytes = cache, budget_bytes
+        self.audit = Audit(ns_per_byte)
+        self.switch = Switch(mode) if switch is None else switch
+        self._wanted: dict[int, _Wanted] = {}
+        self._keep: set[ExpertKey] = set()
+        self._pending: dict[int, dict[int, int]] = {}
+        self._num_pending = 0
+        self._num_calls = 0
+        self._is_demand_waiting = False
+        self._cancelling: ExpertKey | None = None
+
+    def __repr__(self) -> str:
+        queued = sum(len(wanted.queue) for wanted in self._wanted.values())
+        total = self.audit.total()
+        return (
+            f"<Prefetcher [{queued} queued, {self._num_pending} pending, {self._cache.ahead_bytes} bytes under way | "
+            f"{total.useful} useful, {total.wasted} wasted | {self.switch!r}]>"
+        )
+
+    @property
+    def wanted(self) -> Collection[ExpertKey]:
+        """Keys that a coming layer is expected to need; evict others first."""
+        return self._keep
+
+    def is_on(self, layer_idx: int, distance: int = 1) -> bool:
+        """True when a prediction for the layer, `distance` layers ahead, would be acted upon: else make none."""
+        return distance <= self.switch.distance and self.switch.layer_is_on(layer_idx)
+
+    def want(
+        self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, predict_ns: int = 0,
+        whole_layer: bool = False,
+    ) -> None:  # fmt: skip
+        """Layer `layer_idx`, to run `distance` layers from now, will need `expert_ids`, the surest first.
+
+        Replaces what was said of the layer before; what had been started for it and is no longer wanted is taken
+        back if its move has not begun. `predict_ns`: time that the prediction took. `whole_layer`: a prefill will
+        touch (nearly) all experts; this uses free slots and one layer's share of the others, so that the experts
+        used in decoding stay, and is not subject to what the switch learns from decoding.
+        """
+        if predict_ns:
+            self.audit.spent_predicting(layer_idx, predict_ns)
+        self._forget(layer_idx)
+        if not (self.switch.allows_whole_layers if whole_layer else self.is_on(layer_idx, distance)):
+            return
+        wanted = _Wanted(expert_ids, self._num_calls + distance, whole_layer=whole_layer)
+        self._wanted[layer_idx] = wanted
+        self._keep.update(ExpertKey(layer_idx, expert) for expert in wanted.experts)
+        self._take_back(layer_idx, wanted.experts)
+
+    def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
+        """The layer runs now and needs `expert_ids`; it is no longer predicted. Call it before anything is used."""
+        needed = set(expert_ids)
+        self._num_calls += 1
+        wanted = self._forget(layer_idx)
+        predicted = wanted.experts if wanted is not None else frozenset[int]()
+        queued = {expert for _, expert in wanted.queue} if wanted is not None else set[int]()
+        pending = self._pending.get(layer_idx, {})
+        behind = sum(self._cache.num_bytes(ExpertKey(layer_idx, e)) for e in queued & needed)
+        self.audit.called(
+            layer_idx, predicted=len(predicted), needed=len(needed), named=len(predicted & needed),
+            covered=len(needed.intersection(pending)), behind_bytes=behind,
+        )  # fmt: skip
+        self._take_back(layer_idx, needed)
+        self._cache.expire_ahead(layer_idx, {ExpertKey(layer_idx, expert) for expert in needed})
+        for stale in [idx for idx, other in self._wanted.items() if other.due + SLACK_CALLS < self._num_calls]:
+            self._forget(stale)
+        self.switch.layer_called(layer_idx, self.audit)
+
+    def demand_begins(self) -> None:
+        """A computation is about to wait for fetches: nothing is started until `demand_ends`."""
+        self._is_demand_waiting = True
+
+    def demand_ends(self, num_bytes: int = 0, stall_ns: int = 0) -> None:
+        """It waits no longer; `num_bytes` were fetched for it on demand, and it stood still for `stall_ns`."""
+        self._is_demand_waiting = False
+        if num_bytes:
+            self.audit.rate.observe(num_bytes, stall_ns)
+
+    def pass_ended(self, seconds: float, *, num_tokens: int = 1) -> None:
+        """A forward pass over `num_tokens` positions took `seconds`. The switch learns from those of one token."""
+        self.switch.pass_ended(seconds, num_tokens=num_tokens)
+
+    def pump(self) -> None:
+        """Start what the budget allows. Cheap when there is nothing to do; call it whenever there is a moment."""
+        self._cache.poll()
+        if self._is_demand_waiting:
+            return
+        for layer_idx, wanted in sorted(self._wanted.items(), key=lambda item: item[1].due):
+            if not self._pump_layer(layer_idx, wanted):
+                return
+
+    def _pump_layer(self, layer_idx: int, wanted: _Wanted) -> bool:
+        """Start what `wanted` has queued; False when nothing more can be started now, for any layer."""
+        cache, queue = self._cache, wanted.queue
+        while queue:
+            key = ExpertKey(layer_idx, queue[0][1])
+            if not (cache.is_ready(key) or cache.is_coming(key)):
+                num_bytes = cache.num_bytes(key)
+                if cache.ahead_bytes + num_bytes > self._budget_bytes:
+                    return False
+                if wanted.whole_layer and not self._has_spare_slot():
+                    return True
+                if not cache.start_ahead(key, keep=self._keep):
+                    return False
+                self._pending.setdefault(layer_idx, {})[key.expert_idx] = num_bytes
+                self._num_pending += 1
+                self.audit.started(layer_idx, num_bytes)
+            queue.popleft()
+        return True
+
+    def _has_spare_slot(self) -> bool:
+        """A slot is free, or unused prefetches have less than one layer's share: the ring a prefill goes through."""
+        return self._cache.slots.num_free > 0 or self._num_pending < max(1, self._cache.slots_per_layer)
+
+    def used_ahead(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
+        """The cache tells: a prefetch was used."""
+        num_bytes = self._end_pending(key)
+        if num_bytes is not None:
+            self.audit.used(key.layer_idx, num_bytes, late=late, waited_ns=waited_ns)
+
+    def wasted_ahead(self, key: ExpertKey) -> None:
+        """The cache tells: a prefetch came to nothing."""
+        num_bytes = self._end_pending(key)
+        if num_bytes is None:
+            return
+        if key == self._cancelling:
+            self.audit.cancelled(key.layer_idx, num_bytes)
+        else:
+            self.audit.wasted(key.layer_idx, num_bytes)
+
+    def reset(self) -> None:
+        """At rest, after a call was broken off anywhere (Ctrl-C) and the cache has recovered, or a sequence ended.
+
+        Nothing is wanted or pending; what was pending counts as wasted. What was learnt stays.
+        """
+        self._wanted, self._keep = {}, set()
+        pending, self._pending, self._num_pending = self._pending, {}, 0
+        self._is_demand_waiting, self._cancelling = False, None
+        for layer_idx, experts in pending.items():
+            for num_bytes in experts.values():
+                self.audit.wasted(layer_idx, num_bytes)
+
+    def as_dict(self) -> dict[str, object]:
+        """What it does and did, for `stats()`."""
+        return {"switch": self.switch.as_dict(), **self.audit.as_dict()}
+
+    def _forget(self, layer_idx: int) -> _Wanted | None:
+        wanted = self._wanted.pop(layer_idx, None)
+        if wanted is not None:
+            self._keep.difference_update(ExpertKey(layer_idx, expert) for expert in wanted.experts)
+        return wanted
+
+    def _take_back(self, layer_idx: int, wanted: Collection[int]) -> None:
+        """Cancel what is under way for the layer and not in `wanted`, if it can be."""
+        pending = self._pending.get(layer_idx)
+        for expert in [expert for expert in pending if expert not in wanted] if pending else ():
+            key = ExpertKey(layer_idx, expert)
+            if self._cache.is_coming(key):
+                self._cancelling = key
+                self._cache.cancel_ahead(key)
+                self._cancelling = None
+
+    def _end_pending(self, key: ExpertKey) -> int | None:
+        num_bytes = self._pending.get(key.layer_idx, {}).pop(key.expert_idx, None)
+        if num_bytes is not None:
+            self._num_pending -= 1
+        return num_bytes

@@ -1,0 +1,129 @@
+"""Whether to prefetch: for the whole model by the time of token passes, for each layer by bytes and the time they cost.
+
+Recall decides nothing here. Predictions may be good and still not pay (the link is busy as it is, predicting takes
+longer than it hides), or be poor and pay (the link would be idle otherwise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from offmoe.prefetch.audit import Audit
+
+Mode = Literal["auto", "off"] | int
+
+# Calls of a layer in one judgement: some hundred fetches at top-8.
+WINDOW_CALLS = 32
+# Calls that a layer sits out after a bad window, doubled after each further one.
+FIRST_PAUSE_CALLS, LAST_PAUSE_CALLS = 64, 4096
+# What a wasted byte costs where the link had time for it, as a share of what a byte fetched on demand costs: it took a
+# slot, and the key that was evicted for it may be missed later.
+IDLE_WASTE_PRICE = 1 / 8
+
+
+class SettingTrial(Protocol):
+    """What of `offmoe.base.trial.Trial` is used here."""
+
+    @property
+    def current(self) -> int:
+        """The setting to work under now."""
+
+    def observe(self, setting: int, seconds: float, work: float) -> None:
+        """`work` was done under `setting` in `seconds`."""
+
+
+class LayerSwitch:
+    """On or off for one layer. Starts on; a window that lost time switches it off for a while, each time for longer."""
+
+    __slots__ = ("_calls", "_next_pause", "_pause_left", "_start")
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._pause_left = 0
+        self._next_pause = FIRST_PAUSE_CALLS
+        self._start: tuple[int, int, int, int] | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """The present verdict."""
+        return not self._pause_left
+
+    def called(self, totals: tuple[int, int, int, int], ns_per_byte: float) -> None:
+        """The layer has run once more. `totals`: hidden ns, predicting ns, wasted bytes, bytes that came behind."""
+        if self._pause_left:
+            self._pause_left -= 1
+            self._calls, self._start = 0, totals
+            return
+        if self._start is None:
+            self._start = totals
+        self._calls += 1
+        if self._calls < WINDOW_CALLS:
+            return
+        if self._gain_ns(totals, ns_per_byte) < 0:
+            self._pause_left = self._next_pause
+            self._next_pause = min(2 * self._next_pause, LAST_PAUSE_CALLS)
+        else:
+            self._next_pause = max(self._next_pause // 2, FIRST_PAUSE_CALLS)
+        self._calls, self._start = 0, totals
+
+    def _gain_ns(self, totals: tuple[int, int, int, int], ns_per_byte: float) -> float:
+        """Time hidden since the window began, less what predicting and the wasted bytes cost.
+
+        Where predicted and needed experts came behind, for want of time on the link, each wasted byte took the place
+        of one of theirs.
+        """
+        assert self._start is not None
+        hidden_ns, predict_ns, wasted, behind = (now - then for now, then in zip(totals, self._start, strict=True))
+        price = min(wasted, behind) + IDLE_WASTE_PRICE * max(0, wasted - behind)
+        return hidden_ns - predict_ns - price * ns_per_byte
+
+
+class Switch:
+    """How many layers ahead to prefetch now (0: not at all), and for which layers."""
+
+    def __init__(self, mode: Mode, *, distances: Sequence[int] = (1,), trial: SettingTrial | None = None) -> None:
+        """`mode`: "off", a fixed distance, or "auto": `trial` chooses among not at all and `distances`."""
+        self._mode = mode
+        self._trial = trial if mode == "auto" else None
+        self.distance = max(distances) if mode == "auto" else 0 if mode == "off" else mode
+        if self._trial is not None:
+            self.distance = self._trial.current
+        self._layers: dict[int, LayerSwitch] = {}
+
+    def __repr__(self) -> str:
+        off = sum(not layer.is_on for layer in self._layers.values())
+        return f"<Switch {self._mode} [distance {self.distance}, {off} layers off]>"
+
+    @property
+    def allows_whole_layers(self) -> bool:
+        """True unless prefetching is off by the user's word: a prefill that touches all experts is no prediction."""
+        return self._mode not in ("off", 0)
+
+    def layer_is_on(self, layer_idx: int) -> bool:
+        """True when prefetching for this layer pays, as far as is known."""
+        layer = self._layers.get(layer_idx)
+        return layer is None or layer.is_on
+
+    def layer_called(self, layer_idx: int, audit: Audit) -> None:
+        """The layer has run; judge it when a window is full. A fixed distance is the user's word and is not judged."""
+        if self._mode != "auto" or not self.distance:
+            return
+        layer = self._layers.get(layer_idx)
+        if layer is None:
+            layer = self._layers[layer_idx] = LayerSwitch()
+        sums = audit.layer(layer_idx)
+        layer.called((sums.hidden_ns, sums.predict_ns, sums.wasted_bytes, sums.behind_bytes), audit.rate.ns_per_byte)
+
+    def pass_ended(self, seconds: float, *, num_tokens: int) -> None:
+        """One forward pass took `seconds`; the distance stays the same within a pass."""
+        if self._trial is not None and num_tokens == 1:
+            self._trial.observe(self.distance, seconds, 1)
+            self.distance = self._trial.current
+
+    def as_dict(self) -> dict[str, object]:
+        """The state, for `stats()`."""
+        return {
+            "mode": self._mode, "distance": self.distance,
+            "layers_off": sorted(idx for idx, layer in self._layers.items() if not layer.is_on),
+        }  # fmt: skip

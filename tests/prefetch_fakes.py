@@ -1,0 +1,315 @@
+"""A cache and a model that prefetch in virtual time: keys and jobs on a lane, no bytes.
+
+`FakeCache` keeps the contract of `ExpertCache` (cache/expert_cache.py) as far as fetches ahead of time go. `World` runs
+token passes of a made-up model over it: attention, router, fetches, experts; the clock says how long they took.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from virtual_machine import CancelledJobError, Job, Speeds, VirtualMachine
+
+from offmoe.base.keys import ExpertKey
+from offmoe.cache.policy import LruPolicy
+from offmoe.cache.slots import SlotState, SlotTable
+from offmoe.prefetch.prefetcher import AheadListener, Prefetcher
+
+EXPERT_BYTES = 1_000_000
+CHUNK_BYTES = 250_000
+
+
+@dataclass
+class Coming:
+    """A move under way."""
+
+    key: ExpertKey
+    slot: int
+    job: Job
+    ahead: bool
+    doomed: bool = False
+
+
+class FakeCache:
+    """Slots, LRU, one link. `log` tells what was moved, in order; `refuse` makes every start ahead fail."""
+
+    def __init__(self, machine: VirtualMachine, *, num_slots: int, num_layers: int) -> None:
+        self.machine, self.slots, self.policy = machine, SlotTable(num_slots), LruPolicy()
+        self.num_layers = num_layers
+        self.listener: AheadListener | None = None
+        self.ahead_bytes = 0
+        self.most_ahead_bytes = 0
+        self.refuse = False
+        self.coming: dict[ExpertKey, Coming] = {}
+        self.unused: set[ExpertKey] = set()
+        self.log: list[tuple[str, ExpertKey]] = []
+
+    @property
+    def slots_per_layer(self) -> int:
+        return len(self.slots) // self.num_layers
+
+    def num_bytes(self, key: ExpertKey) -> int:
+        return EXPERT_BYTES
+
+    def is_ready(self, key: ExpertKey) -> bool:
+        slot = self.slots.find(key)
+        return slot is not None and self.slots.state(slot) is SlotState.READY
+
+    def is_coming(self, key: ExpertKey) -> bool:
+        return key in self.coming and not self.coming[key].doomed
+
+    def start_ahead(self, key: ExpertKey, *, keep: Collection[ExpertKey]) -> bool:
+        assert not self.is_ready(key) and not self.is_coming(key), f"{key} is asked for twice"
+        if self.refuse or self.slots.find(key) is not None:
+            return False
+        if not self._make_room(lambda k: k not in keep and k not in self.unused and self.slots.is_evictable(k)):
+            return False
+        self._begin(key, urgent=False, ahead=True, cold=True)
+        self.unused.add(key)
+        self.ahead_bytes += EXPERT_BYTES
+        self.most_ahead_bytes = max(self.most_ahead_bytes, self.ahead_bytes)
+        return True
+
+    def demand(self, key: ExpertKey, *, cold: bool = False) -> Coming | None:
+        """As `ExpertCache.start` does."""
+        coming = self.coming.get(key)
+        if coming is not None and coming.doomed:
+            self.end(coming)
+            coming = None
+        if coming is not None:
+            coming.ahead = False
+            coming.job.promote()
+            if not cold:
+                self.policy.touched(key)
+            return coming
+        evictable = self.slots.is_evictable
+        if self._make_room(lambda k: k not in self.unused and evictable(k)) or self._make_room(evictable):
+            return self._begin(key, urgent=True, ahead=False, cold=cold)
+        return None
+
+    def finish(self, coming: Coming) -> None:
+        """Wait, and hold."""
+        begin, late = self.machine.now_s, not coming.job.done()
+        coming.job.wait()
+        self._arrived(coming)
+        self.slots.hold(coming.slot)
+        self._used(coming.key, late=late, waited_ns=int((self.machine.now_s - begin) * 1e9))
+
+    def use(self, key: ExpertKey, *, touch: bool = True) -> None:
+        """Hold a READY key."""
+        slot = self.slots.find(key)
+        assert slot is not None and self.is_ready(key), f"{key=}"
+        self.slots.hold(slot)
+        if touch:
+            self.policy.touched(key)
+        self._used(key, late=False, waited_ns=0)
+
+    def release(self, keys: Sequence[ExpertKey]) -> None:
+        for key in keys:
+            slot = self.slots.find(key)
+            assert slot is not None, f"{key=}"
+            self.slots.release(slot)
+
+    def cancel_ahead(self, key: ExpertKey) -> bool:
+        coming = self.coming.get(key)
+        if coming is None or not coming.ahead or coming.doomed or not coming.job.cancel():
+            return False
+        self.log.append(("cancel", key))
+        coming.doomed = True
+        self._wasted(key)
+        if coming.job.done():
+            self.end(coming)
+        return True
+
+    def expire_ahead(self, layer_idx: int, needed: Collection[ExpertKey]) -> None:
+        for key in [key for key in self.unused if key.layer_idx == layer_idx and key not in needed]:
+            self._wasted(key)
+
+    def poll(self) -> None:
+        for coming in [coming for coming in self.coming.values() if coming.ahead and coming.job.done()]:
+            self.end(coming)
+
+    def end(self, coming: Coming) -> None:
+        """A move ahead of time ends: READY, or free again when it was taken back."""
+        try:
+            coming.job.wait()
+        except CancelledJobError:
+            del self.coming[coming.key]
+            self.policy.removed(coming.key)
+            self.slots.mark_failed(coming.slot)
+        else:
+            self._arrived(coming)
+
+    def recover(self) -> None:
+        """As after Ctrl-C: nothing is held, nothing under way; the listener is told nothing."""
+        self.machine.drain()
+        for coming in self.coming.values():
+            self.policy.removed(coming.key)
+        self.coming.clear()
+        self.unused.clear()
+        self.ahead_bytes = 0
+        self.slots.recover(lambda slot: True)
+
+    def _make_room(self, may_go: Callable[[ExpertKey], bool]) -> bool:
+        if self.slots.num_free:
+            return True
+        victim = self.policy.victim(may_go)
+        if victim is None:
+            return False
+        self.log.append(("evict", victim))
+        self.policy.removed(victim)
+        self.slots.evict(victim)
+        self._wasted(victim)
+        return True
+
+    def _begin(self, key: ExpertKey, *, urgent: bool, ahead: bool, cold: bool) -> Coming:
+        self.log.append(("ahead" if ahead else "demand", key))
+        job = self.machine.link.submit(EXPERT_BYTES, urgent=urgent)
+        coming = self.coming[key] = Coming(key, self.slots.reserve(key), job, ahead)
+        self.policy.inserted(key, cold=cold)
+        return coming
+
+    def _arrived(self, coming: Coming) -> None:
+        del self.coming[coming.key]
+        self.slots.mark_ready(coming.slot)
+        if coming.key in self.unused:
+            self.ahead_bytes -= EXPERT_BYTES
+
+    def _used(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
+        if key in self.unused:
+            self.unused.discard(key)
+            if self.listener is not None:
+                self.listener.used_ahead(key, late=late, waited_ns=waited_ns)
+
+    def _wasted(self, key: ExpertKey) -> None:
+        if key in self.unused:
+            self.unused.discard(key)
+            if key in self.coming:
+                self.ahead_bytes -= EXPERT_BYTES
+            if self.listener is not None:
+                self.listener.wasted_ahead(key)
+
+
+@dataclass(kw_only=True)
+class Shape:
+    """A made-up model and how it behaves. Seconds are per layer; `stay` is the chance that a token keeps an expert."""
+
+    num_layers: int = 4
+    num_experts: int = 32
+    top_k: int = 4
+    num_slots: int = 48
+    attention_s: float = 1e-3
+    experts_s: float = 0.5e-3
+    link_bytes_per_s: float = 4e9
+    accuracy: float = 0.8
+    predict_s: float = 0.0
+    stay: float = 0.3
+    noise: float = 0.0
+    num_predicted: int = 0  # 0: top_k
+    drift: dict[int, dict[str, float]] = field(default_factory=dict)  # from this pass on, these values
+
+
+class World:
+    """Runs token passes. Two worlds of one seed choose the same experts, whatever is prefetched."""
+
+    def __init__(self, shape: Shape, *, seed: int = 0) -> None:
+        self.shape = shape
+        self.machine = VirtualMachine(Speeds(link=shape.link_bytes_per_s), chunk_bytes=CHUNK_BYTES)
+        self.cache = FakeCache(self.machine, num_slots=shape.num_slots, num_layers=shape.num_layers)
+        self._routing, self._guessing, self._noise = (random.Random(seed + idx) for idx in range(3))
+        self._last: list[set[int]] = [set() for _ in range(shape.num_layers)]
+        self._num_passes = 0
+
+    def run(self, prefetcher: Prefetcher, num_passes: int) -> float:
+        """Seconds that `num_passes` token passes took."""
+        self.cache.listener = prefetcher
+        begin_s = self.machine.now_s
+        for _ in range(num_passes):
+            for name, value in self.shape.drift.get(self._num_passes, {}).items():
+                setattr(self.shape, name, value)
+                self.machine.speeds = Speeds(link=self.shape.link_bytes_per_s)
+            self._num_passes += 1
+            self.run_pass(prefetcher)
+        return self.machine.now_s - begin_s
+
+    def run_pass(self, prefetcher: Prefetcher) -> None:
+        begin_s = self.machine.now_s
+        chosen = [self._choose(layer_idx) for layer_idx in range(self.shape.num_layers)]
+        for layer_idx, needed in enumerate(chosen):
+            self._attend(prefetcher)
+            self._predict(prefetcher, chosen, layer_idx)
+            self.run_layer(prefetcher, layer_idx, needed)
+        prefetcher.pass_ended(self.machine.now_s - begin_s)
+
+    def _attend(self, prefetcher: Prefetcher) -> None:
+        """Attention, with a moment for the prefetcher in the middle of it."""
+        noise = self._noise.uniform(-self.shape.noise, self.shape.noise)
+        for _ in range(2):
+            prefetcher.pump()
+            self.machine.advance(self.shape.attention_s * (1 + noise) / 2)
+
+    def _choose(self, layer_idx: int) -> list[int]:
+        shape, rng = self.shape, self._routing
+        kept = [expert for expert in sorted(self._last[layer_idx]) if rng.random() < shape.stay]
+        others = rng.sample([e for e in range(shape.num_experts) if e not in kept], shape.top_k - len(kept))
+        self._last[layer_idx] = {*kept, *others}
+        return kept + others
+
+    def _predict(self, prefetcher: Prefetcher, chosen: list[list[int]], layer_idx: int) -> None:
+        """Name the next layers' experts, each rightly with the chance `accuracy`."""
+        shape = self.shape
+        for distance in (1, 2):
+            target = layer_idx + distance
+            if target >= shape.num_layers or not prefetcher.is_on(target, distance):
+                continue
+            guesses = list(chosen[target]) + [-1] * max(0, shape.num_predicted - shape.top_k)
+            named = [
+                guess if guess >= 0 and self._guessing.random() < shape.accuracy
+                else self._guessing.randrange(shape.num_experts)
+                for guess in guesses
+            ]  # fmt: skip
+            self.machine.advance(shape.predict_s)
+            prefetcher.want(target, named, distance=distance, predict_ns=int(shape.predict_s * 1e9))
+
+    def run_layer(self, prefetcher: Prefetcher, layer_idx: int, needed: list[int], *, cold: bool = False) -> None:
+        """As the executor does: hits are held, misses started, hits computed, arrivals waited for."""
+        cache, machine = self.cache, self.machine
+        keys = [ExpertKey(layer_idx, expert) for expert in needed]
+        cache.poll()
+        prefetcher.router_spoke(layer_idx, needed)
+        hits = [key for key in keys if cache.is_ready(key)]
+        for key in hits:
+            cache.use(key, touch=not cold)
+        missing = [key for key in keys if key not in hits]
+        late = {key for key in missing if cache.is_coming(key)}
+        held, stall_s = list(hits), 0.0
+        if missing:
+            prefetcher.demand_begins()
+        expert_s = self.shape.experts_s / len(keys)
+        fetches = self._start(missing, cold=cold)
+        machine.advance(expert_s * len(hits))
+        while fetches:
+            before_s = machine.now_s
+            coming = fetches.pop(0)
+            cache.finish(coming)
+            held.append(coming.key)
+            stall_s += machine.now_s - before_s
+            machine.advance(expert_s)
+            if cold:
+                cache.release(held)
+                held = []
+            fetches += self._start(missing, cold=cold)
+        if hits or late or held:
+            cache.release(held)
+        num_missed = len(keys) - len(hits) - len(late)
+        prefetcher.demand_ends(num_missed * EXPERT_BYTES, int(stall_s * 1e9))
+        prefetcher.pump()
+
+    def _start(self, missing: list[ExpertKey], *, cold: bool) -> list[Coming]:
+        started = []
+        while missing and (coming := self.cache.demand(missing[0], cold=cold)) is not None:
+            started.append(coming)
+            missing.pop(0)
+        return started
