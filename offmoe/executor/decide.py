@@ -88,7 +88,7 @@ def decide(misses: Sequence[Miss], costs: Costs, mode: Mode) -> list[Placement]:
     """
     if mode is not Mode.AUTO:
         return [Placement.FETCH if m.is_under_way or mode is Mode.STREAM else Placement.CPU for m in misses]
-    order = sorted(range(len(misses)), key=lambda idx: preference(misses[idx], idx))
+    order = sorted(range(len(misses)), key=lambda idx: preference(misses[idx]))
     num_copied = _num_copied([misses[idx] for idx in order], costs)
     placements = [Placement.CPU] * len(misses)
     for idx in order[:num_copied]:
@@ -96,10 +96,10 @@ def decide(misses: Sequence[Miss], costs: Costs, mode: Mode) -> list[Placement]:
     return placements
 
 
-def preference(miss: Miss, idx: int) -> tuple[float, ...]:
+def preference(miss: Miss) -> tuple[float, ...]:
     """Sort key: who is copied first."""
     under_way = miss.copy_left_bytes if miss.copy_left_bytes is not None else float("inf")
-    return (under_way, -miss.num_rows, -miss.worth, miss.disk_bytes, idx)
+    return (under_way, -miss.num_rows, -miss.worth, miss.disk_bytes)
 
 
 def makespan_s(misses: Sequence[Miss], placements: Sequence[Placement], costs: Costs) -> float:
@@ -137,16 +137,20 @@ def _split_times(ordered: Sequence[Miss], costs: Costs, *, only: int | None = No
 
 
 def _arrivals(ordered: Sequence[Miss], costs: Costs) -> list[float] | None:
-    """When each miss is in RAM, None when all are: the drive reads what is under way first, then in this order."""
+    """When each miss is in RAM, None when all are: the drive reads what is under way first, then by preference."""
     if all(miss.where is Where.HOST for miss in ordered):
         return None
     arrivals = [0.0] * len(ordered)
     at = 0.0
-    for idx in sorted(range(len(ordered)), key=lambda idx: (ordered[idx].where is not Where.COMING, idx)):
+    for idx in sorted(range(len(ordered)), key=lambda idx: _read_order(ordered[idx])):
         if ordered[idx].disk_bytes:
             at += costs.disk_s(ordered[idx].disk_bytes)
             arrivals[idx] = at
     return arrivals
+
+
+def _read_order(miss: Miss) -> tuple[float, ...]:
+    return (miss.where is not Where.COMING, *preference(miss))
 
 
 def _pipeline_s(arrivals_s: Sequence[float], each_s: Sequence[float]) -> float:
