@@ -6,7 +6,6 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from offmoe.base.errors import (
 from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, ReadPlan, Span, plan_read
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES, ShardFile
 from offmoe.tiers import disk as disk_module
+from offmoe.tiers.copier import CancelledMoveError, Ticket
 from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
 
@@ -300,13 +300,82 @@ def test_close_drops_reads_that_were_queued(files: list[ShardFile], monkeypatch:
     tickets = [disk.read(plan, memoryview(bytearray(plan.slot_bytes))) for _ in range(3 * disk_module.NUM_THREADS)]
     closing = threading.Thread(target=disk.close)
     closing.start()
-    with pytest.raises(CancelledError):
+    with pytest.raises(CancelledMoveError):
         tickets[-1].wait()
     may_end.set()
     closing.join(10)
     assert not closing.is_alive()
     assert len(began) <= disk_module.NUM_THREADS
     assert all(ticket.done() for ticket in tickets)
+
+
+class Gate:
+    """Holds every read until the test lets it go, and writes down where each begins."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.began: list[int] = []
+        self.begun, self.may_end = threading.Semaphore(0), threading.Semaphore(0)
+        monkeypatch.setattr(ShardFile, "read_into", self._read_into)
+
+    def _read_into(self, view: memoryview, start: int, *, need_bytes: int, direct: bool) -> None:
+        self.began.append(start)
+        self.begun.release()
+        assert self.may_end.acquire(timeout=10)
+        view[:] = b"\x01" * len(view)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
+def begin(disk: DiskTier, start: int, *, urgent: bool) -> tuple[Ticket, bytearray]:
+    plan = plan_read((Span(file_idx=0, start=start, num_bytes=100),), align_bytes=1)
+    slot = bytearray(plan.slot_bytes)
+    return disk.read(plan, memoryview(slot), urgent=urgent), slot
+
+
+def test_urgent_reads_overtake_those_that_wait(files: list[ShardFile], gate: Gate) -> None:
+    disk = DiskTier(files, io="buffered", counters=Counters())
+    num_busy = disk_module.NUM_THREADS
+    tickets = [begin(disk, start, urgent=False)[0] for start in range(num_busy + 2)]
+    for _ in range(num_busy):
+        assert gate.begun.acquire(timeout=10)
+    tickets.append(begin(disk, 1000, urgent=True)[0])
+    tickets[num_busy + 1].promote()
+    for _ in range(3):
+        gate.may_end.release()
+        assert gate.begun.acquire(timeout=10)
+    assert gate.began[num_busy:] == [1000, num_busy + 1, num_busy]
+    gate.may_end.release(100)
+    for ticket in tickets:
+        ticket.wait()
+    disk.close()
+
+
+def test_a_restart_ends_every_read_and_reads_go_on(files: list[ShardFile], gate: Gate) -> None:
+    """After Ctrl-C: a ticket may be lost, and its slot is given to another."""
+    disk = DiskTier(files, io="buffered", counters=Counters())
+    reads = [begin(disk, start, urgent=bool(start % 2)) for start in range(2 * disk_module.NUM_THREADS)]
+    for _ in range(disk_module.NUM_THREADS):
+        assert gate.begun.acquire(timeout=10)
+    restarting = threading.Thread(target=disk.restart)
+    restarting.start()
+    gate.may_end.release(100)
+    restarting.join(10)
+    assert not restarting.is_alive()
+    began = set(gate.began)
+    assert len(began) == disk_module.NUM_THREADS
+    for start, (ticket, slot) in enumerate(reads):
+        assert ticket.done()
+        assert any(slot) == (start in began)
+        if start not in began:
+            with pytest.raises(CancelledMoveError):
+                ticket.wait()
+    ticket, slot = begin(disk, 5, urgent=False)
+    ticket.wait()
+    assert any(slot) and len(gate.began) == disk_module.NUM_THREADS + 1
+    disk.close()
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ has been waited for. A slot is reused only after its ticket's wait, which waits 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from offmoe.base.counters import Counters
 from offmoe.base.errors import UsageError
 from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, ReadPlan, Run
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES, ShardFile
-from offmoe.tiers.copier import FutureTicket, Ticket
+from offmoe.tiers.copier import Ticket
+from offmoe.tiers.work_queue import WorkQueue
 
 IO_MODES = ("auto", "direct", "buffered")
 NUM_THREADS = 8
@@ -34,7 +35,7 @@ class DiskTier:
         self.direct = io != "buffered" and all(file.open_direct() for file in files)
         if io == "direct" and not self.direct:
             raise UsageError(f"{files[0].path.parent} is on a file system without direct reads; use --io buffered")
-        self._threads = self._start_threads()
+        self._queue = WorkQueue(NUM_THREADS, "offmoe-disk")
 
     def __repr__(self) -> str:
         return f"<DiskTier [{len(self._files)} files, {'direct' if self.direct else 'buffered'}]>"
@@ -44,15 +45,18 @@ class DiskTier:
         """What runs must be aligned to."""
         return DIRECT_ALIGN_BYTES if self.direct else BUFFERED_ALIGN_BYTES
 
-    def read(self, plan: ReadPlan, slot: memoryview) -> Ticket:
-        """Start filling `slot` as `plan` says. Failures (DiskReadError, CheckpointChangedError) come from wait()."""
-        futures = []
+    def read(self, plan: ReadPlan, slot: memoryview, *, urgent: bool = True) -> Ticket:
+        """Start filling `slot` as `plan` says; urgent reads go before the others.
+
+        Failures (DiskReadError, CheckpointChangedError) come from wait().
+        """
+        pieces = []
         for run in plan.runs:
             self._counters.disk_bytes += run.num_bytes
             for begin in range(0, run.num_bytes, PIECE_BYTES):
                 self._counters.disk_reads += 1
-                futures.append(self._threads.submit(self._read_piece, run, begin, slot))
-        return FutureTicket(futures)
+                pieces.append(partial(self._read_piece, run, begin, slot))
+        return self._queue.submit(pieces, urgent=urgent)
 
     def _read_piece(self, run: Run, begin: int, slot: memoryview) -> None:
         num_bytes = min(PIECE_BYTES, run.num_bytes - begin)
@@ -66,13 +70,8 @@ class DiskTier:
 
     def restart(self) -> None:
         """End every read, also those whose ticket was lost: afterwards nobody writes to a slot, and reads may start."""
-        self.close()
-        self._threads = self._start_threads()
+        self._queue.restart()
 
     def close(self) -> None:
         """End the threads; reads that were queued are dropped, reads under way end first."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
-    @staticmethod
-    def _start_threads() -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="offmoe-disk")
+        self._queue.close()

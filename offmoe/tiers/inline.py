@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
-from offmoe.tiers.copier import DoneTicket, flatten
+from offmoe.tiers.copier import DoneTicket, Part, check_parts, move_bytes
 
 
 class InlineCopier:
     """Copies on the calling thread."""
 
-    def copy(self, src: torch.Tensor, dst: torch.Tensor) -> DoneTicket:
+    def copy(self, parts: Sequence[Part], *, urgent: bool = True, after: object | None = None) -> DoneTicket:
         """Copy now."""
-        src, dst = flatten(src, dst)
-        dst.copy_(src)
+        check_parts(parts)
+        for src, dst in parts:
+            move_bytes(src, dst)
         return DoneTicket()
+
+    def mark(self) -> None:
+        """Work has ended when it returns."""
+
+    def restart(self) -> None:
+        """Nothing is under way."""
 
     def close(self) -> None:
         """Nothing to release."""

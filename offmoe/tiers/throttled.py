@@ -1,99 +1,78 @@
 """A link of a set speed, played by a thread: overlap, late arrivals and cancellation can be tested without a device.
 
-Concurrency. One worker thread carries copies in the order of `copy()` calls, as one side stream would. The bytes are
-written at the *end* of the simulated transfer, so a reader that did not wait sees old bytes, as on real hardware.
-A cancelled copy that has not begun never writes; one that has begun runs to its end. The clock may be replaced by the
-test, so nothing here depends on real time.
+Concurrency. One thread carries one chunk at a time, those of urgent copies first, otherwise in the order of `copy()`.
+A chunk's bytes are written at the *end* of its simulated transfer, so a reader that did not wait sees old bytes, as on
+real hardware. A chunk that has begun runs to its end; those of a cancelled copy that have not never write. Host memory
+has no work in flight, so a mark is nothing.
+
+The link is busy from the later of "the copy was asked for" and "the chunk before ended", for exactly the chunk's time:
+what a sleep or the writing itself takes too long, the next sleep makes up for. Sleep and clock may be replaced, so
+nothing in a test depends on real time.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
-import torch
+from offmoe.tiers.copier import Part, Ticket, check_parts, count_bytes, move_bytes, split
+from offmoe.tiers.work_queue import WorkQueue
 
-from offmoe.tiers.copier import flatten
-
-
-class CancelledCopyError(RuntimeError):
-    """Waited for a copy that was cancelled before it began."""
-
-
-class ThrottledTicket:
-    """States: queued -> running -> done, or queued -> cancelled."""
-
-    def __init__(self, src: torch.Tensor, dst: torch.Tensor) -> None:
-        self.src, self.dst = src, dst
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._begun = False
-        self.cancelled = False
-
-    def done(self) -> bool:
-        """True when copied or cancelled."""
-        return self._ended.is_set()
-
-    def wait(self) -> None:
-        """Block until the end. Raises CancelledCopyError."""
-        self._ended.wait()
-        if self.cancelled:
-            raise CancelledCopyError("the copy was cancelled before it began")
-
-    def cancel(self) -> bool:
-        """Take a queued copy back; False when it has begun already."""
-        with self._lock:
-            if self._begun:
-                return False
-            self.cancelled = True
-        self._ended.set()
-        return True
-
-    def begin(self) -> bool:
-        """Called by the worker: claim the copy, unless it was cancelled."""
-        with self._lock:
-            self._begun = not self.cancelled
-        return self._begun
-
-    def end(self) -> None:
-        """Called by the worker: write the bytes and tell the waiters."""
-        self.dst.copy_(self.src)
-        self._ended.set()
+CHUNK_BYTES = 2 << 20
 
 
 class ThrottledCopier:
-    """Carries `bytes_per_s` with `latency_s` a copy, one copy at a time."""
+    """Carries `bytes_per_s`, and takes `latency_s` more at the beginning of each copy.
+
+    `on_chunk(copy_idx, num_bytes)` is called on the link's thread when a chunk has arrived; copies count from 0.
+    """
 
     def __init__(
-        self, *, bytes_per_s: float, latency_s: float = 0.0, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+        self, *, bytes_per_s: float, latency_s: float = 0.0, chunk_bytes: int = CHUNK_BYTES,
+        sleep: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.perf_counter,
+        on_chunk: Callable[[int, int], None] | None = None,
+    ) -> None:  # fmt: skip
         if bytes_per_s <= 0:
             raise ValueError(f"bytes_per_s is {bytes_per_s}; a link needs a speed above 0")
-        self._bytes_per_s, self._latency_s, self._sleep = bytes_per_s, latency_s, sleep
-        self._queue: queue.SimpleQueue[ThrottledTicket | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._carry, name="offmoe-link", daemon=True)
-        self._closed = False
-        self._thread.start()
+        self._bytes_per_s, self._latency_s, self._chunk_bytes = bytes_per_s, latency_s, chunk_bytes
+        self._sleep, self._clock, self._on_chunk = sleep, clock, on_chunk
+        self._queue = WorkQueue(1, "offmoe-link")
+        self._free_at = clock()  # touched by the link's thread only
+        self._num_copies = 0
+        self.carried_bytes = 0
 
-    def copy(self, src: torch.Tensor, dst: torch.Tensor) -> ThrottledTicket:
-        """Queue the copy. Raises ValueError when it cannot be done, and after close()."""
-        if self._closed:
-            raise ValueError("the copier is closed")
-        ticket = ThrottledTicket(*flatten(src, dst))
-        self._queue.put(ticket)
-        return ticket
+    def __repr__(self) -> str:
+        return f"<ThrottledCopier [{self._num_copies} copies, {self.carried_bytes} bytes carried | {self._queue!r}]>"
+
+    def copy(self, parts: Sequence[Part], *, urgent: bool = True, after: object | None = None) -> Ticket:
+        """Queue the copy."""
+        check_parts(parts)
+        asked_at = self._clock()
+        pieces = [
+            partial(self._carry, self._num_copies, chunk, asked_at, 0.0 if idx else self._latency_s)
+            for idx, chunk in enumerate(split(parts, self._chunk_bytes))
+        ]
+        self._num_copies += 1
+        return self._queue.submit(pieces, urgent=urgent)
+
+    def mark(self) -> None:
+        """Work in host memory has ended when it returns."""
+
+    def restart(self) -> None:
+        """Take back what is queued and end what is under way."""
+        self._queue.restart()
 
     def close(self) -> None:
         """Carry what is queued, then end the thread."""
-        if not self._closed:
-            self._closed = True
-            self._queue.put(None)
-            self._thread.join()
+        self._queue.close(finish=True)
 
-    def _carry(self) -> None:
-        while (ticket := self._queue.get()) is not None:
-            if ticket.begin():
-                self._sleep(self._latency_s + ticket.src.nbytes / self._bytes_per_s)
-                ticket.end()
+    def _carry(self, copy_idx: int, chunk: Sequence[Part], asked_at: float, latency_s: float) -> None:
+        num_bytes = count_bytes(chunk)
+        self._free_at = max(self._free_at, asked_at) + latency_s + num_bytes / self._bytes_per_s
+        self._sleep(max(0.0, self._free_at - self._clock()))
+        for src, dst in chunk:
+            move_bytes(src, dst)
+        self.carried_bytes += num_bytes
+        if self._on_chunk is not None:
+            self._on_chunk(copy_idx, num_bytes)
