@@ -1,0 +1,281 @@
+"""How each MoE layer of a loaded model routes, found by running it once, without knowing its family.
+
+One short forward, with hooks on every module of the decoder layers that have experts, shows which module answered with
+the very expert ids that the experts were handed, and what it was given; then which module made that, and so on back to
+a state that no module made: the residual stream after attention. This chain is the layer's `Tail`. Where no module
+answers with the ids, the MoE block itself is run up to the call of its experts. Each tail is checked before it is
+believed: on its own layer's state it must give the ids that the layer used.
+
+Shapes: T tokens, K experts a token, E experts, X what a state has besides (D model width, often the only one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from offmoe.models.call_trace import Call, LayerTrace, LayerTracer, by_name, find_tensor, tensors_in
+from offmoe.models.kv_cache import make_kv_cache
+from offmoe.models.predictor import Form, Side, Tail, find_tail, ids_given_to_experts, layer_state_name
+from offmoe.models.transformers_internals import experts_modules
+
+_NUM_TOKENS = 8
+# What a module may raise when it is called on a state of another kind than it was made for.
+_NOT_CALLABLE = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
+NOT_REACHED = "text does not reach it"
+NOT_FOUND = "no module in it answers with the expert ids when called on a state alone"
+
+
+class RoutingObserver(Protocol):
+    """Who is told about states while the model runs (see prefetch/lookahead.py)."""
+
+    def observe_state(self, layer_idx: int, state_TX: torch.Tensor) -> None:
+        """The state after attention, from which this layer's router will choose."""
+
+    def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
+        """The decoder layer's input, before attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """Asks one layer's router about a state, without running the layer."""
+
+    tail: Tail
+    side: Side
+
+    @torch.no_grad()
+    def __call__(self, state_TX: torch.Tensor) -> torch.Tensor | None:
+        """(T, *X) state -> (T, K) expert ids on the same device, in the router's order.
+
+        None when the state has another width than this layer's, or the router also looks at something (token ids, the
+        previous router's state) that the running forward has not shown. Reads only: calls modules past their hooks.
+        """
+        return self.tail.expert_ids(state_TX, self.side)
+
+    @torch.no_grad()
+    def scores(self, state_TX: torch.Tensor) -> torch.Tensor | None:
+        """(T, *X) state -> (T, E) by which the router ranks experts; None where it does not show it."""
+        return self.tail.scores(state_TX, self.side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRouting:
+    """One MoE layer. `predictor` is None where the routing was not found; `reason` says why."""
+
+    layer_idx: int
+    name: str
+    predictor: Predictor | None = None
+    reason: str | None = None
+    # The layer's module, and its argument that is the state.
+    decoder_layer: nn.Module
+    input_name: int | str = 0
+
+
+class InstalledHooks:
+    """The hooks of one observer; `remove` leaves the model as it was."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def add(self, handle: RemovableHandle) -> None:
+        """Take care of one more."""
+        self._handles.append(handle)
+
+    def remove(self) -> None:
+        """Take all away; a second call does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingMap:
+    """All MoE layers by number, and `order`: the numbers of those that text reaches, as they run."""
+
+    layers: tuple[LayerRouting, ...]
+    order: tuple[int, ...]
+    side: Side
+
+    @property
+    def predictors(self) -> list[Predictor | None]:
+        """One a layer."""
+        return [layer.predictor for layer in self.layers]
+
+    def install(self, observer: RoutingObserver) -> InstalledHooks:
+        """Tell `observer` what each layer is given, from pre-hooks on the thread that runs the model."""
+        hooks = InstalledHooks()
+        tails = {layer.layer_idx: layer.predictor.tail for layer in self.layers if layer.predictor is not None}
+        sides = frozenset[int | str]().union(*(tail.steps[-1].side_names for tail in tails.values()))
+        for layer in (self.layers[layer_idx] for layer_idx in self.order if layer_idx in tails):
+            hooks.add(_hook_input(layer, tails[layer.layer_idx], observer, self.side, sides))
+            hooks.add(_hook_state(layer.layer_idx, tails[layer.layer_idx], observer))
+        return hooks
+
+
+def _hook_input(
+    layer: LayerRouting, tail: Tail, observer: RoutingObserver, side: Side, side_names: frozenset[int | str]
+) -> RemovableHandle:
+    name, rest = layer.input_name, tail.steps[0].form.rest
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if side_names:
+            side.see({key: value for key, value in by_name(args, kwargs).items() if key in side_names})
+        state = _argument(name, args, kwargs)
+        if state.numel() % torch.Size(rest).numel() == 0:
+            observer.observe_input(layer.layer_idx, state.reshape(-1, *rest))
+
+    return layer.decoder_layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _hook_state(layer_idx: int, tail: Tail, observer: RoutingObserver) -> RemovableHandle:
+    name, rest = tail.steps[0].state_name, tail.steps[0].form.rest
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observer.observe_state(layer_idx, _argument(name, args, kwargs).reshape(-1, *rest))
+
+    return tail.steps[0].module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _argument(name: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    state = args[name] if isinstance(name, int) else kwargs[name]
+    assert isinstance(state, torch.Tensor), f"{name=} {type(state)=}"
+    return state
+
+
+def map_routing(model: PreTrainedModel) -> RoutingMap:
+    """Run the model once on a few tokens and find every layer's tail. Meant for before experts are attached."""
+    search = _Search(model)
+    handles = [layer.register_forward_hook(search.settle) for layer in search.tracers]
+    try:
+        _run(model)
+    finally:
+        for tracer in search.tracers.values():
+            tracer.remove()
+        for handle in handles:
+            handle.remove()
+    return RoutingMap(layers=tuple(search.layers), order=tuple(search.order), side=search.side)
+
+
+def _run(model: PreTrainedModel) -> None:
+    # With a cache, so that modules that keep a state are seen to be given one, and are not called again.
+    ids = torch.arange(1, _NUM_TOKENS + 1, device=model.device) % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        model(input_ids=ids[None], past_key_values=make_kv_cache(model, _NUM_TOKENS), use_cache=True)
+
+
+class _Search:
+    """Settles each decoder layer when it has run, so that one layer's tensors are kept at a time."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.side = Side()
+        self.order: list[int] = []
+        self.layers: list[LayerRouting] = []
+        self._experts: dict[nn.Module, list[tuple[int, nn.Module]]] = {}
+        modules = dict(model.named_modules())
+        for layer_idx, (name, module) in enumerate(experts_modules(model)):
+            layer = _decoder_layer_of(modules, name)
+            self.layers.append(LayerRouting(layer_idx=layer_idx, name=name, reason=NOT_REACHED, decoder_layer=layer))
+            self._experts.setdefault(layer, []).append((layer_idx, module))
+        self.tracers = {
+            layer: LayerTracer(layer, [module for _, module in experts], _NUM_TOKENS)
+            for layer, experts in self._experts.items()
+        }
+
+    def settle(self, decoder_layer: nn.Module, args: object, output: object) -> None:
+        """A forward hook: find the tails of the layer that has just run."""
+        tracer = self.tracers[decoder_layer]
+        trace = tracer.trace
+        assert trace is not None, f"{type(decoder_layer).__name__} was not traced"
+        with tracer.paused():
+            for layer_idx, experts in self._experts[decoder_layer]:
+                calls = [call for call in trace.calls if call.module is experts]
+                if calls:
+                    self.layers[layer_idx] = self._settle(self.layers[layer_idx], trace, calls[0])
+                    self.order.append(layer_idx)
+
+    def _settle(self, layer: LayerRouting, trace: LayerTrace, experts_call: Call) -> LayerRouting:
+        used_ids = ids_given_to_experts(experts_call.args, experts_call.kwargs).reshape(trace.num_tokens, -1)
+        input_name = layer_state_name(trace)
+        layer = replace(layer, reason=NOT_FOUND)
+        if input_name is None:
+            return layer
+        layer = replace(layer, input_name=input_name)
+        for last, output_idx in _candidates(trace, experts_call, used_ids):
+            tail = find_tail(trace, last, output_idx, experts_call.module)
+            if tail is not None and _agrees(tail, trace, used_ids):
+                tail = _with_scores(tail, trace, used_ids)
+                return replace(layer, predictor=Predictor(tail=tail, side=self.side), reason=None)
+        return layer
+
+
+def _decoder_layer_of(modules: dict[str, nn.Module], experts_name: str) -> nn.Module:
+    """The outermost member of a ModuleList that the experts are in; without one, the module right above them."""
+    parts = experts_name.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(modules[".".join(parts[: end - 1])], nn.ModuleList):
+            return modules[".".join(parts[:end])]
+    return modules[".".join(parts[:-1])]
+
+
+def _candidates(trace: LayerTrace, experts_call: Call, used_ids: torch.Tensor) -> Iterator[tuple[Call, int | None]]:
+    """Calls that may end the tail: modules that answer with the ids, then the block that calls the experts."""
+    for call in trace.producers(used_ids, experts_call):
+        yield call, find_tensor(call.output, used_ids)
+    enclosing = [call for call in trace.calls[1:] if call.encloses(experts_call)]
+    if enclosing:
+        yield enclosing[-1], None
+
+
+def _agrees(tail: Tail, trace: LayerTrace, used_ids: torch.Tensor) -> bool:
+    """The tail gives the ids that the layer used, and looks at each token for itself: in another order, or alone."""
+    everyone = torch.arange(trace.num_tokens, device=used_ids.device)
+    backwards = everyone.flip(0)
+    try:
+        return (
+            _same(_ask(tail.expert_ids, tail, trace, everyone), used_ids)
+            and _same(_ask(tail.expert_ids, tail, trace, backwards), used_ids[backwards])
+            and _ask(tail.expert_ids, tail, trace, everyone[:1]) is not None
+        )
+    except _NOT_CALLABLE:
+        return False
+
+
+@torch.no_grad()
+def _ask(
+    question: Callable[[torch.Tensor, Side], torch.Tensor | None], tail: Tail, trace: LayerTrace, tokens: torch.Tensor
+) -> torch.Tensor | None:
+    """What the tail says about some tokens of its own layer's state."""
+    first = tail.steps[0]
+    state = trace.call_of(first.module).arguments()[first.state_name].reshape(trace.num_tokens, *first.form.rest)
+    given = {name: _select(value, tokens, trace.num_tokens) for name, value in trace.layer.arguments().items()}
+    side = Side()
+    side.see(given)
+    return question(state[tokens], side)
+
+
+def _select(value: Any, tokens: torch.Tensor, num_tokens: int) -> Any:
+    form = Form.of(value, num_tokens) if isinstance(value, torch.Tensor) else None
+    if form is None:
+        return value
+    return value[:, tokens] if form.batched else value[tokens]
+
+
+def _same(answer: torch.Tensor | None, expected: torch.Tensor) -> bool:
+    return answer is not None and torch.equal(answer, expected)
+
+
+def _with_scores(tail: Tail, trace: LayerTrace, used_ids: torch.Tensor) -> Tail:
+    """The same tail with the tensor by which its router ranks, if it answers with one whose best K are the ids."""
+    output = trace.call_of(tail.steps[-1].module).output
+    for idx, tensor in enumerate(tensors_in(output)):
+        form = Form.of(tensor, trace.num_tokens)
+        if tensor.is_floating_point() and form is not None and len(form.rest) == 1 and form.rest[0] > used_ids.shape[1]:
+            best = tensor.reshape(trace.num_tokens, -1).topk(used_ids.shape[1]).indices
+            if torch.equal(best.sort().values, used_ids.sort().values):
+                return replace(tail, scores_idx=idx)
+    return tail

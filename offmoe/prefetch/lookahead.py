@@ -1,0 +1,185 @@
+"""Asks the routers of coming layers about the state at hand, and tells the prefetcher what they would choose.
+
+A layer adds little to the residual stream, so the next layer's own router, given this layer's state, names most of the
+experts that it will choose when its turn comes (Eliseev and Mazur, arXiv:2312.17238). Nothing here knows models or
+moves bytes: predictors come from models/routing.py, fetches are the prefetcher's.
+
+Shapes: T tokens, K experts a token, X what a state has besides (D model width, often the only one).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+# Above this share of experts touched by the layer before, a prefill is taken to touch all, and routers are not asked.
+WHOLE_LAYER_SHARE = 0.9
+
+Predictor = Callable[[torch.Tensor], "torch.Tensor | None"]
+
+
+class Prefetcher(Protocol):
+    """Who fetches what is predicted (prefetch/prefetcher.py)."""
+
+    def is_on(self, layer_idx: int, distance: int = 1) -> bool:
+        """True when a prediction for the layer would be acted upon."""
+
+    def want(
+        self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, predict_ns: int = 0,
+        whole_layer: bool = False,
+    ) -> None:  # fmt: skip
+        """The layer will need these experts, the surest first; replaces what was wanted of it."""
+
+    def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
+        """The layer's own router has chosen."""
+
+    def pump(self) -> None:
+        """Start what may start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What was handed to the prefetcher. `distance` 0: from the layer's own input, before its attention."""
+
+    layer_idx: int
+    expert_ids: tuple[int, ...]
+    distance: int
+    whole_layer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    ids_TK: torch.Tensor
+    distance: int
+    predict_ns: int
+
+
+class Lookahead:
+    """Turns observed states into wants. Called by the one thread that runs the model.
+
+    Host and device: where a prediction is a tensor on the CPU it is handed on at once. On another device reading it
+    would make the host wait for the device, once more in each layer; there it is kept as a tensor, and the executor
+    fetches it in the same copy as the ids that its own router chose:
+
+        ids = torch.cat([own_ids.flatten(), *(t.flatten() for t in lookahead.pending().values())]).tolist()
+        lookahead.router_spoke(layer_idx, ...)      # own ids, made distinct
+        lookahead.take(next_layer_idx, ids_TK)      # for each pending layer, its share of the list, T rows of K
+
+    A re-score from a layer's input would come too late on such a device (the next copy is the layer's own), and is not
+    made.
+    """
+
+    def __init__(
+        self, predictors: Sequence[Predictor | None], prefetcher: Prefetcher, *, order: Sequence[int],
+        num_experts: Sequence[int], distance: int = 1, rescore: bool = True,
+        predictions: Callable[[Prediction], None] | None = None,
+    ) -> None:  # fmt: skip
+        """`predictors` and `num_experts`: one a layer, by its number. `order`: the numbers as the layers run.
+
+        `distance`: how many layers ahead routers are asked, 1 to 3. `predictions` is told of every one.
+        """
+        assert 1 <= distance <= 3, f"{distance=}"
+        self._predictors, self._prefetcher, self._num_experts = predictors, prefetcher, num_experts
+        self._rescore, self._predictions = rescore, predictions
+        self._coming = {
+            layer_idx: list(enumerate(order[place + 1 : place + 1 + distance], start=1))
+            for place, layer_idx in enumerate(order)
+        }
+        self._pending: dict[int, _Pending] = {}
+        # Tokens of the state seen last, and the share of experts that this many tokens touched in the layer before.
+        self._num_tokens = 0
+        self._touched: tuple[int, float] = (0, 0.0)
+
+    def __repr__(self) -> str:
+        known = sum(predictor is not None for predictor in self._predictors)
+        return f"<Lookahead [{known} of {len(self._predictors)} layers predicted, {len(self._pending)} pending]>"
+
+    def observe_state(self, layer_idx: int, state_TX: torch.Tensor) -> None:
+        """The state after the layer's attention: ask the routers of the layers after it.
+
+        Nothing is started here: this layer's own experts are not held yet. The executor pumps when they are.
+        """
+        self._num_tokens = state_TX.shape[0]
+        for distance, target_idx in self._coming[layer_idx]:
+            if self._touches_all():
+                self._want(target_idx, range(self._num_experts[target_idx]), distance, 0, whole_layer=True)
+            elif self._prefetcher.is_on(target_idx, distance):
+                self._predict(target_idx, state_TX, distance)
+
+    def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
+        """The layer's input: ask its own router again, which knows better now. What this adds is started at once.
+
+        Where the layer before touched (nearly) all experts, all of this one are wanted already, and stay so.
+        """
+        self._num_tokens = state_TX.shape[0]
+        known_late = state_TX.device.type != "cpu"
+        if not self._rescore or known_late or self._touches_all() or not self._prefetcher.is_on(layer_idx, 0):
+            return
+        self._predict(layer_idx, state_TX, 0)
+        self._prefetcher.pump()
+
+    def pending(self) -> dict[int, torch.Tensor]:
+        """Predictions that are still on the device: layer -> ids (T, K). Hand them over with `take`."""
+        return {layer_idx: waiting.ids_TK for layer_idx, waiting in self._pending.items()}
+
+    def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]]) -> None:
+        """The pending prediction of a layer, as numbers on the host: T rows of K."""
+        waiting = self._pending.pop(layer_idx)
+        begin = time.perf_counter_ns()
+        ranked = rank_experts(ids_TK, self._num_experts[layer_idx])
+        predict_ns = waiting.predict_ns + time.perf_counter_ns() - begin
+        self._want(layer_idx, ranked, waiting.distance, predict_ns, whole_layer=False)
+
+    def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
+        """The layer's router chose these distinct experts: passed on to the prefetcher, which drops the layer's wants.
+
+        Called between the layer's `observe_state` and the next layer's.
+        """
+        chosen = set(expert_ids)
+        self._pending.pop(layer_idx, None)
+        self._touched = (self._num_tokens, len(chosen) / self._num_experts[layer_idx])
+        self._prefetcher.router_spoke(layer_idx, chosen)
+
+    def _touches_all(self) -> bool:
+        num_tokens, share = self._touched
+        return num_tokens > 1 and num_tokens == self._num_tokens and share >= WHOLE_LAYER_SHARE
+
+    def _predict(self, layer_idx: int, state_TX: torch.Tensor, distance: int) -> None:
+        predictor = self._predictors[layer_idx]
+        if predictor is None:
+            return
+        begin = time.perf_counter_ns()
+        ids_TK = predictor(state_TX)
+        if ids_TK is not None:
+            self._pending[layer_idx] = _Pending(ids_TK, distance, time.perf_counter_ns() - begin)
+            if ids_TK.device.type == "cpu":
+                self.take(layer_idx, ids_TK.tolist())
+
+    def _want(
+        self, layer_idx: int, expert_ids: Sequence[int], distance: int, predict_ns: int, *, whole_layer: bool
+    ) -> None:
+        self._prefetcher.want(
+            layer_idx, expert_ids, distance=distance, predict_ns=predict_ns, whole_layer=whole_layer
+        )
+        if self._predictions is not None:
+            self._predictions(Prediction(layer_idx, tuple(expert_ids), distance, whole_layer))
+
+
+def rank_experts(ids_TK: Sequence[Sequence[int]], num_experts: int) -> list[int]:
+    """Distinct experts, the surest first: named by most tokens, then as an earlier choice, then by number.
+
+    For one token that is its router's own order. Ids outside the layer's experts are padding.
+    """
+    counts: Counter[int] = Counter()
+    earliest: dict[int, int] = {}
+    for ids_K in ids_TK:
+        for choice, expert_idx in enumerate(ids_K):
+            if 0 <= expert_idx < num_experts:
+                counts[expert_idx] += 1
+                earliest[expert_idx] = min(choice, earliest.get(expert_idx, choice))
+    return sorted(counts, key=lambda idx: (-counts[idx], earliest[idx], idx))
