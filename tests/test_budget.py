@@ -10,7 +10,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from makers import one_line
 
-from offmoe.base.budget import MIN_RESERVE_BYTES, SLACK_BYTES, MemoryPlan, auto_ram, plan_memory
+from offmoe.base.budget import (
+    MIN_RESERVE_BYTES,
+    MIN_VRAM_RESERVE_BYTES,
+    SLACK_BYTES,
+    DevicePlan,
+    MemoryPlan,
+    auto_ram,
+    auto_vram,
+    plan_device,
+    plan_memory,
+)
 from offmoe.base.errors import BudgetError
 from offmoe.base.units import GIB, MIB, format_bytes, parse_size
 
@@ -33,9 +43,9 @@ def refusal(ram_bytes: int, **changed: Any) -> str:
     return one_line(caught)
 
 
-def advised_ram(message: str) -> int:
-    """The bytes of the --ram that the message advises, as the command line would read them."""
-    found = re.search(r"--ram (\w+)", message)
+def advised_ram(message: str, flag: str = "--ram") -> int:
+    """The bytes that the message advises for `flag`, as the command line would read them."""
+    found = re.search(rf"{flag} (\w+)", message)
     assert found, message
     return parse_size(found.group(1))
 
@@ -146,3 +156,115 @@ def test_auto_takes_more_where_more_is_free(available: int, more: int) -> None:
 
 def test_auto_on_common_machines() -> None:
     assert [auto_ram(free * GIB) // MIB for free in (0, 1, 2, 8, 30, 100)] == [0, 0, 1024, 7168, 27648, 92160]
+
+
+# The same model on a device of 8 GiB of which 7 are free beside the context: 1.5 GiB of fixed parts again.
+ON_DEVICE: dict[str, Any] = {
+    "free_bytes": 7 * GIB, "context_bytes": 300 * MIB, "resident_bytes": GIB, "kv_bytes": 100 * MIB,
+    "workspace_bytes": 80 * MIB, "slack_bytes": 32 * MIB, "slot_bytes": 4 * MIB, "num_experts": 2560, "top_k": 8,
+    "experts": None,
+}  # fmt: skip
+
+
+def device_plan(vram_bytes: int | None, **changed: Any) -> DevicePlan:
+    return plan_device(vram_bytes=vram_bytes, **(ON_DEVICE | changed))
+
+
+def device_refusal(vram_bytes: int | None, **changed: Any) -> str:
+    with pytest.raises(BudgetError) as caught:
+        device_plan(vram_bytes, **changed)
+    return one_line(caught)
+
+
+def test_device_slots_are_what_the_fixed_parts_leave() -> None:
+    made = device_plan(2 * GIB)
+    assert (made.fixed_bytes, made.num_slots, made.total_bytes) == (FIXED_BYTES, 128, 2 * GIB)
+    assert made.coming_bytes == (100 + 80 + 32) * MIB
+    assert device_plan(2 * GIB - 1).num_slots == 127
+    assert device_plan(2 * GIB, experts=100).num_slots == 100
+
+
+def test_what_is_not_free_is_not_planned_with() -> None:
+    made = device_plan(100 * GIB)
+    assert made.vram_bytes == made.total_bytes == 7 * GIB + 300 * MIB
+
+
+def test_auto_leaves_some_of_the_device() -> None:
+    made = device_plan(None)
+    assert made.vram_bytes == auto_vram(7 * GIB + 300 * MIB) == 7 * GIB + 300 * MIB - 512 * MIB
+
+
+def test_the_smallest_vram_has_one_layer_of_one_token() -> None:
+    smallest = FIXED_BYTES + 8 * 4 * MIB
+    assert device_plan(smallest).num_slots == 8
+    message = device_refusal(smallest - 1)
+    assert "vram is 1.53 GiB" in message and "8 experts of 4.0 MiB" in message
+    for part in ("driver 300.0 MiB", "resident weights 1.00 GiB", "KV cache 100.0 MiB", "workspace 112.0 MiB"):
+        assert part in message
+    assert smallest <= advised_ram(message, "--vram") <= smallest + 32 * MIB
+    assert message.endswith("a lower --context-length or --device cpu")
+
+
+def test_a_device_that_is_too_small_gets_no_vain_advice() -> None:
+    message = device_refusal(None, free_bytes=GIB)
+    assert message.endswith("; 1.29 GiB can be had; use a lower --context-length or --device cpu")
+    assert "--vram" not in message
+    message = device_refusal(2 * GIB, experts=2000)
+    assert message.endswith("use --experts 128") and device_plan(2 * GIB, experts=128).num_slots == 128
+    message = device_refusal(2 * GIB, experts=200)
+    assert device_plan(advised_ram(message, "--vram"), experts=200).num_slots == 200
+
+
+def test_ram_beside_a_device() -> None:
+    """Libraries, workspace and staging; loading needs more for a moment than running with few slots."""
+    fixed = {"resident_bytes": 0, "kv_bytes": 0, "staging_bytes": 88 * MIB, "load_bytes": 512 * MIB}
+    made = plan(2 * GIB, device=device_plan(2 * GIB), **fixed)
+    assert (made.fixed_bytes, made.num_slots) == (500 * MIB, 256)
+    assert made.line() == (
+        "128 of 2560 experts on the device (512.0 MiB), resident 1.00 GiB, KV 100.0 MiB, workspace 80.0 MiB; vram "
+        "2.00 GiB; 256 of 256 experts in RAM (1.00 GiB), libraries 300.0 MiB; ram 2.00 GiB"
+    )
+    loading = 300 * MIB + 512 * MIB + SLACK_BYTES
+    assert plan(loading, device=device_plan(2 * GIB), **fixed).total_bytes == loading
+    message = refusal(loading - 1, device=device_plan(2 * GIB), **fixed)
+    assert "loading this model needs" in message and "512.0 MiB of weights on their way" in message
+    assert plan(advised_ram(message), device=device_plan(2 * GIB), **fixed).num_slots >= 8
+    message = refusal(500 * MIB, device=device_plan(2 * GIB), **(fixed | {"load_bytes": 0}))
+    assert "staging 88.0 MiB" in message and "resident" not in message and "--context-length" not in message
+    assert plan(advised_ram(message), device=device_plan(2 * GIB), **(fixed | {"load_bytes": 0})).num_slots >= 8
+
+
+devices = st.fixed_dictionaries({
+    "free_bytes": st.integers(0, 100 * GIB), "context_bytes": st.sampled_from([0, 512 * MIB]), "resident_bytes": sizes,
+    "kv_bytes": sizes, "workspace_bytes": sizes, "slack_bytes": sizes, "slot_bytes": st.integers(4096, 500 * MIB),
+    "num_experts": st.integers(8, 20_000), "top_k": st.integers(1, 8), "experts": st.none() | st.integers(1, 30_000),
+})  # fmt: skip
+
+
+@given(model=devices, vram_bytes=st.none() | st.integers(0, 200 * GIB))
+def test_a_device_plan_keeps_its_budget_and_advice_works(model: dict[str, Any], vram_bytes: int | None) -> None:
+    most = model["free_bytes"] + model["context_bytes"]
+    for _ in range(4):
+        try:
+            made = plan_device(vram_bytes=vram_bytes, **model)
+            break
+        except BudgetError as error:
+            message = str(error)
+            if (vram := re.search(r"--vram \w+", message)) is not None:
+                vram_bytes = advised_ram(vram.group(), "--vram")
+                assert vram_bytes <= most
+            elif (experts := re.search(r"use --experts (\d+)", message)) is not None:
+                model["experts"] = int(experts.group(1))
+            else:
+                assert "can be had" in message
+                return
+    else:
+        pytest.fail(f"the advice did not work: {message}")
+    assert made.total_bytes <= made.vram_bytes <= most
+    assert made.vram_bytes <= (auto_vram(most) if vram_bytes is None else vram_bytes)
+    assert model["top_k"] <= made.num_slots <= model["num_experts"]
+
+
+@given(available=st.integers(0, 1 << 45))
+def test_auto_never_takes_the_whole_device(available: int) -> None:
+    assert 0 <= auto_vram(available) <= max(0, available - MIN_VRAM_RESERVE_BYTES)

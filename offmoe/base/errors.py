@@ -5,6 +5,7 @@ OffmoeError                     a user can mend it: one line and exit code 2 in 
 |-- ModelNotFoundError          no such folder, not a model folder, hub out of reach
 |-- UnsupportedModelError       a model that offmoe does not run (dense, unknown, pickled)
 |-- BudgetError                 the model does not fit the memory allowed
+|-- DeviceError                 the GPU cannot be used, or was lost
 |-- ContextLengthError          the prompt is longer than the context
 |-- EngineBusyError             a second call while one is running, or a call on a closed engine
 `-- CheckpointError             the files are damaged or contradict each other
@@ -33,6 +34,10 @@ class UnsupportedModelError(OffmoeError):
 
 class BudgetError(OffmoeError):
     """The model does not fit the memory allowed; the message gives the smallest budget that works."""
+
+
+class DeviceError(OffmoeError):
+    """There is no such device, its driver does not work, or it failed while it was used."""
 
 
 class ContextLengthError(OffmoeError):
