@@ -27,7 +27,7 @@ INTERRUPTED_FILES = {
     str(PACKAGE / name)
     for name in (
         "cache/expert_cache.py", "cache/slots.py", "cache/policy.py", "executor/executor.py", "executor/dispatch.py",
-        "tiers/copier.py", "kernels/reference.py", "formats/dense.py",
+        "tiers/work_queue.py", "kernels/reference.py", "formats/dense.py",
     )
 }  # fmt: skip
 
