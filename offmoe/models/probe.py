@@ -51,6 +51,8 @@ def probe_model(model: PreTrainedModel, context_length: int) -> ModelProbe:
     """Measure on the model itself, with experts that answer zero. Raises CheckpointError when it cannot run at all."""
     try:
         return _measure(model, context_length)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # not the checkpoint's fault: the loader explains them
+        raise
     except (RuntimeError, ValueError, IndexError, ArithmeticError) as error:
         raise CheckpointError(
             f"{type(model).__name__} does not run with this config.json: {' '.join(str(error).split())[:200]}"
@@ -59,7 +61,7 @@ def probe_model(model: PreTrainedModel, context_length: int) -> ModelProbe:
 
 def _measure(model: PreTrainedModel, context_length: int) -> ModelProbe:
     num_tokens = min(_NUM_TOKENS, context_length)
-    ids = torch.arange(1, num_tokens + 1).remainder(model.config.get_text_config().vocab_size)[None]
+    ids = torch.arange(1, num_tokens + 1).remainder(model.config.get_text_config().vocab_size)[None].to(model.device)
     with torch.no_grad():
         output = model(input_ids=ids, past_key_values=make_kv_cache(model, num_tokens), use_cache=True)
         whole_cache, whole = output.past_key_values, output.logits[0, -1].float()

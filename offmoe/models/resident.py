@@ -1,4 +1,4 @@
-"""Resident weights: counted from the meta model, then read tensor by tensor into their final place."""
+"""Resident weights: counted from the meta model, then read group by group and put where the model computes."""
 
 from __future__ import annotations
 
@@ -51,10 +51,12 @@ def resident_bytes(model: PreTrainedModel) -> int:
 
 def load_resident(
     model: PreTrainedModel, index: CheckpointIndex, mapping: KeyMapping, targets: dict[str, Target],
-    expert_keys: set[str], progress: Callable[[int, int], None],
+    expert_keys: set[str], progress: Callable[[int, int], None], device: torch.device | None = None,
 ) -> None:  # fmt: skip
     """Read everything but the experts. `progress(done_bytes, total_bytes)` is called after each batch.
 
+    With a `device` each batch goes there before the next one is read, so that RAM never holds more than one
+    (`load_peak_bytes`); buffers that are in no file go there last. Tied weights are one tensor wherever they are.
     Raises CheckpointError when parameters stay without weights, or shapes differ from config.json.
     """
     dtype = model.dtype
@@ -63,6 +65,8 @@ def load_resident(
     total, done = sum(index.tensors[key].num_bytes for key in keys), 0
     for batch in _batches(keys, targets, index):
         loader.load({key: LazyTensor(index, index.tensors[key]) for key in batch})
+        if device is not None:
+            _move_parameters(model, device)
         done += sum(index.tensors[key].num_bytes for key in batch)
         progress(done, total)
     report = loader.finish()
@@ -77,16 +81,30 @@ def load_resident(
             "config and tensors are of different models"
         )
     assert not any(buffer.is_meta for buffer in model.buffers()), "a buffer was left on the meta device"
+    if device is not None:
+        model.to(device)
+
+
+def load_peak_bytes(targets: dict[str, Target], expert_keys: set[str], index: CheckpointIndex) -> int:
+    """The most that `load_resident` has in RAM at once for a device: a batch, and one parameter's converted copy."""
+    keys = [key for key in targets if key not in expert_keys]
+    groups = [sum(index.tensors[key].num_bytes for key in group) for group in _groups(keys, targets)]
+    batches = [sum(index.tensors[key].num_bytes for key in batch) for batch in _batches(keys, targets, index)]
+    return max(batches, default=0) + max(groups, default=0)
+
+
+def _move_parameters(model: PreTrainedModel, device: torch.device) -> None:
+    """What has been read so far goes to `device`. The parameters stay the same objects, so ties hold."""
+    for param in model.parameters():
+        if not param.is_meta and param.device != device:
+            param.data = param.data.to(device)
 
 
 def _batches(keys: list[str], targets: dict[str, Target], index: CheckpointIndex) -> Iterator[list[str]]:
     """Groups of about BATCH_BYTES that never split the parts of one parameter."""
-    groups: dict[str, list[str]] = {}
-    for key in keys:
-        groups.setdefault(targets[key].param, []).append(key)
     batch: list[str] = []
     size = 0
-    for group in groups.values():
+    for group in _groups(keys, targets):
         group_bytes = sum(index.tensors[key].num_bytes for key in group)
         if batch and size + group_bytes > BATCH_BYTES:
             yield batch
@@ -95,3 +113,11 @@ def _batches(keys: list[str], targets: dict[str, Target], index: CheckpointIndex
         size += group_bytes
     if batch:
         yield batch
+
+
+def _groups(keys: list[str], targets: dict[str, Target]) -> list[list[str]]:
+    """The keys of each parameter."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(targets[key].param, []).append(key)
+    return list(groups.values())

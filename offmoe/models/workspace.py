@@ -15,8 +15,8 @@ PREFILL_CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64)
 MAX_WORKSPACE_SHARE = 0.06
 
 
-def workspace_bytes(model: PreTrainedModel, *, chunk: int, context_length: int) -> int:
-    """Peak of temporaries for `chunk` tokens against `context_length` cached ones."""
+def workspace_bytes(model: PreTrainedModel, *, chunk: int, context_length: int, on_device: bool = False) -> int:
+    """Peak of temporaries for `chunk` tokens against `context_length` cached ones, where the model computes."""
     config = model.config.get_text_config()
     item = model.dtype.itemsize
     width = _number(config, "hidden_size", 1)
@@ -26,7 +26,7 @@ def workspace_bytes(model: PreTrainedModel, *, chunk: int, context_length: int) 
         _number(config, "qk_nope_head_dim", 0) + _number(config, "qk_rope_head_dim", 0),
     )
     dense = max(_number(config, "intermediate_size", width), _number(config, "shared_expert_intermediate_size", 0))
-    top_k = max(_number(config, name, 1) for name in ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k"))
+    top_k = _top_k(config)
     # Hidden states: residual, normed copy in float32 and its square, block input and output.
     hidden = chunk * width * (4 * item + 3 * 4)
     # Queries, keys, values before and after rotary embedding, attention output.
@@ -46,22 +46,40 @@ def workspace_bytes(model: PreTrainedModel, *, chunk: int, context_length: int) 
         attention += chunk * max(heads * head_dim, 2 * width) * 4 * 12
     vocab = _number(config, "vocab_size", 1)
     logits = vocab * (item + 4 * 4)
-    # oneDNN reorders a matrix before a product of many rows: at most the largest resident one but embedding and head.
-    reorder = max((p.nbytes for p in model.parameters() if p.dim() == 2 and vocab not in p.shape), default=0)
-    peak: int = hidden + mask + max(attention, experts, mlp) + experts // 2 + logits + reorder
+    peak: int = hidden + mask + max(attention, experts, mlp) + experts // 2 + logits
+    if not on_device:
+        # oneDNN reorders a matrix before a product of many rows: at most the largest resident one but embedding and
+        # head.
+        peak += max((p.nbytes for p in model.parameters() if p.dim() == 2 and vocab not in p.shape), default=0)
     return peak
 
 
-def choose_chunk(model: PreTrainedModel, *, context_length: int, room_bytes: int) -> int:
+def host_workspace_bytes(model: PreTrainedModel, *, chunk: int) -> int:
+    """Peak of temporaries in RAM when the model is on a device: states and results of experts computed on the CPU."""
+    config = model.config.get_text_config()
+    item = model.dtype.itemsize
+    width = _number(config, "hidden_size", 1)
+    expert_width = _number(config, "moe_intermediate_size", _number(config, "intermediate_size", width))
+    num_bytes: int = chunk * (_top_k(config) * width + 2 * width + 4 * expert_width) * item
+    return num_bytes
+
+
+def choose_chunk(model: PreTrainedModel, *, context_length: int, room_bytes: int, on_device: bool = False) -> int:
     """The largest prefill chunk whose workspace stays under its share of `room_bytes`; larger ones read fewer bytes."""
     for chunk in PREFILL_CHUNKS:
         if (
             chunk < 2 * context_length
-            and workspace_bytes(model, chunk=min(chunk, context_length), context_length=context_length)
+            and workspace_bytes(
+                model, chunk=min(chunk, context_length), context_length=context_length, on_device=on_device
+            )
             <= MAX_WORKSPACE_SHARE * room_bytes
         ):
             return min(chunk, context_length)
     return min(PREFILL_CHUNKS[-1], context_length)
+
+
+def _top_k(config: PreTrainedConfig) -> int:
+    return max(_number(config, name, 1) for name in ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k"))
 
 
 def _number(config: PreTrainedConfig, name: str, default: int) -> int:
