@@ -163,9 +163,7 @@ class Lookahead:
     def _want(
         self, layer_idx: int, expert_ids: Sequence[int], distance: int, predict_ns: int, *, whole_layer: bool
     ) -> None:
-        self._prefetcher.want(
-            layer_idx, expert_ids, distance=distance, predict_ns=predict_ns, whole_layer=whole_layer
-        )
+        self._prefetcher.want(layer_idx, expert_ids, distance=distance, predict_ns=predict_ns, whole_layer=whole_layer)
         if self._predictions is not None:
             self._predictions(Prediction(layer_idx, tuple(expert_ids), distance, whole_layer))
 
