@@ -1,13 +1,18 @@
 """Where transformers' model code hands an experts call to offmoe.
 
 Registration is process-wide, so the registered function knows nothing: all state is on the module, in a binding that
-the loader puts there. Several engines in one process therefore do not meet.
+the loader puts there. Several engines in one process therefore do not meet. Under torch.compile the call becomes an
+operator of its own, which a graph keeps as it is and which finds the binding by its number.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -15,7 +20,7 @@ from offmoe.base.errors import EngineBusyError
 from offmoe.kernels.reference import ExpertMath
 from offmoe.models.transformers_internals import register_experts_function
 
-_BINDING_NAME = "_offmoe_binding"
+_BINDING_NAME, _HANDLE_NAME = "_offmoe_binding", "_offmoe_handle"
 
 
 class ExpertsExecutor(Protocol):
@@ -28,15 +33,23 @@ class ExpertsExecutor(Protocol):
         """The experts' weighted sum, (T, D)."""
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class LayerBinding:
-    """What an experts module needs to be served: its number, its arithmetic, and who runs it (None: not yet)."""
+    """What an experts module needs to be served: its number, its arithmetic, and who runs it (None: not yet).
+
+    `handle` names the binding within this process. It is not used again.
+    """
 
     layer_idx: int
     num_experts: int
     dtype: torch.dtype
     math: ExpertMath | None = None
     executor: ExpertsExecutor | None = None
+    handle: int = field(default_factory=itertools.count().__next__)
+
+
+# The one table that operators in compiled graphs can see. It keeps no binding alive: modules do.
+_binding_of_handle: WeakValueDictionary[int, LayerBinding] = WeakValueDictionary()
 
 
 class ClosedExecutor:
@@ -54,6 +67,8 @@ def bind(module: torch.nn.Module, binding: LayerBinding) -> None:
     """Serve this module's experts through `binding`: zeros until an executor is attached."""
     register_experts_function(serve_experts)
     setattr(module, _BINDING_NAME, binding)
+    setattr(module, _HANDLE_NAME, binding.handle)
+    _binding_of_handle[binding.handle] = binding
 
 
 def attach(module: torch.nn.Module, executor: ExpertsExecutor) -> None:
@@ -91,13 +106,43 @@ def serve_experts(
 
     Before the executor is attached (while the loader measures the KV cache) the experts contribute zero.
     """
-    binding = _binding_of(module)
-    if binding.executor is None or binding.math is None:
-        return torch.zeros_like(hidden_states)
     x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
     ids_TK = top_k_index.reshape(x_TD.shape[0], -1)
-    with torch.no_grad():
-        y_TD = binding.executor.run_layer(
-            binding.layer_idx, binding.math, binding.num_experts, x_TD, ids_TK, top_k_weights.reshape(ids_TK.shape)
-        )
+    weights_TK = top_k_weights.reshape(ids_TK.shape)
+    if torch.compiler.is_dynamo_compiling():
+        y_TD: torch.Tensor = torch.ops.offmoe.experts(x_TD, ids_TK, weights_TK, getattr(module, _HANDLE_NAME))
+    else:
+        y_TD = _run(_binding_of(module), x_TD, ids_TK, weights_TK)
     return y_TD.view(hidden_states.shape)
+
+
+def _run(binding: LayerBinding, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    if binding.executor is None or binding.math is None:
+        return torch.zeros_like(x_TD)
+    with torch.no_grad():
+        return binding.executor.run_layer(
+            binding.layer_idx, binding.math, binding.num_experts, x_TD, ids_TK, weights_TK
+        )
+
+
+@cache
+def define_experts_operator() -> Callable[..., torch.Tensor]:
+    """`torch.ops.offmoe.experts(x_TD, ids_TK, weights_TK, handle) -> y_TD`, for graphs. Once for the process.
+
+    Its tag ends a CUDA graph before it and begins another behind it: it reads the ids on the host and waits for copies.
+    """
+    operator = torch.library.custom_op(
+        "offmoe::experts",
+        _experts_operator,
+        mutates_args=(),
+        tags=(torch._C.Tag.cudagraph_unsafe,),
+    )
+    operator.register_fake(lambda x_TD, ids_TK, weights_TK, handle: x_TD.new_empty(x_TD.shape))
+    return operator
+
+
+def _experts_operator(x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, handle: int) -> torch.Tensor:
+    binding = _binding_of_handle.get(handle)
+    if binding is None:
+        raise EngineBusyError("the engine is closed; load the model again")
+    return _run(binding, x_TD, ids_TK, weights_TK)

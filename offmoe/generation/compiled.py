@@ -1,0 +1,194 @@
+"""Which decode steps are compiled, when, and whether they are used.
+
+A compiled step works on a KV cache of a fixed number of rows (a bucket), and attention costs as much as there are rows,
+not tokens: the bucket is the smallest with room for prompt and reply. All buckets are views of one memory, which is the
+eager cache's. A step is used after it once gave the logits of the model's own step, on a token of the user's.
+
+Never an error: what does not compile, or does not agree, is not used, and `DecodeCompiler.state` says why.
+
+In the background, a thread compiles while the model's own steps go on. torch's compiler is not made for that in three
+ways, and none matters here: its process-wide "is compiling" flag makes transformers' eager code write masks out (same
+values); it puts the default random state back when it is done (sampling here has generators of its own); and it runs
+in Python, so that eager steps meanwhile are slower (measured: benchmarks/compile.md).
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from offmoe.base.errors import OffmoeError
+from offmoe.generation.compiled_step import CompiledStep, Lowering, lower_with_inductor
+from offmoe.models.kv_cache import make_kv_cache
+from offmoe.models.static_cache import StaticKv, UnsupportedCacheError
+
+SMALLEST_BUCKET = 256
+# Largest difference of logits, relative to the largest logit, between a compiled step and the model's own. Rounding in
+# another order gives 1e-6 in float32 (measured, five families) and percents in 16 bits.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+# Steps on which the two may differ by more: a router that nearly ties is decided by rounding.
+_NUM_TRIES = 3
+# On CUDA the first call warms up, the second records, the third replays.
+_RUNS_TO_REPLAY = 3
+
+
+class EagerStep(Protocol):
+    """The model's own step. `position` is the number of tokens in the cache."""
+
+    position: int
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Last logits (1, V) after appending ids (1, N)."""
+
+
+class DecodeCompiler:
+    """Decodes with compiled steps where there are any. Owns the KV cache, one for all generations of an engine.
+
+    `state`: "waiting" (nothing decoded yet), "compiling", "on", or "failed: " and the reason.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, context_length: int, *, background: bool,
+        lower: Lowering = lower_with_inductor, on_compile: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:  # fmt: skip
+        self._model, self._context_length, self._background = model, context_length, background
+        self._lower, self._on_compile = lower, on_compile
+        self.cache = make_kv_cache(model, context_length)
+        self.state = "waiting"
+        self._steps: dict[int, CompiledStep] = {}  # by bucket; whole ones only
+        self._active: CompiledStep | None = None
+        self._thread: threading.Thread | None = None
+        self._checked: set[tuple[int, int]] = set()  # (bucket, thread)
+        self._num_disagreed = 0
+        self._num_tokens = 0
+        self._closed = self._warned = False
+        if self.cache is None:
+            self._fail("the model brings its own KV cache")
+
+    @torch.inference_mode()
+    def begin(self, num_tokens: int) -> None:
+        """A new sequence, of up to `num_tokens` tokens of prompt and reply: the cache is empty again."""
+        self._num_tokens, self._active = num_tokens, None
+        for layer in self.cache.layers if self.cache is not None else ():
+            layer.reset()
+
+    def close(self) -> None:
+        """Let go of the model. A compilation under way ends at its next stage."""
+        self._closed = True
+        self._steps.clear()
+        self._active = self.cache = None
+
+    def __call__(self, eager: EagerStep, ids: torch.Tensor) -> torch.Tensor:
+        """Last logits (1, V) after appending the one token `ids` (1, 1), compiled or not."""
+        position = eager.position
+        step = self._choose(position)
+        if step is not self._active:
+            if self._active is not None:
+                self._active.static.hand_back(position)
+            self._active = step
+        if step is None:
+            return eager(ids)
+        if (step.static.capacity, threading.get_ident()) not in self._checked:
+            return self._check(step, eager, ids)
+        logits = step(ids, position)
+        eager.position += 1
+        return logits
+
+    def _choose(self, position: int) -> CompiledStep | None:
+        """The step to take, None for the model's own. May begin, or do, a compilation."""
+        if self.state.startswith("failed"):
+            self._warn()
+            return None
+        need = max(position + 1, self._num_tokens)
+        fitting = [bucket for bucket in self._steps if bucket >= need]
+        if fitting:
+            return self._steps[min(fitting)]
+        if self._thread is None:
+            self._start(_bucket(need, self._context_length))
+        return self._steps.get(_bucket(need, self._context_length))
+
+    def _start(self, bucket: int) -> None:
+        assert self.cache is not None
+        try:
+            step = CompiledStep(self._model, StaticKv(self.cache, bucket), self._lower)
+        except UnsupportedCacheError as error:
+            self._fail(str(error))
+            return
+        self.state = "compiling"
+        if self._background:
+            self._thread = threading.Thread(target=self._compile, args=(step,), name="offmoe-compile", daemon=True)
+            self._thread.start()
+            return
+        self._on_compile(0, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._compile(step)
+        self._on_compile(1, 1)
+
+    def _compile(self, step: CompiledStep) -> None:
+        """On the caller's thread or on one of its own; `_steps` and `state` change last."""
+        try:
+            step.compile()
+        except Exception as error:  # noqa: BLE001 - torch.compile raises anything, and there is a way on without it
+            self._fail(_reason(error))
+            return
+        finally:
+            self._thread = None
+        if not self._closed:
+            self._steps[step.static.capacity] = step
+            self.state = "on"
+
+    def _check(self, step: CompiledStep, eager: EagerStep, ids: torch.Tensor) -> torch.Tensor:
+        """Both ways, the model's own last, so that what it wrote stays; its logits are the result."""
+        position = eager.position
+        logits = torch.empty(0)
+        try:
+            for _ in range(_RUNS_TO_REPLAY if step.on_cuda else 1):
+                with step.static.undone():
+                    logits = step(ids, position)
+        except OffmoeError:
+            raise
+        except Exception as error:  # noqa: BLE001 - as in _compile: a graph may fail when it first runs
+            self._fail(_reason(error))
+        step.static.hand_back(position)
+        expected = eager(ids)
+        if logits.numel():
+            self._judge(step, float((logits.float() - expected.float()).abs().max() / expected.float().abs().max()))
+        return expected
+
+    def _judge(self, step: CompiledStep, difference: float) -> None:
+        limit = _TOLERANCE.get(self._model.dtype, 5e-2)
+        if difference <= limit:
+            self._checked.add((step.static.capacity, threading.get_ident()))
+            return
+        self._num_disagreed += 1
+        if self._num_disagreed >= _NUM_TRIES:
+            self._fail(f"its logits differ by {difference:.1e} of the largest; {limit:.0e} is rounding")
+
+    def _fail(self, reason: str) -> None:
+        self.state = f"failed: {reason}"
+        self._steps.clear()
+
+    def _warn(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"decoding without torch.compile, which {self.state}", RuntimeWarning, stacklevel=2)
+
+
+def _reason(error: Exception) -> str:
+    """One line; what torch raised first says more than what it wrapped it in."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _bucket(num_tokens: int, context_length: int) -> int:
+    bucket = SMALLEST_BUCKET
+    while bucket < num_tokens:
+        bucket *= 2
+    return min(bucket, context_length)

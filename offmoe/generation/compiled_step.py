@@ -1,0 +1,128 @@
+"""One decode step through torch.compile: the whole model as one graph, cut at the experts on CUDA.
+
+A step of one token is bound by the host, which launches some twenty kernels a layer: a compiled step has few, and on
+CUDA what lies between two experts calls is replayed as one CUDA graph.
+
+Compiled code is kept on disk by torch: in `TORCHINDUCTOR_CACHE_DIR`, or else in `torchinductor_<user>` in the system's
+temporary folder.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import threading
+import types
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from offmoe.models.seam import define_experts_operator
+from offmoe.models.static_cache import StaticKv
+
+# A lowering takes a graph and example inputs and returns what runs it: a torch.compile backend.
+Lowering = Callable[[torch.fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
+
+
+def lower_with_inductor(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """torch's own compiler. On CUDA, graphs between the operators that are marked as unsafe for them."""
+    from torch._inductor.compile_fx import compile_fx
+
+    on_cuda = any(isinstance(tensor, torch.Tensor) and tensor.is_cuda for tensor in inputs)
+    # Round where the model's own code rounds: fused bfloat16 kernels keep more, and then choose other experts.
+    patches: dict[str, Any] = {"emulate_precision_casts": True}
+    if on_cuda:
+        patches |= {"triton.cudagraphs": True, "graph_partition": True}
+    compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+    return compiled  # type: ignore[no-any-return]
+
+
+class _Compiled(Exception):  # noqa: N818 - no error: the end of a call that was made to compile and not to run
+    pass
+
+
+class CompiledStep:
+    """A step of one token against `static`. Does nothing until `compile()`, which may run on any thread."""
+
+    def __init__(self, model: PreTrainedModel, static: StaticKv, lower: Lowering) -> None:
+        define_experts_operator()
+        self.static = static
+        self._lower, self._num_lowered, self._only_compile = lower, 0, True
+        self.on_cuda = static.position.is_cuda
+        self._ids = torch.zeros((1, 1), dtype=torch.long, device=static.position.device)
+        torch._dynamo.mark_static_address(self._ids)
+        step = _as_new_code(_make_step(model, static, self._ids))
+        # Guards ask whether the code still fits. It does: modules, cache and shapes are this object's own, so the
+        # thousands of checks a call (a millisecond and more) are left out.
+        self._function = torch.compile(
+            step, fullgraph=True, dynamic=False, backend=self._backend,
+            options={"guard_filter_fn": lambda guards: [False] * len(guards)},
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def compile(self) -> None:
+        """Compile without running anything. Raises whatever torch.compile raises."""
+        try:
+            self._function()
+        except _Compiled:
+            self._only_compile = False
+
+    def _backend(self, graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        self._num_lowered += 1
+        assert self._num_lowered == 1, "a step was compiled a second time"
+        compiled = self._lower(graph, inputs)
+
+        def run(*args: Any) -> Any:
+            if self._only_compile:
+                raise _Compiled
+            return compiled(*args)
+
+        return run
+
+    @torch.inference_mode()
+    def __call__(self, ids: torch.Tensor, position: int) -> torch.Tensor:
+        """Last logits (1, V) of the token `ids` (1, 1) at `position`, in memory of their own."""
+        self._ids.copy_(ids)
+        self.static.seek(position)
+        if self.on_cuda:
+            _enter_cudagraph_thread()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        logits: torch.Tensor = self._function()
+        return logits.clone()
+
+
+def _make_step(model: PreTrainedModel, static: StaticKv, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    accepted = inspect.signature(model.forward).parameters
+    takes_positions = "position_ids" in accepted
+    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def step() -> torch.Tensor:
+        positions = {"position_ids": static.position.view(1, 1)} if takes_positions else {}
+        output = model(input_ids=ids, past_key_values=static.cache, use_cache=True, **positions, **options)
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    return step
+
+
+_code_number = itertools.count()
+
+
+def _as_new_code(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """The same function with a code object of its own: torch keeps what it compiled there, and limits how much."""
+    code = function.__code__.replace(co_name=f"offmoe_step_{next(_code_number)}")
+    return types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
+
+
+def _enter_cudagraph_thread() -> None:
+    """torch before 2.13 keeps its CUDA graph managers for the thread that imported it; any other one needs its own."""
+    from torch._inductor import cudagraph_trees
+
+    if hasattr(cudagraph_trees.local, "tree_manager_containers"):
+        return
+    if not torch._C._is_key_in_tls("tree_manager_containers"):
+        torch._C._stash_obj_in_tls("tree_manager_containers", {})
+        torch._C._stash_obj_in_tls("tree_manager_locks", defaultdict(threading.Lock))
