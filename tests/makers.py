@@ -138,7 +138,7 @@ class RecordingDisk(DiskTier):
 
     def read(self, plan: ReadPlan, slot: memoryview, *, urgent: bool = True) -> Ticket:
         self.plans_read.append(plan)
-        return super().read(plan, slot)
+        return super().read(plan, slot, urgent=urgent)
 
 
 @dataclass(frozen=True)

@@ -303,6 +303,7 @@ class ExpertCache:
         """
         self._source.restart()
         self._coming.clear()
+        self.counters.ahead_wasted_bytes += sum(self.num_bytes(key) for key in self._unused)
         self._unused.clear()
         self.ahead_bytes = 0
         order: list[ExpertKey] = []

@@ -56,7 +56,7 @@ class DiskSource:
 
     def start(self, key: ExpertKey, slot: int, *, urgent: bool) -> Ticket:
         """Queue the reads of `key`."""
-        return self._disk.read(self._plan(key), self._pool.memory(slot))
+        return self._disk.read(self._plan(key), self._pool.memory(slot), urgent=urgent)
 
     def contents(self, key: ExpertKey, slot: int) -> ExpertWeights:
         """Views of the pool's memory. Called once after each arrival: it may move the bytes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -24,8 +25,9 @@ Result = tuple[Assignment, torch.Tensor]
 class CpuExperts:
     """Computes experts out of `host`, the cache of RAM slots."""
 
-    def __init__(self, host: ExpertCache) -> None:
-        self._host = host
+    def __init__(self, host: ExpertCache, settle: Callable[[], None]) -> None:
+        """`settle` waits until no copy to the device holds a RAM slot."""
+        self._host, self._settle = host, settle
         self._thread = _start_thread()
         self._maths: dict[int, tuple[ExpertMath, ExpertMath]] = {}
 
@@ -33,7 +35,7 @@ class CpuExperts:
         self, layer_idx: int, math: ExpertMath, experts: dict[ExpertKey, list[Assignment]], x_TD: torch.Tensor
     ) -> CpuJob:
         """Begin; the experts that RAM has are computed at once, the others when they were read."""
-        job = CpuJob(self._host, self._thread, self._cpu_math(layer_idx, math), x_TD.to("cpu"))
+        job = CpuJob(self._host, self._settle, self._thread, self._cpu_math(layer_idx, math), x_TD.to("cpu"))
         try:
             for key, assigned in experts.items():
                 job.add(key, assigned)
@@ -73,8 +75,12 @@ def _start_thread() -> ThreadPoolExecutor:
 class CpuJob:
     """The experts of one layer call that are computed in RAM."""
 
-    def __init__(self, host: ExpertCache, thread: ThreadPoolExecutor, math: ExpertMath, x_TD: torch.Tensor) -> None:
-        self._host, self._thread, self._math, self._x_TD = host, thread, math, x_TD
+    def __init__(
+        self, host: ExpertCache, settle: Callable[[], None], thread: ThreadPoolExecutor, math: ExpertMath,
+        x_TD: torch.Tensor,
+    ) -> None:  # fmt: skip
+        self._host, self._settle, self._thread = host, settle, thread
+        self._math, self._x_TD = math, x_TD
         self._coming: list[tuple[Fetch, list[Assignment]]] = []
         self._waiting: list[tuple[ExpertKey, list[Assignment]]] = []
         self._held: list[ExpertKey] = []
@@ -108,14 +114,15 @@ class CpuJob:
             for assignment, y_ND in future.result():
                 rows = y_ND.to(y_SD.device, non_blocking=True)
                 y_SD[assignment.choices_N] = rows[0] if assignment.tokens_N is None else rows
+        self._results = []
+        self._let_go()
 
     def _make_room(self) -> None:
         """Every RAM slot is held: finish what was queued, let its slots go, and start with those that wait."""
         for future in self._results:
             future.exception()
-        self._host.release(self._held)
-        self._held = []
-        self._host.settle()
+        self._let_go()
+        self._settle()
         waiting, self._waiting = self._waiting, []
         for key, assigned in waiting:
             self.add(key, assigned)
@@ -137,7 +144,10 @@ class CpuJob:
         for future in self._results:
             if not future.cancel():
                 future.exception()
-        held, self._held = self._held, []
-        self._host.release(held)
+        self._let_go()
         self._host.abandon(fetch for fetch, _ in self._coming)
         self._coming = []
+
+    def _let_go(self) -> None:
+        held, self._held = self._held, []
+        self._host.release(held)

@@ -126,8 +126,8 @@ class _LayerRun:
             self._compute(ready)
             while self._in_flight or missing:
                 self._start_fetches(missing, by_expert, keep)
-                if not self._in_flight:  # what was fetched ahead has every slot that is not held
-                    self._cache.settle()
+                if not self._in_flight:
+                    self._make_room()
                     self._start_fetches(missing, by_expert, keep)
                 assert self._in_flight, f"{self._cache!r} has no slot to free, and nothing is under way"
                 self._compute_arrivals()
@@ -209,6 +209,12 @@ class _LayerRun:
             if fetch is None:  # every slot is held or filling: the next arrivals free some
                 return
             self._in_flight.append((fetch, by_expert[missing.popleft()]))
+
+    def _make_room(self) -> None:
+        """Every slot, here or below, is taken by what was fetched ahead or is computed in RAM: wait for that."""
+        if self._job is not None:
+            self._job.collect(self._y_SD)
+        self._cache.settle()
 
     def _compute_arrivals(self) -> None:
         """Wait for the oldest fetch, then compute it with whatever else has arrived by now."""
