@@ -17,6 +17,7 @@ from offmoe.base.config import EngineConfig, refuse_unknown
 from offmoe.base.errors import EngineBusyError, UsageError
 from offmoe.base.machine import peak_rss_bytes
 from offmoe.generation.chat import Message, chat_ids
+from offmoe.generation.compiled import DecodeCompiler
 from offmoe.generation.prompt import encode, stop_rules
 from offmoe.generation.sampling import Chooser, Sampling, make_chooser, resolve_sampling
 from offmoe.generation.stats import GenerationStats
@@ -52,6 +53,7 @@ class Engine:
         self._loaded: LoadedModel | None = loaded
         self.tokenizer = loaded.tokenizer
         self._running = threading.Lock()
+        self._compiler = _make_compiler(loaded, config, progress)
 
     def __repr__(self) -> str:
         if self._loaded is None:
@@ -104,6 +106,7 @@ class Engine:
             "experts_cached": cache.num_slots,
             "experts_total": self.plan.num_experts,
             "io": "direct" if self._parts.disk.direct else "buffered",
+            "compile": self._compiler.state if self._compiler else "off",
             "ram_bytes": self.plan.ram_bytes,
             "planned_bytes": self.plan.total_bytes,
             "peak_rss_growth_bytes": max(0, peak_rss_bytes() - self._baseline_bytes),
@@ -147,20 +150,23 @@ class Engine:
             num_prompt=len(ids), context_length=parts.context_length, max_new_tokens=max_new_tokens, stop=stop,
             end_ids=frozenset() if ignore_end else self._end_ids(), has_text=self.tokenizer is not None,
         )  # fmt: skip
-        cache = make_kv_cache(parts.model, parts.context_length)
+        compiler = self._compiler
+        cache = compiler.cache if compiler else make_kv_cache(parts.model, parts.context_length)
         steps = generate_step(
             parts.model, ids, choose or make_chooser(settings), cache=cache, chunk=parts.plan.prefill_chunk,
-            on_prefill=on_prefill,
+            on_prefill=on_prefill, decode=compiler,
         )  # fmt: skip
         pieces = stream_text(steps, self.tokenizer, rules, parts.cache.counters, num_prompt_tokens=len(ids))
-        return self._exclusively(pieces)
+        return self._exclusively(pieces, num_tokens=len(ids) + rules.max_new_tokens)
 
-    def _exclusively(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Hold the engine from the first piece to the last, or to the generator's end."""
+    def _exclusively(self, pieces: Iterator[Piece], *, num_tokens: int) -> Iterator[Piece]:
+        """Hold the engine from the first piece to the last, or to the generator's end. For up to `num_tokens`."""
         _ = self._parts  # raises when the engine was closed since the call
         if not self._running.acquire(blocking=False):
             raise EngineBusyError(_BUSY)
         try:
+            if self._compiler is not None:
+                self._compiler.begin(num_tokens)
             yield from pieces
         except Exception:  # whatever a close in another thread broke off, it is the close that the user should hear of
             if self._loaded is None:
@@ -184,6 +190,8 @@ class Engine:
         """Release threads, files and memory. A second close does nothing."""
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
+            if self._compiler is not None:
+                self._compiler.close()
             loaded.close()
 
     def __enter__(self) -> Engine:
@@ -193,6 +201,18 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _make_compiler(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> DecodeCompiler | None:
+    """ "auto" compiles on CUDA, in the background, unless rounding must not change on the way; "on" at once."""
+    if config.compile == "off" or (
+        config.compile == "auto" and (loaded.model.device.type != "cuda" or config.placement_invariant)
+    ):
+        return None
+    return DecodeCompiler(
+        loaded.model, loaded.context_length, background=config.compile == "auto",
+        on_compile=lambda done, total: progress("compiling", done, total),
+    )  # fmt: skip
 
 
 def _collect(pieces: Iterator[Piece]) -> Reply:

@@ -15,15 +15,17 @@ from offmoe.models.transformers_internals import experts_modules
 def generate_step(
     model: PreTrainedModel, prompt_ids: Sequence[int], choose: Chooser, *, cache: DynamicCache | None, chunk: int,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
+    decode: Callable[[Forward, torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[int]:  # fmt: skip
     """Yield token ids without end; the caller stops. The first id comes after the whole prompt was read.
 
     `cache` is empty or holds a prefix that `prompt_ids` continue, and receives every id but the one last yielded; with
     None the model makes its own.
     The prompt goes through in pieces of `chunk`; `on_prefill(done, total)` is called after each layer of each piece,
-    with `done` in tokens. `choose` sees all ids of this call, (1, S), and the last logits, (1, V).
+    with `done` in tokens. `choose` sees all ids of this call, (1, S), and the last logits, (1, V). For ids after the
+    prompt, `decode(forward, ids)` takes the place of `forward(ids)`.
     """
-    forward = _Forward(model, cache)
+    forward = Forward(model, cache)
     ids = torch.tensor([list(prompt_ids)], dtype=torch.long)
     logits = _read_prompt(model, forward, ids, chunk, on_prefill)
     while True:
@@ -31,11 +33,11 @@ def generate_step(
         yield token_id
         new = torch.tensor([[token_id]], dtype=torch.long)
         ids = torch.cat([ids, new], dim=1)
-        logits = forward(new)
+        logits = decode(forward, new) if decode else forward(new)
 
 
 def _read_prompt(
-    model: PreTrainedModel, forward: _Forward, ids: torch.Tensor, chunk: int, on_prefill: Callable[[int, int], None]
+    model: PreTrainedModel, forward: Forward, ids: torch.Tensor, chunk: int, on_prefill: Callable[[int, int], None]
 ) -> torch.Tensor:
     """The last logits, (1, V). One piece may take a minute on a large model, so layers are reported, not pieces."""
     layers = [module for _, module in experts_modules(model)]
@@ -60,12 +62,15 @@ def _read_prompt(
     return logits
 
 
-class _Forward:
-    """Calls the model as its own `generate` does: with positions, for the last logits only, where it takes them."""
+class Forward:
+    """Calls the model as its own `generate` does: with positions, for the last logits only, where it takes them.
+
+    `position` is the number of tokens in the cache.
+    """
 
     def __init__(self, model: PreTrainedModel, cache: DynamicCache | None) -> None:
         self._model, self._cache = model, cache
-        self._position = cache.get_seq_length() if cache is not None else 0
+        self.position = cache.get_seq_length() if cache is not None else 0
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
@@ -73,8 +78,8 @@ class _Forward:
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Last logits (1, V) after appending ids (1, N)."""
-        begin, self._position = self._position, self._position + ids.shape[1]
-        positions = {"position_ids": torch.arange(begin, self._position)[None]} if self._takes_positions else {}
+        begin, self.position = self.position, self.position + ids.shape[1]
+        positions = {"position_ids": torch.arange(begin, self.position)[None]} if self._takes_positions else {}
         output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **positions, **self._options)
         self._cache = output.past_key_values
         logits: torch.Tensor = output.logits[:, -1]
