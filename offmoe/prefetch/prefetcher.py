@@ -117,7 +117,7 @@ class Prefetcher:
 
     def is_on(self, layer_idx: int, distance: int = 1) -> bool:
         """True when a prediction for the layer, `distance` layers ahead, would be acted upon: else make none."""
-        return distance <= self.switch.distance and self.switch.layer_is_on(layer_idx)
+        return 0 < self.switch.distance >= distance and self.switch.layer_is_on(layer_idx)
 
     def want(
         self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, predict_ns: int = 0,

@@ -7,14 +7,15 @@ longer than it hides), or be poor and pay (the link would be idle otherwise).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
+from offmoe.base.trial import Trial
 from offmoe.prefetch.audit import Audit
 
 Mode = Literal["auto", "off"] | int
 
-# Calls of a layer in one judgement: some hundred fetches at top-8.
-WINDOW_CALLS = 32
+# Calls of a layer in one judgement: some hundred fetches at top-8. A comparison of the whole may be shorter.
+WINDOW_CALLS, FEWEST_CALLS = 32, 16
 # Calls that a layer sits out after a bad window, doubled after each further one.
 FIRST_PAUSE_CALLS, LAST_PAUSE_CALLS = 64, 4096
 # What a wasted byte costs where the link had time for it, as a share of what a byte fetched on demand costs: it took a
@@ -22,73 +23,72 @@ FIRST_PAUSE_CALLS, LAST_PAUSE_CALLS = 64, 4096
 IDLE_WASTE_PRICE = 1 / 8
 
 
-class SettingTrial(Protocol):
-    """What of `offmoe.base.trial.Trial` is used here."""
-
-    @property
-    def current(self) -> int:
-        """The setting to work under now."""
-
-    def observe(self, setting: int, seconds: float, work: float) -> None:
-        """`work` was done under `setting` in `seconds`."""
-
-
 class LayerSwitch:
     """On or off for one layer. Starts on; a window that lost time switches it off for a while, each time for longer."""
 
-    __slots__ = ("_calls", "_next_pause", "_pause_left", "_start")
+    __slots__ = ("_calls", "_latest", "_next_pause", "_ns_per_byte", "_start", "pause_left")
 
     def __init__(self) -> None:
-        self._calls = 0
-        self._pause_left = 0
+        self.pause_left = 0
         self._next_pause = FIRST_PAUSE_CALLS
-        self._start: tuple[int, int, int, int] | None = None
+        self._ns_per_byte = 0.0
+        self._start = self._latest = (0, 0, 0, 0)
+        self._calls = 0
 
     @property
     def is_on(self) -> bool:
         """The present verdict."""
-        return not self._pause_left
+        return not self.pause_left
+
+    @property
+    def is_full(self) -> bool:
+        """The window has enough calls for a verdict."""
+        return self._calls >= WINDOW_CALLS
 
     def called(self, totals: tuple[int, int, int, int], ns_per_byte: float) -> None:
-        """The layer has run once more. `totals`: hidden ns, predicting ns, wasted bytes, bytes that came behind."""
-        if self._pause_left:
-            self._pause_left -= 1
-            self._calls, self._start = 0, totals
-            return
-        if self._start is None:
-            self._start = totals
+        """It ran with prefetching. `totals`: hidden ns, predicting ns, wasted bytes, bytes that came behind."""
         self._calls += 1
-        if self._calls < WINDOW_CALLS:
-            return
-        if self._gain_ns(totals, ns_per_byte) < 0:
-            self._pause_left = self._next_pause
-            self._next_pause = min(2 * self._next_pause, LAST_PAUSE_CALLS)
-        else:
-            self._next_pause = max(self._next_pause // 2, FIRST_PAUSE_CALLS)
-        self._calls, self._start = 0, totals
+        self._latest, self._ns_per_byte = totals, ns_per_byte
 
-    def _gain_ns(self, totals: tuple[int, int, int, int], ns_per_byte: float) -> float:
+    def judge(self) -> None:
+        """End the window; too few calls are no evidence."""
+        if self._calls >= FEWEST_CALLS:
+            if self._gain_ns() < 0:
+                self.pause_left = self._next_pause
+                self._next_pause = min(2 * self._next_pause, LAST_PAUSE_CALLS)
+            else:
+                self._next_pause = max(self._next_pause // 2, FIRST_PAUSE_CALLS)
+        self.begin_window()
+
+    def begin_window(self) -> None:
+        """Count from here."""
+        self._calls, self._start = 0, self._latest
+
+    def _gain_ns(self) -> float:
         """Time hidden since the window began, less what predicting and the wasted bytes cost.
 
         Where predicted and needed experts came behind, for want of time on the link, each wasted byte took the place
         of one of theirs.
         """
-        assert self._start is not None
-        hidden_ns, predict_ns, wasted, behind = (now - then for now, then in zip(totals, self._start, strict=True))
+        hidden_ns, predict_ns, wasted, behind = (
+            now - then for now, then in zip(self._latest, self._start, strict=True)
+        )
         price = min(wasted, behind) + IDLE_WASTE_PRICE * max(0, wasted - behind)
-        return hidden_ns - predict_ns - price * ns_per_byte
+        return hidden_ns - predict_ns - price * self._ns_per_byte
 
 
 class Switch:
     """How many layers ahead to prefetch now (0: not at all), and for which layers."""
 
-    def __init__(self, mode: Mode, *, distances: Sequence[int] = (1,), trial: SettingTrial | None = None) -> None:
-        """`mode`: "off", a fixed distance, or "auto": `trial` chooses among not at all and `distances`."""
+    def __init__(self, mode: Mode, *, distances: Sequence[int] = (1,), trial: Trial[int] | None = None) -> None:
+        """`mode`: "off", a fixed distance, or "auto": `trial` chooses among 0 (not at all) and `distances`."""
         self._mode = mode
-        self._trial = trial if mode == "auto" else None
-        self.distance = max(distances) if mode == "auto" else 0 if mode == "off" else mode
-        if self._trial is not None:
+        self._trial: Trial[int] | None = None
+        if mode == "auto":
+            self._trial = Trial((0, *distances)) if trial is None else trial
             self.distance = self._trial.current
+        else:
+            self.distance = 0 if mode == "off" else mode
         self._layers: dict[int, LayerSwitch] = {}
 
     def __repr__(self) -> str:
@@ -106,20 +106,37 @@ class Switch:
         return layer is None or layer.is_on
 
     def layer_called(self, layer_idx: int, audit: Audit) -> None:
-        """The layer has run; judge it when a window is full. A fixed distance is the user's word and is not judged."""
-        if self._mode != "auto" or not self.distance:
+        """The layer has run; judge it when a window is full. A fixed distance is the user's word and is not judged.
+
+        While the whole is being compared no verdict changes, or the settings compared would not stay the same.
+        """
+        if self._trial is None:
             return
         layer = self._layers.get(layer_idx)
         if layer is None:
             layer = self._layers[layer_idx] = LayerSwitch()
-        sums = audit.layer(layer_idx)
-        layer.called((sums.hidden_ns, sums.predict_ns, sums.wasted_bytes, sums.behind_bytes), audit.rate.ns_per_byte)
+        is_comparing = self._trial.is_comparing
+        if layer.pause_left:
+            layer.pause_left -= not is_comparing
+        elif self.distance:
+            sums = audit.layer(layer_idx)
+            totals = (sums.hidden_ns, sums.predict_ns, sums.wasted_bytes, sums.behind_bytes)
+            layer.called(totals, audit.rate.ns_per_byte)
+            if layer.is_full and not is_comparing:
+                layer.judge()
 
     def pass_ended(self, seconds: float, *, num_tokens: int) -> None:
         """One forward pass took `seconds`; the distance stays the same within a pass."""
-        if self._trial is not None and num_tokens == 1:
-            self._trial.observe(self.distance, seconds, 1)
-            self.distance = self._trial.current
+        if self._trial is None or num_tokens != 1:
+            return
+        was_comparing = self._trial.is_comparing
+        self._trial.observe(self.distance, seconds, 1)
+        self.distance = self._trial.current
+        if self._trial.is_comparing != was_comparing:
+            for layer in self._layers.values():
+                if was_comparing:
+                    layer.judge()
+                layer.begin_window()
 
     def as_dict(self) -> dict[str, object]:
         """The state, for `stats()`."""
