@@ -25,6 +25,9 @@ CUDA_CONTEXT_BYTES = 512 << 20
 # allocator's rounding to 2 and 20 MiB blocks. tests/gpu measures it.
 CUDA_SLACK_BYTES = 192 << 20
 
+# Pinned memory that copies to a device pass through.
+STAGING_BYTES = 32 << 20
+
 _Parts = Sequence[tuple[str, int]]
 
 
@@ -98,6 +101,11 @@ class MemoryPlan:
         return self.num_slots * self.slot_bytes
 
     @property
+    def computing_slots(self) -> int:
+        """Expert slots of the tier that computes: the device's where there is one."""
+        return self.num_slots if self.device is None else self.device.num_slots
+
+    @property
     def fixed_bytes(self) -> int:
         """Everything but the pool."""
         parts = self.runtime_bytes + self.resident_bytes + self.kv_bytes + self.workspace_bytes + self.staging_bytes
@@ -128,6 +136,11 @@ def auto_ram(available_bytes: int) -> int:
 def auto_vram(available_bytes: int) -> int:
     """What "auto" may use of the device memory that is free: never all of it."""
     return max(0, available_bytes - max(MIN_VRAM_RESERVE_BYTES, available_bytes // 16))
+
+
+def allowed_vram(vram_bytes: int | None, most_bytes: int) -> int:
+    """What may be used of the `most_bytes` that can be had, where the user allows `vram_bytes` (None: "auto")."""
+    return auto_vram(most_bytes) if vram_bytes is None else min(vram_bytes, most_bytes)
 
 
 def plan_memory(
@@ -173,7 +186,7 @@ def plan_device(
     planned with, whatever the user allows. Raises BudgetError.
     """
     most_bytes = free_bytes + context_bytes
-    allowed = auto_vram(most_bytes) if vram_bytes is None else min(vram_bytes, most_bytes)
+    allowed = allowed_vram(vram_bytes, most_bytes)
     parts = [
         ("driver", context_bytes), ("resident weights", resident_bytes), ("KV cache", kv_bytes),
         ("workspace", workspace_bytes + slack_bytes),

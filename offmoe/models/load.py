@@ -1,19 +1,21 @@
-"""From a folder to a model that runs: meta build, expert index, resident weights, memory plan, cache, seam."""
+"""From a folder to a model that runs: meta build, expert index, resident weights, memory plans, tiers, seam."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offmoe.base.budget import SLACK_BYTES, MemoryPlan, auto_ram, plan_memory
+from offmoe.base.budget import DevicePlan, MemoryPlan
 from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
-from offmoe.base.errors import BudgetError, UsageError
-from offmoe.base.machine import available_ram_bytes, rss_bytes
+from offmoe.base.errors import UsageError
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.policy import make_policy
 from offmoe.cache.sources import DiskSource
@@ -22,26 +24,31 @@ from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.executor.executor import Executor
 from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.executor.uncached import UncachedExecutor
+from offmoe.models.budgets import Budgets, fit_to_free, shrink
 from offmoe.models.build import build_on_meta, read_model_config
+from offmoe.models.device_failures import explained, release_unused
 from offmoe.models.expert_map import map_experts, streamed_parameters
-from offmoe.models.probe import ModelProbe, foresee_kv_bytes, probe_model
-from offmoe.models.resident import load_resident, resident_bytes
+from offmoe.models.probe import probe_model
+from offmoe.models.resident import load_peak_bytes, load_resident
 from offmoe.models.seam import ClosedExecutor, ExpertsExecutor, LayerBinding, attach, bind
 from offmoe.models.tokenizer import load_tokenizer
 from offmoe.models.transformers_internals import SEAM_NAME, KeyMapping, experts_modules
-from offmoe.models.workspace import choose_chunk, workspace_bytes
 from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
 
+if TYPE_CHECKING:
+    from offmoe.tiers.device import Device, DevicePool
+
 Progress = Callable[[str, int, int], None]
 DEFAULT_CONTEXT_LENGTH = 4096
-# What libraries grow by when a model runs for the first time in a process (measured: 18 MiB).
-FIRST_RUN_BYTES = 24 << 20
+
+
+Pools = tuple[HostPool, "DevicePool | None"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A running model and the parts that serve its experts."""
+    """A running model and the parts that serve its experts. `device` is None when it runs on the CPU, in RAM."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -49,11 +56,17 @@ class LoadedModel:
     experts: ExpertIndex
     cache: ExpertCache
     disk: DiskTier
-    pool: HostPool
+    pools: Pools
+    device: Device | None
     executor: ExpertsExecutor
     plan: MemoryPlan
     context_length: int
     chunkable: bool
+
+    @property
+    def device_plan(self) -> DevicePlan | None:
+        """Where the device's memory goes."""
+        return self.plan.device
 
     @contextmanager
     def uncached(self) -> Iterator[None]:
@@ -65,23 +78,36 @@ class LoadedModel:
             _attach_all(self.model, self.executor)
 
     def close(self) -> None:
-        """Take the experts away from the model, end threads, give back memory, close files."""
-        _attach_all(self.model, ClosedExecutor())
-        self.disk.close()
-        self.cache.close()
-        self.pool.close()
-        self.index.close()
+        """Take the experts away from the model, end threads, give back memory, close files.
+
+        All of it is tried, whatever fails: a lost device fails every call.
+        """
+        host_pool, device_pool = self.pools
+        with ExitStack() as last_to_first:
+            last_to_first.callback(self.index.close)
+            last_to_first.callback(host_pool.close)
+            if device_pool is not None:
+                last_to_first.callback(device_pool.close)
+            if self.device is not None:  # ends its copies: pools are closed after it
+                last_to_first.callback(self.device.close)
+            last_to_first.callback(self.cache.close)
+            last_to_first.callback(self.disk.close)
+            _attach_all(self.model, ClosedExecutor())
 
 
 def load_model(
-    folder: Path, config: EngineConfig, *, baseline_bytes: int, progress: Progress = lambda stage, done, total: None
-) -> LoadedModel:
+    folder: Path, config: EngineConfig, *, baseline_bytes: int, device: Device | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> LoadedModel:  # fmt: skip
     """Load `folder` under `config`'s budget, which counts from `baseline_bytes` of resident memory.
 
-    Raises OffmoeError subclasses; whatever was opened or started is closed again on any failure.
+    `device` is used instead of the one that `config` names; it is closed with the model. Raises OffmoeError subclasses;
+    whatever was opened or started is closed again on any failure.
     """
-    model_config = read_model_config(folder, trust_remote_code=config.trust_remote_code)
     with ExitStack() as opened:
+        if device is not None:
+            opened.callback(device.close)
+        model_config = read_model_config(folder, trust_remote_code=config.trust_remote_code)
         index = CheckpointIndex.open(folder)
         opened.callback(index.close)
         model = build_on_meta(model_config, index, trust_remote_code=config.trust_remote_code)
@@ -94,76 +120,66 @@ def load_model(
         opened.callback(disk.close)
         _take_experts_out(model)
         tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
-        budget = _Budget(model, experts, config, context_length, experts.slot_bytes(direct=disk.direct), baseline_bytes)
-        budget.refuse_hopeless()
-        load_resident(
-            model, index, mapping, targets, expert_keys, lambda done, total: progress("resident weights", done, total)
-        )
-        probe = probe_model(model, context_length)
-        plan = budget.plan(probe)
-        pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
-        cache = ExpertCache(
-            plan.num_slots, len(experts.layers), DiskSource(experts, pool, disk), make_policy(config.policy), counters
-        )
-        executor = RecoveringExecutor(Executor(cache))
+        if device is None and (device := choose_device(config)) is not None:
+            opened.callback(device.close)
+        with explained(device):
+            budgets = Budgets(
+                model, experts, config, context_length, slot_bytes=experts.slot_bytes(direct=disk.direct),
+                load_bytes=load_peak_bytes(targets, expert_keys, index), baseline_bytes=baseline_bytes, device=device,
+            )  # fmt: skip
+            budgets.refuse_hopeless()
+            load_resident(
+                model, index, mapping, targets, expert_keys,
+                lambda done, total: progress("resident weights", done, total),
+                device=None if device is None else device.torch_device,
+            )  # fmt: skip
+            probe = probe_model(model, context_length)
+            release_unused(device)
+            plan = budgets.plan(probe)
+            device_pool = None
+            if device is not None:
+                plan, device_pool = _make_device_pool(plan, device, top_k=experts.top_k)
+            pools, cache, executor = _build_serving(experts, disk, plan, device, device_pool, config, counters)
         _attach_all(model, executor)
         opened.pop_all()
     return LoadedModel(
-        model=model, tokenizer=tokenizer, index=index, experts=experts, cache=cache, disk=disk, pool=pool,
-        executor=executor, plan=plan, context_length=context_length, chunkable=probe.chunkable,
+        model=model, tokenizer=tokenizer, index=index, experts=experts, cache=cache, disk=disk, pools=pools,
+        device=device, executor=executor, plan=plan, context_length=context_length, chunkable=probe.chunkable,
     )  # fmt: skip
 
 
-class _Budget:
-    """Divides what the user allows: once before weights are read, to refuse in time, and once when they are there."""
+def choose_device(config: EngineConfig) -> Device | None:
+    """The device that `config` names; None for the CPU, which "auto" means where there is no CUDA.
 
-    def __init__(
-        self, model: PreTrainedModel, experts: ExpertIndex, config: EngineConfig, context_length: int, slot_bytes: int,
-        baseline_bytes: int,
-    ) -> None:  # fmt: skip
-        self._model, self._experts, self._config = model, experts, config
-        self._context_length, self._slot_bytes = context_length, slot_bytes
-        self._baseline_bytes = baseline_bytes
-        self._ram = config.ram if config.ram is not None else baseline_room(baseline_bytes)
-        self._resident_bytes = resident_bytes(model)
-        self._runtime_bytes = max(0, rss_bytes() - baseline_bytes)
+    Raises DeviceError when there is none where one was asked for, by its name or by `vram`.
+    """
+    if config.device == "auto" and config.vram is None and not torch.cuda.is_available():
+        return None
+    from offmoe.tiers.device import open_device
 
-    def refuse_hopeless(self) -> None:
-        """Raise BudgetError before gigabytes are read when the model cannot fit at its most modest."""
-        chunk = min(self._context_length, self._config.prefill_chunk or self._choose_chunk(0))
-        kv_bytes = foresee_kv_bytes(self._model, self._context_length)
-        try:
-            self._divide(kv_bytes, chunk)
-        except BudgetError:
-            self._runtime_bytes += FIRST_RUN_BYTES  # so that the budget in the message is one that works
-            self._divide(kv_bytes, chunk)
-
-    def plan(self, probe: ModelProbe) -> MemoryPlan:
-        """The plan, now that the weights are loaded and the model has run once. Raises BudgetError."""
-        chunk = self._context_length
-        if probe.chunkable:
-            slots = min(self._config.experts or self._experts.top_k, self._experts.num_experts)
-            taken = self._runtime_bytes + self._resident_bytes + SLACK_BYTES + probe.kv_bytes + slots * self._slot_bytes
-            chunk = min(chunk, self._config.prefill_chunk or self._choose_chunk(self._ram - taken))
-        self._runtime_bytes = max(0, rss_bytes() - self._baseline_bytes - self._resident_bytes)
-        return self._divide(probe.kv_bytes, chunk)
-
-    def _choose_chunk(self, room_bytes: int) -> int:
-        return choose_chunk(self._model, context_length=self._context_length, room_bytes=room_bytes)
-
-    def _divide(self, kv_bytes: int, chunk: int) -> MemoryPlan:
-        return plan_memory(
-            ram_bytes=self._ram, runtime_bytes=self._runtime_bytes, resident_bytes=self._resident_bytes,
-            kv_bytes=kv_bytes,
-            workspace_bytes=workspace_bytes(self._model, chunk=chunk, context_length=self._context_length),
-            slot_bytes=self._slot_bytes, num_experts=self._experts.num_experts, top_k=self._experts.top_k,
-            experts=self._config.experts, prefill_chunk=chunk,
-        )  # fmt: skip
+    return open_device("cuda" if config.device == "auto" and config.vram is not None else config.device)
 
 
-def baseline_room(baseline_bytes: int) -> int:
-    """What `ram="auto"` allows the process to grow by: free memory, plus what the libraries have taken already."""
-    return auto_ram(available_ram_bytes() + max(0, rss_bytes() - baseline_bytes))
+def _make_device_pool(plan: MemoryPlan, device: Device, *, top_k: int) -> tuple[MemoryPlan, DevicePool]:
+    """The device pool, and the plan with the slots that it really has: others may take memory until this moment."""
+    assert plan.device is not None
+    fitting = fit_to_free(plan.device, device, top_k=top_k)
+    pool = device.make_pool(fitting.num_slots, fitting.slot_bytes, min_slots=top_k)
+    if pool.num_slots < fitting.num_slots:
+        fitting = shrink(fitting, pool.num_slots)
+    return dataclasses.replace(plan, device=fitting), pool
+
+
+def _build_serving(
+    experts: ExpertIndex, disk: DiskTier, plan: MemoryPlan, device: Device | None, device_pool: DevicePool | None,
+    config: EngineConfig, counters: Counters,
+) -> tuple[Pools, ExpertCache, ExpertsExecutor]:  # fmt: skip
+    """The tiers and the executor that runs layers out of them."""
+    pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
+    cache = ExpertCache(
+        plan.num_slots, len(experts.layers), DiskSource(experts, pool, disk), make_policy(config.policy), counters
+    )
+    return (pool, device_pool), cache, RecoveringExecutor(Executor(cache))
 
 
 def _attach_all(model: PreTrainedModel, executor: ExpertsExecutor) -> None:
