@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from hypothesis import settings
@@ -25,10 +26,16 @@ from offmoe.cache.expert_cache import ExpertCache
 from offmoe.checkpoint.expert_index import ReadPlan
 from offmoe.executor.cpu_experts import CpuExperts
 from offmoe.executor.executor import Executor
+from offmoe.prefetch.ahead import AheadOfTime
+from offmoe.prefetch.prefetcher import Prefetcher
 from offmoe.tiers.copier import CancelledMoveError, Ticket
+
+if TYPE_CHECKING:
+    from offmoe.prefetch.lookahead import Lookahead
 
 KEYS = [ExpertKey(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
 POISON = 0xFF
+BUDGET_BYTES = 100_000
 
 
 class ManualMove:
@@ -126,12 +133,26 @@ class ManualCopier:
         self.moves.end_all()
 
 
+class Silent:
+    """A lookahead that guesses nothing by itself: the machine does."""
+
+    def __init__(self, prefetcher: Prefetcher) -> None:
+        self._prefetcher = prefetcher
+
+    def pending(self) -> dict[int, torch.Tensor]:
+        return {}
+
+    def router_spoke(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
+        self._prefetcher.router_spoke(layer_idx, expert_ids)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Rules for whichever cache `open_tiers` makes."""
 
     tiny: TinyExperts
     cache: ExpertCache
     executor: Executor
+    prefetcher: Prefetcher
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,9 +169,26 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS), keep=st.sets(st.sampled_from(KEYS), max_size=3))
     def fetch_ahead(self, key: ExpertKey, keep: set[ExpertKey]) -> None:
+        """As admission does, past the prefetcher."""
+        if self.cache.ahead_bytes + self.cache.num_bytes(key) > BUDGET_BYTES:
+            return
         kept = {k for k in keep if self.cache.is_ready(k)}
         self.cache.start_ahead(key, keep=keep)
         assert all(self.cache.is_ready(k) for k in kept)
+
+    @rule(
+        layer_idx=st.integers(0, NUM_LAYERS - 1), experts=st.lists(st.integers(0, NUM_EXPERTS - 1), max_size=6),
+        whole_layer=st.booleans(),
+    )  # fmt: skip
+    def guess(self, layer_idx: int, experts: list[int], whole_layer: bool) -> None:
+        self.prefetcher.want(layer_idx, experts, distance=1, whole_layer=whole_layer)
+
+    @rule()
+    def pump(self) -> None:
+        ready = {key for key in self.prefetcher.wanted if self.cache.is_ready(key)}
+        self.prefetcher.pump()
+        assert self.cache.ahead_bytes <= BUDGET_BYTES
+        assert all(self.cache.is_ready(key) for key in ready)
 
     @rule(key=st.sampled_from(KEYS))
     def take_back(self, key: ExpertKey) -> None:
@@ -191,6 +229,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.executor.recover()
         self.check_at_rest()
         assert self.cache.ahead_bytes == 0
+        assert self.prefetcher.audit.total().pending == 0
+
+    def attach(self, cache: ExpertCache, **options: Any) -> None:
+        """The engine's own parts around `cache`."""
+        self.cache = cache
+        self.prefetcher = cache.listener = Prefetcher(cache, budget_bytes=BUDGET_BYTES, mode=2)
+        ahead = AheadOfTime(cast("Lookahead", Silent(self.prefetcher)), self.prefetcher, order=range(NUM_LAYERS))
+        self.executor = Executor(cache, ahead=ahead, **options)
 
     def check_at_rest(self) -> None:
         assert "| 0 held |" in repr(self.cache), repr(self.cache)
@@ -202,6 +248,7 @@ class CacheMachine(RuleBasedStateMachine):
         counters = self.cache.counters
         assert self.cache.ahead_bytes >= 0
         assert counters.ahead_bytes == counters.ahead_used_bytes + counters.ahead_wasted_bytes + self.pending_bytes()
+        assert self.prefetcher.audit.total().pending_bytes <= self.pending_bytes()
 
     @invariant()
     @precondition(lambda self: hasattr(self, "cache"))
@@ -231,17 +278,20 @@ class OneTier(CacheMachine):
         self.tiny = tiny_experts()
         disk_type = type("Disk", (ManualDisk,), {"moves": self.moves})
         opened = self.opened.enter_context(open_cache(self.tiny, num_slots=num_slots, disk_type=disk_type))
-        self.cache, self.executor = opened.cache, Executor(opened.cache)
+        self.attach(opened.cache)
 
 
 class ForcedCpu:
     """Sends every other miss to RAM."""
 
-    def place(self, layer_idx: int, misses: Sequence[ExpertKey], rows: Sequence[int]) -> set[ExpertKey]:
-        return set(misses[::2])
+    def place(
+        self, layer_idx: int, late: Sequence[ExpertKey], missing: Sequence[ExpertKey], rows: dict[ExpertKey, int]
+    ) -> set[ExpertKey]:
+        assert {*late, *missing} == set(rows)
+        return set(missing[::2])
 
-    def ran(self, layer_idx: int, *, fetched: int, computed: int, seconds: float) -> None:
-        assert fetched >= 0 and computed >= 0
+    def served(self, keys: Sequence[ExpertKey]) -> None:
+        assert keys
 
 
 class TwoTierMachine(CacheMachine):
@@ -260,11 +310,11 @@ class TwoTierMachine(CacheMachine):
                 disk_type=disk_type,
             )  # fmt: skip
         )
-        self.tiers, self.cache = tiers, tiers.cache
+        self.tiers = tiers
         cpu = CpuExperts(tiers.host, tiers.link.settle) if on_cpu else None
         if cpu is not None:
             self.opened.callback(cpu.close)
-        self.executor = Executor(tiers.cache, cpu=cpu, placer=ForcedCpu() if on_cpu else None)
+        self.attach(tiers.cache, cpu=cpu, placer=ForcedCpu() if on_cpu else None)
 
     @invariant()
     @precondition(lambda self: hasattr(self, "cache"))

@@ -266,9 +266,9 @@ def test_reads_are_of_one_expert_each(opened: Opened) -> None:
 class FilledDisk(RecordingDisk):
     """Overwrites the slot before it reads, as an evicted expert's bytes do."""
 
-    def read(self, plan: ReadPlan, slot: memoryview) -> Ticket:
+    def read(self, plan: ReadPlan, slot: memoryview, *, urgent: bool = True) -> Ticket:
         slot[:] = b"\xff" * len(slot)
-        return super().read(plan, slot)
+        return super().read(plan, slot, urgent=urgent)
 
 
 def test_no_byte_of_the_evicted_expert_is_left(tiny_of_layout: TinyExperts) -> None:

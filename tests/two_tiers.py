@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from makers import RecordingDisk, TinyExperts, index_experts
 
 from offmoe.base.counters import Counters
@@ -19,7 +18,7 @@ from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.formats.layout import device_slot_bytes, layout_of
 from offmoe.tiers.copier import Copier
-from offmoe.tiers.device import DevicePool
+from offmoe.tiers.device import SimulatedDevice
 from offmoe.tiers.host import HostPool
 
 
@@ -64,7 +63,7 @@ def open_two_tiers(
     host_source = DiskSource(experts, host_pool, disk)
     num_layers = len(experts.layers)
     host = ExpertCache(host_slots, num_layers, host_source, make_policy("lru"), host_counters)
-    pool = DevicePool(torch.device("cpu"), num_slots=device_slots, slot_bytes=device_slot_bytes(experts))
+    pool = SimulatedDevice(bytes_per_s=1e12).make_pool(device_slots, device_slot_bytes(experts))
     layouts = [layout_of(layer) for layer in experts.layers]
     link = LinkSource(experts, layouts, host, host_source, pool, copier, counters)
     cache = ExpertCache(device_slots, num_layers, link, make_policy("lru"), counters)

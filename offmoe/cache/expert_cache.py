@@ -29,7 +29,7 @@ from offmoe.tiers.copier import Ticket
 
 @dataclass(slots=True)
 class Fetch:
-    """A move under way. `ahead`: nobody waits for it; `doomed`: taken back, it will not arrive.
+    """A move under way. `ahead`: nobody waits for it; `was_ahead`: it was begun so; `doomed`: it will not arrive.
 
     A fetch that is not ahead ends in `finish` or `abandon`.
     """
@@ -37,7 +37,8 @@ class Fetch:
     key: ExpertKey
     slot: int
     ticket: Ticket
-    ahead: bool
+    ahead: bool = False
+    was_ahead: bool = False
     doomed: bool = False
 
 
@@ -149,7 +150,7 @@ class ExpertCache:
         fetch = self._begin(key, victim, cold=True, urgent=False)
         if fetch is None:
             return False
-        fetch.ahead = True
+        fetch.ahead = fetch.was_ahead = True
         self._unused.add(key)
         self.ahead_bytes += self.num_bytes(key)
         self.counters.ahead_bytes += self.num_bytes(key)
@@ -185,7 +186,7 @@ class ExpertCache:
         if ticket is None:
             return None
         self._policy.inserted(key, cold=cold)
-        fetch = self._coming[key] = Fetch(key, slot, ticket, ahead=False)
+        fetch = self._coming[key] = Fetch(key, slot, ticket)
         return fetch
 
     def finish(self, fetch: Fetch) -> ExpertWeights:

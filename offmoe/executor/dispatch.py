@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
@@ -25,18 +27,18 @@ def num_rows(assigned: list[Assignment]) -> int:
     return sum(assignment.num_rows for assignment in assigned)
 
 
-def dispatch(expert_ids_TK: torch.Tensor, num_experts: int) -> list[Assignment]:
+def dispatch(expert_ids_TK: torch.Tensor, num_experts: int, *, device: torch.device = CPU) -> list[Assignment]:
     """Group the choices by expert, in order of expert id. Ids outside [0, num_experts) are padding and dropped.
 
-    Ids on a device come to the host once, which is the layer's one wait for the device; the index tensors go back.
+    `expert_ids_TK` is on the host; `choices_N` and `tokens_N` are made on `device`.
     """
     num_tokens, top_k = expert_ids_TK.shape
     if num_tokens == 1:
         return _dispatch_one(expert_ids_TK[0].tolist(), num_experts)
-    ids_S = expert_ids_TK.reshape(-1).cpu()
+    ids_S = expert_ids_TK.reshape(-1)
     order_S = torch.argsort(ids_S, stable=True)
     experts, counts = torch.unique_consecutive(ids_S[order_S], return_counts=True)
-    order_S = order_S.to(expert_ids_TK.device, non_blocking=True)
+    order_S = order_S.to(device, non_blocking=True)
     assignments, begin = [], 0
     for expert_idx, count in zip(experts.tolist(), counts.tolist(), strict=True):
         choices_N = order_S[begin : begin + count]

@@ -27,29 +27,43 @@ COMBINE_ROWS = 256
 
 
 class Ahead(Protocol):
-    """Who fetches for layers to come. Knows the model's states by itself; the executor tells it the time."""
+    """Who fetches for layers to come (prefetch/ahead.py). The model's states reach it by themselves."""
+
+    def pending(self) -> dict[int, torch.Tensor]:
+        """Guesses that are still on the device: layer -> ids (T, K)."""
+
+    def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]]) -> None:
+        """A pending guess, as numbers."""
 
     def router_spoke(self, layer_idx: int, expert_ids: Sequence[int], num_tokens: int) -> None:
-        """Layer `layer_idx` needs these experts. Called before its demand fetches start."""
+        """The layer needs these experts. Called before anything is used or fetched."""
 
-    def look(self, layer_idx: int) -> None:
-        """The demand fetches of `layer_idx` are under way: time to guess for the layers after it."""
+    def demand_begins(self) -> None:
+        """Fetches that the layer waits for are under way: start nothing."""
+
+    def demand_ends(self, num_bytes: int, stall_ns: int) -> None:
+        """They have arrived, after standing still for `stall_ns`."""
 
     def pump(self) -> None:
-        """The demand of a layer is served: the tier below is idle unless something is started now."""
+        """A moment to start something."""
+
+    def layer_ended(self, layer_idx: int) -> None:
+        """The layer's sum is made, or queued on the device."""
 
     def reset(self) -> None:
         """A call was broken off: forget what is queued."""
 
 
 class Placer(Protocol):
-    """Who decides, for each miss, between fetching it to the device and computing it in RAM."""
+    """Who decides between fetching a miss and computing it in RAM (executor/misses.py)."""
 
-    def place(self, layer_idx: int, misses: Sequence[ExpertKey], rows: Sequence[int]) -> Collection[ExpertKey]:
-        """The misses that are to be computed in RAM."""
+    def place(
+        self, layer_idx: int, late: Sequence[ExpertKey], missing: Sequence[ExpertKey], rows: dict[ExpertKey, int]
+    ) -> Collection[ExpertKey]:
+        """Those of `missing` that are to be computed in RAM. Called in every layer call."""
 
-    def ran(self, layer_idx: int, *, fetched: int, computed: int, seconds: float) -> None:
-        """What the misses of a call cost, from the decision to the last result."""
+    def served(self, keys: Sequence[ExpertKey]) -> None:
+        """These were."""
 
 
 class Executor:
@@ -74,16 +88,26 @@ class Executor:
         """
         self._counters.layer_calls += 1
         num_tokens, top_k = expert_ids_TK.shape
-        if x_TD.device.type != "cpu":
-            self._counters.syncs += 1
-        assignments = dispatch(expert_ids_TK, num_experts)
+        assignments = dispatch(self._to_host(expert_ids_TK), num_experts, device=x_TD.device)
         y_SD = torch.zeros(num_tokens * top_k, x_TD.shape[-1], dtype=math.dtype, device=x_TD.device)
         _LayerRun(self, layer_idx, math, x_TD, y_SD).run(assignments)
         y_TD = combine(y_SD, weights_TK, x_TD.dtype)
         if self.ahead is not None:
-            self.cache.poll()
-            self.ahead.pump()
+            self.ahead.layer_ended(layer_idx)
         return y_TD
+
+    def _to_host(self, expert_ids_TK: torch.Tensor) -> torch.Tensor:
+        """The ids on the host; with them, in the same copy and wait, the guesses for layers to come."""
+        if expert_ids_TK.device.type == "cpu":
+            return expert_ids_TK
+        self._counters.syncs += 1
+        guesses = self.ahead.pending() if self.ahead is not None else {}
+        flat = torch.cat([expert_ids_TK.flatten(), *(ids_TK.flatten() for ids_TK in guesses.values())]).cpu()
+        own, *others = torch.split(flat, [expert_ids_TK.numel(), *(ids_TK.numel() for ids_TK in guesses.values())])
+        if self.ahead is not None:
+            for (layer_idx, ids_TK), host_ids in zip(guesses.items(), others, strict=True):
+                self.ahead.take(layer_idx, host_ids.view(ids_TK.shape).tolist())
+        return own.view(expert_ids_TK.shape)
 
     def recover(self) -> None:
         """After a call was broken off between any two lines: nothing is computed, held or under way any more."""
@@ -105,8 +129,10 @@ class _LayerRun:
         self._x_TD, self._y_SD = x_TD, y_SD
         self._in_flight: deque[tuple[Fetch, list[Assignment]]] = deque()
         self._held: list[ExpertKey] = []
+        self._ahead = executor.ahead
         self._job: CpuJob | None = None
-        self._num_on_cpu = 0
+        self._on_cpu: list[ExpertKey] = []
+        self._demanded_bytes = self._stall_ns = 0
 
     def run(self, assignments: list[Assignment]) -> None:
         by_expert: dict[int, list[Assignment]] = {}
@@ -114,15 +140,16 @@ class _LayerRun:
             by_expert.setdefault(assignment.expert_idx, []).append(assignment)
         keep = self._experts_to_keep(by_expert)
         hits, late, missing = self._look_up(by_expert)
-        num_misses = len(missing)
-        begin = time.perf_counter()
         try:
             ready = [self._use(idx, by_expert[idx], touch=idx in keep) for idx in hits]
             self._claim(late, by_expert, keep)
-            missing = self._send_to_cpu(missing, by_expert)
+            missing = self._send_to_cpu(late, missing, by_expert)
             self._start_fetches(missing, by_expert, keep)
-            if self._executor.ahead is not None:
-                self._executor.ahead.look(self._layer_idx)
+            if self._ahead is not None:
+                if self._in_flight:
+                    self._ahead.demand_begins()
+                else:
+                    self._ahead.pump()
             self._compute(ready)
             while self._in_flight or missing:
                 self._start_fetches(missing, by_expert, keep)
@@ -130,7 +157,7 @@ class _LayerRun:
                     self._make_room()
                     self._start_fetches(missing, by_expert, keep)
                 assert self._in_flight, f"{self._cache!r} has no slot to free, and nothing is under way"
-                self._compute_arrivals()
+                self._compute_arrivals(is_last=not missing)
             if self._job is not None:
                 self._job.collect(self._y_SD)
         finally:
@@ -138,20 +165,17 @@ class _LayerRun:
             self._cache.abandon(fetch for fetch, _ in self._in_flight)
             if self._job is not None:
                 self._job.close()
-        placer, computed = self._executor.placer, self._num_on_cpu
-        if placer is not None and num_misses:
-            placer.ran(
-                self._layer_idx, fetched=num_misses - computed, computed=computed, seconds=time.perf_counter() - begin
-            )
+        if self._job is not None and self._executor.placer is not None:
+            self._executor.placer.served(self._on_cpu)
 
     def _look_up(self, by_expert: dict[int, list[Assignment]]) -> tuple[list[int], list[int], deque[int]]:
         """Which experts are here, which are on their way, and which are neither. Tells whoever fetches ahead."""
         cache, layer_idx = self._cache, self._layer_idx
         keys = {idx: ExpertKey(layer_idx, idx) for idx in by_expert}
-        if self._executor.ahead is not None:
-            cache.poll()
-            self._executor.ahead.router_spoke(layer_idx, list(by_expert), self._x_TD.shape[0])
-            cache.expire_ahead(layer_idx, keys.values())
+        cache.poll()
+        if self._ahead is not None:
+            self._ahead.router_spoke(layer_idx, list(by_expert), self._x_TD.shape[0])
+        cache.expire_ahead(layer_idx, keys.values())
         hits = [idx for idx, key in keys.items() if cache.is_ready(key)]
         late = [idx for idx, key in keys.items() if cache.is_coming(key)]
         missing = deque(idx for idx in by_expert if idx not in hits and idx not in late)
@@ -187,20 +211,20 @@ class _LayerRun:
             assert fetch is not None, f"{idx=} was on its way"
             self._in_flight.append((fetch, by_expert[idx]))
 
-    def _send_to_cpu(self, missing: deque[int], by_expert: dict[int, list[Assignment]]) -> deque[int]:
+    def _send_to_cpu(self, late: list[int], missing: deque[int], by_expert: dict[int, list[Assignment]]) -> deque[int]:
         """Hand the misses that are better computed in RAM over to the CPU; returns those that are to be fetched."""
-        executor = self._executor
-        if executor.cpu is None or executor.placer is None or not missing:
+        cpu, placer = self._executor.cpu, self._executor.placer
+        if cpu is None or placer is None:
             return missing
-        keys = [ExpertKey(self._layer_idx, idx) for idx in missing]
-        chosen = executor.placer.place(self._layer_idx, keys, [num_rows(by_expert[idx]) for idx in missing])
+        late_keys, keys = ([ExpertKey(self._layer_idx, idx) for idx in group] for group in (late, missing))
+        rows = {key: num_rows(by_expert[key.expert_idx]) for key in (*late_keys, *keys)}
+        chosen = placer.place(self._layer_idx, late_keys, keys, rows)
         if not chosen:
             return missing
-        self._num_on_cpu = len(chosen)
-        self._counters.cpu_experts += len(chosen)
-        self._job = executor.cpu.start(
-            self._layer_idx, self._math, {key: by_expert[key.expert_idx] for key in keys if key in chosen}, self._x_TD
-        )
+        self._on_cpu = [key for key in keys if key in chosen]
+        self._counters.cpu_experts += len(self._on_cpu)
+        assigned = {key: by_expert[key.expert_idx] for key in self._on_cpu}
+        self._job = cpu.start(self._layer_idx, self._math, assigned, self._x_TD)
         return deque(key.expert_idx for key in keys if key not in chosen)
 
     def _start_fetches(self, missing: deque[int], by_expert: dict[int, list[Assignment]], keep: set[int]) -> None:
@@ -216,7 +240,7 @@ class _LayerRun:
             self._job.collect(self._y_SD)
         self._cache.settle()
 
-    def _compute_arrivals(self) -> None:
+    def _compute_arrivals(self, *, is_last: bool) -> None:
         """Wait for the oldest fetch, then compute it with whatever else has arrived by now."""
         arrived: list[Computed] = []
         begin = time.perf_counter_ns()
@@ -224,7 +248,13 @@ class _LayerRun:
             fetch, assignments = self._in_flight.popleft()
             arrived.append(Computed(fetch.slot, self._cache.finish(fetch), assignments))
             self._held.append(fetch.key)
-        self._counters.disk_stall_ns += time.perf_counter_ns() - begin
+            self._demanded_bytes += 0 if fetch.was_ahead else self._cache.num_bytes(fetch.key)
+        self._stall_ns += time.perf_counter_ns() - begin
+        if is_last and not self._in_flight:
+            self._counters.disk_stall_ns += self._stall_ns
+            if self._ahead is not None:
+                self._ahead.demand_ends(self._demanded_bytes, self._stall_ns)
+                self._ahead.pump()
         self._compute(arrived)
 
     def _compute(self, experts: list[Computed]) -> None:

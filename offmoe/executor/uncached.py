@@ -24,8 +24,8 @@ class UncachedExecutor:
         x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """The experts' weighted sum, (T, D) in x's dtype."""
-        y_SD = torch.zeros(expert_ids_TK.numel(), x_TD.shape[-1], dtype=math.dtype)
-        for assignment in dispatch(expert_ids_TK, num_experts):
+        y_SD = torch.zeros(expert_ids_TK.numel(), x_TD.shape[-1], dtype=math.dtype, device=x_TD.device)
+        for assignment in dispatch(expert_ids_TK.cpu(), num_experts, device=x_TD.device):
             layer = self._index.layers[layer_idx]
             plan = plan_read(
                 self._index.spans(ExpertKey(layer_idx, assignment.expert_idx)), align_bytes=BUFFERED_ALIGN_BYTES
@@ -35,7 +35,7 @@ class UncachedExecutor:
             for run in plan.runs:
                 part = view[run.slot_offset : run.slot_offset + run.num_bytes]
                 self._files[run.file_idx].read_into(part, run.start, need_bytes=run.need_bytes)
-            weights = view_expert(layer, slot, plan.source_offsets)
+            weights = view_expert(layer, slot.to(x_TD.device), plan.source_offsets)
             x_ND = x_TD if assignment.tokens_N is None else x_TD[assignment.tokens_N]
             y_SD[assignment.choices_N] = experts_forward(math, [(assignment.expert_idx, weights, x_ND)])
         return combine(y_SD, weights_TK, x_TD.dtype)

@@ -1,0 +1,67 @@
+"""Lookahead and prefetcher together, as the executor sees them: what to tell whom in which order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from offmoe.prefetch.lookahead import Lookahead
+from offmoe.prefetch.prefetcher import Prefetcher
+
+
+class AheadOfTime:
+    """One forward pass runs the layers of `order`; each tells when its router spoke, when it waits and when it ended."""
+
+    def __init__(
+        self, lookahead: Lookahead, prefetcher: Prefetcher, *, order: Sequence[int],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
+        self.lookahead, self.prefetcher = lookahead, prefetcher
+        self._first, self._last = order[0], order[-1]
+        self._clock = clock
+        self._begin_s = clock()
+        self._num_tokens = 0
+
+    def pending(self) -> dict[int, torch.Tensor]:
+        """Predictions on the device that the host does not have yet; hand them over with `take`."""
+        return self.lookahead.pending()
+
+    def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]]) -> None:
+        """A pending prediction, as numbers."""
+        self.lookahead.take(layer_idx, ids_TK)
+
+    def router_spoke(self, layer_idx: int, expert_ids: Sequence[int], num_tokens: int) -> None:
+        """Before anything of the layer is used or fetched."""
+        if layer_idx == self._first:
+            self._begin_s, self._num_tokens = self._clock(), num_tokens
+        self.lookahead.router_spoke(layer_idx, expert_ids)
+
+    def demand_begins(self) -> None:
+        """The layer's own fetches are under way."""
+        self.prefetcher.demand_begins()
+
+    def demand_ends(self, num_bytes: int, stall_ns: int) -> None:
+        """They have arrived: the tier below is free for others."""
+        self.prefetcher.demand_ends(num_bytes, stall_ns)
+
+    def pump(self) -> None:
+        """A moment to start something; what the layer needs is held."""
+        self.prefetcher.pump()
+
+    def layer_ended(self, layer_idx: int) -> None:
+        """The layer's sum is made."""
+        self.prefetcher.pump()
+        if layer_idx == self._last and self._num_tokens:
+            self.prefetcher.pass_ended(self._clock() - self._begin_s, num_tokens=self._num_tokens)
+
+    def reset(self) -> None:
+        """A call was broken off."""
+        self._num_tokens = 0
+        self.prefetcher.reset()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `stats()`."""
+        return self.prefetcher.as_dict()
