@@ -81,8 +81,11 @@ def _whole(name: str, value: object, low: int) -> int:
     raise UsageError(f"{name} is {value!r}; use a whole number of at least {low}")
 
 
-def make_chooser(sampling: Sampling) -> Chooser:
-    """A function (ids (1, S), logits (1, V)) -> token id."""
+def make_chooser(sampling: Sampling, device: torch.device | None = None) -> Chooser:
+    """A function (ids (1, S), logits (1, V)) -> token id.
+
+    It computes on `device`, where the logits are (None: the CPU); the id alone comes from there, at one wait.
+    """
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
@@ -96,7 +99,7 @@ def make_chooser(sampling: Sampling) -> Chooser:
         processors.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p > 0.0:
         processors.append(MinPLogitsWarper(sampling.min_p))
-    generator = torch.Generator()
+    generator = torch.Generator(device or torch.device("cpu"))
     if sampling.seed is None:
         generator.seed()
     else:

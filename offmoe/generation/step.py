@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.generation.sampling import Chooser
+from offmoe.models.kv_rewind import remember
 from offmoe.models.transformers_internals import experts_modules
 
 
@@ -16,6 +18,7 @@ def generate_step(
     model: PreTrainedModel, prompt_ids: Sequence[int], choose: Chooser, *, cache: DynamicCache | None, chunk: int,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
     decode: Callable[[Forward, torch.Tensor], torch.Tensor] | None = None,
+    smaller_chunk: Callable[[int], int] | None = None,
 ) -> Iterator[int]:  # fmt: skip
     """Yield token ids without end; the caller stops. The first id comes after the whole prompt was read.
 
@@ -23,22 +26,24 @@ def generate_step(
     None the model makes its own.
     The prompt goes through in pieces of `chunk`; `on_prefill(done, total)` is called after each layer of each piece,
     with `done` in tokens. `choose` sees all ids of this call, (1, S), and the last logits, (1, V). For ids after the
-    prompt, `decode(forward, ids)` takes the place of `forward(ids)`.
+    prompt, `decode(forward, ids)` takes the place of `forward(ids)`. When the device has no memory for a piece of N
+    tokens, `smaller_chunk(N)` says in what pieces to go on, or raises; without it the prompt fails.
     """
     forward = Forward(model, cache)
-    ids = torch.tensor([list(prompt_ids)], dtype=torch.long)
-    logits = _read_prompt(model, forward, ids, chunk, on_prefill)
+    ids = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.device)
+    logits = _read_prompt(model, forward, ids, chunk, on_prefill, smaller_chunk)
     while True:
         token_id = choose(ids, logits)
         yield token_id
-        new = torch.tensor([[token_id]], dtype=torch.long)
+        new = ids.new_full((1, 1), token_id)  # filled by the device: nothing to wait for
         ids = torch.cat([ids, new], dim=1)
         logits = decode(forward, new) if decode else forward(new)
 
 
 def _read_prompt(
-    model: PreTrainedModel, forward: Forward, ids: torch.Tensor, chunk: int, on_prefill: Callable[[int, int], None]
-) -> torch.Tensor:
+    model: PreTrainedModel, forward: Forward, ids: torch.Tensor, chunk: int, on_prefill: Callable[[int, int], None],
+    smaller_chunk: Callable[[int], int] | None,
+) -> torch.Tensor:  # fmt: skip
     """The last logits, (1, V). One piece may take a minute on a large model, so layers are reported, not pieces."""
     layers = [module for _, module in experts_modules(model)]
     total, begin, size, layers_done = ids.shape[1], 0, 0, 0
@@ -51,11 +56,16 @@ def _read_prompt(
     logits = torch.empty(0)
     hooks = [layer.register_forward_hook(layer_done) for layer in layers]
     try:
-        for begin in range(0, total, chunk):
+        while begin < total:
             piece = ids[:, begin : begin + chunk]
             size, layers_done = piece.shape[1], 0
-            logits = forward(piece)
-            on_prefill(begin + size, total)
+            result = forward(piece) if smaller_chunk is None else forward.unless_out_of_memory(piece)
+            if result is None:
+                assert smaller_chunk is not None
+                chunk = smaller_chunk(size)
+                continue
+            logits, begin, size = result, begin + size, 0
+            on_prefill(begin, total)
     finally:
         for hook in hooks:
             hook.remove()
@@ -79,8 +89,22 @@ class Forward:
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Last logits (1, V) after appending ids (1, N)."""
         begin, self.position = self.position, self.position + ids.shape[1]
-        positions = {"position_ids": torch.arange(begin, self.position)[None]} if self._takes_positions else {}
+        positions = (
+            {"position_ids": torch.arange(begin, self.position, device=ids.device)[None]}
+            if self._takes_positions
+            else {}
+        )
         output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **positions, **self._options)
         self._cache = output.past_key_values
         logits: torch.Tensor = output.logits[:, -1]
         return logits
+
+    def unless_out_of_memory(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """As a call; None when the device had no memory for it, and then nothing was appended."""
+        position, cache, rewind = self.position, self._cache, remember(self._cache)
+        # Outside of the handler what it raised is gone, and with it the frames that keep the device's memory taken.
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self(ids)
+        self.position, self._cache = position, cache
+        rewind()
+        return None

@@ -127,6 +127,12 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         self.cumulative_length = length
         self.keys, self.values = self._rows(max(0, length - self.sliding_window + 1), length)
 
+    def refill(self, length: int, states: Buffers) -> None:
+        """Hold `length` tokens, of which the last ones have `states`: all that the window sees."""
+        self.offset = length - states[0].shape[-2]
+        self._write(self.offset, states)
+        self.grow_to(length)
+
     def reset(self) -> None:
         """Forget the tokens; the buffers stay."""
         self.keys = self.values = None
