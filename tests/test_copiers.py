@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from fake_link import LazyLink, make_ring_copier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,20 @@ def make_throttled() -> ThrottledCopier:
     return ThrottledCopier(bytes_per_s=1e9, latency_s=1.0, chunk_bytes=16, sleep=lambda seconds: None)
 
 
-COPIERS: dict[str, Callable[[], Copier]] = {"inline": InlineCopier, "throttled": make_throttled}
+class PinnedLink(LazyLink):
+    """Reads all memory itself."""
+
+    def reads(self, parts: Sequence[Part]) -> bool:
+        return True
+
+
+COPIERS: dict[str, Callable[[], Copier]] = {
+    "inline": InlineCopier,
+    "throttled": make_throttled,
+    "ring": lambda: make_ring_copier(LazyLink(), chunk_bytes=16),
+    "ring, pinned": lambda: make_ring_copier(PinnedLink(), chunk_bytes=16),
+    "ring, no staging": lambda: make_ring_copier(LazyLink(), chunk_bytes=16, ring_chunks=0),
+}
 
 
 @pytest.fixture(params=COPIERS)

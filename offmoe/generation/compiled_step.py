@@ -89,7 +89,7 @@ class CompiledStep:
         self.static.seek(position)
         if self.on_cuda:
             _enter_cudagraph_thread()
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            torch.compiler.cudagraph_mark_step_begin()
         logits: torch.Tensor = self._function()
         return logits.clone()
 

@@ -37,6 +37,12 @@ class HostPool:
     def __repr__(self) -> str:
         return f"<HostPool [{self.num_slots} slots of {format_bytes(self.slot_bytes)}]>"
 
+    @property
+    def slab(self) -> torch.Tensor:
+        """All slots, one after the other, as uint8."""
+        assert self._bytes is not None, "the pool is closed"
+        return self._bytes
+
     def memory(self, slot: int) -> memoryview:
         """The slot's bytes, writable."""
         assert self._view is not None, "the pool is closed"
@@ -44,14 +50,12 @@ class HostPool:
 
     def tensor(self, slot: int) -> torch.Tensor:
         """The slot's bytes as a uint8 tensor that shares their memory."""
-        assert self._bytes is not None, "the pool is closed"
-        return self._bytes.narrow(0, slot * self.slot_bytes, self.slot_bytes)
+        return self.slab.narrow(0, slot * self.slot_bytes, self.slot_bytes)
 
     def move(self, slot: int, *, src: int, dst: int, num_bytes: int) -> None:
         """Move bytes within a slot; the ranges may overlap."""
-        assert self._bytes is not None, "the pool is closed"
         assert dst >= 0 and max(src, dst) + num_bytes <= self.slot_bytes, f"{src=} {dst=} {num_bytes=}"
-        begin = self._bytes.data_ptr() + slot * self.slot_bytes
+        begin = self.slab.data_ptr() + slot * self.slot_bytes
         ctypes.memmove(begin + dst, begin + src, num_bytes)
 
     def close(self) -> None:
