@@ -237,6 +237,20 @@ def test_hooks_keep_no_tensor_of_a_forward() -> None:
     hooks.remove()
 
 
+def test_a_compiled_step_is_one_graph_without_the_hooks() -> None:
+    model = build("qwen3_moe")
+    found = map_routing(model)
+    watcher, predictor = Watcher(model, found), found.predictors[0]
+    assert predictor is not None
+    norm, state_TD = predictor.tail.steps[0].module, torch.randn(3, 48)
+    with torch.no_grad(), watcher.watching():
+        expected = norm(state_TD)
+        assert watcher.own.pop(0) is not None
+        compiled = torch.compile(norm, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(state_TD), expected)
+    assert not watcher.own
+
+
 def test_on_a_loaded_engine_asking_never_reaches_the_executor(tmp_path: Path) -> None:
     with open_tiny(save_tiny(tmp_path / "tiny", "deepseek_v3")) as engine:
         found = map_routing(engine.model)

@@ -107,7 +107,11 @@ class RoutingMap:
         return [layer.predictor for layer in self.layers]
 
     def install(self, observer: RoutingObserver) -> InstalledHooks:
-        """Tell `observer` what each layer is given, from pre-hooks on the thread that runs the model."""
+        """Tell `observer` what each layer is given, from pre-hooks on the thread that runs the model.
+
+        A step under torch.compile tells nothing: the hooks leave no trace in its graph. Install them before compiling,
+        since a change of hooks makes torch compile again.
+        """
         hooks = InstalledHooks()
         tails = {layer.layer_idx: layer.predictor.tail for layer in self.layers if layer.predictor is not None}
         sides = frozenset[int | str]().union(*(tail.steps[-1].side_names for tail in tails.values()))
@@ -123,6 +127,8 @@ def _hook_input(
     name, rest = layer.input_name, tail.steps[0].form.rest
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return
         if side_names:
             side.see({key: value for key, value in by_name(args, kwargs).items() if key in side_names})
         state = _argument(name, args, kwargs)
@@ -136,7 +142,8 @@ def _hook_state(layer_idx: int, tail: Tail, observer: RoutingObserver) -> Remova
     name, rest = tail.steps[0].state_name, tail.steps[0].form.rest
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observer.observe_state(layer_idx, _argument(name, args, kwargs).reshape(-1, *rest))
+        if not torch.compiler.is_dynamo_compiling():
+            observer.observe_state(layer_idx, _argument(name, args, kwargs).reshape(-1, *rest))
 
     return tail.steps[0].module.register_forward_pre_hook(hook, with_kwargs=True)
 
