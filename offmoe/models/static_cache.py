@@ -83,9 +83,7 @@ class StaticKv:
             sliding = isinstance(layer, SlidingLayer)
             offset = self._offsets[layer.sliding_window, layer.room] if sliding else None
             return StaticLayer((keys, values), self.position, offset)
-        if type(layer) in (LinearAttentionLayer, DummyLayer):
-            return layer
-        raise UnsupportedCacheError(f"{type(layer).__name__} has no static form")
+        return layer
 
     def seek(self, position: int) -> None:
         """The next step reads the token at `position`; those before it are in the buffers."""
@@ -128,10 +126,15 @@ class StaticKv:
 
 
 def _device_of(cache: DynamicCache) -> torch.device:
+    device = None
     for layer in cache.layers:
         if isinstance(layer, (PreallocatedLayer, SlidingLayer)) and layer.buffers is not None:
-            return layer.buffers[0].device
-    raise UnsupportedCacheError("no layer counts tokens")
+            device = layer.buffers[0].device
+        elif type(layer) not in (LinearAttentionLayer, DummyLayer):
+            raise UnsupportedCacheError(f"a {type(layer).__name__} of the KV cache has no fixed shape")
+    if device is None:
+        raise UnsupportedCacheError("no layer of the KV cache counts tokens")
+    return device
 
 
 def _static_scalar(device: torch.device) -> torch.Tensor:
