@@ -12,12 +12,13 @@ from offmoe.checkpoint.locate import locate_model
 
 if TYPE_CHECKING:
     from offmoe.generation.engine import Engine
+    from offmoe.tiers.device import Device
 
 
 def load(
     model: str | os.PathLike[str] | None = None, *,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    _baseline_bytes: int | None = None, **options: Any,
+    _baseline_bytes: int | None = None, _device: Device | None = None, **options: Any,
 ) -> Engine:  # fmt: skip
     """Load a model: a folder, a hub id, or None for the bundled demo model.
 
@@ -28,11 +29,13 @@ def load(
     `progress(stage, done_bytes, total_bytes)`.
 
     `_baseline_bytes` is for the command line: resident memory that the budget counts from, instead of what is resident
-    now. Raises OffmoeError subclasses: see offmoe.base.errors.
+    now. `_device` is for tests: used instead of the one that `device` names, and closed with the engine.
+
+    Raises OffmoeError subclasses: see offmoe.base.errors.
     """
     config = make_config(**options)
     folder = locate_model(model)
     baseline_bytes = rss_bytes() if _baseline_bytes is None else _baseline_bytes
     from offmoe.generation.engine import Engine
 
-    return Engine(folder, config, baseline_bytes=baseline_bytes, progress=progress)
+    return Engine(folder, config, baseline_bytes=baseline_bytes, progress=progress, device=_device)

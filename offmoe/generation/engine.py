@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from offmoe.base.budget import MemoryPlan
 from offmoe.base.config import EngineConfig, refuse_unknown
-from offmoe.base.errors import EngineBusyError, UsageError
+from offmoe.base.errors import DeviceError, EngineBusyError, OffmoeError, UsageError
 from offmoe.base.machine import peak_rss_bytes
 from offmoe.generation.chat import Message, chat_ids
 from offmoe.generation.compiled import DecodeCompiler
+from offmoe.generation.prefill_chunk import PrefillChunk
 from offmoe.generation.prompt import encode, stop_rules
 from offmoe.generation.sampling import Chooser, Sampling, make_chooser, resolve_sampling
 from offmoe.generation.stats import GenerationStats
 from offmoe.generation.step import generate_step
 from offmoe.generation.stream import Piece, stream_text
+from offmoe.models.device_failures import explain, peak_bytes
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.load import LoadedModel, Progress, load_model
+
+if TYPE_CHECKING:
+    from offmoe.tiers.device import Device
 
 _OPTIONS = ("max_new_tokens", "stop", "on_prefill", "ignore_end", "choose", *Sampling.__dataclass_fields__)
 _BUSY = "the engine is generating; finish or close that stream first"
@@ -46,11 +52,18 @@ class Engine:
     One generation at a time: a second call while one runs raises EngineBusyError.
     """
 
-    def __init__(self, folder: Path, config: EngineConfig, *, baseline_bytes: int, progress: Progress) -> None:
+    def __init__(
+        self, folder: Path, config: EngineConfig, *, baseline_bytes: int, progress: Progress,
+        device: Device | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.config = folder, config
         self._baseline_bytes = baseline_bytes
-        loaded = load_model(folder, config, baseline_bytes=baseline_bytes, progress=progress)
+        loaded = load_model(folder, config, baseline_bytes=baseline_bytes, device=device, progress=progress)
         self._loaded: LoadedModel | None = loaded
+        self._halving_chunk = (
+            None if loaded.device is None
+            else PrefillChunk(loaded.plan.prefill_chunk, loaded.device, divisible=loaded.chunkable)
+        )  # fmt: skip
         self.tokenizer = loaded.tokenizer
         self._running = threading.Lock()
         self._compiler = _make_compiler(loaded, config, progress)
@@ -98,9 +111,12 @@ class Engine:
             yield
 
     def stats(self) -> dict[str, Any]:
-        """Totals since load: every counter, hit rate, slots, and peak memory growth against the budget."""
+        """Totals since load: every counter, hit rate, slots, and peak memory growth against the budget.
+
+        With a device also its name, slots and memory; its peak is what torch allocated, None where that is not counted.
+        """
         cache = self._parts.cache
-        return {
+        totals: dict[str, Any] = {
             **cache.counters.as_dict(),
             "hit_rate": cache.counters.hit_rate,
             "experts_cached": cache.num_slots,
@@ -111,6 +127,13 @@ class Engine:
             "planned_bytes": self.plan.total_bytes,
             "peak_rss_growth_bytes": max(0, peak_rss_bytes() - self._baseline_bytes),
         }
+        device, plan = self._parts.device, self._parts.device_plan
+        if device is not None and plan is not None:
+            totals |= {
+                "device": device.name, "device_slots": plan.num_slots, "vram_bytes": plan.vram_bytes,
+                "device_planned_bytes": plan.total_bytes, "device_peak_bytes": peak_bytes(device),
+            }  # fmt: skip
+        return totals
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Reply:
         """The whole reply to `prompt` (text or token ids). Options as in `stream`."""
@@ -139,7 +162,8 @@ class Engine:
         the end token. `choose` replaces sampling by a function (ids, logits) -> id.
 
         Raises UsageError (unknown or impossible option), ContextLengthError (the prompt leaves no room for a token) and
-        EngineBusyError at the call; CheckpointError from a failed read at any step, after which the engine is usable.
+        EngineBusyError at the call. At any step CheckpointError from a failed read and BudgetError from a full device,
+        after which the engine is usable, and DeviceError from a lost one, after which it is closed.
         """
         parts = self._parts
         if self._running.locked():
@@ -150,30 +174,38 @@ class Engine:
             num_prompt=len(ids), context_length=parts.context_length, max_new_tokens=max_new_tokens, stop=stop,
             end_ids=frozenset() if ignore_end else self._end_ids(), has_text=self.tokenizer is not None,
         )  # fmt: skip
-        compiler = self._compiler
+        compiler, halving = self._compiler, self._halving_chunk
         cache = compiler.cache if compiler else make_kv_cache(parts.model, parts.context_length)
         steps = generate_step(
-            parts.model, ids, choose or make_chooser(settings), cache=cache, chunk=parts.plan.prefill_chunk,
-            on_prefill=on_prefill, decode=compiler,
+            parts.model, ids, choose or make_chooser(settings, parts.model.device), cache=cache,
+            chunk=halving.size if halving else parts.plan.prefill_chunk, on_prefill=on_prefill, decode=compiler,
+            smaller_chunk=halving.halve if halving else None,
         )  # fmt: skip
         pieces = stream_text(steps, self.tokenizer, rules, parts.cache.counters, num_prompt_tokens=len(ids))
         return self._exclusively(pieces, num_tokens=len(ids) + rules.max_new_tokens)
 
     def _exclusively(self, pieces: Iterator[Piece], *, num_tokens: int) -> Iterator[Piece]:
         """Hold the engine from the first piece to the last, or to the generator's end. For up to `num_tokens`."""
-        _ = self._parts  # raises when the engine was closed since the call
+        device = self._parts.device  # raises when the engine was closed since the call
         if not self._running.acquire(blocking=False):
             raise EngineBusyError(_BUSY)
+        better: OffmoeError | None = None
         try:
             if self._compiler is not None:
                 self._compiler.begin(num_tokens)
             yield from pieces
-        except Exception:  # whatever a close in another thread broke off, it is the close that the user should hear of
-            if self._loaded is None:
+        except Exception as error:
+            if self._loaded is None:  # whatever a close in another thread broke off, the user should hear of the close
                 raise EngineBusyError("the engine was closed while it was generating; load the model again") from None
-            raise
+            better = error if isinstance(error, DeviceError) else explain(error, device)
+            if better is None:
+                raise
         finally:
             self._running.release()
+        if isinstance(better, DeviceError):
+            self._give_up()
+        if better is not None:  # not in the handler: a traceback that is referred to keeps tensors on the device
+            raise better
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
         refuse_unknown(options, _OPTIONS)
@@ -193,6 +225,11 @@ class Engine:
             if self._compiler is not None:
                 self._compiler.close()
             loaded.close()
+
+    def _give_up(self) -> None:
+        """Close, when the device is lost: whatever is released on it may fail too, and that says nothing new."""
+        with contextlib.suppress(RuntimeError, DeviceError):
+            self.close()
 
     def __enter__(self) -> Engine:
         return self
