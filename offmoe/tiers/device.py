@@ -142,8 +142,9 @@ class SimulatedDevice:
         memory = torch.empty(num_bytes + SLOT_ALIGN_BYTES, dtype=torch.uint8)
         return memory.narrow(0, -memory.data_ptr() % SLOT_ALIGN_BYTES, num_bytes)
 
-    def pin(self, slab: torch.Tensor) -> None:
+    def pin(self, slab: torch.Tensor) -> str | None:
         """Nothing to do."""
+        return None
 
     def unpin(self) -> None:
         """Nothing to undo."""
