@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from virtual_machine import CancelledJobError, Job, Speeds, VirtualMachine
 
 from offmoe.base.keys import ExpertKey
+from offmoe.cache.expert_cache import AheadListener
 from offmoe.cache.policy import LruPolicy
 from offmoe.cache.slots import SlotState, SlotTable
-from offmoe.prefetch.prefetcher import AheadListener, Prefetcher
+from offmoe.prefetch.prefetcher import Prefetcher
 
 EXPERT_BYTES = 1_000_000
-CHUNK_BYTES = 250_000
+CHUNK_BYTES = 500_000
 
 
 @dataclass
@@ -313,3 +314,13 @@ class World:
             started.append(coming)
             missing.pop(0)
         return started
+
+
+def check_prefetcher(prefetcher: Prefetcher, unused: Collection[ExpertKey], budget_bytes: int) -> None:
+    """What always holds of a prefetcher's books; `unused`: what its cache fetched ahead and nobody has used yet."""
+    total = prefetcher.audit.total()
+    assert total.pending == len(unused) and total.pending >= 0, f"{total} {unused=}"
+    assert total.started_bytes == total.useful_bytes + total.wasted_bytes + total.cancelled_bytes + total.pending_bytes
+    assert prefetcher.cache.ahead_bytes <= budget_bytes, f"{prefetcher!r} {budget_bytes=}"
+    assert prefetcher.num_pending == len(unused), f"{prefetcher!r} {unused=}"
+    assert total.covered <= total.needed and total.named <= total.needed and total.late <= total.useful

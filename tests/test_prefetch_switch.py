@@ -13,6 +13,7 @@ from offmoe.prefetch.prefetcher import Prefetcher
 from offmoe.prefetch.switch import FIRST_PAUSE_CALLS, WINDOW_CALLS, Mode, Switch
 
 BUDGET = 8 * EXPERT_BYTES
+NUM_PASSES = 1200
 SLOW, VERY_SLOW = 1e9, 0.5e9
 
 BAD_WORLDS = {
@@ -42,15 +43,15 @@ def seconds(
 
 @pytest.mark.parametrize("world", BAD_WORLDS)
 def test_where_it_does_not_pay_auto_costs_less_than_two_percent(world: str) -> None:
-    off_s, _ = seconds(BAD_WORLDS[world], "off", 2000)
-    auto_s, prefetcher = seconds(BAD_WORLDS[world], "auto", 2000)
+    off_s, _ = seconds(BAD_WORLDS[world], "off", NUM_PASSES)
+    auto_s, prefetcher = seconds(BAD_WORLDS[world], "auto", NUM_PASSES)
     assert auto_s <= 1.02 * off_s, f"{auto_s / off_s=} {prefetcher!r}"
 
 
 def test_two_distances_cost_no_more() -> None:
     shape = BAD_WORLDS["predicting takes twice the time of a layer"]
-    off_s, _ = seconds(shape, "off", 2000)
-    auto_s, prefetcher = seconds(shape, "auto", 2000, distances=(1, 2))
+    off_s, _ = seconds(shape, "off", NUM_PASSES)
+    auto_s, prefetcher = seconds(shape, "auto", NUM_PASSES, distances=(1, 2))
     assert auto_s <= 1.02 * off_s, f"{auto_s / off_s=} {prefetcher!r}"
 
 
@@ -64,8 +65,13 @@ def test_where_the_link_is_the_bottleneck_and_has_idle_time_it_is_15_percent_fas
 
 def test_it_is_on_again_when_it_pays_at_last() -> None:
     shape = Shape(num_slots=12, predict_s=1e-3, drift={200: {"predict_s": 0.0}})
-    _, prefetcher = seconds(shape, "auto", 2500)
-    assert prefetcher.switch.distance == 1, f"{prefetcher!r}"
+    trial = Trial((0, 1))
+    world = World(shape)
+    prefetcher = Prefetcher(world.cache, budget_bytes=BUDGET, switch=Switch("auto", trial=trial))
+    world.run(prefetcher, 200)
+    assert trial.num_comparisons and trial.choice == 0
+    world.run(prefetcher, 2000)
+    assert trial.choice == 1, f"{trial!r} {prefetcher!r}"
 
 
 def run_window(

@@ -156,6 +156,12 @@ class Audit:
         layer.cancelled += 1
         layer.cancelled_bytes += num_bytes
 
+    def give_up_pending(self) -> None:
+        """Whatever is pending will not be heard of again: wasted. Evens out what a broken-off call counted by half."""
+        for layer in self._layers.values():
+            layer.wasted += layer.pending
+            layer.wasted_bytes += layer.pending_bytes
+
     def spent_predicting(self, layer_idx: int, predict_ns: int) -> None:
         """A prediction for the layer was made."""
         self.layer(layer_idx).predict_ns += predict_ns

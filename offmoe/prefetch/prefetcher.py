@@ -26,16 +26,6 @@ from offmoe.prefetch.switch import Mode, Switch
 SLACK_CALLS = 2
 
 
-class AheadListener(Protocol):
-    """Is told once of each fetch ahead of time how it ended (see cache/expert_cache.py)."""
-
-    def used_ahead(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
-        """It was used; `late`: it was still under way and waited for."""
-
-    def wasted_ahead(self, key: ExpertKey) -> None:
-        """It was not used."""
-
-
 class AheadCache(Protocol):
     """What of `ExpertCache` a prefetcher uses."""
 
@@ -91,13 +81,13 @@ class Prefetcher:
 
         The cache's `listener` must be this object; it is not set here.
         """
-        self._cache, self._budget_bytes = cache, budget_bytes
+        self.cache, self._budget_bytes = cache, budget_bytes
         self.audit = Audit(ns_per_byte)
         self.switch = Switch(mode) if switch is None else switch
         self._wanted: dict[int, _Wanted] = {}
         self._keep: set[ExpertKey] = set()
         self._pending: dict[int, dict[int, int]] = {}
-        self._num_pending = 0
+        self.num_pending = 0
         self._num_calls = 0
         self._is_demand_waiting = False
         self._cancelling: ExpertKey | None = None
@@ -106,7 +96,7 @@ class Prefetcher:
         queued = sum(len(wanted.queue) for wanted in self._wanted.values())
         total = self.audit.total()
         return (
-            f"<Prefetcher [{queued} queued, {self._num_pending} pending, {self._cache.ahead_bytes} bytes under way | "
+            f"<Prefetcher [{queued} queued, {self.num_pending} pending, {self.cache.ahead_bytes} bytes under way | "
             f"{total.useful} useful, {total.wasted} wasted | {self.switch!r}]>"
         )
 
@@ -148,13 +138,13 @@ class Prefetcher:
         predicted = wanted.experts if wanted is not None else frozenset[int]()
         queued = {expert for _, expert in wanted.queue} if wanted is not None else set[int]()
         pending = self._pending.get(layer_idx, {})
-        behind = sum(self._cache.num_bytes(ExpertKey(layer_idx, e)) for e in queued & needed)
+        behind = sum(self.cache.num_bytes(ExpertKey(layer_idx, e)) for e in queued & needed)
         self.audit.called(
             layer_idx, predicted=len(predicted), needed=len(needed), named=len(predicted & needed),
             covered=len(needed.intersection(pending)), behind_bytes=behind,
         )  # fmt: skip
         self._take_back(layer_idx, needed)
-        self._cache.expire_ahead(layer_idx, {ExpertKey(layer_idx, expert) for expert in needed})
+        self.cache.expire_ahead(layer_idx, {ExpertKey(layer_idx, expert) for expert in needed})
         for stale in [idx for idx, other in self._wanted.items() if other.due + SLACK_CALLS < self._num_calls]:
             self._forget(stale)
         self.switch.layer_called(layer_idx, self.audit)
@@ -175,7 +165,7 @@ class Prefetcher:
 
     def pump(self) -> None:
         """Start what the budget allows. Cheap when there is nothing to do; call it whenever there is a moment."""
-        self._cache.poll()
+        self.cache.poll()
         if self._is_demand_waiting:
             return
         for layer_idx, wanted in sorted(self._wanted.items(), key=lambda item: item[1].due):
@@ -184,7 +174,7 @@ class Prefetcher:
 
     def _pump_layer(self, layer_idx: int, wanted: _Wanted) -> bool:
         """Start what `wanted` has queued; False when nothing more can be started now, for any layer."""
-        cache, queue = self._cache, wanted.queue
+        cache, queue = self.cache, wanted.queue
         while queue:
             key = ExpertKey(layer_idx, queue[0][1])
             if not (cache.is_ready(key) or cache.is_coming(key)):
@@ -196,14 +186,14 @@ class Prefetcher:
                 if not cache.start_ahead(key, keep=self._keep):
                     return False
                 self._pending.setdefault(layer_idx, {})[key.expert_idx] = num_bytes
-                self._num_pending += 1
+                self.num_pending += 1
                 self.audit.started(layer_idx, num_bytes)
             queue.popleft()
         return True
 
     def _has_spare_slot(self) -> bool:
         """A slot is free, or unused prefetches have less than one layer's share: the ring a prefill goes through."""
-        return self._cache.slots.num_free > 0 or self._num_pending < max(1, self._cache.slots_per_layer)
+        return self.cache.slots.num_free > 0 or self.num_pending < max(1, self.cache.slots_per_layer)
 
     def used_ahead(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
         """The cache tells: a prefetch was used."""
@@ -227,11 +217,10 @@ class Prefetcher:
         Nothing is wanted or pending; what was pending counts as wasted. What was learnt stays.
         """
         self._wanted, self._keep = {}, set()
-        pending, self._pending, self._num_pending = self._pending, {}, 0
+        self._pending, self.num_pending = {}, 0
         self._is_demand_waiting, self._cancelling = False, None
-        for layer_idx, experts in pending.items():
-            for num_bytes in experts.values():
-                self.audit.wasted(layer_idx, num_bytes)
+        self.audit.give_up_pending()
+        self.switch.reset()
 
     def as_dict(self) -> dict[str, object]:
         """What it does and did, for `stats()`."""
@@ -248,13 +237,13 @@ class Prefetcher:
         pending = self._pending.get(layer_idx)
         for expert in [expert for expert in pending if expert not in wanted] if pending else ():
             key = ExpertKey(layer_idx, expert)
-            if self._cache.is_coming(key):
+            if self.cache.is_coming(key):
                 self._cancelling = key
-                self._cache.cancel_ahead(key)
+                self.cache.cancel_ahead(key)
                 self._cancelling = None
 
     def _end_pending(self, key: ExpertKey) -> int | None:
         num_bytes = self._pending.get(key.layer_idx, {}).pop(key.expert_idx, None)
         if num_bytes is not None:
-            self._num_pending -= 1
+            self.num_pending -= 1
         return num_bytes

@@ -82,10 +82,11 @@ class Switch:
 
     def __init__(self, mode: Mode, *, distances: Sequence[int] = (1,), trial: Trial[int] | None = None) -> None:
         """`mode`: "off", a fixed distance, or "auto": `trial` chooses among 0 (not at all) and `distances`."""
-        self._mode = mode
+        self._mode, self._distances = mode, tuple(distances)
+        self._is_observing = False
         self._trial: Trial[int] | None = None
         if mode == "auto":
-            self._trial = Trial((0, *distances)) if trial is None else trial
+            self._trial = Trial((0, *self._distances)) if trial is None else trial
             self.distance = self._trial.current
         else:
             self.distance = 0 if mode == "off" else mode
@@ -130,13 +131,23 @@ class Switch:
         if self._trial is None or num_tokens != 1:
             return
         was_comparing = self._trial.is_comparing
+        self._is_observing = True
         self._trial.observe(self.distance, seconds, 1)
+        self._is_observing = False
         self.distance = self._trial.current
         if self._trial.is_comparing != was_comparing:
             for layer in self._layers.values():
                 if was_comparing:
                     layer.judge()
                 layer.begin_window()
+
+    def reset(self) -> None:
+        """A call was broken off. Comparisons whose sums were broken off with it are no longer to be trusted."""
+        if self._is_observing:
+            self._trial = Trial((0, *self._distances))
+        self._is_observing = False
+        if self._trial is not None:
+            self.distance = self._trial.current
 
     def as_dict(self) -> dict[str, object]:
         """The state, for `stats()`."""

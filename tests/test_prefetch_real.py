@@ -1,0 +1,164 @@
+"""The prefetcher over the real cache and real files; and Ctrl-C at each of its lines."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from makers import NUM_EXPERTS, NUM_LAYERS, Opened, TinyExperts, failing_reads, open_cache
+from prefetch_fakes import EXPERT_BYTES, Shape, World, check_prefetcher
+
+import offmoe
+from offmoe.base.errors import DiskReadError
+from offmoe.base.keys import ExpertKey
+from offmoe.formats.dense import ExpertWeights
+from offmoe.prefetch.prefetcher import Prefetcher
+from offmoe.prefetch.switch import Mode
+
+PACKAGE = Path(offmoe.__file__).parent
+INTERRUPTED_FILES = {
+    str(PACKAGE / name)
+    for name in ("prefetch/prefetcher.py", "prefetch/audit.py", "prefetch/switch.py", "base/trial.py")
+}
+A, B, C = (ExpertKey(0, expert) for expert in range(3))
+
+
+def make(opened: Opened, *, mode: Mode = 2, budget: int = 4) -> Prefetcher:
+    budget_bytes = budget * opened.cache.num_bytes(A)
+    prefetcher = Prefetcher(opened.cache, budget_bytes=budget_bytes, mode=mode)
+    opened.cache.listener = prefetcher
+    return prefetcher
+
+
+def arrive(opened: Opened) -> None:
+    """Wait until nothing is under way."""
+    while opened.cache.ahead_bytes:
+        opened.cache.poll()
+        time.sleep(0.0005)
+
+
+def get(opened: Opened, key: ExpertKey) -> ExpertWeights:
+    """As the executor does."""
+    if opened.cache.is_ready(key):
+        return opened.cache.use(key, touch=True)
+    fetch = opened.cache.start(key, cold=False)
+    if fetch is None:
+        opened.cache.settle()
+        fetch = opened.cache.start(key, cold=False)
+    assert fetch is not None
+    return opened.cache.finish(fetch)
+
+
+@pytest.mark.parametrize("num_slots", [3, 6, NUM_LAYERS * NUM_EXPERTS])
+def test_whatever_is_predicted_the_weights_are_the_files(tiny: TinyExperts, num_slots: int) -> None:
+    rng = random.Random(num_slots)
+    with open_cache(tiny, num_slots=num_slots) as opened:
+        prefetcher = make(opened)
+        for call in range(60):
+            layer_idx = call % NUM_LAYERS
+            needed = rng.sample(range(NUM_EXPERTS), 2)
+            opened.cache.poll()
+            prefetcher.router_spoke(layer_idx, needed)
+            keys = [ExpertKey(layer_idx, expert) for expert in needed]
+            prefetcher.want((layer_idx + 1) % NUM_LAYERS, rng.sample(range(NUM_EXPERTS), 3), distance=1)
+            for key in keys:
+                weights = get(opened, key)
+                gate, up, down = tiny.matrices(key)
+                assert torch.equal(torch.cat(weights.up), torch.cat([gate, up]))
+                assert torch.equal(torch.cat(weights.down, dim=1), down)
+                prefetcher.pump()
+            opened.cache.release(keys)
+            check_prefetcher(prefetcher, opened.cache._unused, 4 * opened.cache.num_bytes(A))
+        total = prefetcher.audit.total()
+        assert total.started and total.useful
+        assert opened.cache.counters.ahead_used_bytes == total.useful_bytes
+        assert opened.cache.counters.ahead_wasted_bytes == total.wasted_bytes + total.cancelled_bytes
+        opened.cache.settle()
+        opened.assert_at_rest()
+
+
+def test_a_prefetched_expert_is_read_once(tiny: TinyExperts) -> None:
+    with open_cache(tiny, num_slots=4) as opened:
+        prefetcher = make(opened)
+        prefetcher.want(0, [0, 1], distance=1)
+        prefetcher.pump()
+        prefetcher.router_spoke(0, [0, 1])
+        get(opened, A)  # perhaps late
+        arrive(opened)
+        get(opened, B)
+        assert len(opened.disk.plans_read) == 2
+        assert prefetcher.audit.total().useful == 2
+        opened.cache.release([A, B])
+
+
+def test_a_read_that_fails_ahead_of_time_is_told_on_demand(tiny: TinyExperts) -> None:
+    with open_cache(tiny, num_slots=4) as opened:
+        prefetcher = make(opened)
+        with failing_reads(opened, B):
+            prefetcher.want(0, [0, 1, 2], distance=1)
+            prefetcher.pump()
+            arrive(opened)
+            prefetcher.pump()
+            arrive(opened)
+            with pytest.raises(DiskReadError):
+                get(opened, B)
+        assert opened.cached() == {A, C}
+        get(opened, B)
+        opened.cache.release([B])
+        check_prefetcher(prefetcher, opened.cache._unused, 4 * opened.cache.num_bytes(A))
+        opened.assert_at_rest()
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before the `number`-th line of the prefetcher runs."""
+
+    def __init__(self, number: int) -> None:
+        self._left = number
+
+    def __enter__(self) -> Interrupt:
+        self._previous = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        sys.settrace(self._previous)
+
+    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename not in INTERRUPTED_FILES:
+            return None
+        if event == "line":
+            self._left -= 1
+            if not self._left:
+                raise KeyboardInterrupt
+        return self._trace
+
+
+@pytest.mark.parametrize("mode", ["auto", 2])
+def test_after_ctrl_c_anywhere_it_is_at_rest_and_goes_on(mode: Mode) -> None:
+    """Lines 1, 1 + step, ... of a few passes, most of which compare."""
+    shape = Shape(num_layers=3, num_experts=8, top_k=2, num_slots=7)
+    number = 1
+    while True:
+        world = World(shape)
+        prefetcher = Prefetcher(world.cache, budget_bytes=3 * EXPERT_BYTES, mode=mode)
+        world.run(prefetcher, 5)
+        try:
+            with Interrupt(number):
+                world.run(prefetcher, 3)
+        except KeyboardInterrupt:
+            world.cache.recover()
+            prefetcher.reset()
+        else:
+            break
+        assert not prefetcher.wanted and not prefetcher.num_pending
+        check_prefetcher(prefetcher, [], 3 * EXPERT_BYTES)
+        world.run(prefetcher, 3)
+        check_prefetcher(prefetcher, world.cache.unused, 3 * EXPERT_BYTES)
+        number += 7
+    assert number > 200
