@@ -29,6 +29,7 @@ from benchlib.device_levels import SETTINGS, Bench, Level, Work, run_level
 from benchlib.device_report import device_tables
 from benchlib.device_systems import Place, offloaded_transformers, resident_transformers
 from benchlib.errors import ScriptError
+from benchlib.families import FAMILIES
 from benchlib.ledger import Ledger, TimeIsUpError
 from benchlib.roofline import Bandwidths
 from benchlib.stdlib_text import held_out_ids
@@ -172,7 +173,8 @@ def make(ledger: Ledger, plan: Plan, name: str, *, num_layers: int, dtype: str) 
     begin_s = ledger.left_s
     model = make_model(
         plan.scratch / f"{name}-{num_layers}-{dtype}", name, num_layers=num_layers,
-        vocab_size=256 if plan.simulate else VOCAB, dtype=dtype, tiny=plan.simulate,
+        vocab_size=256 if plan.simulate else VOCAB, dtype=dtype,
+        overrides=FAMILIES[name].tiny if plan.simulate else None,
     )  # fmt: skip
     ledger.add(
         "model", model=name, layers=num_layers, dtype=dtype, experts=model.num_experts, top_k=model.top_k,

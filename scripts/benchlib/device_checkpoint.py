@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchlib.families import EMBEDDING_DEVIATION, FAMILIES, OUTPUT_NAME, build_config
+from benchlib.families import EMBEDDING_DEVIATION, OUTPUT_NAME, Config, build_config
 from benchlib.shards import DTYPES
 
 POOL_ELEMENTS = 32 << 20
@@ -70,14 +70,15 @@ class _Tensor:
 
 
 def make_model(
-    folder: Path, like: str, *, num_layers: int, vocab_size: int, dtype: str = "bfloat16", tiny: bool = False,
-    seed: int = 0,
+    folder: Path, like: str, *, num_layers: int, vocab_size: int, dtype: str = "bfloat16",
+    overrides: Config | None = None, seed: int = 0,
 ) -> MadeModel:  # fmt: skip
-    """Write config.json and one safetensors file into `folder`, which is made. A second call gives the same bytes."""
+    """Write config.json and one safetensors file into `folder`, which is made. A second call gives the same bytes.
+
+    `overrides` replaces sizes of the published configuration.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    config = build_config(
-        like, num_layers=num_layers, vocab_size=vocab_size, dtype=dtype, overrides=FAMILIES[like].tiny if tiny else None
-    )
+    config = build_config(like, num_layers=num_layers, vocab_size=vocab_size, dtype=dtype, overrides=overrides)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tensors = list(_tensors(folder))
     _write(folder / "model.safetensors", tensors, dtype=dtype, seed=seed, num_layers=num_layers)

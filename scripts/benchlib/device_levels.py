@@ -28,6 +28,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "miss cpu": {"miss": "cpu"},
     "compiled": {"compile": "on"},
 }
+ROUNDING_BYTES = 64 << 20  # what a budget may be above the plan that it was taken from
+RAM_BESIDE_BYTES = 8 << 30  # libraries, staging, weights on their way to the device
 FIRST_GUESS_BYTES = 4 << 30  # KV cache, workspace and context beside weights, until an engine has said what it planned
 
 
@@ -137,8 +139,9 @@ def _open(bench: Bench, level: Level, name: str, vram_bytes: int) -> OffmoeSyste
     context = max(bench.work.prompts) + bench.work.decode_block + 8
     options = {"compile": "off", **bench.options, **SETTINGS[name]}
     system = OffmoeSystem(
-        name, level.model, bench.place, vram=vram_bytes, experts=level.slots, context_length=context, **options
-    )
+        name, level.model, bench.place, vram=vram_bytes, experts=level.slots, context_length=context,
+        ram=level.model.all_experts_bytes * 21 // 20 + RAM_BESIDE_BYTES, **options,
+    )  # fmt: skip
     bench.ledger.add("loaded", **level.keys, setting=name, vram_bytes=vram_bytes, load_s=system.load_s)
     return system
 
@@ -152,18 +155,17 @@ def _warm_up(bench: Bench, system: System) -> None:
 def _measure_alone(bench: Bench, level: Level, system: System, vram_bytes: int) -> None:
     """Peak memory after the longest prompt, and the plan, from which other levels' budgets follow."""
     assert isinstance(system, OffmoeSystem)
-    stats = system.engine.stats()
-    peak = stats.get("peak_device_bytes")
-    torch_peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
-    ok = max(peak or 0, torch_peak or 0) <= vram_bytes
+    plan = system.engine.plan.device
+    assert plan is not None, "an engine without a device"
+    on_cuda = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_reserved() + plan.context_bytes if on_cuda else None
+    free_bytes, total_bytes = torch.cuda.mem_get_info() if on_cuda else (0, 0)
     bench.ledger.add(
-        "memory", **level.keys, vram_bytes=vram_bytes, peak_device_bytes=peak, torch_reserved_bytes=torch_peak,
-        device_slots=stats.get("device_slots"), planned_bytes=stats.get("planned_device_bytes"), ok=ok,
+        "memory", **level.keys, vram_bytes=vram_bytes, planned_bytes=plan.total_bytes, device_slots=plan.num_slots,
+        allocated_bytes=system.engine.stats().get("device_peak_bytes"), peak_bytes=peak,
+        driver_used_bytes=total_bytes - free_bytes if on_cuda else None, ok=peak is None or peak <= vram_bytes,
     )  # fmt: skip
-    planned, slots = stats.get("planned_device_bytes"), stats.get("device_slots")
-    if planned and slots:
-        slot_bytes = -(-level.model.expert_bytes // 256) * 256
-        bench.fixed_bytes[level.name] = planned - slots * slot_bytes + (64 << 20)
+    bench.fixed_bytes[level.name] = plan.fixed_bytes + ROUNDING_BYTES
 
 
 def _prefill(bench: Bench, level: Level, systems: list[System]) -> None:

@@ -12,8 +12,8 @@ LEGEND = (
     "decode tok/s: median over tokens of all rounds, systems in turns; bound: bytes over bandwidths measured alone "
     "(scripts/benchlib/roofline.py), at the share of needed experts that had not to move (kept); share: of that bound; "
     "auto: prefetch and miss as by default, not compiled; to auto: how many times faster than that in the same rounds; "
-    "link: bytes copied to the device. Weights are random, ids are "
-    "those of real text, so routing is that of random routers; shapes and bytes are true."
+    "link: bytes copied to the device; peak: the most that torch had reserved, and what the driver's context takes. "
+    "Weights are random, ids are those of real text, so routing is that of random routers; shapes and bytes are true."
 )
 
 
@@ -38,7 +38,8 @@ DECODE = (
     "link MB/token", "CPU experts/token", "syncs/token",
 )  # fmt: skip
 PREFILL = ("model", "experts in VRAM", "system", "tokens", "tok/s", "bound", "share", "link GB", "link busy")
-MEMORY = ("model", "experts in VRAM", "slots", "budget MiB", "planned MiB", "peak MiB", "torch reserved MiB", "within")
+MEMORY = ("model", "experts in VRAM", "slots", "budget MiB", "planned MiB", "peak MiB", "torch allocated MiB",
+          "driver says MiB", "within")  # fmt: skip
 EXACT = ("case", "dtype", "experts in VRAM", "ids", "as on the CPU", "as at the first size", "as must be")
 
 
@@ -131,7 +132,7 @@ def _memory_row(record: Record) -> list[str]:
 
     return [
         record["model"], f"{record['share']:.0%}", str(record["device_slots"]), mib("vram_bytes"), mib("planned_bytes"),
-        mib("peak_device_bytes"), mib("torch_reserved_bytes"), "yes" if record["ok"] else "NO",
+        mib("peak_bytes"), mib("allocated_bytes"), mib("driver_used_bytes"), "yes" if record["ok"] else "NO",
     ]  # fmt: skip
 
 

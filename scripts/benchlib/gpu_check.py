@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     total_s = args.minutes * 60 - RESERVE_S
     outcomes: list[Outcome] = []
     for part in plan_parts(total_s=total_s, simulate=args.simulate, partial=partial):
-        if part.key.split()[0] not in args.only.split(","):
+        if part.key not in args.only.split(","):
             continue
         left_s = total_s - (time.monotonic() - begin)
         limit_s = left_s if part.spare else min(part.limit_s, left_s)

@@ -1,0 +1,167 @@
+"""scripts/gpu_check and what it is made of, without a GPU: parts that fail, time that is up, results on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+from benchlib.device_checkpoint import make_model  # noqa: E402
+from benchlib.device_exact import same_ids  # noqa: E402
+from benchlib.device_report import device_tables  # noqa: E402
+from benchlib.families import FAMILIES  # noqa: E402
+from benchlib.gpu_check import main, render, table  # noqa: E402
+from benchlib.gpu_parts import Outcome, Part, plan_parts, run_part  # noqa: E402
+from benchlib.ledger import Ledger, TimeIsUpError  # noqa: E402
+
+sys.path.remove(str(SCRIPTS))
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+def python_part(code: str, **options: Any) -> Part:
+    return Part(key="test", title="a test", command=(sys.executable, "-c", code), limit_s=60, **options)
+
+
+# --- the script
+
+
+@without_cuda
+def test_without_cuda_it_says_so_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: no CUDA device: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_part_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "tests,everything", "--out", str(tmp_path)]) == 2
+    assert "'everything' is no part; known: tests, verify, kernels, device" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@without_cuda
+def test_every_part_runs_simulated(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = [str(SCRIPTS / "gpu_check"), "--simulate", "--minutes", "4", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    (result,) = tmp_path.glob("*-gpu-simulated.md")
+    text = result.read_text(encoding="utf-8")
+    for heading in ("tests that need a GPU", "verify", "kernels", "### Decode", "### Prefill", "### Peak VRAM"):
+        assert heading in text
+    assert str(tmp_path) not in text
+    assert str(SCRIPTS.parent) not in text
+    (records,) = tmp_path.glob("*-device.json")
+    kinds = {record["kind"] for record in json.loads(records.read_text(encoding="utf-8"))["records"]}
+    assert kinds == {"bandwidths", "exact", "model", "loaded", "memory", "decode", "prefill"}
+
+
+# --- parts
+
+
+def test_limits_leave_room_for_the_whole() -> None:
+    parts = plan_parts(total_s=520, simulate=False, partial=Path("partial.json"))
+    assert sum(part.limit_s for part in parts) <= 520
+    assert [part.spare for part in parts] == [False] * (len(parts) - 1) + [True]
+
+
+def test_a_part_passes_or_fails_by_its_exit_code() -> None:
+    passed = run_part(python_part("print('fine')"), limit_s=60)
+    assert (passed.failure, passed.lines) == ("", ("fine",))
+    failed = run_part(python_part("import sys; print('so'); sys.exit(3)"), limit_s=60)
+    assert (failed.failure, failed.last_line) == ("exit code 3", "so")
+    assert run_part(python_part("import os; os.kill(os.getpid(), 9)"), limit_s=60).failure == "ended by SIGKILL"
+
+
+def test_a_part_over_its_limit_is_ended_with_its_children() -> None:
+    code = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+    outcome = run_part(python_part(code), limit_s=3)
+    assert outcome.failure == "ended at its limit of 3 s"
+    child = Path("/proc") / outcome.lines[0] / "stat"
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_script_that_is_not_there_fails_its_part() -> None:
+    part = Part(key="kernels", title="kernels", command=(sys.executable, "scripts/absent.py"), limit_s=1)
+    assert run_part(part, limit_s=1).failure == "there is no scripts/absent.py"
+
+
+def test_the_result_shows_every_part_and_the_end_of_what_failed() -> None:
+    passed = Outcome(part=python_part("1"), seconds=1.2, failure="", lines=("== 3 passed ==", '{"json": 1}'))
+    failed = Outcome(part=python_part("2"), seconds=2, failure="exit code 1", lines=("AssertionError: no",))
+    assert table([passed, failed])[-2:] == [
+        "| a test | passed | 1 | 3 passed |",
+        "| a test | exit code 1 | 2 | AssertionError: no |",
+    ]
+    assert "AssertionError: no" in render([passed, failed], [])
+
+
+# --- what the benchmark on the device is made of
+
+
+def test_every_record_is_on_disk_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "partial.json"
+    ledger = Ledger(path, limit_s=60)
+    ledger.add("decode", tok_per_s=1.23456789)
+    assert json.loads(path.read_text(encoding="utf-8"))["records"] == [{"kind": "decode", "tok_per_s": 1.23457}]
+    with ledger.step("a step"):
+        raise RuntimeError("the device\nis lost")
+    record = json.loads(path.read_text(encoding="utf-8"))["records"][-1]
+    assert (record["where"], record["error"]) == ("a step", "RuntimeError: the device is lost")
+    assert ledger.failures == [record]
+
+
+def test_what_has_no_time_is_left_out_and_told() -> None:
+    ledger = Ledger(None, limit_s=10)
+    with pytest.raises(TimeIsUpError), ledger.step("a long step", needs_s=100):
+        raise AssertionError("it must not begin")
+    assert ledger.records[0]["kind"] == "skipped"
+    assert not ledger.failures
+
+
+def test_checks_that_do_not_hold_are_failures() -> None:
+    ledger = Ledger(None, limit_s=10)
+    ledger.add("memory", ok=True)
+    ledger.add("memory", ok=False)
+    assert len(ledger.failures) == 1
+
+
+@pytest.mark.parametrize("like", ["qwen3-30b-a3b", "mixtral-8x7b"])
+def test_a_made_model_is_what_transformers_loads(like: str, tmp_path: Path) -> None:
+    made = make_model(tmp_path / "model", like, num_layers=2, vocab_size=300, overrides=FAMILIES[like].tiny)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(made.folder, output_loading_info=True, dtype="auto")
+    model, info = loaded
+    assert not any(info.values()), info
+    assert sum(weight.nbytes for weight in model.parameters()) == made.resident_bytes + made.all_experts_bytes
+    first, second = model.model.layers[0].mlp.experts.down_proj[:2]
+    assert not torch.equal(first, second)
+
+
+def test_ids_are_compared_up_to_the_first_that_differs() -> None:
+    assert same_ids((1, 2, 3), (1, 2, 3)) == 3
+    assert same_ids((1, 2, 3), (1, 9, 3)) == 1
+
+
+def test_the_tables_say_what_was_reached() -> None:
+    decode = {"kind": "decode", "model": "m", "share": 0.25, "tok_per_s": 100.0, "num_tokens": 8, "speed_to_first": 1.0}
+    ours = {"setting": "auto", "roofline_share": 0.8, "counts": {"syncs": 16}, "limit": "link", "hit_rate": 0.5}
+    peer = {"setting": "accelerate CPU offload", "tok_per_s": 4.0}
+    text = "\n".join(device_tables([decode | ours, decode | peer, {"kind": "skipped", "where": "all", "why": "time"}]))
+    assert "| m | 25% | auto | 100.0 | 1.00 | - | 0.80 | link | 0.500 | - | - | - | 2.0 |" in text
+    assert "share of the decode bound, best setting: 0.80 of 0.75, reached" in text
+    assert "faster than accelerate CPU offload: 25.00x of 20x, reached" in text
+    assert "- all: time" in text
