@@ -1,0 +1,248 @@
+"""SlotKernels by Triton: which kernel for how many rows, indices to the device, and the check at load.
+
+Shapes: N rows, T tokens, K experts a token, E experts, D model width.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from triton.errors import TritonError
+
+from offmoe.checkpoint.expert_index import MoeLayer
+from offmoe.formats.dense import torch_dtype, view_expert
+from offmoe.formats.layout import layout_of
+from offmoe.kernels.activations import Activation, find_activation
+from offmoe.kernels.reference import ExpertMath
+from offmoe.kernels.slot_kernels import TorchSlotKernels, combine_rows, look_up
+from offmoe.kernels.triton_launch import TILE_ROWS, LayerKernels, Tiling, make_tiles
+
+# How far the check at load may be from torch, relative to the largest output: a few roundings of a hidden value.
+TOLERANCES = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 0.001}
+_CHECK_SEED = 11
+# What a compiler that is missing, refuses or asks for too much raises.
+_FAILURES = (TritonError, RuntimeError, OSError, ImportError, subprocess.SubprocessError)
+
+
+class TritonSlotKernels:
+    """Triton for the layers that have kernels, `fallback` for the others.
+
+    Few rows are computed one by one: two rows of one slot then share its weights through L2 alone. Where an expert is
+    likely to have several rows, they share a tile.
+    """
+
+    def __init__(
+        self, kernels: Sequence[LayerKernels | None], maths: Sequence[ExpertMath], fallback: TorchSlotKernels,
+        slot_of_LE: torch.Tensor | None, missing_L: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        self.reasons = fallback.reasons
+        self._kernels, self._maths, self._fallback = kernels, maths, fallback
+        # Views made once: cutting a tensor costs as much as a launch.
+        self._slot_of_E = () if slot_of_LE is None else slot_of_LE.unbind()
+        self._missing = () if missing_L is None else [missing_L[idx : idx + 1] for idx in range(len(missing_L))]
+
+    def rows_forward(
+        self, layer_idx: int, x_TD: torch.Tensor, token_N: torch.Tensor, slot_N: torch.Tensor, expert_N: torch.Tensor
+    ) -> torch.Tensor:
+        """See SlotKernels."""
+        kernels = self._kernels[layer_idx]
+        if kernels is None or not slot_N.numel():
+            return self._fallback.rows_forward(layer_idx, x_TD, token_N, slot_N, expert_N)
+        return self._rows(layer_idx, kernels, x_TD, token_N, slot_N, expert_N)
+
+    def tokens_forward(
+        self, layer_idx: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, slot_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """See SlotKernels."""
+        kernels, math = self._kernels[layer_idx], self._maths[layer_idx]
+        if kernels is None:
+            return self._fallback.tokens_forward(layer_idx, x_TD, expert_ids_TK, slot_TK, weights_TK)
+        top_k = expert_ids_TK.shape[1]
+        if math.post_norm is None and row_by_row(len(x_TD), top_k, kernels.num_experts):
+            with _current(x_TD.device):
+                experts, slots = to_device(x_TD.device, expert_ids_TK, slot_TK)
+                hidden = kernels.choose(_ready(x_TD, math), top_k, experts, slots)
+                return kernels.project_and_sum(hidden, experts, slots, weights_TK.contiguous(), x_TD.dtype)
+        y_ND = self._rows(layer_idx, kernels, x_TD, top_k, slot_TK.reshape(-1), expert_ids_TK.reshape(-1))
+        return combine_rows(y_ND, weights_TK, x_TD.dtype)
+
+    def lookup_forward(
+        self, layer_idx: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """See SlotKernels."""
+        kernels, math = self._kernels[layer_idx], self._maths[layer_idx]
+        if kernels is None:
+            return self._fallback.lookup_forward(layer_idx, x_TD, expert_ids_TK, weights_TK)
+        slot_of_E, missing = self._slot_of_E[layer_idx], self._missing[layer_idx]
+        top_k = expert_ids_TK.shape[1]
+        if math.post_norm is None and row_by_row(len(x_TD), top_k, kernels.num_experts):
+            experts = expert_ids_TK.contiguous()
+            with _current(x_TD.device):
+                hidden = kernels.choose(_ready(x_TD, math), top_k, experts, slot_of_E, missing=missing)
+                return kernels.project_and_sum(
+                    hidden, experts, slot_of_E, weights_TK.contiguous(), x_TD.dtype, lookup=True
+                )
+        slot_TK = look_up(slot_of_E, missing, expert_ids_TK, kernels.num_experts)
+        return self.tokens_forward(layer_idx, x_TD, expert_ids_TK, slot_TK, weights_TK)
+
+    def _rows(
+        self, layer_idx: int, kernels: LayerKernels, x_TD: torch.Tensor, token_N: torch.Tensor | int,
+        slot_N: torch.Tensor, expert_N: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        math, device = self._maths[layer_idx], x_TD.device
+        x_TD, by_token = _ready(x_TD, math), [] if isinstance(token_N, int) else [token_N]
+        with _current(x_TD.device):
+            if row_by_row(len(x_TD), -(-slot_N.numel() // len(x_TD)), kernels.num_experts):
+                experts, slots, *tokens = to_device(device, expert_N, slot_N, *by_token)
+                tokens_N = tokens[0] if tokens else token_N
+                y_ND = kernels.project(kernels.choose(x_TD, tokens_N, experts, slots), experts, slots)
+            else:
+                tiles = make_tiles(slot_N, tile_rows(slot_N.numel(), kernels.num_experts), kernels.num_experts)
+                experts, slots, tile_slot_M, tile_row_MB, *tokens = to_device(
+                    device, expert_N, slot_N, *tiles, *by_token
+                )
+                y_ND = kernels.tiles(x_TD, tokens[0] if tokens else token_N, experts, tile_slot_M, tile_row_MB)
+            if math.post_norm is not None:  # which may make something of nothing
+                y_ND = math.post_norm(y_ND).masked_fill((slots < 0)[:, None], 0.0)
+        return y_ND
+
+
+def row_by_row(num_tokens: int, rows_a_token: int, num_experts: int) -> bool:
+    """Whether so few rows of so many experts hardly ever share one. One token's never do."""
+    return num_tokens == 1 or 2 * num_tokens * rows_a_token <= num_experts
+
+
+def tile_rows(num_rows: int, num_experts: int) -> int:
+    """The least tile that holds an expert's mean share of the rows."""
+    mean = num_rows / min(num_rows, num_experts)
+    return next((rows for rows in TILE_ROWS if mean <= rows), TILE_ROWS[-1])
+
+
+def to_device(device: torch.device, *indices: torch.Tensor) -> list[torch.Tensor]:
+    """Indices on `device`, all in one copy that the host does not wait for: the pinned allocator keeps the source."""
+    if all(tensor.device == device for tensor in indices):
+        return [tensor.contiguous() for tensor in indices]
+    host = torch.cat([tensor.reshape(-1).to(torch.int32) for tensor in indices])
+    packed = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    pieces = torch.split(packed, [tensor.numel() for tensor in indices])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, indices, strict=True)]
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _ready(x_TD: torch.Tensor, math: ExpertMath) -> torch.Tensor:
+    return x_TD.to(math.dtype).contiguous()
+
+
+def make_triton_kernels(
+    layers: Sequence[MoeLayer], maths: Sequence[ExpertMath], slab: torch.Tensor, slot_bytes: int,
+    fallback: TorchSlotKernels, slot_of_LE: torch.Tensor | None, missing_L: torch.Tensor | None,
+) -> TritonSlotKernels:  # fmt: skip
+    """Kernels for every layer that Triton can compute. Layers that are alike are compiled and tried once."""
+    tiling, kernels = _tiling_of(slab.device), list[LayerKernels | None]()
+    outcomes: dict[object, str | None] = {}
+    for layer_idx, (layer, math) in enumerate(zip(layers, maths, strict=True)):
+        reason = _obstacle(layer, math)
+        made = None
+        if reason is None:
+            activation = _activation_of(layer, math, slab.device)
+            made = LayerKernels(layer, layout_of(layer), math, activation, slab, slot_bytes, tiling)
+            kind = (made.geometry(), layer.num_experts, layer.top_k)
+            if kind not in outcomes:
+                outcomes[kind] = _failure(made, layer, math, slab, slot_bytes)
+            reason = outcomes[kind]
+        kernels.append(made if reason is None else None)
+        if reason is not None:
+            fallback.reasons[layer_idx] = reason
+    return TritonSlotKernels(kernels, maths, fallback, slot_of_LE, missing_L)
+
+
+def _tiling_of(device: torch.device) -> Tiling:
+    if device.type != "cuda":
+        return Tiling()
+    properties = torch.cuda.get_device_properties(device)
+    return Tiling(shared_bytes=getattr(properties, "shared_memory_per_block_optin", Tiling().shared_bytes))
+
+
+def _activation_of(layer: MoeLayer, math: ExpertMath, device: torch.device) -> Activation | None:
+    out_axis = 1 if layer.transposed else 0
+    width_F = layer.down[0].shape[1 - out_axis]
+    gated = sum(part.shape[out_axis] for part in layer.up) == 2 * width_F
+    return find_activation(math.activate, width_F, gated=gated, device=device)
+
+
+def _obstacle(layer: MoeLayer, math: ExpertMath) -> str | None:
+    stored = {torch_dtype(part.dtype, where=layer.name) for part in (*layer.up, *layer.down)}
+    if stored != {math.dtype} or math.dtype not in TOLERANCES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(stored, key=str))
+        return f"weights are {names}, computed in {str(math.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _failure(
+    kernels: LayerKernels, layer: MoeLayer, math: ExpertMath, slab: torch.Tensor, slot_bytes: int
+) -> str | None:
+    """Every kernel of the layer on random weights, against torch: what went wrong, None if nothing."""
+    try:
+        with _current(slab.device):
+            worst = _largest_error(kernels, layer, replace(math, post_norm=None), slab, slot_bytes)
+    except _FAILURES as error:
+        return f"triton failed: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+    tolerance = TOLERANCES[math.dtype]
+    return None if worst <= tolerance else f"triton differs from torch by {worst:.2g}, allowed are {tolerance}"
+
+
+def _largest_error(
+    kernels: LayerKernels, layer: MoeLayer, math: ExpertMath, slab: torch.Tensor, slot_bytes: int
+) -> float:
+    """Relative to the largest output; nan where a kernel gave one."""
+    device, top_k, num_experts = slab.device, layer.top_k, layer.num_experts
+    num_slots = min(3, slab.numel() // slot_bytes, num_experts)
+    generator = torch.Generator(device).manual_seed(_CHECK_SEED)
+    _fill_slots(layer, slab, slot_bytes, num_slots, generator)
+    slot_of_E = torch.full((num_experts,), -1, dtype=torch.int32, device=device)
+    slot_of_E[:num_slots] = torch.arange(num_slots, device=device)
+    num_tokens = TILE_ROWS[0] + 3
+    x_TD = torch.randn(num_tokens, kernels.up[0].num_in, device=device, generator=generator).to(math.dtype)
+    rows = torch.arange(num_tokens * top_k, device=device)
+    expert_N = rows % min(num_experts, num_slots + 1)
+    slot_N, missing = slot_of_E[expert_N], torch.zeros(1, dtype=torch.int32, device=device)
+    expected = TorchSlotKernels([layer], [math], slab, slot_bytes).rows_forward(
+        0, x_TD, rows // top_k, slot_N, expert_N
+    )
+    pairs = [
+        (kernels.tiles(x_TD, top_k, expert_N, *make_tiles(slot_N, block_rows, num_experts)), expected)
+        for block_rows in TILE_ROWS
+    ]
+    x_1D, experts, slots = x_TD[:1], expert_N[:top_k], slot_N[:top_k]
+    weights_1K = torch.rand(1, top_k, device=device, generator=generator)
+    summed = combine_rows(expected[:top_k], weights_1K, math.dtype)
+    hidden = kernels.choose(x_1D, rows[:top_k] // top_k, experts, slots)
+    pairs.append((kernels.project(hidden, experts, slots), expected[:top_k]))
+    hidden = kernels.choose(x_1D, top_k, experts, slots)
+    pairs.append((kernels.project_and_sum(hidden, experts, slots, weights_1K, math.dtype), summed))
+    hidden = kernels.choose(x_1D, top_k, experts, slot_of_E, missing=missing)
+    got = kernels.project_and_sum(hidden, experts, slot_of_E, weights_1K, math.dtype, lookup=True)
+    pairs.append((got, summed))
+    errors = [(got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30) for got, wanted in pairs]
+    return float(torch.stack([error.float() for error in errors]).max())
+
+
+def _fill_slots(
+    layer: MoeLayer, slab: torch.Tensor, slot_bytes: int, num_slots: int, generator: torch.Generator
+) -> None:
+    offsets = layout_of(layer).offsets
+    for slot in range(num_slots):
+        weights = view_expert(layer, slab[slot * slot_bytes : (slot + 1) * slot_bytes], offsets)
+        for part in (*weights.up, *weights.down):
+            num_in = part.shape[0 if layer.transposed else 1]
+            noise = torch.randn(part.shape, device=slab.device, generator=generator, dtype=part.dtype)
+            part.copy_(noise * num_in**-0.5)
