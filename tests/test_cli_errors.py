@@ -61,7 +61,7 @@ def test_unknown_flags(command: str) -> None:
         (("verify", "--experts", "1.5"), ("experts is '1.5'", "whole number")),
         (("verify", "--policy", "random"), ("policy is 'random'", "known: auto, lru")),
         (("bench", "--io", "fast"), ("io is 'fast'", "known: auto, direct, buffered")),
-        (("bench", "--device", "abacus"), ("device is 'abacus'", "known: auto, cpu")),
+        (("bench", "--device", "abacus"), ("device is 'abacus'", "known: auto, cpu, cuda")),
         (("generate", "--prompt", "x", "--ram", "1MiB"), ("ram is 1.0 MiB", "this model needs", "use --ram")),
         (("generate", "--prompt", "x", "--experts", "3"), ("experts is 3", "use --experts 4")),
         (("generate", "--prompt", "x", "--context-length", "99999"), ("99999", "--context-length 2048")),

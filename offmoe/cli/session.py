@@ -69,9 +69,15 @@ def print_stream(pieces: Iterator[Piece]) -> Piece:
 
 
 def peak_line(engine: Engine) -> str:
-    """Measured peak against the budget."""
+    """Measured peak against the budget, and the same of the device where there is one."""
     totals = engine.stats()
-    peak, planned, budget = (
-        format_bytes(totals[name]) for name in ("peak_rss_growth_bytes", "planned_bytes", "ram_bytes")
-    )
-    return f"memory: peak {peak}, planned {planned}, budget {budget}"
+    line = f"memory: {_peak(totals, 'peak_rss_growth_bytes', 'planned_bytes', 'ram_bytes')}"
+    if "device" in totals:
+        numbers = _peak(totals, "device_peak_bytes", "device_planned_bytes", "vram_bytes")
+        line += f"; {totals['device']}: {numbers}, {totals['device_slots']} expert slots"
+    return line
+
+
+def _peak(totals: dict[str, Any], *names: str) -> str:
+    sizes = ("not counted" if totals[name] is None else format_bytes(totals[name]) for name in names)
+    return ", ".join(f"{what} {size}" for what, size in zip(("peak", "planned", "budget"), sizes, strict=True))

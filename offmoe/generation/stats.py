@@ -39,6 +39,11 @@ class GenerationStats:
         """Mean bytes read from disk for a token after the first."""
         return self.decode.disk_bytes / len(self.step_s) if self.step_s else 0.0
 
+    @property
+    def link_bytes_per_token(self) -> float:
+        """Mean bytes copied to the device for a token after the first; 0 without a device."""
+        return self.decode.link_bytes / len(self.step_s) if self.step_s else 0.0
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -51,15 +56,24 @@ class GenerationStats:
             "hits": self.decode.hits,
             "misses": self.decode.misses,
             "disk_bytes_per_token": round(self.disk_bytes_per_token),
+            "link_bytes_per_token": round(self.link_bytes_per_token),
+            "cpu_experts": self.decode.cpu_experts,
             "disk_stall_s": round(self.decode.disk_stall_ns / 1e9, 4),
             "prefill_disk_bytes": self.prefill.disk_bytes,
+            "prefill_link_bytes": self.prefill.link_bytes,
         }
 
     def line(self) -> str:
         """One line for people."""
         decode = f"{self.decode_tok_per_s:.1f} tok/s" if self.step_s else "-"
+        link = ""
+        if self.prefill.link_bytes or self.decode.link_bytes or self.decode.cpu_experts:
+            link = (
+                f" | link {format_traffic(self.link_bytes_per_token)}/token, "
+                f"{format_traffic(self.prefill.link_bytes)} for the prompt; {self.decode.cpu_experts} misses on the CPU"
+            )
         return (
             f"{self.new_tokens} tokens, {decode} | first token {self.prefill_s:.2f} s for {self.prompt_tokens} prompt "
             f"tokens | hits {format_percent(self.decode.hit_rate)} | disk {format_traffic(self.disk_bytes_per_token)}"
-            f"/token, {format_traffic(self.prefill.disk_bytes)} for the prompt"
+            f"/token, {format_traffic(self.prefill.disk_bytes)} for the prompt{link}"
         )

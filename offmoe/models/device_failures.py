@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from offmoe.base.errors import BudgetError, DeviceError, OffmoeError
+from offmoe.base.errors import BudgetError, OffmoeError
 from offmoe.base.units import format_bytes
+from offmoe.tiers.cuda import as_device_error
 
 if TYPE_CHECKING:
     from offmoe.tiers.device import Device
@@ -28,8 +29,7 @@ def explain(error: BaseException, device: Device | None) -> OffmoeError | None:
             "--vram, --context-length or --prefill-chunk"
         )
     if isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and str(error).startswith(_LOST)):
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        return DeviceError(f"{device.name} failed: {first_line}; load the model again, or use --device cpu")
+        return as_device_error(error, device.torch_device, "computing")
     return None
 
 

@@ -17,6 +17,9 @@ from offmoe.generation.engine import Engine
 from offmoe.generation.prompt import check_ids
 from offmoe.generation.stats import GenerationStats
 
+# In the record where there is a device.
+_DEVICE_TOTALS = ("device", "device_slots", "vram_bytes", "device_planned_bytes", "device_peak_bytes", "link_bytes")
+
 
 def run_bench(
     open_engine: Callable[[], Engine], choose_ids: Callable[[Engine], Sequence[int]], *, prefill: int,
@@ -75,6 +78,7 @@ def _record(engine: Engine) -> dict[str, Any]:
         "experts_cached": totals["experts_cached"],
         "experts_total": totals["experts_total"],
         "disk_bytes": totals["disk_bytes"],
+        **{name: totals[name] for name in _DEVICE_TOTALS if name in totals},
         "settings": {
             **engine.config.as_dict(),
             "io_used": totals["io"],

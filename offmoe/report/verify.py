@@ -36,7 +36,7 @@ class VerifyResult:
 
 def cache_sizes(engine: Engine) -> list[int]:
     """Three sizes: one token's experts, a quarter, and all that the budget allows."""
-    num_slots, total, top_k = engine.plan.num_slots, engine.plan.num_experts, engine.top_k
+    num_slots, total, top_k = engine.plan.computing_slots, engine.plan.num_experts, engine.top_k
     return sorted({top_k, min(num_slots, max(top_k, total // 4)), num_slots})
 
 
