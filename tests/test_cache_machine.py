@@ -308,7 +308,7 @@ class TwoTierMachine(CacheMachine):
                 host_slots=host_slots,
                 device_slots=device_slots,
                 disk_type=disk_type,
-            )  # fmt: skip
+            )
         )
         self.tiers = tiers
         cpu = CpuExperts(tiers.host, tiers.link.settle) if on_cpu else None

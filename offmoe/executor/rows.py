@@ -13,6 +13,7 @@ import torch
 from offmoe.executor.dispatch import Assignment
 from offmoe.formats.dense import ExpertWeights
 from offmoe.kernels.reference import ExpertMath, experts_forward, one_token_forward
+from offmoe.kernels.slot_kernels import SlotKernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +50,33 @@ class ReferenceRows:
             for weights, assignment in flat:
                 x_ND = x_TD if assignment.tokens_N is None else x_TD[assignment.tokens_N]
                 y_SD[assignment.choices_N] = experts_forward(math, [(assignment.expert_idx, weights, x_ND)])
+
+
+class KernelRows:
+    """Kernels that address weights by slot for few rows; for many (prefill), `ReferenceRows`: large products.
+
+    `max_rows`: the most rows that the kernels serve in one call.
+    """
+
+    def __init__(self, kernels: SlotKernels, max_rows: int) -> None:
+        self._kernels, self._max_rows = kernels, max_rows
+        self._reference = ReferenceRows()
+
+    def compute(
+        self, layer_idx: int, math: ExpertMath, experts: list[Computed], x_TD: torch.Tensor, y_SD: torch.Tensor
+    ) -> None:
+        """All rows in one call of the kernels. Index tensors of many tokens stay where they are."""
+        flat = [(expert, assignment) for expert in experts for assignment in expert.assigned]
+        counts = torch.tensor([assignment.num_rows for _, assignment in flat])
+        if int(counts.sum()) > self._max_rows:
+            self._reference.compute(layer_idx, math, experts, x_TD, y_SD)
+            return
+        slot_N = torch.tensor([expert.slot for expert, _ in flat]).repeat_interleave(counts)
+        expert_N = torch.tensor([assignment.expert_idx for _, assignment in flat]).repeat_interleave(counts)
+        if x_TD.shape[0] == 1:
+            token_N = torch.zeros(len(flat), dtype=torch.long)
+            choices_N = torch.tensor([assignment.choices_N for _, assignment in flat]).to(y_SD.device)
+        else:
+            token_N = torch.cat([tokens for _, a in flat if (tokens := a.tokens_N) is not None])
+            choices_N = torch.cat([c for _, a in flat if isinstance(c := a.choices_N, torch.Tensor)])
+        y_SD[choices_N] = self._kernels.rows_forward(layer_idx, x_TD, token_N, slot_N, expert_N)

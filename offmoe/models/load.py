@@ -17,12 +17,8 @@ from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
 from offmoe.base.errors import UsageError
 from offmoe.cache.expert_cache import ExpertCache
-from offmoe.cache.policy import make_policy
-from offmoe.cache.sources import DiskSource
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex
-from offmoe.executor.executor import Executor
-from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.executor.uncached import UncachedExecutor
 from offmoe.models.budgets import Budgets, fit_to_free, shrink
 from offmoe.models.build import build_on_meta, read_model_config
@@ -31,6 +27,7 @@ from offmoe.models.expert_map import map_experts, streamed_parameters
 from offmoe.models.probe import probe_model
 from offmoe.models.resident import load_peak_bytes, load_resident
 from offmoe.models.seam import ClosedExecutor, ExpertsExecutor, LayerBinding, attach, bind
+from offmoe.models.serving import Serving, build_serving
 from offmoe.models.tokenizer import load_tokenizer
 from offmoe.models.transformers_internals import SEAM_NAME, KeyMapping, experts_modules
 from offmoe.tiers.disk import DiskTier
@@ -54,11 +51,10 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase | None
     index: CheckpointIndex
     experts: ExpertIndex
-    cache: ExpertCache
     disk: DiskTier
     pools: Pools
     device: Device | None
-    executor: ExpertsExecutor
+    serving: Serving
     plan: MemoryPlan
     context_length: int
     chunkable: bool
@@ -68,6 +64,11 @@ class LoadedModel:
         """Where the device's memory goes."""
         return self.plan.device
 
+    @property
+    def cache(self) -> ExpertCache:
+        """The slots of the tier that computes."""
+        return self.serving.cache
+
     @contextmanager
     def uncached(self) -> Iterator[None]:
         """Serve experts without the cache for a while."""
@@ -75,7 +76,7 @@ class LoadedModel:
         try:
             yield
         finally:
-            _attach_all(self.model, self.executor)
+            _attach_all(self.model, self.serving.executor)
 
     def close(self) -> None:
         """Take the experts away from the model, end threads, give back memory, close files.
@@ -90,7 +91,7 @@ class LoadedModel:
                 last_to_first.callback(device_pool.close)
             if self.device is not None:  # ends its copies: pools are closed after it
                 last_to_first.callback(self.device.close)
-            last_to_first.callback(self.cache.close)
+            last_to_first.callback(self.serving.close)
             last_to_first.callback(self.disk.close)
             _attach_all(self.model, ClosedExecutor())
 
@@ -139,12 +140,16 @@ def load_model(
             device_pool = None
             if device is not None:
                 plan, device_pool = _make_device_pool(plan, device, top_k=experts.top_k)
-            pools, cache, executor = _build_serving(experts, disk, plan, device, device_pool, config, counters)
-        _attach_all(model, executor)
+            pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
+            serving = build_serving(
+                model, experts, disk, pool, plan, config, counters, device=device, device_pool=device_pool,
+                progress=lambda done, total: progress("experts to the device", done, total),
+            )  # fmt: skip
+        _attach_all(model, serving.executor)
         opened.pop_all()
     return LoadedModel(
-        model=model, tokenizer=tokenizer, index=index, experts=experts, cache=cache, disk=disk, pools=pools,
-        device=device, executor=executor, plan=plan, context_length=context_length, chunkable=probe.chunkable,
+        model=model, tokenizer=tokenizer, index=index, experts=experts, disk=disk, pools=(pool, device_pool),
+        serving=serving, device=device, plan=plan, context_length=context_length, chunkable=probe.chunkable,
     )  # fmt: skip
 
 
@@ -168,18 +173,6 @@ def _make_device_pool(plan: MemoryPlan, device: Device, *, top_k: int) -> tuple[
     if pool.num_slots < fitting.num_slots:
         fitting = shrink(fitting, pool.num_slots)
     return dataclasses.replace(plan, device=fitting), pool
-
-
-def _build_serving(
-    experts: ExpertIndex, disk: DiskTier, plan: MemoryPlan, device: Device | None, device_pool: DevicePool | None,
-    config: EngineConfig, counters: Counters,
-) -> tuple[Pools, ExpertCache, ExpertsExecutor]:  # fmt: skip
-    """The tiers and the executor that runs layers out of them."""
-    pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
-    cache = ExpertCache(
-        plan.num_slots, len(experts.layers), DiskSource(experts, pool, disk), make_policy(config.policy), counters
-    )
-    return (pool, device_pool), cache, RecoveringExecutor(Executor(cache))
 
 
 def _attach_all(model: PreTrainedModel, executor: ExpertsExecutor) -> None:

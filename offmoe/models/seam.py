@@ -74,7 +74,7 @@ def bind(module: torch.nn.Module, binding: LayerBinding) -> None:
 def attach(module: torch.nn.Module, executor: ExpertsExecutor) -> None:
     """Let `executor` compute a bound module's experts . The module's resident parts are loaded by now."""
     binding = _binding_of(module)
-    binding.math = _math_of(module, binding.dtype)
+    binding.math = math_of(module)
     binding.executor = executor
 
 
@@ -84,7 +84,7 @@ def _binding_of(module: torch.nn.Module) -> LayerBinding:
     return binding
 
 
-def _math_of(module: torch.nn.Module, dtype: torch.dtype) -> ExpertMath:
+def math_of(module: torch.nn.Module) -> ExpertMath:
     """The module's own arithmetic, as the decorator's attributes and its resident parts describe it."""
     experts: Any = module
     up_name = "gate_up_proj" if experts.has_gate else "up_proj"
@@ -95,7 +95,7 @@ def _math_of(module: torch.nn.Module, dtype: torch.dtype) -> ExpertMath:
         # transformers 5.17 has no such attribute, and no experts with a norm of their own.
         post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
         transposed=bool(experts.is_transposed),
-        dtype=dtype,
+        dtype=_binding_of(module).dtype,
     )
 
 

@@ -13,7 +13,7 @@ from offmoe.prefetch.prefetcher import Prefetcher
 
 
 class AheadOfTime:
-    """One forward pass runs the layers of `order`; each tells when its router spoke, when it waits and when it ended."""
+    """A forward pass runs the layers of `order`; each tells when its router spoke, when it waits and when it ended."""
 
     def __init__(
         self, lookahead: Lookahead, prefetcher: Prefetcher, *, order: Sequence[int],

@@ -1,0 +1,208 @@
+"""What serves a loaded model's experts: tiers, caches, executor, and whoever fetches ahead or decides misses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from offmoe.base.budget import MemoryPlan
+from offmoe.base.config import EngineConfig
+from offmoe.base.counters import Counters
+from offmoe.cache.expert_cache import ExpertCache
+from offmoe.cache.link import LinkSource
+from offmoe.cache.policy import make_policy
+from offmoe.cache.sources import DiskSource
+from offmoe.checkpoint.expert_index import ExpertIndex
+from offmoe.executor.admission import Admission
+from offmoe.executor.arbiter import Arbiter
+from offmoe.executor.cpu_experts import CpuExperts
+from offmoe.executor.decide import Mode
+from offmoe.executor.executor import Executor
+from offmoe.executor.misses import AdmissionFates, AheadFates, MissPlacer
+from offmoe.executor.recovering import RecoveringExecutor
+from offmoe.executor.resident import ResidentExecutor, preload
+from offmoe.executor.rows import KernelRows, Rows
+from offmoe.formats.dense import torch_dtype
+from offmoe.formats.layout import layout_of
+from offmoe.kernels.slot_kernels import SlotKernels, make_slot_kernels
+from offmoe.models.routing import map_routing
+from offmoe.models.seam import ExpertsExecutor, math_of
+from offmoe.models.transformers_internals import experts_modules
+from offmoe.prefetch.ahead import AheadOfTime
+from offmoe.prefetch.lookahead import Lookahead
+from offmoe.prefetch.prefetcher import Prefetcher
+from offmoe.prefetch.switch import Mode as PrefetchMode
+from offmoe.prefetch.switch import Switch
+from offmoe.tiers.disk import DiskTier
+from offmoe.tiers.host import HostPool
+
+if TYPE_CHECKING:
+    from offmoe.tiers.device import Device, DevicePool
+
+# Tokens whose rows the slot kernels compute; more go through large matrix products, expert by expert.
+KERNEL_TOKENS = 16
+# Of the slots, the share that may be on their way ahead of time; and in units of what one token needs in a layer.
+MAX_AHEAD_SHARE, MAX_AHEAD_LAYERS = 0.25, 2
+
+
+@dataclass(kw_only=True)
+class Serving:
+    """The parts, for statistics and for `close`. `cache` is the tier that computes, `host` the RAM slots."""
+
+    cache: ExpertCache
+    host: ExpertCache
+    executor: ExpertsExecutor
+    ahead: AheadOfTime | None = None
+    placer: MissPlacer | None = None
+    kernels: SlotKernels | None = None
+    notes: list[str] = field(default_factory=list)
+    closing: ExitStack = field(default_factory=ExitStack)
+
+    def stats(self) -> dict[str, Any]:
+        """What prefetching and the arbiter did and decided, for `Engine.stats`."""
+        found: dict[str, Any] = {"prefetch": self.ahead.as_dict() if self.ahead is not None else "off"}
+        if self.host is not self.cache:
+            host = self.host.counters
+            found |= {"ram_hits": host.hits, "ram_misses": host.misses, "ram_evictions": host.evictions}
+        if self.placer is not None:
+            arbiter = self.placer.arbiter
+            found |= {"miss": arbiter.mode.value, "miss_chosen": arbiter.trial.choice.value}
+        if self.kernels is not None:
+            found["kernels"] = sorted(set(self.kernels.reasons.values())) or "triton"
+        return found | ({"notes": self.notes} if self.notes else {})
+
+    def close(self) -> None:
+        """Threads and hooks first, then the views of the pools."""
+        self.closing.close()
+        self.cache.close()
+        self.host.close()
+
+
+def build_serving(
+    model: PreTrainedModel, experts: ExpertIndex, disk: DiskTier, pool: HostPool, plan: MemoryPlan,
+    config: EngineConfig, counters: Counters, *, device: Device | None = None, device_pool: DevicePool | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Serving:  # fmt: skip
+    """Caches and executor over the given pools. Called when the resident weights are loaded and no executor attached.
+
+    `progress(done_bytes, total_bytes)`: of bringing all experts to a device that has room for them.
+    """
+    host_source = DiskSource(experts, pool, disk)
+    num_layers = len(experts.layers)
+    if device is None or device_pool is None:
+        cache = ExpertCache(pool.num_slots, num_layers, host_source, make_policy(config.policy), counters)
+        serving = Serving(cache=cache, host=cache, executor=_NOT_YET)
+        executor = Executor(cache)
+        _fetch_ahead(serving, executor, model, experts, config)
+        serving.executor = RecoveringExecutor(executor)
+        return serving
+    host = ExpertCache(pool.num_slots, num_layers, host_source, make_policy(config.policy), Counters())
+    layouts = [layout_of(layer) for layer in experts.layers]
+    link = LinkSource(experts, layouts, host, host_source, device_pool, device.copier, counters)
+    cache = ExpertCache(device_pool.num_slots, num_layers, link, make_policy(config.policy), counters)
+    serving = Serving(cache=cache, host=host, executor=_NOT_YET)
+    serving.closing.callback(device.unpin)
+    if (refused := device.pin(pool.slab)) is not None:
+        serving.notes.append(f"RAM slots are not pinned ({refused}): copies go through a staging ring")
+    maths = [math_of(module) for _, module in experts_modules(model)]
+    if device_pool.num_slots >= experts.num_experts:
+        _make_resident(serving, experts, maths, device_pool, progress)
+        return serving
+    kernels = make_slot_kernels(experts.layers, maths, device_pool.slab, device_pool.slot_bytes)
+    serving.kernels = kernels
+    executor = Executor(cache, rows=_rows(kernels, experts, device_pool))
+    _place_misses(serving, executor, link, experts, maths, config, device, device_pool)
+    _fetch_ahead(serving, executor, model, experts, config)
+    serving.executor = RecoveringExecutor(executor)
+    return serving
+
+
+def _make_resident(
+    serving: Serving, experts: ExpertIndex, maths: list[Any], pool: DevicePool, progress: Callable[[int, int], None]
+) -> None:
+    """Everything fits: bring it all to the device once, and let the kernels find it there."""
+    most = max(layer.num_experts for layer in experts.layers)
+    slot_of_LE = torch.full((len(experts.layers), most), -1, dtype=torch.int32)
+    missing_L = torch.zeros(len(experts.layers), dtype=torch.int32, device=pool.slab.device)
+    table = slot_of_LE.to(pool.slab.device)
+    kernels = make_slot_kernels(
+        experts.layers, maths, pool.slab, pool.slot_bytes, slot_of_LE=table, missing_L=missing_L
+    )
+    keys = list(experts.keys())
+    preload(serving.cache, keys, progress)
+    for key in keys:
+        slot = serving.cache.slots.find(key)
+        assert slot is not None, f"{key=}"
+        slot_of_LE[key.layer_idx, key.expert_idx] = slot
+    table.copy_(slot_of_LE)
+    serving.kernels = kernels
+    serving.executor = ResidentExecutor(serving.cache, kernels)
+
+
+def _rows(kernels: SlotKernels, experts: ExpertIndex, pool: DevicePool) -> Rows | None:
+    """Kernels where they are faster than the reference: not on a device that is RAM."""
+    if pool.slab.device.type == "cpu":
+        return None
+    return KernelRows(kernels, max_rows=KERNEL_TOKENS * experts.top_k)
+
+
+def _place_misses(
+    serving: Serving, executor: Executor, link: LinkSource, experts: ExpertIndex, maths: list[Any],
+    config: EngineConfig, device: Device, pool: DevicePool,
+) -> None:  # fmt: skip
+    """With a choice between link and CPU: measure both, and let the arbiter decide. "stream" needs no CPU side."""
+    mode = Mode.STREAM if config.placement_invariant else Mode(config.miss)
+    if mode is Mode.STREAM:
+        return
+    from offmoe.models.calibration import measured_costs
+
+    executor.cpu = CpuExperts(serving.host, link.settle)
+    serving.closing.callback(executor.cpu.close)
+    costs = measured_costs(experts, maths, serving.host, link, device, pool)
+    admission = Admission(expert_bytes=experts.layers[0].expert_bytes)
+    arbiter = Arbiter(costs, mode=mode, admission=admission)
+    bytes_per_weight = torch_dtype(experts.layers[0].up[0].dtype, where="an expert").itemsize
+    serving.placer = MissPlacer(arbiter, serving.cache, serving.host, bytes_per_weight=bytes_per_weight)
+    executor.placer = serving.placer
+    serving.cache.listener = AdmissionFates(arbiter)
+
+
+def _fetch_ahead(
+    serving: Serving, executor: Executor, model: PreTrainedModel, experts: ExpertIndex, config: EngineConfig
+) -> None:
+    """Lookahead, unless the user says no, everything fits, or no layer's routing was understood."""
+    cache = serving.cache
+    if config.prefetch == "off" or cache.num_slots >= experts.num_experts:
+        return
+    routing = map_routing(model)
+    if not routing.order or not any(routing.predictors):
+        serving.notes.append("no router of this model could be asked ahead of time: prefetch is off")
+        return
+    expert_bytes = max(layer.expert_bytes for layer in experts.layers)
+    num_ahead = max(1, min(int(MAX_AHEAD_SHARE * cache.num_slots), MAX_AHEAD_LAYERS * experts.top_k))
+    mode = cast("PrefetchMode", config.prefetch)
+    distance = mode if isinstance(mode, int) else 1
+    prefetcher = Prefetcher(cache, budget_bytes=num_ahead * expert_bytes, switch=Switch(mode))
+    cache.listener = prefetcher if cache.listener is None else AheadFates(cache.listener, prefetcher)
+    lookahead = Lookahead(
+        routing.predictors, prefetcher, order=routing.order, distance=distance,
+        num_experts=[layer.num_experts for layer in experts.layers],
+    )  # fmt: skip
+    serving.closing.callback(routing.install(lookahead).remove)
+    serving.ahead = AheadOfTime(lookahead, prefetcher, order=routing.order)
+    executor.ahead = serving.ahead
+
+
+class _NotYet:
+    """Stands for the executor while it is being made."""
+
+    def run_layer(self, *args: object) -> torch.Tensor:
+        raise AssertionError("no executor was made")
+
+
+_NOT_YET = cast("ExpertsExecutor", _NotYet())
