@@ -316,11 +316,14 @@ class World:
         return started
 
 
-def check_prefetcher(prefetcher: Prefetcher, unused: Collection[ExpertKey], budget_bytes: int) -> None:
-    """What always holds of a prefetcher's books; `unused`: what its cache fetched ahead and nobody has used yet."""
+def check_prefetcher(prefetcher: Prefetcher, unused: Collection[ExpertKey], budget_bytes: int | None) -> None:
+    """What always holds of a prefetcher's books; `unused`: what its cache fetched ahead and nobody has used yet.
+
+    `budget_bytes` is None where whole layers are wanted, which have another bound.
+    """
     total = prefetcher.audit.total()
     assert total.pending == len(unused) and total.pending >= 0, f"{total} {unused=}"
     assert total.started_bytes == total.useful_bytes + total.wasted_bytes + total.cancelled_bytes + total.pending_bytes
-    assert prefetcher.cache.ahead_bytes <= budget_bytes, f"{prefetcher!r} {budget_bytes=}"
+    assert budget_bytes is None or prefetcher.cache.ahead_bytes <= budget_bytes, f"{prefetcher!r} {budget_bytes=}"
     assert prefetcher.num_pending == len(unused), f"{prefetcher!r} {unused=}"
     assert total.covered <= total.needed and total.named <= total.needed and total.late <= total.useful

@@ -21,31 +21,37 @@ experts = st.lists(st.integers(0, NUM_EXPERTS - 1), max_size=8)
 class PrefetcherMachine(RuleBasedStateMachine):
     """`FakeCache.start_ahead` itself refuses a key that is READY or coming: nothing is started twice."""
 
-    @initialize(num_slots=st.integers(2, 10), budget=st.integers(0, 4), chunks=st.sampled_from([1, 4]))
-    def make(self, num_slots: int, budget: int, chunks: int) -> None:
+    @initialize(
+        num_slots=st.integers(2, 10), budget=st.integers(0, 4), chunks=st.sampled_from([1, 4]), whole=st.booleans()
+    )
+    def make(self, num_slots: int, budget: int, chunks: int, whole: bool) -> None:
         self.machine = VirtualMachine(Speeds(link=EXPERT_BYTES), chunk_bytes=EXPERT_BYTES / chunks)
         self.cache = FakeCache(self.machine, num_slots=num_slots, num_layers=NUM_LAYERS)
-        self.budget_bytes = budget * EXPERT_BYTES
-        self.prefetcher = Prefetcher(self.cache, budget_bytes=self.budget_bytes, mode=2)
+        self.whole_layers = whole
+        self.budget_bytes = None if whole else budget * EXPERT_BYTES
+        self.prefetcher = Prefetcher(self.cache, budget_bytes=budget * EXPERT_BYTES, mode=2)
         self.cache.listener = self.prefetcher
         self.wanted: dict[int, set[int]] = {}  # what each layer may have started and queued
         self.age: dict[int, int] = {}
         self.is_demand_waiting = False
         self.held: list[ExpertKey] = []
 
-    @rule(layer_idx=layers, ids=experts, distance=st.integers(0, 3), whole_layer=st.booleans())
-    def want(self, layer_idx: int, ids: list[int], distance: int, whole_layer: bool) -> None:
-        self.prefetcher.want(layer_idx, ids, distance=distance, predict_ns=1, whole_layer=whole_layer)
-        self.wanted[layer_idx] = set(ids) if whole_layer or distance <= 2 else set()
+    @rule(layer_idx=layers, ids=experts, distance=st.integers(0, 3))
+    def want(self, layer_idx: int, ids: list[int], distance: int) -> None:
+        self.prefetcher.want(layer_idx, ids, distance=distance, predict_ns=1, whole_layer=self.whole_layers)
+        self.wanted[layer_idx] = set(ids) if self.whole_layers or distance <= 2 else set()
         self.age[layer_idx] = -distance
 
     @rule()
     def pump(self) -> None:
-        before = len(self.cache.log)
+        before, share = len(self.cache.log), max(1, self.cache.slots_per_layer)
+        spare = max(0, share - self.prefetcher.num_pending)
         self.prefetcher.pump()
         log = self.cache.log[before:]
         started = [key for what, key in log if what == "ahead"]
         assert not (started and self.is_demand_waiting)
+        if self.whole_layers:
+            assert sum(what == "evict" for what, _ in log) <= spare
         assert all(key.expert_idx in self.wanted.get(key.layer_idx, set()) for key in started)
         for what, key in log:
             if what == "evict":
@@ -55,6 +61,7 @@ class PrefetcherMachine(RuleBasedStateMachine):
     @rule(layer_idx=layers, ids=experts)
     def router_spoke(self, layer_idx: int, ids: list[int]) -> None:
         self.prefetcher.router_spoke(layer_idx, ids)
+        self.is_demand_waiting = False
         self.wanted.pop(layer_idx, None)
         for other in list(self.age):
             self.age[other] += 1

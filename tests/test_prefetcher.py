@@ -89,6 +89,31 @@ def test_nothing_starts_while_a_computation_waits() -> None:
     assert started(cache) == [(1, 0)]
 
 
+def test_a_layer_whose_fetches_failed_waits_no_longer_when_the_next_one_runs() -> None:
+    cache, prefetcher = make()
+    prefetcher.router_spoke(0, [0])
+    prefetcher.demand_begins()
+    prefetcher.router_spoke(1, [0])
+    prefetcher.want(2, [0], distance=1)
+    prefetcher.pump()
+    assert started(cache) == [(2, 0)]
+
+
+def test_waits_for_late_prefetches_are_no_part_of_the_demand_rate() -> None:
+    cache, prefetcher = make()
+    prefetcher.want(0, [0], distance=1)
+    prefetcher.pump()
+    prefetcher.router_spoke(0, [0, 1])
+    prefetcher.demand_begins()
+    begin_s = cache.machine.now_s
+    for expert in (0, 1):
+        coming = cache.demand(ExpertKey(0, expert))
+        assert coming is not None
+        cache.finish(coming)
+    prefetcher.demand_ends(EXPERT_BYTES, round((cache.machine.now_s - begin_s) * 1e9))
+    assert prefetcher.audit.rate.ns_per_byte == EXPERT_S * 1e9 / EXPERT_BYTES
+
+
 def test_what_is_ready_or_coming_is_not_asked_for_again() -> None:
     cache, prefetcher = make()
     load(cache, (1, 0))

@@ -5,16 +5,16 @@ when computations wait for fetches (`demand_begins`, `demand_ends`), and gives t
 here blocks, moves bytes or knows how predictions are made. Keys and integers only: no torch, no threads; the one
 thread that runs the model calls everything.
 
-What is queued is held for one layer at a time, nearest layer first, surest expert first. Rules: never more than
-`budget_bytes` under way; nothing starts while a computation waits for the link; what is READY or coming is not asked
-for again; what another layer wants is not evicted for it. The caller holds what a layer needs before it pumps, so a
-prefetch cannot evict that either.
+The queue goes nearest layer first, surest expert first. Rules: predictions have never more than `budget_bytes` under
+way; nothing starts while a computation waits for the link; what is READY or coming is not asked for again; what another
+layer wants is not evicted for it. The caller holds what a layer needs before it pumps, so a prefetch cannot evict that
+either.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Protocol
 
 from offmoe.base.keys import ExpertKey
@@ -66,8 +66,27 @@ class _Wanted:
     def __init__(self, expert_ids: Iterable[int], due: int, *, whole_layer: bool) -> None:
         ordered = dict.fromkeys(expert_ids)
         self.experts = frozenset(ordered)
-        self.queue = deque(enumerate(ordered))
+        self.queue = deque(ordered)
         self.due, self.whole_layer = due, whole_layer
+
+
+class _WantedKeys(Collection[ExpertKey]):
+    """The wanted keys of all layers, as they are now."""
+
+    def __init__(self, wanted: dict[int, _Wanted]) -> None:
+        self._wanted = wanted
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, ExpertKey):
+            return False
+        wanted = self._wanted.get(key.layer_idx)
+        return wanted is not None and key.expert_idx in wanted.experts
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return (ExpertKey(layer, expert) for layer, wanted in self._wanted.items() for expert in wanted.experts)
+
+    def __len__(self) -> int:
+        return sum(len(wanted.experts) for wanted in self._wanted.values())
 
 
 class Prefetcher:
@@ -85,11 +104,12 @@ class Prefetcher:
         self.audit = Audit(ns_per_byte)
         self.switch = Switch(mode) if switch is None else switch
         self._wanted: dict[int, _Wanted] = {}
-        self._keep: set[ExpertKey] = set()
+        self._keep = _WantedKeys(self._wanted)
         self._pending: dict[int, dict[int, int]] = {}
         self.num_pending = 0
         self._num_calls = 0
         self._is_demand_waiting = False
+        self._late_wait_ns = 0
         self._cancelling: ExpertKey | None = None
 
     def __repr__(self) -> str:
@@ -117,36 +137,40 @@ class Prefetcher:
 
         Replaces what was said of the layer before; what had been started for it and is no longer wanted is taken
         back if its move has not begun. `predict_ns`: time that the prediction took. `whole_layer`: a prefill will
-        touch (nearly) all experts; this uses free slots and one layer's share of the others, so that the experts
-        used in decoding stay, and is not subject to what the switch learns from decoding.
+        touch (nearly) all experts. Its bound is slots, not bytes: free ones and one layer's share of the others, so
+        that the experts used in decoding stay. It is not subject to what the switch learns from decoding.
         """
         if predict_ns:
             self.audit.spent_predicting(layer_idx, predict_ns)
-        self._forget(layer_idx)
+        self._wanted.pop(layer_idx, None)
         if not (self.switch.allows_whole_layers if whole_layer else self.is_on(layer_idx, distance)):
             return
         wanted = _Wanted(expert_ids, self._num_calls + distance, whole_layer=whole_layer)
         self._wanted[layer_idx] = wanted
-        self._keep.update(ExpertKey(layer_idx, expert) for expert in wanted.experts)
         self._take_back(layer_idx, wanted.experts)
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
-        """The layer runs now and needs `expert_ids`; it is no longer predicted. Call it before anything is used."""
+        """The layer runs now and needs `expert_ids`; it is no longer predicted. Call it before anything is used.
+
+        A layer before that never said `demand_ends` (its fetches failed) waits no longer, either.
+        """
+        self._is_demand_waiting, self._late_wait_ns = False, 0
         needed = set(expert_ids)
         self._num_calls += 1
-        wanted = self._forget(layer_idx)
+        wanted = self._wanted.pop(layer_idx, None)
         predicted = wanted.experts if wanted is not None else frozenset[int]()
-        queued = {expert for _, expert in wanted.queue} if wanted is not None else set[int]()
+        queue = wanted.queue if wanted is not None else ()
         pending = self._pending.get(layer_idx, {})
-        behind = sum(self.cache.num_bytes(ExpertKey(layer_idx, e)) for e in queued & needed)
+        behind = sum(self.cache.num_bytes(ExpertKey(layer_idx, expert)) for expert in queue if expert in needed)
         self.audit.called(
             layer_idx, predicted=len(predicted), needed=len(needed), named=len(predicted & needed),
             covered=len(needed.intersection(pending)), behind_bytes=behind,
         )  # fmt: skip
-        self._take_back(layer_idx, needed)
-        self.cache.expire_ahead(layer_idx, {ExpertKey(layer_idx, expert) for expert in needed})
+        if pending:
+            self._take_back(layer_idx, needed)
+            self.cache.expire_ahead(layer_idx, {ExpertKey(layer_idx, expert) for expert in needed})
         for stale in [idx for idx, other in self._wanted.items() if other.due + SLACK_CALLS < self._num_calls]:
-            self._forget(stale)
+            del self._wanted[stale]
         self.switch.layer_called(layer_idx, self.audit)
 
     def demand_begins(self) -> None:
@@ -154,10 +178,12 @@ class Prefetcher:
         self._is_demand_waiting = True
 
     def demand_ends(self, num_bytes: int = 0, stall_ns: int = 0) -> None:
-        """It waits no longer; `num_bytes` were fetched for it on demand, and it stood still for `stall_ns`."""
+        """It waits no longer. `num_bytes` were fetched for it on demand, late prefetches not counted; it stood still
+        for `stall_ns`, the waits for late prefetches included (they are known here, and taken off).
+        """
         self._is_demand_waiting = False
         if num_bytes:
-            self.audit.rate.observe(num_bytes, stall_ns)
+            self.audit.rate.observe(num_bytes, max(0, stall_ns - self._late_wait_ns))
 
     def pass_ended(self, seconds: float, *, num_tokens: int = 1) -> None:
         """A forward pass over `num_tokens` positions took `seconds`. The switch learns from those of one token."""
@@ -176,13 +202,14 @@ class Prefetcher:
         """Start what `wanted` has queued; False when nothing more can be started now, for any layer."""
         cache, queue = self.cache, wanted.queue
         while queue:
-            key = ExpertKey(layer_idx, queue[0][1])
+            key = ExpertKey(layer_idx, queue[0])
             if not (cache.is_ready(key) or cache.is_coming(key)):
                 num_bytes = cache.num_bytes(key)
-                if cache.ahead_bytes + num_bytes > self._budget_bytes:
+                if wanted.whole_layer:
+                    if not self._has_spare_slot():
+                        return True
+                elif cache.ahead_bytes + num_bytes > self._budget_bytes:
                     return False
-                if wanted.whole_layer and not self._has_spare_slot():
-                    return True
                 if not cache.start_ahead(key, keep=self._keep):
                     return False
                 self._pending.setdefault(layer_idx, {})[key.expert_idx] = num_bytes
@@ -199,6 +226,7 @@ class Prefetcher:
         """The cache tells: a prefetch was used."""
         num_bytes = self._end_pending(key)
         if num_bytes is not None:
+            self._late_wait_ns += waited_ns
             self.audit.used(key.layer_idx, num_bytes, late=late, waited_ns=waited_ns)
 
     def wasted_ahead(self, key: ExpertKey) -> None:
@@ -216,21 +244,15 @@ class Prefetcher:
 
         Nothing is wanted or pending; what was pending counts as wasted. What was learnt stays.
         """
-        self._wanted, self._keep = {}, set()
+        self._wanted.clear()
         self._pending, self.num_pending = {}, 0
-        self._is_demand_waiting, self._cancelling = False, None
+        self._is_demand_waiting, self._late_wait_ns, self._cancelling = False, 0, None
         self.audit.give_up_pending()
         self.switch.reset()
 
     def as_dict(self) -> dict[str, object]:
         """What it does and did, for `stats()`."""
         return {"switch": self.switch.as_dict(), **self.audit.as_dict()}
-
-    def _forget(self, layer_idx: int) -> _Wanted | None:
-        wanted = self._wanted.pop(layer_idx, None)
-        if wanted is not None:
-            self._keep.difference_update(ExpertKey(layer_idx, expert) for expert in wanted.experts)
-        return wanted
 
     def _take_back(self, layer_idx: int, wanted: Collection[int]) -> None:
         """Cancel what is under way for the layer and not in `wanted`, if it can be."""
