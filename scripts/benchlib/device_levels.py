@@ -214,15 +214,20 @@ def _record_decode(bench: Bench, level: Level, system: System, runs: list[Timed]
     }  # fmt: skip
     counts = {name: sum(run.decode_counts[name] for run in runs) for name in runs[0].decode_counts}
     if counts:
-        lookups = max(1, counts["hits"] + counts["late_hits"] + counts["misses"])
+        lookups = counts["hits"] + counts["late_hits"] + counts["misses"]  # none are counted when all are resident
         # What would have had to move whatever was fetched ahead: misses, and what was fetched ahead and used.
         moved = counts["misses"] + counts["ahead_used_bytes"] / level.model.expert_bytes
-        kept = min(1.0, max(0.0, 1 - moved / lookups))
+        kept = min(1.0, max(0.0, 1 - moved / max(1, lookups)))
         bound = decode_bound(level.token, bench.speeds, hit_rate=kept, miss=SETTINGS[system.name].get("miss", "auto"))
         record |= {
-            "hit_rate": counts["hits"] / lookups, "kept_rate": kept,
+            "hit_rate": counts["hits"] / lookups if lookups else 1.0, "kept_rate": kept,
             "link_bytes_per_token": counts["link_bytes"] / num_tokens,
             "cpu_experts_per_token": counts["cpu_experts"] / num_tokens, "bound_tok_per_s": bound.tok_per_s,
             "limit": bound.limit, "roofline_share": bound.seconds / token_s, "counts": counts,
         }  # fmt: skip
+    if isinstance(system, OffmoeSystem):
+        stats = system.engine.stats()
+        record["state"] = {
+            name: stats[name] for name in ("prefetch", "miss_chosen", "kernels", "notes") if name in stats
+        }
     bench.ledger.add("decode", **level.keys, setting=system.name, **record)
