@@ -160,13 +160,13 @@ def test_bench_goes_through_the_ids_that_are_given(tiny: Path, tmp_path: Path, m
     from offmoe.generation import step
 
     seen: list[int] = []
-    forward = step._Forward.__call__
+    forward = step.Forward.__call__
 
     def record(self: Any, ids: torch.Tensor) -> torch.Tensor:
         seen.extend(ids[0].tolist())
         return forward(self, ids)
 
-    monkeypatch.setattr(step._Forward, "__call__", record)
+    monkeypatch.setattr(step.Forward, "__call__", record)
     ids = [(13 * i) % 120 + 3 for i in range(20)]
     path = tmp_path / "ids.json"
     path.write_text(json.dumps(ids))
