@@ -86,11 +86,11 @@ def _parts(
     matrix = width_D * width_F
     down = part(1, (width_D, width_F), (width_F, 1))
     if layout == "transposed":
-        up = (part(0, (width_D, width_up), (width_up, 1)),)
-        return [width_up * width_D, matrix], up, (part(1, (width_F, width_D), (width_D, 1)),)
+        columns = part(0, (width_D, width_up), (width_up, 1))
+        return [width_up * width_D, matrix], (columns,), (part(1, (width_F, width_D), (width_D, 1)),)
     if layout == "turned":
-        up = (part(0, (width_up, width_D), (1, width_up)),)
-        return [width_up * width_D, matrix], up, (part(1, (width_D, width_F), (1, width_D)),)
+        columns = part(0, (width_up, width_D), (1, width_up))
+        return [width_up * width_D, matrix], (columns,), (part(1, (width_D, width_F), (1, width_D)),)
     if layout == "stacked" or not gated:
         return [width_up * width_D, matrix], (part(0, (width_up, width_D), (width_D, 1)),), (down,)
     if layout == "interleaved":

@@ -204,13 +204,19 @@ def tile_rows(
     BIAS_STRIDE: tl.constexpr, BIAS_PAIR: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr,
     GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, CLAMP_LAST: tl.constexpr, OFFSET: tl.constexpr,
     ROWS_A_TOKEN: tl.constexpr, ZERO_MISSING: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, TOGETHER: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, tile): a block of outputs of up to BLOCK_ROWS rows, all of one slot; row -1 is none.
+    """A program is a block of outputs of up to BLOCK_ROWS rows, all of one slot; row -1 is none.
+
+    Programs run through TOGETHER tiles before they go on to the next block of outputs; the tiles are a multiple of it.
 
     WIDEN is for the interpreter, whose product of bfloat16 matrices takes their bits for integers.
     """
-    block, tile = tl.program_id(0), tl.program_id(1)
+    blocks_together: tl.constexpr = TOGETHER * ((NUM_OUT + BLOCK_OUT - 1) // BLOCK_OUT)
+    program = tl.program_id(0)
+    tile = program // blocks_together * TOGETHER + program % TOGETHER
+    block = program % blocks_together // TOGETHER
     rows = tl.load(tile_row_ptr + tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     slot = tl.load(tile_slot_ptr + tile).to(tl.int64)
     used = rows >= 0

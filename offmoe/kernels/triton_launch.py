@@ -20,6 +20,9 @@ from offmoe.kernels.reference import ExpertMath
 HALVES, TURNS = 1, 2
 # Rows of a tile: 16 is the least that tensor cores take.
 TILE_ROWS = (16, 64, 128)
+# Tiles that run side by side, block by block, so that an expert's tiles read its weights from L2 after the first, and
+# their inputs, 8 tiles of 128 rows of 4096 bfloat16, fit there too.
+TILES_TOGETHER = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,40 +42,59 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """Block sizes. `row_elements` are the weights that one program of a row kernel holds at once.
+    """Block sizes. Elements are the weights that one program of a row kernel holds at once.
 
-    4096 in 4 warps: 32 a thread, 4 loads of 16 bytes in flight; some 700 programs for 8 rows of 768 x 2048.
+    4096 in 4 warps: 32 a thread, 4 loads of 16 bytes in flight; some 1500 programs for 8 rows of 2 x 768 x 2048. Where
+    outputs lie contiguous, a block of `column_outputs` is whole sectors of memory and still leaves enough programs.
     """
 
     row_elements: int = 4096
     row_inputs: int = 512
-    row_stages: int = 1
     row_warps: int = 4
+    sum_elements: int = 8192
+    sum_inputs: int = 256
+    sum_warps: int = 8
+    column_outputs: int = 32
+    stages: int = 1
     shared_bytes: int = 48 * 1024
 
-    def row_blocks(self, matrix: Matrix, num_rows: int = 1) -> tuple[int, int]:
-        """(outputs, inputs) of a program of `num_rows` rows: long along the dimension that lies contiguous."""
-        halves = 2 if matrix.pairs else 1
-        elements = max(1, self.row_elements // num_rows)
-        if matrix.in_stride == 1 or matrix.out_stride != 1:
-            block_in = min(self.row_inputs, power_of_two(matrix.num_in), elements)
-            return min(max(1, elements // block_in // halves), power_of_two(matrix.num_out)), block_in
-        block_out = min(64, power_of_two(matrix.num_out), elements)
-        return block_out, min(max(1, elements // block_out // halves), power_of_two(matrix.num_in))
+    def row_blocks(self, matrix: Matrix) -> dict[str, int]:
+        """Blocks of a program that computes one row."""
+        elements = self.row_elements // (2 if matrix.pairs else 1)
+        return {**_blocks(matrix, elements, self.row_inputs, self.column_outputs), **self._row_options(self.row_warps)}
+
+    def sum_blocks(self, matrix: Matrix, block_k: int) -> dict[str, int]:
+        """Blocks of a program that computes a token's `block_k` rows."""
+        elements = self.sum_elements // block_k
+        blocks = _blocks(matrix, elements, self.sum_inputs, self.column_outputs // 2)
+        return {**blocks, **self._row_options(self.sum_warps)}
+
+    def _row_options(self, num_warps: int) -> dict[str, int]:
+        return {"STAGES": self.stages, "num_warps": num_warps, "enable_fp_fusion": True}
 
     def tile_blocks(self, matrix: Matrix, block_rows: int, itemsize: int) -> dict[str, int]:
         """Blocks, warps and stages of a tile, as many stages as the shared memory holds."""
-        halves = 2 if matrix.pairs else 1
         outputs = 64 if block_rows == TILE_ROWS[0] else 128
         block_in = max(16, 128 // itemsize)
         stage_bytes = (block_rows + outputs) * block_in * itemsize
         return {
             "BLOCK_ROWS": block_rows,
-            "BLOCK_OUT": outputs // halves,
+            "BLOCK_OUT": outputs // (2 if matrix.pairs else 1),
             "BLOCK_IN": block_in,
             "num_warps": 8 if block_rows > 64 else 4,
             "num_stages": max(1, min(4, self.shared_bytes // stage_bytes)),
+            "enable_fp_fusion": True,
         }
+
+
+def _blocks(matrix: Matrix, elements: int, inputs: int, column_outputs: int) -> dict[str, int]:
+    """Outputs and inputs of a block: long along the dimension that lies contiguous."""
+    elements = max(1, elements)
+    if matrix.in_stride == 1 or matrix.out_stride != 1:
+        block_in = min(inputs, power_of_two(matrix.num_in), elements)
+        return {"BLOCK_OUT": min(elements // block_in, power_of_two(matrix.num_out)), "BLOCK_IN": block_in}
+    block_out = min(column_outputs, power_of_two(matrix.num_out), elements)
+    return {"BLOCK_OUT": block_out, "BLOCK_IN": min(elements // block_out, power_of_two(matrix.num_in))}
 
 
 def power_of_two(count: int) -> int:
@@ -83,10 +105,11 @@ def power_of_two(count: int) -> int:
 def make_tiles(slot_N: torch.Tensor, block_rows: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows cut into tiles of one slot each: tile_slot_M and tile_row_MB (-1: none), on the device of `slot_N`.
 
-    M depends on shapes alone (some tiles at the end are empty), so nothing waits for the device.
+    M, a multiple of TILES_TOGETHER, depends on shapes alone (the last tiles are empty): nothing waits for the device.
     """
     num_rows, device = slot_N.numel(), slot_N.device
     num_tiles = num_rows // block_rows + min(num_rows, num_experts + 1)
+    num_tiles += -num_tiles % TILES_TOGETHER
     sorted_N, order_N = torch.sort(slot_N, stable=True)
     position_N = torch.arange(num_rows, device=device)
     rank_N = position_N - torch.searchsorted(sorted_N, sorted_N)
@@ -205,12 +228,11 @@ class LayerKernels:
         block_k, bias = power_of_two(top_k), self._math.down_bias_ED
         y_TD = hidden_NF.new_empty((num_tokens, self.down[0].out_width), dtype=dtype)
         for matrix in self.down:
-            block_out, block_in = self._tiling.row_blocks(matrix, block_k)
-            triton_experts.weighted_rows[(num_tokens, -(-matrix.num_out // block_out))](
+            blocks = self._tiling.sum_blocks(matrix, block_k)
+            triton_experts.weighted_rows[(num_tokens, -(-matrix.num_out // blocks["BLOCK_OUT"]))](
                 hidden_NF, self._slab, bias, y_TD, expert_TK, slots, weights_TK, hidden_NF, **self._place(matrix),
                 HAS_BIAS=bias is not None, BIAS_WIDTH=matrix.out_width, TOP_K=top_k, BLOCK_K=block_k,
-                NUM_EXPERTS=self.num_experts if lookup else 0, BLOCK_OUT=block_out, BLOCK_IN=block_in,
-                STAGES=self._tiling.row_stages, num_warps=self._tiling.row_warps,
+                NUM_EXPERTS=self.num_experts if lookup else 0, **blocks,
             )  # fmt: skip
         return y_TD
 
@@ -233,14 +255,13 @@ class LayerKernels:
         out = inputs.new_empty((expert_N.numel(), matrices[0].out_width), dtype=self._math.dtype)
         rows_a_token = token_N if isinstance(token_N, int) else 0
         for number, matrix in enumerate(matrices):
-            block_out, block_in = self._tiling.row_blocks(matrix)
-            triton_experts.choose_rows[(expert_N.numel(), -(-matrix.num_out // block_out))](
+            blocks = self._tiling.row_blocks(matrix)
+            triton_experts.choose_rows[(expert_N.numel(), -(-matrix.num_out // blocks["BLOCK_OUT"]))](
                 inputs, self._slab, bias, out, None if rows_a_token else token_N, expert_N, slot_N, missing,
                 **self._place(matrix), **_pairs(matrix, bias), **act, ROWS_A_TOKEN=rows_a_token,
                 NUM_EXPERTS=self.num_experts if lookup or missing is not None else 0,
                 COUNT_MISSING=missing is not None and number == 0, ZERO_MISSING=is_down or not self.is_fused,
-                BLOCK_OUT=block_out, BLOCK_IN=block_in, STAGES=self._tiling.row_stages,
-                num_warps=self._tiling.row_warps,
+                **blocks,
             )  # fmt: skip
         return out
 
@@ -254,10 +275,11 @@ class LayerKernels:
         rows_a_token = token_N if isinstance(token_N, int) else 0
         for matrix in matrices:
             blocks = self._tiling.tile_blocks(matrix, tile_row_MB.shape[1], self._math.dtype.itemsize)
-            triton_experts.tile_rows[(-(-matrix.num_out // blocks["BLOCK_OUT"]), tile_slot_M.numel())](
+            triton_experts.tile_rows[(-(-matrix.num_out // blocks["BLOCK_OUT"]) * tile_slot_M.numel(),)](
                 inputs, self._slab, bias, out, None if rows_a_token else token_N, expert_N, tile_slot_M, tile_row_MB,
                 **self._place(matrix), **_pairs(matrix, bias), **act, ROWS_A_TOKEN=rows_a_token,
-                ZERO_MISSING=is_down or not self.is_fused, WIDEN=inputs.device.type == "cpu", **blocks,
+                ZERO_MISSING=is_down or not self.is_fused, TOGETHER=TILES_TOGETHER,
+                WIDEN=inputs.device.type == "cpu", **blocks,
             )  # fmt: skip
         return out
 
