@@ -2,6 +2,7 @@
 
     scripts/gpu_check                        # under nine minutes; benchmarks/DATE-gpu-NAME.md
     scripts/gpu_check --only tests,verify    # some parts: tests, verify, kernels, device
+    scripts/gpu_check --only device --device-args "--shares 10,50"
     scripts/gpu_check --out /tmp/results --minutes 5
     scripts/gpu_check --simulate             # no GPU: tries the script itself at tiny sizes
 
@@ -64,14 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     name = "simulated" if args.simulate else re.sub(r"[^a-z0-9]+", "-", str(facts["name"]).lower()).strip("-")
-    result = out / f"{datetime.date.today().isoformat()}-gpu-{name}.md"
-    partial = out / f"{result.stem}-device.json"
+    result = free_name(out, f"{datetime.date.today().isoformat()}-gpu-{name}")
+    partial = result.with_name(f"{result.stem}-device.json")
     partial.unlink(missing_ok=True)
     about = describe(args, facts)
     print("\n".join(about), flush=True)
     total_s = args.minutes * 60 - RESERVE_S
     outcomes: list[Outcome] = []
-    for part in plan_parts(total_s=total_s, simulate=args.simulate, partial=partial):
+    device_args = tuple(shlex.split(args.device_args))
+    for part in plan_parts(total_s=total_s, simulate=args.simulate, partial=partial, device_args=device_args):
         if part.key not in args.only.split(","):
             continue
         left_s = total_s - (time.monotonic() - begin)
@@ -98,8 +100,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks", help="folder of the result (default: benchmarks)"
     )
+    parser.add_argument("--device-args", default="", help="further options of scripts/bench_device.py")
     parser.add_argument("--simulate", action="store_true", help="every part at tiny size, without a GPU")
     return parser.parse_args(argv)
+
+
+def free_name(out: Path, stem: str) -> Path:
+    """`stem`.md, or with a number behind it: several runs of a day do not overwrite each other."""
+    number = 1
+    while (path := out / (f"{stem}.md" if number == 1 else f"{stem}-{number}.md")).exists():
+        number += 1
+    return path
 
 
 def _refuse(line: str) -> int:
@@ -184,4 +195,7 @@ def render(outcomes: Sequence[Outcome], records: Sequence[dict[str, Any]]) -> li
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # the result of the parts that ended is written
+        sys.exit(130)

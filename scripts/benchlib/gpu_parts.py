@@ -45,10 +45,10 @@ class Outcome:
         return next((line for line in reversed(self.lines) if line.strip() and not line.startswith("{")), "")
 
 
-def plan_parts(*, total_s: float, simulate: bool, partial: Path) -> list[Part]:
+def plan_parts(*, total_s: float, simulate: bool, partial: Path, device_args: tuple[str, ...] = ()) -> list[Part]:
     """All parts in order; the benchmark on the device comes last and gets what the others leave.
 
-    Of nine minutes: tests 110 s, verify 3 x 30 s, kernels 60 s, device 240 s or more. Simulated, each may take all.
+    Of nine minutes: tests 110 s, verify 3 x 40 s, kernels 50 s, device 240 s or more. Simulated, each may take all.
     """
 
     def part(key: str, title: str, seconds: float, *command: str, **options: Any) -> Part:
@@ -68,12 +68,13 @@ def plan_parts(*, total_s: float, simulate: bool, partial: Path) -> list[Part]:
     return [
         part("tests", "tests that need a GPU", 110, *tests, environment=environment),
         *(
-            part("verify", f"verify {' '.join(options)}", 30, "-m", "offmoe", "verify", "--ram", "4GiB",
+            part("verify", f"verify {' '.join(options)}", 40, "-m", "offmoe", "verify", "--ram", "4GiB",
                  "--max-new-tokens", "4" if simulate else "24", *options)
             for options in ([("--device", "cpu")] if simulate else VERIFY)
         ),
-        part("kernels", "kernels, each alone", 60, "scripts/bench_triton.py", *(["--simulate"] if simulate else [])),
-        part("device", "whole models on the device", 240, *device, *(TINY if simulate else []), spare=True),
+        part("kernels", "kernels, each alone", 50, "scripts/bench_triton.py", *(["--simulate"] if simulate else [])),
+        part("device", "whole models on the device", 240, *device, *(TINY if simulate else []), *device_args,
+             spare=True),
     ]  # fmt: skip
 
 
