@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from makers import NUM_EXPERTS, NUM_LAYERS, Opened, TinyExperts, failing_reads, open_cache
-from prefetch_fakes import EXPERT_BYTES, Shape, World, check_prefetcher
+from prefetch_fakes import EXPERT_BYTES, check_prefetcher
+from prefetch_world import Shape, World
 
 import offmoe
 from offmoe.base.errors import DiskReadError

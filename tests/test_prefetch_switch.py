@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from prefetch_fakes import EXPERT_BYTES, Shape, World
+from prefetch_fakes import EXPERT_BYTES
+from prefetch_world import Shape, World
 
 from offmoe.base.trial import Trial
 from offmoe.prefetch.audit import Audit

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from prefetch_fakes import EXPERT_BYTES, FakeCache, Shape, World
+from prefetch_fakes import EXPERT_BYTES, FakeCache
+from prefetch_world import Shape, World
 from virtual_machine import Speeds, VirtualMachine
 
 from offmoe.base.keys import ExpertKey
