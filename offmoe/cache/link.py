@@ -82,7 +82,11 @@ class LinkSource:
         return self._copier.copy(parts, urgent=urgent, after=self._last_use[slot])
 
     def contents(self, key: ExpertKey, slot: int) -> ExpertWeights:
-        """Views of the device's memory."""
+        """Views of the device's memory.
+
+        Called after the ticket's wait: the mark made here comes after the copy, also where nobody ever uses it.
+        """
+        self._last_use[slot] = self._copier.mark()
         layout = self._layouts[key.layer_idx]
         return view_expert(self._index.layers[key.layer_idx], self._pool.tensor(slot), layout.offsets)
 

@@ -106,7 +106,6 @@ def build_serving(
     link = LinkSource(experts, layouts, host, host_source, device_pool, device.copier, counters)
     cache = ExpertCache(device_pool.num_slots, num_layers, link, make_policy(config.policy), counters)
     serving = Serving(cache=cache, host=host, executor=_NOT_YET)
-    serving.closing.callback(device.unpin)
     if (refused := device.pin(pool.slab)) is not None:
         serving.notes.append(f"RAM slots are not pinned ({refused}): copies go through a staging ring")
     maths = [math_of(module) for _, module in experts_modules(model)]
