@@ -57,6 +57,10 @@ def test_a_piece_is_redone_as_if_it_had_not_been_tried(name: str, failing: int) 
 def test_other_errors_are_raised() -> None:
     model = build("qwen3_moe")
     forward = Forward(model, make_kv_cache(model, CAPACITY))
-    experts_modules(model)[0][1].register_forward_pre_hook(lambda *_: [][0])
-    with pytest.raises(IndexError):
+
+    def fail(*_: object) -> None:
+        raise ValueError("not the device's")
+
+    experts_modules(model)[0][1].register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="not the device's"):
         forward.unless_out_of_memory(pieces()[0])
