@@ -31,7 +31,7 @@ def test_all_hits_read_device_memory_alone() -> None:
 def test_streamed_misses_take_the_link() -> None:
     bound = decode_bound(TOKEN, SPEEDS, hit_rate=0.5, miss="stream")
     assert bound.link_s == pytest.approx(4)
-    assert bound.gpu_s == pytest.approx(0.9)  # dense, hits, and what arrived
+    assert bound.gpu_s == pytest.approx(0.5)  # dense and hits
     assert bound.host_s == pytest.approx(0.8)
     assert (bound.limit, bound.tok_per_s) == ("link", pytest.approx(0.25))
 
