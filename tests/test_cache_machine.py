@@ -145,6 +145,9 @@ class Silent:
     def router_spoke(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
         self._prefetcher.router_spoke(layer_idx, expert_ids)
 
+    def look(self, layer_idx: int) -> None:
+        """The machine's rules have guessed already."""
+
 
 class CacheMachine(RuleBasedStateMachine):
     """Rules for whichever cache `open_tiers` makes."""

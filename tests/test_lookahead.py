@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offmoe.models.routing import map_routing
+from offmoe.models.transformers_internals import experts_modules
 from offmoe.prefetch.lookahead import Lookahead, Prediction, Predictor, rank_experts
 
 NUM_LAYERS, NUM_EXPERTS = 4, 10
@@ -70,13 +71,23 @@ def look(
     )  # fmt: skip
 
 
+def reach(ahead: Lookahead, layer_idx: int, state_TD: torch.Tensor) -> None:
+    """The layer has its state and has started its own fetches."""
+    ahead.observe_state(layer_idx, state_TD)
+    ahead.look(layer_idx)
+
+
 def state(num_tokens: int = 1, device: str = "cpu") -> torch.Tensor:
     return torch.zeros(num_tokens, 6, device=device)
 
 
 def test_a_state_asks_the_next_layers_router() -> None:
     asked, told = Asked(), list[Prediction]()
-    look(asked, predictions=told).observe_state(1, state())
+    ahead = look(asked, predictions=told)
+    ahead.observe_state(1, state())
+    assert asked.wants == []  # layer 1's own fetches come first
+    ahead.look(1)
+    ahead.look(1)
     assert asked.wants == [(2, [2, 7], 1, False)]
     assert told == [Prediction(2, (2, 7), 1, False)]
     assert asked.pumps == 0  # layer 1's own experts are not held yet
@@ -86,13 +97,13 @@ def test_a_state_asks_the_next_layers_router() -> None:
 @pytest.mark.parametrize(("distance", "targets"), [(1, [3]), (2, [3, 1]), (3, [3, 1, 2])])
 def test_layers_are_counted_as_they_run(distance: int, targets: list[int]) -> None:
     asked = Asked()
-    look(asked, order=[0, 3, 1, 2], distance=distance).observe_state(0, state())
+    reach(look(asked, order=[0, 3, 1, 2], distance=distance), 0, state())
     assert [(layer, distance) for layer, _, distance, _ in asked.wants] == list(zip(targets, [1, 2, 3], strict=False))
 
 
 def test_nothing_comes_after_the_last_layer() -> None:
     asked = Asked()
-    look(asked, distance=3).observe_state(NUM_LAYERS - 1, state())
+    reach(look(asked, distance=3), NUM_LAYERS - 1, state())
     assert asked.wants == []
 
 
@@ -109,11 +120,11 @@ def test_the_layers_input_asks_its_own_router_again_and_starts_at_once() -> None
 def test_a_layer_that_is_off_costs_no_router_call() -> None:
     asked, routers = Asked(off={1}), [Router(0), Router(1), Router(2), Router(3)]
     ahead = look(asked, routers=routers, distance=2)
-    ahead.observe_state(0, state())
+    reach(ahead, 0, state())
     ahead.observe_input(1, state())
     assert [router.calls for router in routers] == [0, 0, 1, 0]
     asked.far = 1
-    ahead.observe_state(0, state())
+    reach(ahead, 0, state())
     assert routers[2].calls == 1
 
 
@@ -121,7 +132,7 @@ def test_a_layer_without_predictor_is_left_alone() -> None:
     asked = Asked()
     ahead = Lookahead([None, lambda state_TD: None], asked, order=[0, 1], num_experts=[4, 4])
     ahead.observe_input(0, state())
-    ahead.observe_state(0, state())
+    reach(ahead, 0, state())
     assert asked.wants == []
     assert repr(ahead) == "<Lookahead [1 of 2 layers predicted, 0 pending]>"
 
@@ -129,12 +140,14 @@ def test_a_layer_without_predictor_is_left_alone() -> None:
 def test_a_prefill_that_touches_nearly_all_wants_whole_layers_and_asks_no_router() -> None:
     asked, routers = Asked(), [Router(0), Router(1), Router(2), Router(3)]
     ahead = look(asked, routers=routers)
-    ahead.observe_state(0, state(64))
-    ahead.router_spoke(0, range(9))  # 9 of 10
-    ahead.observe_input(1, state(64))
-    ahead.observe_state(1, state(64))
-    assert asked.wants == [(1, [1], 1, False), (2, list(range(NUM_EXPERTS)), 1, True)]
-    assert routers[2].calls == 0
+    for layer_idx in (0, 1):
+        ahead.observe_input(layer_idx, state(64))
+        ahead.observe_state(layer_idx, state(64))
+        ahead.router_spoke(layer_idx, range(9))  # 9 of 10
+        ahead.look(layer_idx)
+    everything = list(range(NUM_EXPERTS))
+    assert asked.wants == [(0, [0], 0, False), (1, everything, 1, True), (2, everything, 1, True)]
+    assert [router.calls for router in routers] == [1, 0, 0, 0]
 
 
 def test_what_a_prefill_touched_says_nothing_of_the_token_after_it() -> None:
@@ -142,8 +155,9 @@ def test_what_a_prefill_touched_says_nothing_of_the_token_after_it() -> None:
     ahead = look(asked)
     ahead.observe_state(3, state(64))
     ahead.router_spoke(3, range(10))
+    ahead.look(3)
     ahead.observe_input(0, state(1))
-    ahead.observe_state(0, state(1))
+    reach(ahead, 0, state(1))
     assert [whole for *_, whole in asked.wants] == [False, False]
 
 
@@ -152,7 +166,7 @@ def test_a_short_prompt_wants_the_union() -> None:
     ahead = look(asked)
     ahead.observe_state(0, state(5))
     ahead.router_spoke(0, range(8))  # 8 of 10
-    ahead.observe_state(1, state(5))
+    reach(ahead, 1, state(5))
     assert asked.wants[-1] == (2, [2, 7], 1, False)
 
 
@@ -203,6 +217,8 @@ def test_over_a_real_model() -> None:
     found = map_routing(model)
     ahead = Lookahead(found.predictors, asked, order=found.order, num_experts=[8] * len(found.layers))
     hooks = found.install(ahead)
+    for layer_idx, (_, module) in enumerate(experts_modules(model)):  # where the executor would be
+        module.register_forward_pre_hook(lambda *_, layer_idx=layer_idx: ahead.look(layer_idx))
     with torch.no_grad():
         model(input_ids=torch.tensor([[17]]))
     hooks.remove()

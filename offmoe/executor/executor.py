@@ -38,8 +38,8 @@ class Ahead(Protocol):
     def router_spoke(self, layer_idx: int, expert_ids: Sequence[int], num_tokens: int) -> None:
         """The layer needs these experts. Called before anything is used or fetched."""
 
-    def demand_begins(self) -> None:
-        """Fetches that the layer waits for are under way: start nothing."""
+    def look(self, layer_idx: int, *, is_waiting: bool) -> None:
+        """The layer's own fetches are under way (`is_waiting`), or it needs none: a moment to guess."""
 
     def demand_ends(self, num_bytes: int, stall_ns: int) -> None:
         """They have arrived, after standing still for `stall_ns`."""
@@ -146,10 +146,7 @@ class _LayerRun:
             missing = self._send_to_cpu(late, missing, by_expert)
             self._start_fetches(missing, by_expert, keep)
             if self._ahead is not None:
-                if self._in_flight:
-                    self._ahead.demand_begins()
-                else:
-                    self._ahead.pump()
+                self._ahead.look(self._layer_idx, is_waiting=bool(self._in_flight))
             self._compute(ready)
             while self._in_flight or missing:
                 self._start_fetches(missing, by_expert, keep)

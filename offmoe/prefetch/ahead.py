@@ -39,9 +39,13 @@ class AheadOfTime:
             self._begin_s, self._num_tokens = self._clock(), num_tokens
         self.lookahead.router_spoke(layer_idx, expert_ids)
 
-    def demand_begins(self) -> None:
-        """The layer's own fetches are under way."""
-        self.prefetcher.demand_begins()
+    def look(self, layer_idx: int, *, is_waiting: bool) -> None:
+        """The layer's own fetches are under way, and it will wait for them, or there are none: a moment to guess."""
+        if is_waiting:
+            self.prefetcher.demand_begins()
+        self.lookahead.look(layer_idx)
+        if not is_waiting:
+            self.prefetcher.pump()
 
     def demand_ends(self, num_bytes: int, stall_ns: int) -> None:
         """They have arrived: the tier below is free for others."""

@@ -62,9 +62,10 @@ class _Pending:
 class Lookahead:
     """Turns observed states into wants. Called by the one thread that runs the model.
 
-    Host and device: where a prediction is a tensor on the CPU it is handed on at once. On another device reading it
-    would make the host wait for the device, once more in each layer; there it is kept as a tensor, and the executor
-    fetches it in the same copy as the ids that its own router chose:
+    Host and device: on the CPU routers are asked when the executor says `look`, when the layer's own fetches are under
+    way, and the answer is handed on at once. On another device they are asked as soon as the state is there, and
+    reading the answer would make the host wait for the device, once more in each layer; there it is kept as a tensor,
+    and the executor fetches it in the same copy as the ids that its own router chose:
 
         ids = torch.cat([own_ids.flatten(), *(t.flatten() for t in lookahead.pending().values())]).tolist()
         lookahead.router_spoke(layer_idx, ...)      # own ids, made distinct
@@ -91,6 +92,7 @@ class Lookahead:
             for place, layer_idx in enumerate(order)
         }
         self._pending: dict[int, _Pending] = {}
+        self._seen: tuple[int, torch.Tensor] | None = None
         # Tokens of the state seen last, and the share of experts that this many tokens touched in the layer before.
         self._num_tokens = 0
         self._touched: tuple[int, float] = (0, 0.0)
@@ -100,11 +102,23 @@ class Lookahead:
         return f"<Lookahead [{known} of {len(self._predictors)} layers predicted, {len(self._pending)} pending]>"
 
     def observe_state(self, layer_idx: int, state_TX: torch.Tensor) -> None:
-        """The state after the layer's attention: ask the routers of the layers after it.
+        """The state after the layer's attention, from which it will choose its experts.
 
         Nothing is started here: this layer's own experts are not held yet. The executor pumps when they are.
         """
         self._num_tokens = state_TX.shape[0]
+        if state_TX.device.type == "cpu":
+            self._seen = (layer_idx, state_TX)
+        else:
+            self._ask(layer_idx, state_TX)
+
+    def look(self, layer_idx: int) -> None:
+        """The layer's own fetches are under way: ask the routers of the layers after it, if that was not done."""
+        seen, self._seen = self._seen, None
+        if seen is not None and seen[0] == layer_idx:
+            self._ask(*seen)
+
+    def _ask(self, layer_idx: int, state_TX: torch.Tensor) -> None:
         for distance, target_idx in self._coming[layer_idx]:
             if self._touches_all():
                 self._want(target_idx, range(self._num_experts[target_idx]), distance, 0, whole_layer=True)
@@ -138,7 +152,7 @@ class Lookahead:
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         """The layer's router chose these distinct experts: passed on to the prefetcher, which drops the layer's wants.
 
-        Called between the layer's `observe_state` and the next layer's.
+        Called between the layer's `observe_state` and its `look`.
         """
         chosen = set(expert_ids)
         self._pending.pop(layer_idx, None)
