@@ -26,8 +26,8 @@ _SEED = 20
 class Activation:
     """f(gate) * (up + offset), or f(up) where `gated` is false.
 
-    silu is x * sigmoid(alpha * x). `gate_limit` bounds the gate from above, before f or (`clamp_last`) after it;
-    `up_limit` bounds up on both sides. None: no limit. `interleaved`: gate and up take turns.
+    silu is x * sigmoid(alpha * x). `gate_limit` bounds the gate from above, `up_limit` bounds up on both sides, None
+    is no limit. To bound f(gate) is to bound the gate elsewhere. `interleaved`: gate and up take turns.
     """
 
     kind: str
@@ -35,7 +35,6 @@ class Activation:
     interleaved: bool = False
     alpha: float = 1.0
     gate_limit: float | None = None
-    clamp_last: bool = False
     up_limit: float | None = None
     offset: float = 0.0
 
@@ -46,12 +45,9 @@ class Activation:
         gate, up = (up[..., ::2], up[..., 1::2]) if self.interleaved else up.chunk(2, dim=-1)
         if self.up_limit is not None:
             up = up.clamp(-self.up_limit, self.up_limit)
-        if self.gate_limit is not None and not self.clamp_last:
+        if self.gate_limit is not None:
             gate = gate.clamp(max=self.gate_limit)
-        gate = self._curve(gate)
-        if self.gate_limit is not None and self.clamp_last:
-            gate = gate.clamp(max=self.gate_limit)
-        return gate * (up + self.offset)
+        return self._curve(gate) * (up + self.offset)
 
     def _curve(self, x: torch.Tensor) -> torch.Tensor:
         functional = torch.nn.functional
@@ -100,10 +96,7 @@ def _candidates(activate: Activate, width_F: int, *, gated: bool, device: torch.
         )
         top = ask(_LARGE, 0.5, interleaved) / (0.5 + base.offset)
         for candidate in _curves(base, curve):
-            limit = _inverse(candidate, top)
-            yield replace(candidate, gate_limit=limit)
-            if limit is not None:
-                yield replace(candidate, gate_limit=_neat(top), clamp_last=True)
+            yield replace(candidate, gate_limit=_inverse(candidate, top))
 
 
 def _curves(base: Activation, at_half: float) -> Iterator[Activation]:
@@ -130,5 +123,5 @@ def _limit(value: float) -> float | None:
 
 
 def _neat(value: float) -> float:
-    """Six digits: 1.702, not 1.7020000001."""
-    return float(f"{value:.6g}")
+    """Seven digits: 1.702, not 1.7020000001."""
+    return float(f"{value:.7g}")

@@ -71,8 +71,7 @@ def _activated(x, ALPHA: tl.constexpr, KIND: tl.constexpr):
 @triton.jit
 def _finished(
     sums, bias, out_ptr, PAIRS: tl.constexpr, BLOCK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, KIND: tl.constexpr,
-    ALPHA: tl.constexpr, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, CLAMP_LAST: tl.constexpr,
-    OFFSET: tl.constexpr,
+    ALPHA: tl.constexpr, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """(M, outputs) sums, bias and activation applied: (M, BLOCK_OUT). A limit below zero is none."""
     value = _rounded(sums, out_ptr)
@@ -88,12 +87,9 @@ def _finished(
         gate, up = tl.split(pairs)
         if UP_LIMIT >= 0:
             up = tl.minimum(tl.maximum(up, -UP_LIMIT), UP_LIMIT)
-        if (GATE_LIMIT >= 0) and (not CLAMP_LAST):
+        if GATE_LIMIT >= 0:
             gate = tl.minimum(gate, GATE_LIMIT)
-        gate = _activated(gate, ALPHA, KIND)
-        if (GATE_LIMIT >= 0) and CLAMP_LAST:
-            gate = tl.minimum(gate, GATE_LIMIT)
-        value = _rounded(gate, out_ptr) * _rounded(up + OFFSET, out_ptr)
+        value = _rounded(_activated(gate, ALPHA, KIND), out_ptr) * _rounded(up + OFFSET, out_ptr)
     return value
 
 
@@ -116,7 +112,7 @@ def choose_rows(
     SLOT: tl.constexpr, BASE: tl.constexpr, OUT_STRIDE: tl.constexpr, IN_STRIDE: tl.constexpr,
     PAIRS: tl.constexpr, PAIR_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_WIDTH: tl.constexpr,
     BIAS_STRIDE: tl.constexpr, BIAS_PAIR: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr,
-    GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, CLAMP_LAST: tl.constexpr, OFFSET: tl.constexpr,
+    GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     ROWS_A_TOKEN: tl.constexpr, NUM_EXPERTS: tl.constexpr, COUNT_MISSING: tl.constexpr, ZERO_MISSING: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +149,7 @@ def choose_rows(
         bias = tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
     value = _finished(
         tl.sum(sums, axis=1)[None, :], bias, out_ptr, PAIRS, BLOCK_OUT, HAS_BIAS, KIND, ALPHA, GATE_LIMIT, UP_LIMIT,
-        CLAMP_LAST, OFFSET,
+        OFFSET,
     )  # fmt: skip
     tl.store(out_at, value.to(out_ptr.dtype.element_ty), mask=outputs[None, :] < NUM_OUT)
 
@@ -202,7 +198,7 @@ def tile_rows(
     SLOT: tl.constexpr, BASE: tl.constexpr, OUT_STRIDE: tl.constexpr, IN_STRIDE: tl.constexpr,
     PAIRS: tl.constexpr, PAIR_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_WIDTH: tl.constexpr,
     BIAS_STRIDE: tl.constexpr, BIAS_PAIR: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr,
-    GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, CLAMP_LAST: tl.constexpr, OFFSET: tl.constexpr,
+    GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     ROWS_A_TOKEN: tl.constexpr, ZERO_MISSING: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, TOGETHER: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -251,6 +247,6 @@ def tile_rows(
         bias_at = bias_ptr + expert * BIAS_WIDTH + OUT_BEGIN + places
         bias = tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
     value = _finished(
-        sums, bias, out_ptr, PAIRS, BLOCK_OUT, HAS_BIAS, KIND, ALPHA, GATE_LIMIT, UP_LIMIT, CLAMP_LAST, OFFSET
+        sums, bias, out_ptr, PAIRS, BLOCK_OUT, HAS_BIAS, KIND, ALPHA, GATE_LIMIT, UP_LIMIT, OFFSET
     )  # fmt: skip
     tl.store(out_at, value.to(out_ptr.dtype.element_ty), mask=out_mask)

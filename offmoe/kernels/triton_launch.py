@@ -302,7 +302,7 @@ def _pairs(matrix: Matrix, bias: torch.Tensor | None) -> dict[str, int]:
 def _activation_constants(activation: Activation | None) -> dict[str, Any]:
     known = activation or Activation(kind="none", gated=False)
     return {
-        "KIND": KINDS.index(known.kind), "ALPHA": known.alpha, "CLAMP_LAST": known.clamp_last, "OFFSET": known.offset,
+        "KIND": KINDS.index(known.kind), "ALPHA": known.alpha, "OFFSET": known.offset,
         "GATE_LIMIT": -1.0 if known.gate_limit is None else known.gate_limit,
         "UP_LIMIT": -1.0 if known.up_limit is None else known.up_limit,
     }  # fmt: skip
