@@ -69,6 +69,7 @@ class Job:
         if self.done() or self.cancelled or not self.lane.take_back(self):
             return False
         self.cancelled = True
+        self.lane.machine.settle()
         return True
 
     def promote(self) -> None:
@@ -130,7 +131,8 @@ class Lane:
         assert num_bytes >= 0, f"{num_bytes=}"
         job = Job(self, num_bytes, urgent=urgent, after=after)
         self._waiting.append(job)
-        self.machine.settle()
+        if not self.busy:
+            self.machine.settle()
         return job
 
     def requeue(self, job: Job) -> None:
@@ -150,10 +152,14 @@ class Lane:
         """Begin a chunk when idle; True when one was begun."""
         if self._current is not None or not self._waiting:
             return False
-        eligible = [job for job in self._waiting if job.is_eligible]
-        if not eligible:
+        job = None
+        for waiting in self._waiting:
+            if (job is None or waiting.urgent) and waiting.is_eligible:
+                job = waiting
+                if job.urgent:
+                    break
+        if job is None:
             return False
-        job = next((job for job in eligible if job.urgent), eligible[0])
         self._waiting.remove(job)
         self._current = job
         self._latency_left = self._latency_s if job.begin_s is None else 0.0
@@ -249,7 +255,6 @@ class VirtualMachine:
 
     def _step(self, limit_s: float) -> bool:
         """Advance to the next event or to `limit_s`; False when all lanes are idle."""
-        self.settle()
         speeds = [lane.speed() for lane in self._lanes]
         times = [lane.time_to_event(speed) for lane, speed in zip(self._lanes, speeds, strict=True)]
         seconds = min(times)

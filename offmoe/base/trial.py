@@ -75,6 +75,11 @@ class Trial(Generic[Setting]):
         """A comparison is under way."""
         return self._comparison is not None
 
+    @property
+    def contenders(self) -> tuple[Setting, ...]:
+        """What is being compared, only the choice when nothing is."""
+        return tuple(self._comparison.live) if self._comparison else (self.choice,)
+
     def consider(self, settings: Collection[Setting]) -> None:
         """Compare only these (and the choice) from the next comparison on; with no other there is none."""
         self._considered = tuple(setting for setting in self._settings if setting in settings)
