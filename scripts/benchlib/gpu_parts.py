@@ -57,7 +57,7 @@ def plan_parts(*, total_s: float, simulate: bool, partial: Path, device_args: tu
             options["environment"] = {"OMP_NUM_THREADS": "1", **options.get("environment", {})}
         return Part(key=key, title=title, command=(sys.executable, *command), limit_s=limit_s, **options)
 
-    tests = ["-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-rfEs", "-p", "no:cacheprovider"]
+    tests = ["-m", "pytest", "tests/gpu", "-m", "gpu", "-rfE", "-p", "no:cacheprovider"]
     # Plugins that happen to be installed warn, and warnings are errors; the settings file names this one.
     tests += ["-p", "pytest_timeout"]
     environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
