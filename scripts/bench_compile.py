@@ -9,6 +9,7 @@ zero; "whole" has all experts cached. The last line on stdout is one JSON object
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -18,15 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-import families
 import torch
 from benchlib.machine import describe_machine, describe_versions
 
 import offmoe
 from offmoe.generation.step import Forward
 from offmoe.models.transformers_internals import experts_modules
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+import families  # noqa: E402 - the tests' models
 
 NUM_PROMPT = 32
 
@@ -77,7 +79,7 @@ def _deep(name: str, num_layers: int, context: int) -> Any:
         kinds = family.config["layer_types"]
         assert isinstance(kinds, list)
         changes["layer_types"] = (kinds * num_layers)[:num_layers]
-    families.FAMILIES[name] = families.replace(family, config={**family.config, **changes})
+    families.FAMILIES[name] = dataclasses.replace(family, config={**family.config, **changes})
     try:
         return families.build(name)
     finally:
@@ -127,9 +129,8 @@ def _time(run: Callable[[], None], cpu_time: bool, num: int = 10) -> list[float]
 def _render(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     lines = [
         "# Compiled decode steps", "",
-        f"- command: `python scripts/bench_compile.py --families {args.families} --layers {args.layers} "
-        f"--steps {args.steps} --context {args.context} --threads {args.threads} --device {args.device}{' --cpu-time' if args.cpu_time else ''}`",
-        f"- machine: {describe_machine()}", f"- versions: {describe_versions()}", "",
+        f"- command: `python scripts/bench_compile.py {' '.join(sys.argv[1:])}`",
+        f"- machine: {describe_machine()}", f"- versions: {describe_versions(ROOT)}", "",
         f"Milliseconds {'of the thread ' if args.cpu_time else ''}a layer, eager and compiled steps in turn: medians; "
         "the ratio is the median of the blocks' ratios.",
         "", "| family | resident eager | compiled | ratio | whole eager | compiled | ratio | first reply s |",

@@ -62,6 +62,7 @@ class DecodeCompiler:
         self.state = "waiting"
         self._steps: dict[int, CompiledStep] = {}  # by bucket; whole ones only
         self._active: CompiledStep | None = None
+        self._coming: CompiledStep | None = None
         self._thread: threading.Thread | None = None
         self._checked: set[tuple[int, int]] = set()  # (bucket, thread)
         self._num_disagreed = 0
@@ -80,7 +81,7 @@ class DecodeCompiler:
     def close(self) -> None:
         """Let go of the model. A compilation under way ends at its next stage."""
         self._closed = True
-        self._steps.clear()
+        self._drop_steps()
         self._active = self.cache = None
 
     def __call__(self, eager: EagerStep, ids: torch.Tensor) -> torch.Tensor:
@@ -101,6 +102,8 @@ class DecodeCompiler:
 
     def _choose(self, position: int) -> CompiledStep | None:
         """The step to take, None for the model's own. May begin, or do, a compilation."""
+        if self._closed:
+            return None
         if self.state.startswith("failed"):
             self._warn()
             return None
@@ -119,7 +122,7 @@ class DecodeCompiler:
         except UnsupportedCacheError as error:
             self._fail(str(error))
             return
-        self.state = "compiling"
+        self.state, self._coming = "compiling", step
         if self._background:
             self._thread = threading.Thread(target=self._compile, args=(step,), name="offmoe-compile", daemon=True)
             self._thread.start()
@@ -138,7 +141,7 @@ class DecodeCompiler:
             self._fail(_reason(error))
             return
         finally:
-            self._thread = None
+            self._thread = self._coming = None
         if not self._closed:
             self._steps[step.static.capacity] = step
             self.state = "on"
@@ -172,6 +175,11 @@ class DecodeCompiler:
 
     def _fail(self, reason: str) -> None:
         self.state = f"failed: {reason}"
+        self._drop_steps()
+
+    def _drop_steps(self) -> None:
+        for step in (*self._steps.values(), *filter(None, (self._coming,))):
+            step.close()
         self._steps.clear()
 
     def _warn(self) -> None:
@@ -181,9 +189,10 @@ class DecodeCompiler:
 
 
 def _reason(error: Exception) -> str:
-    """One line; what torch raised first says more than what it wrapped it in."""
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
+    """One line: what torch wrapped says more than the wrapping."""
+    inner = getattr(error, "inner_exception", None) or error.__cause__
+    if isinstance(inner, Exception):
+        return _reason(inner)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 

@@ -44,22 +44,42 @@ class _Compiled(Exception):  # noqa: N818 - no error: the end of a call that was
     pass
 
 
+class _Backend:
+    """What torch.compile calls with the captured graph. torch keeps it for ever, so it knows no model."""
+
+    def __init__(self, lower: Lowering) -> None:
+        self.lower: Lowering | None = lower
+        self.run: Callable[..., Any] | None = None
+        self.only_compile = True
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        lower, self.lower = self.lower, None
+        assert lower is not None, "closed, or a step was compiled a second time"
+        self.run = lower(graph, inputs)
+        return self._run
+
+    def _run(self, *args: Any) -> Any:
+        if self.only_compile:
+            raise _Compiled
+        assert self.run is not None, "closed"
+        return self.run(*args)
+
+
 class CompiledStep:
     """A step of one token against `static`. Does nothing until `compile()`, which may run on any thread."""
 
     def __init__(self, model: PreTrainedModel, static: StaticKv, lower: Lowering) -> None:
         define_experts_operator()
         self.static = static
-        self._lower, self._num_lowered, self._only_compile = lower, 0, True
         self.on_cuda = static.position.is_cuda
         self._ids = torch.zeros((1, 1), dtype=torch.long, device=static.position.device)
         torch._dynamo.mark_static_address(self._ids)
-        step = _as_new_code(_make_step(model, static, self._ids))
+        self._backend = _Backend(lower)
         # Guards ask whether the code still fits. It does: modules, cache and shapes are this object's own, so the
         # thousands of checks a call (a millisecond and more) are left out.
         self._function = torch.compile(
-            step, fullgraph=True, dynamic=False, backend=self._backend,
-            options={"guard_filter_fn": lambda guards: [False] * len(guards)},
+            _as_new_code(_make_step(model, static, self._ids)), fullgraph=True, dynamic=False, backend=self._backend,
+            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -68,19 +88,11 @@ class CompiledStep:
         try:
             self._function()
         except _Compiled:
-            self._only_compile = False
+            self._backend.only_compile = False
 
-    def _backend(self, graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        self._num_lowered += 1
-        assert self._num_lowered == 1, "a step was compiled a second time"
-        compiled = self._lower(graph, inputs)
-
-        def run(*args: Any) -> Any:
-            if self._only_compile:
-                raise _Compiled
-            return compiled(*args)
-
-        return run
+    def close(self) -> None:
+        """Let go of what was compiled. A compilation under way fails at its next stage."""
+        self._backend.lower = self._backend.run = None
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor, position: int) -> torch.Tensor:
@@ -112,9 +124,9 @@ _code_number = itertools.count()
 
 
 def _as_new_code(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """The same function with a code object of its own: torch keeps what it compiled there, and limits how much."""
+    """The same function with code and globals of its own: that is where torch keeps, and counts, what it compiled."""
     code = function.__code__.replace(co_name=f"offmoe_step_{next(_code_number)}")
-    return types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
+    return types.FunctionType(code, dict(function.__globals__), code.co_name, None, function.__closure__)
 
 
 def _enter_cudagraph_thread() -> None:

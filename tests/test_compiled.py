@@ -1,0 +1,327 @@
+"""Compiled decode steps on the CPU: same ids as without, and no way to fail that a user would notice.
+
+Most tests run the captured graph operator by operator: graph, inputs and side effects are those of a compiled step, and
+it takes seconds where a C++ compiler takes half a minute.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import PROMPT, assert_at_rest, leaves_nothing, open_tiny, save_tiny
+from families import build
+
+import offmoe
+from offmoe.base.errors import DiskReadError, EngineBusyError
+from offmoe.generation import engine as engine_module
+from offmoe.generation.compiled import DecodeCompiler, _bucket
+from offmoe.generation.compiled_step import CompiledStep
+from offmoe.models.kv_cache import make_kv_cache
+from offmoe.models.seam import define_experts_operator
+from offmoe.models.static_cache import StaticKv
+
+NUM_NEW = 32
+
+
+def as_captured(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    return graph.forward
+
+
+def lower_with(monkeypatch: pytest.MonkeyPatch, lower: Callable[..., Any]) -> None:
+    monkeypatch.setattr(engine_module, "DecodeCompiler", functools.partial(DecodeCompiler, lower=lower))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    lower_with(monkeypatch, as_captured)
+
+
+def ids_of(engine: offmoe.Engine, num_new: int = NUM_NEW) -> tuple[int, ...]:
+    return engine.generate(PROMPT, max_new_tokens=num_new, temperature=0, ignore_end=True).token_ids
+
+
+@pytest.fixture(scope="module")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_moe: Path) -> tuple[int, ...]:
+    with open_tiny(tiny_moe) as engine:
+        assert engine.stats()["compile"] == "off"
+        return ids_of(engine)
+
+
+def test_inductor_gives_the_same_ids(tiny_moe: Path, expected: tuple[int, ...]) -> None:
+    with open_tiny(tiny_moe, compile="on") as engine:
+        assert engine.stats()["compile"] == "waiting"
+        assert ids_of(engine) == expected
+        assert engine.stats()["compile"] == "on"
+        assert_at_rest(engine)
+
+
+# A sliding window that the reply leaves behind, latent attention, linear attention beside full attention.
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "qwen3_next"])
+def test_families_give_the_same_ids(name: str, tmp_path: Path, quick: None) -> None:
+    save_tiny(tmp_path, name)
+    with open_tiny(tmp_path) as engine:
+        expected = ids_of(engine)
+    with open_tiny(tmp_path, compile="on") as engine:
+        assert ids_of(engine) == expected
+        assert ids_of(engine) == expected, "a second generation begins with an empty cache"
+        assert engine.stats()["compile"] == "on"
+
+
+def test_compiled_steps_are_what_runs(tiny_moe: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    positions: list[int] = []
+    call = CompiledStep.__call__
+
+    def counted(step: CompiledStep, ids: torch.Tensor, position: int) -> torch.Tensor:
+        positions.append(position)
+        return call(step, ids, position)
+
+    monkeypatch.setattr(CompiledStep, "__call__", counted)
+    with open_tiny(tiny_moe, compile="on") as engine:
+        ids_of(engine, 9)
+    assert positions == list(range(len(PROMPT), len(PROMPT) + 8))
+
+
+def test_auto_is_off_without_a_device(tiny_moe: Path) -> None:
+    with open_tiny(tiny_moe, compile="auto") as engine:
+        ids_of(engine, 2)
+        assert engine.stats()["compile"] == "off"
+
+
+def test_in_the_background(tiny_moe: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first reply is the model's own while the compiler is held back; a later one is compiled."""
+    let_go = threading.Event()
+
+    def held_back(graph: Any, inputs: Any) -> Any:
+        assert let_go.wait(60)
+        return as_captured(graph, inputs)
+
+    monkeypatch.setattr(
+        engine_module, "DecodeCompiler",
+        lambda model, length, **options: DecodeCompiler(
+            model, length, **{**options, "background": True, "lower": held_back}
+        ),
+    )  # fmt: skip
+    with open_tiny(tiny_moe, compile="on") as engine:
+        assert ids_of(engine) == expected
+        assert engine.stats()["compile"] == "compiling"
+        compiler = engine._compiler
+        assert compiler is not None
+        thread = compiler._thread
+        assert thread is not None
+        let_go.set()
+        thread.join(60)
+        assert engine.stats()["compile"] == "on"
+        assert ids_of(engine) == expected
+        assert compiler._checked
+
+
+def test_a_longer_sequence_takes_a_larger_bucket(
+    tiny_moe: Path, expected: tuple[int, ...], quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offmoe.generation.compiled.SMALLEST_BUCKET", 16)
+    with open_tiny(tiny_moe, compile="on") as engine:
+        compiler = engine._compiler
+        assert compiler is not None
+        assert ids_of(engine, 4) == expected[:4]
+        assert list(compiler._steps) == [16]
+        begin = compiler.begin
+        monkeypatch.setattr(compiler, "begin", lambda num_tokens: begin(1))  # so that the reply grows out of buckets
+        assert ids_of(engine) == expected
+        assert sorted(compiler._steps) == [16, 32, 64]
+        assert {step.static.position.data_ptr() for step in compiler._steps.values()}
+        assert ids_of(engine) == expected
+
+
+def test_buckets() -> None:
+    assert [_bucket(n, 3000) for n in (1, 256, 257, 1024, 2049, 3000)] == [256, 256, 512, 1024, 3000, 3000]
+    assert _bucket(5, 100) == 100
+
+
+def test_what_does_not_compile_is_not_used(
+    tiny_moe: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(graph: Any, inputs: Any) -> Any:
+        raise OSError("no C++ compiler\nhere")
+
+    lower_with(monkeypatch, no_compiler)
+    with open_tiny(tiny_moe, compile="on") as engine:
+        with pytest.warns(RuntimeWarning, match="no C") as caught:
+            assert ids_of(engine) == expected
+        assert len(caught) == 1
+        assert engine.stats()["compile"] == "failed: OSError: no C++ compiler here"
+        assert ids_of(engine) == expected
+
+
+def test_what_disagrees_is_not_used(tiny_moe: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(graph: Any, inputs: Any) -> Any:
+        run = as_captured(graph, inputs)
+        return lambda *args: tuple(1.01 * out + 0.1 for out in run(*args))
+
+    lower_with(monkeypatch, wrong)
+    with open_tiny(tiny_moe, compile="on") as engine:
+        with pytest.warns(RuntimeWarning, match="differ"):
+            assert ids_of(engine) == expected
+        assert engine.stats()["compile"].startswith("failed: its logits differ by")
+
+
+def test_a_graph_that_breaks_when_it_runs_is_not_used(
+    tiny_moe: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            raise RuntimeError("device lost its way")
+
+        return run
+
+    lower_with(monkeypatch, broken)
+    with open_tiny(tiny_moe, compile="on") as engine, pytest.warns(RuntimeWarning, match="lost its way"):
+        assert ids_of(engine) == expected
+
+
+# Sparse attention, whose indexer grows; a hyper-connected cache; a model that refuses a cache from outside.
+@pytest.mark.parametrize("name", ["deepseek_v32", "minimax"])
+def test_families_without_a_static_form_say_so(name: str, tmp_path: Path, quick: None) -> None:
+    save_tiny(tmp_path, name)
+    with open_tiny(tmp_path) as engine:
+        expected = ids_of(engine, 6)
+    with open_tiny(tmp_path, compile="on") as engine:
+        with pytest.warns(RuntimeWarning, match="KV cache"):
+            assert ids_of(engine, 6) == expected
+        assert "KV cache" in engine.stats()["compile"]
+
+
+def test_errors_of_the_experts_pass_through(
+    tiny_moe: Path, expected: tuple[int, ...], quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_tiny(tiny_moe, compile="on") as engine:
+        assert ids_of(engine) == expected
+        disk, calls = engine._parts.disk, []
+
+        def fail(*args: Any, **options: Any) -> Any:
+            calls.append(args)
+            raise DiskReadError("reading failed; check the drive")
+
+        with monkeypatch.context() as patch:
+            pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+            next(pieces)
+            patch.setattr(disk, "read", fail)
+            with pytest.raises(DiskReadError):
+                list(pieces)
+        assert calls
+        assert engine.stats()["compile"] == "on"
+        assert ids_of(engine) == expected
+        assert_at_rest(engine)
+
+
+def test_a_closed_engine_says_so(tiny_moe: Path, quick: None) -> None:
+    """In the middle of a compiled stream, and for a graph that still runs."""
+    experts = define_experts_operator()
+    x_TD, ids_TK, weights_TK = torch.zeros(1, 48), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2)
+    with leaves_nothing():
+        engine = open_tiny(tiny_moe, compile="on")
+        model = engine.model
+        handle = next(module._offmoe_handle for module in model.modules() if hasattr(module, "_offmoe_handle"))
+        pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        for _ in range(4):
+            next(pieces)
+        assert experts(x_TD, ids_TK, weights_TK, handle).shape == (1, 48)
+        engine.close()
+        with pytest.raises(EngineBusyError, match="closed"):
+            next(pieces)
+        with pytest.raises(EngineBusyError, match="closed"):
+            experts(x_TD, ids_TK, weights_TK, handle)
+
+
+def test_a_handle_without_a_model_says_so() -> None:
+    with pytest.raises(EngineBusyError, match="closed"):
+        define_experts_operator()(torch.zeros(1, 4), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2), 10**9)
+
+
+def test_nothing_keeps_the_model(tiny_moe: Path, quick: None) -> None:
+    engine = open_tiny(tiny_moe, compile="on")
+    ids_of(engine, 4)
+    model = weakref.ref(engine.model)
+    engine.close()
+    del engine
+    gc.collect()
+    assert model() is None
+
+
+def test_two_engines_do_not_meet(tmp_path: Path, tiny_moe: Path, expected: tuple[int, ...], quick: None) -> None:
+    save_tiny(tmp_path, seed=3)
+    with open_tiny(tmp_path) as other:
+        other_expected = ids_of(other)
+    with open_tiny(tiny_moe, compile="on") as one, open_tiny(tmp_path, compile="on") as two:
+        pieces = one.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        first = [next(pieces).token_id for _ in range(5)]
+        assert ids_of(two) == other_expected
+        rest = [piece.token_id for piece in pieces if piece.token_id is not None]
+        assert (*first, *rest) == expected
+
+
+def test_a_change_of_threads_compiles_nothing_again(
+    tiny_moe: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered: list[object] = []
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        lowered.append(graph)
+        return as_captured(graph, inputs)
+
+    lower_with(monkeypatch, counted)
+    with open_tiny(tiny_moe, compile="on") as engine:
+        ids_of(engine, 4)
+        torch.set_num_threads(2)
+        try:
+            assert ids_of(engine) == expected
+        finally:
+            torch.set_num_threads(1)
+        found: list[tuple[int, ...]] = []
+        thread = threading.Thread(target=lambda: found.append(ids_of(engine)))
+        thread.start()
+        thread.join()
+        assert found == [expected]
+    assert len(lowered) == 1
+
+
+@pytest.fixture
+def sliding() -> Iterator[tuple[Any, Any, StaticKv]]:
+    """A model with a window of 8 whose buffers hold 16, and its cache after a prompt of 10."""
+    model = build("gpt_oss")
+    cache = make_kv_cache(model, 64)
+    assert cache is not None
+    with torch.inference_mode():
+        model(input_ids=torch.arange(3, 13)[None], past_key_values=cache, use_cache=True)
+        yield model, cache, StaticKv(cache, 64)
+
+
+def test_static_and_eager_steps_share_one_memory(sliding: tuple[Any, Any, StaticKv]) -> None:
+    """Either may take any step, also across the moment when the window moves to the buffer's beginning."""
+    model, cache, static = sliding
+    ids = torch.randint(3, 100, (1, 40), generator=torch.Generator().manual_seed(2))
+    whole = model(input_ids=torch.cat([torch.arange(3, 13)[None], ids], dim=1)).logits[0]
+    for idx in range(40):
+        position = 10 + idx
+        here = {"position_ids": torch.tensor([[position]]), "use_cache": True}
+        if idx % 3:
+            static.seek(position)
+            logits = model(input_ids=ids[:, idx : idx + 1], past_key_values=static.cache, **here).logits[0, -1]
+            static.hand_back(position + 1)
+        else:
+            logits = model(input_ids=ids[:, idx : idx + 1], past_key_values=cache, **here).logits[0, -1]
+        assert float((logits - whole[position]).abs().max() / whole[position].abs().max()) < 1e-5
+    pointers = {buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers}
+    assert {layer.keys.data_ptr() for layer in static.cache.layers} <= pointers
