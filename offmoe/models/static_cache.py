@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from offmoe.models.kv_cache import PreallocatedLayer, SlidingLayer
 
@@ -130,7 +130,8 @@ def _device_of(cache: DynamicCache) -> torch.device:
     for layer in cache.layers:
         if isinstance(layer, (PreallocatedLayer, SlidingLayer)) and layer.buffers is not None:
             device = layer.buffers[0].device
-        elif type(layer) not in (LinearAttentionLayer, DummyLayer):
+        # By name: transformers 5.17 has no such class.
+        elif type(layer) is not LinearAttentionLayer and type(layer).__name__ != "DummyLayer":
             raise UnsupportedCacheError(f"a {type(layer).__name__} of the KV cache has no fixed shape")
     if device is None:
         raise UnsupportedCacheError("no layer of the KV cache counts tokens")
