@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from commands import COMMANDS, TIMEOUT_S, command_line, environment, fail, invoke, last_json, run
 from damage import edit_file
@@ -61,7 +62,12 @@ def test_unknown_flags(command: str) -> None:
         (("verify", "--experts", "1.5"), ("experts is '1.5'", "whole number")),
         (("verify", "--policy", "random"), ("policy is 'random'", "known: auto, lru")),
         (("bench", "--io", "fast"), ("io is 'fast'", "known: auto, direct, buffered")),
-        (("bench", "--device", "abacus"), ("device is 'abacus'", "known: auto, cpu, cuda")),
+        (("bench", "--device", "abacus"), ("device is 'abacus'", "known: auto, cpu, cuda, cuda:N")),
+        (("generate", "--prompt", "x", "--vram", "much"), ("vram is 'much'", '"6GiB"')),
+        (("generate", "--prompt", "x", "--vram", "1GiB", "--device", "cpu"), ("vram is set", "leave out one")),
+        (("bench", "--miss", "disk"), ("miss is 'disk'", "known: auto, stream, cpu")),
+        (("bench", "--prefetch", "9"), ("prefetch is '9'", "known: auto, off, or how many layers ahead: 1 to 3")),
+        (("bench", "--compile", "yes"), ("compile is 'yes'", "known: auto, off, on")),
         (("generate", "--prompt", "x", "--ram", "1MiB"), ("ram is 1.0 MiB", "this model needs", "use --ram")),
         (("generate", "--prompt", "x", "--experts", "3"), ("experts is 3", "use --experts 4")),
         (("generate", "--prompt", "x", "--context-length", "99999"), ("99999", "--context-length 2048")),
@@ -76,6 +82,17 @@ def test_mistakes(args: tuple[str, ...], words: tuple[str, ...]) -> None:
     text = fail(*args)
     for word in words:
         assert word in text
+
+
+ASKS_FOR_A_DEVICE = [("--device", "cuda"), ("--device", "cuda:3"), ("--vram", "1GiB")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("flags", ASKS_FOR_A_DEVICE)
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "verify"])
+def test_a_device_where_there_is_none(command: str, flags: tuple[str, str]) -> None:
+    text = fail(command, *NEEDED.get(command, ()), *flags, "--ram", "4GiB", stdin="")
+    assert "CUDA" in text and any(what in text for what in ("install", "look whether"))
 
 
 @pytest.mark.parametrize("command", WITH_MODEL)
@@ -151,7 +168,7 @@ def test_input_that_is_no_text(args: tuple[str, ...]) -> None:
 
 
 def test_ctrl_c_while_loading_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: object) -> None:
+    def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("offmoe.models.load.load_resident", interrupt)

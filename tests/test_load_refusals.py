@@ -190,7 +190,7 @@ def test_code_in_the_folder_is_run_when_asked(folder: Path, tmp_path: Path) -> N
         ("context_length", 0, ("whole number of at least 1",)), ("context_length", "long", ("whole number",)),
         ("experts", 2.5, ("whole number",)), ("prefill_chunk", -4, ("whole number",)),
         ("policy", "random", ("known: auto, lru",)), ("io", "fast", ("known: auto, direct, buffered",)),
-        ("device", "abacus", ("known: auto, cpu",)), ("trust_remote_code", "yes", ("True or False",)),
+        ("device", "abacus", ("known: auto, cpu, cuda, cuda:N",)), ("trust_remote_code", "yes", ("True or False",)),
     ],
 )  # fmt: skip
 def test_option_values_name_what_is_accepted(good: Path, option: str, value: object, words: tuple[str, ...]) -> None:
