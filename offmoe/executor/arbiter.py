@@ -22,6 +22,8 @@ BLOCK_CALLS, SETTLE_CALLS, MAX_ROUNDS = 6, 1, 32
 # A setting that takes this much longer than the model's best is compared only after so many calls. The model may be
 # wrong by two in either rate; trying what is four times slower for a block costs less than a token.
 HOPELESS_FACTOR, HOPELESS_AFTER = 4.0, 1024
+# Settings are the same when they place every number of misses up to this alike.
+MANY_MISSES = 8
 # Weight of one more call in running means.
 SMOOTHING = 1 / 32
 
@@ -119,7 +121,7 @@ class Arbiter:
         """What might be faster than the model's best, and is not the same under another name."""
         hopeful = [Mode.AUTO]
         for mode in (Mode.STREAM, Mode.CPU):
-            sets = [[Miss(num_bytes=1 << 24)] * num for num in range(1, 2 * typical + 1)]
+            sets = [[Miss(num_bytes=1 << 24)] * num for num in range(1, max(MANY_MISSES, typical) + 1)]
             if any(self._placed(misses, mode) != self._placed(misses, Mode.AUTO) for misses in sets):
                 best_s, mine_s = (self._forecast_s(sets[typical - 1], m) for m in (Mode.AUTO, mode))
                 hopeful += [mode] if mine_s <= HOPELESS_FACTOR * best_s else []

@@ -19,31 +19,31 @@ class _Rate:
     """A rate alone and beside the other side. While one of the two was never measured it moves with the other."""
 
     def __init__(self, alone: float, beside: float) -> None:
-        self.rates = {"alone": alone, "beside": beside}
-        self._counts = {"alone": 0.0, "beside": 0.0}
+        self.alone, self.beside = alone, beside
+        self._num_alone = self._num_beside = 0.0
 
     def measured(self, num_bytes: float, seconds: float, beside_s: float) -> None:
         """`num_bytes` took `seconds`, of which the other side worked too for the first `beside_s`."""
-        expected_s = beside_s + max(0.0, num_bytes - beside_s * self.beside) / self.alone
-        if beside_s >= seconds:
-            expected_s = num_bytes / self.beside
+        share = min(1.0, beside_s / seconds)
+        expected_s = num_bytes / self.beside
+        if share < 1 and expected_s > beside_s:
+            expected_s = beside_s + (num_bytes - beside_s * self.beside) / self.alone
         factor = max(-log(MAX_FACTOR), min(log(MAX_FACTOR), log(expected_s / seconds)))
-        shares = {"beside": min(1.0, beside_s / seconds), "alone": 1 - min(1.0, beside_s / seconds)}
-        for kind, share in shares.items():
-            self._counts[kind] += share
-        for kind, share in shares.items():
-            weight = share * max(WEIGHT, 1 / (1 + self._counts[kind]))
-            if not self._counts[kind]:
-                weight = max(WEIGHT, 1 / (1 + sum(self._counts.values())))
-            self.rates[kind] *= exp(factor * weight)
+        self._num_alone += 1 - share
+        self._num_beside += share
+        alone_weight, beside_weight = self._weight(1 - share, self._num_alone), self._weight(share, self._num_beside)
+        if not self._num_alone:
+            alone_weight = beside_weight
+        if not self._num_beside:
+            beside_weight = alone_weight
+        self.alone *= exp(factor * alone_weight)
+        self.beside *= exp(factor * beside_weight)
+        if self.beside > self.alone:  # nothing is faster beside something: whoever was measured more just now is right
+            self.alone = self.beside = self.beside if share > 1 / 2 else self.alone
 
-    @property
-    def alone(self) -> float:
-        return max(self.rates["alone"], self.rates["beside"])
-
-    @property
-    def beside(self) -> float:
-        return min(self.rates["alone"], self.rates["beside"])
+    @staticmethod
+    def _weight(share: float, num: float) -> float:
+        return share * max(WEIGHT, 1 / (1 + num))
 
 
 class CorrectedCosts:
