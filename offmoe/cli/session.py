@@ -42,6 +42,8 @@ def open_engine(
         engine = load(folder, progress=progress, _baseline_bytes=baseline, **options)
     if not quiet:
         click.echo(f"{engine.folder.name}: {engine.plan.line()}", err=True)
+        for note in engine.stats().get("notes", ()):
+            click.echo(note, err=True)
     return engine
 
 

@@ -123,6 +123,7 @@ class Engine:
             "experts_total": self.plan.num_experts,
             "io": "direct" if self._parts.disk.direct else "buffered",
             "compile": self._compiler.state if self._compiler else "off",
+            **self._parts.serving.stats(),
             "ram_bytes": self.plan.ram_bytes,
             "planned_bytes": self.plan.total_bytes,
             "peak_rss_growth_bytes": max(0, peak_rss_bytes() - self._baseline_bytes),
