@@ -27,7 +27,7 @@ from benchlib.device_checkpoint import MadeModel, make_model
 from benchlib.device_exact import check_exact, copy_as_float32, demo_folder
 from benchlib.device_levels import SETTINGS, Bench, Level, Work, run_level
 from benchlib.device_report import device_tables
-from benchlib.device_systems import Place, offloaded_transformers, resident_transformers
+from benchlib.device_systems import Place, offloaded_transformers, release_device, resident_transformers
 from benchlib.errors import ScriptError
 from benchlib.families import FAMILIES
 from benchlib.ledger import Ledger, TimeIsUpError
@@ -130,6 +130,7 @@ def bench_all(ledger: Ledger, plan: Plan) -> None:
     ids = held_out_ids(tokenizer)
     speeds = measure(plan.place.torch_device, TINY if plan.simulate else Sizes())
     ledger.add("bandwidths", **speeds.as_dict())
+    release_device()
     with suppress(TimeIsUpError), ledger.step("exact: demo model"):
         num_new = 8 if plan.simulate else 48
         for name, folder in {

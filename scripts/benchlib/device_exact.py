@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import offmoe
-from benchlib.device_systems import Place
+from benchlib.device_systems import Place, release_device
 from benchlib.ledger import Ledger
 from offmoe.checkpoint.locate import locate_model
 
@@ -48,6 +48,7 @@ def check_exact(
         options: dict[str, Any] = {"experts": slots, "placement_invariant": True, **place.options()}
         with offmoe.load(folder, **options) as engine:
             got[share] = _greedy(engine, ids, num_new)
+        release_device()
         equal = same_ids(got[share], expected)
         alike = same_ids(got[share], got[shares[0]])
         ledger.add(

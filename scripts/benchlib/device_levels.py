@@ -6,7 +6,6 @@ once and decode the same stretches of text in turns, forwards and backwards (A B
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from benchlib.device_checkpoint import MadeModel
-from benchlib.device_systems import OffloadedSystem, OffmoeSystem, Place, System, Timed
+from benchlib.device_systems import OffloadedSystem, OffmoeSystem, Place, System, Timed, release_device
 from benchlib.ledger import Ledger, TimeIsUpError
 from benchlib.roofline import Bandwidths, TokenBytes, decode_bound, prefill_bound
 
@@ -128,14 +127,10 @@ def _closing_all() -> Iterator[list[System]]:
     finally:
         while systems:
             systems.pop().close()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_device()
 
 
 def _open(bench: Bench, level: Level, name: str, vram_bytes: int) -> OffmoeSystem:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     context = max(bench.work.prompts) + bench.work.decode_block + 8
     options = {"compile": "off", **bench.options, **SETTINGS[name]}
     system = OffmoeSystem(

@@ -6,6 +6,7 @@ which is not fed back: so every system does the same work and waits for the devi
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,14 @@ class Timed:
     def token_s(self) -> float:
         """Median seconds of a decoded token."""
         return statistics.median(self.decode_s)
+
+
+def release_device() -> None:
+    """Give what torch keeps for later back to the device, so that the next engine finds it free and counts its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 class System(Protocol):

@@ -190,7 +190,7 @@ def render(outcomes: Sequence[Outcome], records: Sequence[dict[str, Any]]) -> li
         if outcome.part.key == "device":
             lines += ["", *device_tables(records), "", LEGEND]
         if outcome.failure or outcome.part.key != "device":
-            lines += ["", "```", *tail(outcome.lines, 60 if outcome.failure else 25), "```"]
+            lines += ["", "```", *tail(outcome.lines, 60), "```"]
     return lines
 
 

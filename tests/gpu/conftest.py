@@ -51,6 +51,7 @@ def load_on_device() -> Load:
 def no_leftovers() -> Any:
     """Each test begins with an empty device, so that peaks are its own."""
     if torch.cuda.is_available():
+        torch.cuda.init()  # counters can be asked for afterwards only
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return None
