@@ -54,6 +54,7 @@ class Bench:
     work: Work
     options: dict[str, Any] = field(default_factory=dict)
     fixed_bytes: dict[str, int] = field(default_factory=dict)
+    load_s: float = 5.0  # the longest load and warm-up so far: less time than that is left for no other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +98,15 @@ def run_level(
     with _closing_all() as systems:
         with suppress(TimeIsUpError):
             for name in settings:
-                with bench.ledger.step(f"{level.title} {name}: load"):
+                with bench.ledger.step(f"{level.title} {name}: load", needs_s=bench.load_s):
+                    left_s = bench.ledger.left_s
                     systems.append(_open(bench, level, name, vram_bytes))
                     _warm_up(bench, systems[-1])
+                    bench.load_s = max(bench.load_s, left_s - bench.ledger.left_s)
                     if len(systems) == 1:
                         _measure_alone(bench, level, systems[0], vram_bytes)
             if peers is not None:
-                with bench.ledger.step(f"{level.title} peers: load"):
+                with bench.ledger.step(f"{level.title} peers: load", needs_s=bench.load_s):
                     for peer in peers(vram_bytes):
                         systems.append(peer)
                         peer.run(bench.ids[: bench.work.decode_prompt + 2], num_prompt=bench.work.decode_prompt)
