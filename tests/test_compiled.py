@@ -18,12 +18,14 @@ import pytest
 import torch
 from engines import PROMPT, assert_at_rest, leaves_nothing, open_tiny, save_tiny
 from families import build
+from transformers.models.qwen3_moe.modeling_qwen3_moe import repeat_kv
 
 import offmoe
 from offmoe.base.errors import DiskReadError, EngineBusyError
 from offmoe.generation import engine as engine_module
 from offmoe.generation.compiled import DecodeCompiler, _bucket
 from offmoe.generation.compiled_step import CompiledStep
+from offmoe.generation.grouped_attention import attend, group_attention
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.seam import define_experts_operator
 from offmoe.models.static_cache import StaticKv
@@ -143,6 +145,30 @@ def test_a_longer_sequence_takes_a_larger_bucket(
         assert sorted(compiler._steps) == [16, 32, 64]
         assert {step.static.position.data_ptr() for step in compiler._steps.values()}
         assert ids_of(engine) == expected
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "none"])
+def test_grouped_attention_is_attention(kind: str) -> None:
+    """Four heads on two, keys wider than values; the cache itself is what the rewritten graph reads."""
+    generator = torch.Generator().manual_seed(5)
+    query, keys, values = (
+        torch.randn(shape, generator=generator) for shape in [(1, 4, 1, 8), (1, 2, 9, 8), (1, 2, 9, 6)]
+    )
+    visible = torch.arange(9)[None, None, None] < 6
+    mask = {"bool": visible, "float": torch.where(visible, 0.0, -torch.inf), "none": None}[kind]
+
+    def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        repeated = (repeat_kv(states, 2) for states in (keys, values))
+        return torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+
+    def lower(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        assert group_attention(graph) == 1
+        new = next(node for node in graph.graph.nodes if node.target is attend)
+        assert [part.op for part in new.args[:3]] == ["placeholder"] * 3
+        return graph.forward
+
+    got = torch.compile(attention, backend=lower, fullgraph=True)(query, keys, values)
+    torch.testing.assert_close(got, attention(query, keys, values))
 
 
 def test_buckets() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from offmoe.generation.grouped_attention import group_attention
 from offmoe.models.seam import define_experts_operator
 from offmoe.models.static_cache import StaticKv
 
@@ -55,6 +56,7 @@ class _Backend:
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
         lower, self.lower = self.lower, None
         assert lower is not None, "closed, or a step was compiled a second time"
+        group_attention(graph)
         self.run = lower(graph, inputs)
         return self._run
 
