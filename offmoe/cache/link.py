@@ -22,7 +22,7 @@ from offmoe.cache.sources import DiskSource
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.formats.dense import ExpertWeights, view_expert
 from offmoe.formats.layout import LayerLayout
-from offmoe.tiers.copier import CancelledMoveError, Copier, Ticket
+from offmoe.tiers.copier import CancelledMoveError, Copier, Part, Ticket
 from offmoe.tiers.device import DevicePool
 
 # Between two looks at a copy that is queued on the device.
@@ -71,15 +71,23 @@ class LinkSource:
 
     def copy(self, key: ExpertKey, slot: int, *, urgent: bool) -> Ticket:
         """Start the copy of an expert that is READY and held in RAM. For `_Move`."""
+        self._counters.link_copies += 1
+        self._counters.link_bytes += self.num_bytes(key)
+        return self._copier.copy(self.parts(key, slot), urgent=urgent, after=self._last_use[slot])
+
+    def parts(self, key: ExpertKey, slot: int) -> list[Part]:
+        """What to copy where, for an expert that is READY and held in RAM."""
         offsets = self._layouts[key.layer_idx].offsets
         memory = self._pool.tensor(slot)
         sources = self._host_source.sources(key, self.host.slot_of(key))
-        parts: list[tuple[torch.Tensor, torch.Tensor]] = [
+        return [
             (source, memory.narrow(0, begin, source.numel())) for begin, source in zip(offsets, sources, strict=True)
         ]
-        self._counters.link_copies += 1
-        self._counters.link_bytes += self.num_bytes(key)
-        return self._copier.copy(parts, urgent=urgent, after=self._last_use[slot])
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was submitted."""
+        if self._pool.slab.device.type == "cuda":
+            torch.cuda.synchronize(self._pool.slab.device)
 
     def contents(self, key: ExpertKey, slot: int) -> ExpertWeights:
         """Views of the device's memory.

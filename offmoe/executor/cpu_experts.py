@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -17,9 +17,10 @@ from offmoe.base.keys import ExpertKey
 from offmoe.cache.expert_cache import ExpertCache, Fetch
 from offmoe.executor.dispatch import Assignment
 from offmoe.formats.dense import ExpertWeights
-from offmoe.kernels.reference import ExpertMath, experts_forward
+from offmoe.kernels.reference import ExpertMath, experts_forward, one_token_forward
 
-Result = tuple[Assignment, torch.Tensor]
+Group = list[tuple[ExpertWeights, list[Assignment]]]
+Result = tuple[torch.Tensor, torch.Tensor]
 
 
 class CpuExperts:
@@ -35,16 +36,15 @@ class CpuExperts:
         self, layer_idx: int, math: ExpertMath, experts: dict[ExpertKey, list[Assignment]], x_TD: torch.Tensor
     ) -> CpuJob:
         """Begin; the experts that RAM has are computed at once, the others when they were read."""
-        job = CpuJob(self._host, self._settle, self._thread, self._cpu_math(layer_idx, math), x_TD.to("cpu"))
+        job = CpuJob(self._host, self._settle, self._thread, self.cpu_math(layer_idx, math), x_TD.to("cpu"))
         try:
-            for key, assigned in experts.items():
-                job.add(key, assigned)
+            job.begin(experts)
         except BaseException:
             job.close()
             raise
         return job
 
-    def _cpu_math(self, layer_idx: int, math: ExpertMath) -> ExpertMath:
+    def cpu_math(self, layer_idx: int, math: ExpertMath) -> ExpertMath:
         """The layer's arithmetic with its resident parts in RAM; copied once."""
         original, on_cpu = self._maths.get(layer_idx, (None, math))
         if original is not math:
@@ -84,15 +84,22 @@ class CpuJob:
         self._coming: list[tuple[Fetch, list[Assignment]]] = []
         self._waiting: list[tuple[ExpertKey, list[Assignment]]] = []
         self._held: list[ExpertKey] = []
+        self._group: Group = []
         self._results: list[Future[list[Result]]] = []
 
-    def add(self, key: ExpertKey, assigned: list[Assignment]) -> None:
-        """Compute `key` as soon as it is in RAM. While RAM has no slot for it, it waits for `collect`."""
+    def begin(self, experts: Mapping[ExpertKey, list[Assignment]]) -> None:
+        """What RAM has is computed at once, as one piece of work; the rest when it was read."""
+        for key, assigned in experts.items():
+            self._add(key, assigned)
+        self._queue()
+
+    def _add(self, key: ExpertKey, assigned: list[Assignment]) -> None:
+        """Hold `key` for the next piece of work, or fetch it. While RAM has no slot for it, it waits for `collect`."""
         if self._host.is_ready(key):
             self._host.counters.hits += 1
             weights = self._host.use(key, touch=True)
             self._held.append(key)
-            self._queue(weights, assigned)
+            self._group.append((weights, assigned))
             return
         fetch = self._host.start(key, cold=False)
         if fetch is None:
@@ -109,11 +116,11 @@ class CpuJob:
             fetch, assigned = self._coming.pop(0)
             weights = self._host.finish(fetch)
             self._held.append(fetch.key)
-            self._queue(weights, assigned)
+            self._group.append((weights, assigned))
+            self._queue()
         for future in self._results:
-            for assignment, y_ND in future.result():
-                rows = y_ND.to(y_SD.device, non_blocking=True)
-                y_SD[assignment.choices_N] = rows[0] if assignment.tokens_N is None else rows
+            for choices_N, y_ND in future.result():
+                y_SD[choices_N.to(y_SD.device)] = y_ND.to(y_SD.device)
         self._results = []
         self._let_go()
 
@@ -124,19 +131,28 @@ class CpuJob:
         self._let_go()
         self._settle()
         waiting, self._waiting = self._waiting, []
-        for key, assigned in waiting:
-            self.add(key, assigned)
+        self.begin(dict(waiting))
         assert self._coming or not self._waiting, f"{self._host!r} has no slot to free"
 
-    def _queue(self, weights: ExpertWeights, assigned: list[Assignment]) -> None:
-        self._results.append(self._thread.submit(self._compute, weights, assigned))
+    def _queue(self) -> None:
+        group, self._group = self._group, []
+        if group:
+            self._results.append(self._thread.submit(self._compute, group))
 
     @torch.inference_mode()
-    def _compute(self, weights: ExpertWeights, assigned: list[Assignment]) -> list[Result]:
+    def _compute(self, group: Group) -> list[Result]:
+        """On the thread: (choices, rows) of all experts of a group, in one product each where there is one token."""
+        flat = [(weights, assignment) for weights, assigned in group for assignment in assigned]
+        if all(assignment.tokens_N is None for _, assignment in flat):
+            chosen = [(assignment.expert_idx, weights) for weights, assignment in flat]
+            choices_N = torch.tensor([assignment.choices_N for _, assignment in flat])
+            return [(choices_N, one_token_forward(self._math, chosen, self._x_TD))]
         results = []
-        for assignment in assigned:
-            x_ND = self._x_TD if assignment.tokens_N is None else self._x_TD[assignment.tokens_N.cpu()]
-            results.append((assignment, experts_forward(self._math, [(assignment.expert_idx, weights, x_ND)])))
+        for weights, assignment in flat:
+            tokens_N, choices_N = assignment.tokens_N, assignment.choices_N
+            assert tokens_N is not None and isinstance(choices_N, torch.Tensor), f"{assignment=}"
+            x_ND = self._x_TD[tokens_N.cpu()]
+            results.append((choices_N, experts_forward(self._math, [(assignment.expert_idx, weights, x_ND)])))
         return results
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from offmoe.executor.arbiter import Arbiter
 from offmoe.executor.cpu_experts import CpuExperts
 from offmoe.executor.decide import Mode
 from offmoe.executor.executor import Executor
+from offmoe.executor.measured import measured_costs
 from offmoe.executor.misses import AdmissionFates, AheadFates, MissPlacer
 from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.executor.resident import ResidentExecutor, preload
@@ -158,17 +159,23 @@ def _place_misses(
     mode = Mode.STREAM if config.placement_invariant else Mode(config.miss)
     if mode is Mode.STREAM:
         return
-    from offmoe.models.calibration import measured_costs
-
-    executor.cpu = CpuExperts(serving.host, link.settle)
-    serving.closing.callback(executor.cpu.close)
-    costs = measured_costs(experts, maths, serving.host, link, device, pool)
+    cpu = executor.cpu = CpuExperts(serving.host, link.settle)
+    serving.closing.callback(cpu.close)
+    costs = measured_costs(
+        experts, maths, link, device.copier, cpu, num_device_slots=pool.num_slots, width_D=_width(experts)
+    )
     admission = Admission(expert_bytes=experts.layers[0].expert_bytes)
     arbiter = Arbiter(costs, mode=mode, admission=admission)
     bytes_per_weight = torch_dtype(experts.layers[0].up[0].dtype, where="an expert").itemsize
     serving.placer = MissPlacer(arbiter, serving.cache, serving.host, bytes_per_weight=bytes_per_weight)
     executor.placer = serving.placer
     serving.cache.listener = AdmissionFates(arbiter)
+
+
+def _width(experts: ExpertIndex) -> int:
+    """The width of what experts are given."""
+    layer = experts.layers[0]
+    return layer.up[0].shape[0 if layer.transposed else 1]
 
 
 def _fetch_ahead(
