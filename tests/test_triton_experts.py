@@ -36,7 +36,7 @@ TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.04, torch.float16: 0.003}
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
 def test_under_the_interpreter() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=280,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

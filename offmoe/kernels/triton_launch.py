@@ -237,7 +237,7 @@ class LayerKernels:
         return y_TD
 
     def tiles(
-        self, x_TD: torch.Tensor, token_N: torch.Tensor | int, expert_N: torch.Tensor,
+        self, x_TD: torch.Tensor, token_N: torch.Tensor, expert_N: torch.Tensor,
         tile_slot_M: torch.Tensor, tile_row_MB: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """y_ND by tiles: every slot's weights are read once for up to B rows."""

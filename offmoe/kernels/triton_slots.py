@@ -6,7 +6,7 @@ Shapes: N rows, T tokens, K experts a token, E experts, D model width.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -68,7 +68,8 @@ class TritonSlotKernels:
                 experts, slots = to_device(x_TD.device, expert_ids_TK, slot_TK)
                 hidden = kernels.choose(_ready(x_TD, math), top_k, experts, slots)
                 return kernels.project_and_sum(hidden, experts, slots, weights_TK.contiguous(), x_TD.dtype)
-        y_ND = self._rows(layer_idx, kernels, x_TD, top_k, slot_TK.reshape(-1), expert_ids_TK.reshape(-1))
+        token_N = torch.arange(slot_TK.numel(), dtype=torch.int32, device=slot_TK.device) // top_k
+        y_ND = self._rows(layer_idx, kernels, x_TD, token_N, slot_TK.reshape(-1), expert_ids_TK.reshape(-1))
         return combine_rows(y_ND, weights_TK, x_TD.dtype)
 
     def lookup_forward(
@@ -91,22 +92,19 @@ class TritonSlotKernels:
         return self.tokens_forward(layer_idx, x_TD, expert_ids_TK, slot_TK, weights_TK)
 
     def _rows(
-        self, layer_idx: int, kernels: LayerKernels, x_TD: torch.Tensor, token_N: torch.Tensor | int,
+        self, layer_idx: int, kernels: LayerKernels, x_TD: torch.Tensor, token_N: torch.Tensor,
         slot_N: torch.Tensor, expert_N: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        math, device = self._maths[layer_idx], x_TD.device
-        x_TD, by_token = _ready(x_TD, math), [] if isinstance(token_N, int) else [token_N]
+        math, num_rows, num_experts = self._maths[layer_idx], slot_N.numel(), kernels.num_experts
+        x_TD = _ready(x_TD, math)
         with _current(x_TD.device):
-            if row_by_row(len(x_TD), -(-slot_N.numel() // len(x_TD)), kernels.num_experts):
-                experts, slots, *tokens = to_device(device, expert_N, slot_N, *by_token)
-                tokens_N = tokens[0] if tokens else token_N
-                y_ND = kernels.project(kernels.choose(x_TD, tokens_N, experts, slots), experts, slots)
+            if row_by_row(len(x_TD), -(-num_rows // len(x_TD)), num_experts):
+                tokens, slots, experts = to_device(x_TD.device, token_N, slot_N, expert_N)
+                y_ND = kernels.project(kernels.choose(x_TD, tokens, experts, slots), experts, slots)
             else:
-                tiles = make_tiles(slot_N, tile_rows(slot_N.numel(), kernels.num_experts), kernels.num_experts)
-                experts, slots, tile_slot_M, tile_row_MB, *tokens = to_device(
-                    device, expert_N, slot_N, *tiles, *by_token
-                )
-                y_ND = kernels.tiles(x_TD, tokens[0] if tokens else token_N, experts, tile_slot_M, tile_row_MB)
+                tiles = make_tiles(slot_N, tile_rows(num_rows, num_experts), num_experts)
+                tokens, slots, experts, *tiles_on_device = to_device(x_TD.device, token_N, slot_N, expert_N, *tiles)
+                y_ND = kernels.tiles(x_TD, tokens, experts, *tiles_on_device)
             if math.post_norm is not None:  # which may make something of nothing
                 y_ND = math.post_norm(y_ND).masked_fill((slots < 0)[:, None], 0.0)
         return y_ND
@@ -124,13 +122,20 @@ def tile_rows(num_rows: int, num_experts: int) -> int:
 
 
 def to_device(device: torch.device, *indices: torch.Tensor) -> list[torch.Tensor]:
-    """Indices on `device`, all in one copy that the host does not wait for: the pinned allocator keeps the source."""
-    if all(tensor.device == device for tensor in indices):
-        return [tensor.contiguous() for tensor in indices]
-    host = torch.cat([tensor.reshape(-1).to(torch.int32) for tensor in indices])
-    packed = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-    pieces = torch.split(packed, [tensor.numel() for tensor in indices])
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, indices, strict=True)]
+    """Indices as int32 on `device`; those on the host in one copy that it does not wait for.
+
+    The source is pinned by torch's allocator, which keeps it until the copy is done.
+    """
+    on_host = [tensor for tensor in indices if tensor.device != device]
+    pieces: Iterator[torch.Tensor] = iter(())
+    if on_host:
+        packed = torch.cat([tensor.reshape(-1).to(torch.int32) for tensor in on_host])
+        packed = (packed.pin_memory() if device.type == "cuda" else packed).to(device, non_blocking=True)
+        pieces = iter(torch.split(packed, [tensor.numel() for tensor in on_host]))
+    return [
+        tensor.to(torch.int32).contiguous() if tensor.device == device else next(pieces).view(tensor.shape)
+        for tensor in indices
+    ]
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
@@ -147,7 +152,7 @@ def make_triton_kernels(
     fallback: TorchSlotKernels, slot_of_LE: torch.Tensor | None, missing_L: torch.Tensor | None,
 ) -> TritonSlotKernels:  # fmt: skip
     """Kernels for every layer that Triton can compute. Layers that are alike are compiled and tried once."""
-    tiling, kernels = _tiling_of(slab.device), list[LayerKernels | None]()
+    tiling, kernels = tiling_of(slab.device), list[LayerKernels | None]()
     outcomes: dict[object, str | None] = {}
     for layer_idx, (layer, math) in enumerate(zip(layers, maths, strict=True)):
         reason = _obstacle(layer, math)
@@ -165,7 +170,8 @@ def make_triton_kernels(
     return TritonSlotKernels(kernels, maths, fallback, slot_of_LE, missing_L)
 
 
-def _tiling_of(device: torch.device) -> Tiling:
+def tiling_of(device: torch.device) -> Tiling:
+    """Block sizes for a device: stages as its shared memory allows."""
     if device.type != "cuda":
         return Tiling()
     properties = torch.cuda.get_device_properties(device)
@@ -212,23 +218,22 @@ def _largest_error(
     slot_of_E[:num_slots] = torch.arange(num_slots, device=device)
     num_tokens = TILE_ROWS[0] + 3
     x_TD = torch.randn(num_tokens, kernels.up[0].num_in, device=device, generator=generator).to(math.dtype)
-    rows = torch.arange(num_tokens * top_k, device=device)
-    expert_N = rows % min(num_experts, num_slots + 1)
+    row_N = torch.arange(num_tokens * top_k, dtype=torch.int32, device=device)
+    token_N, expert_N = row_N // top_k, row_N % min(num_experts, num_slots + 1)
     slot_N, missing = slot_of_E[expert_N], torch.zeros(1, dtype=torch.int32, device=device)
-    expected = TorchSlotKernels([layer], [math], slab, slot_bytes).rows_forward(
-        0, x_TD, rows // top_k, slot_N, expert_N
-    )
+    expected = TorchSlotKernels([layer], [math], slab, slot_bytes).rows_forward(0, x_TD, token_N, slot_N, expert_N)
     pairs = [
-        (kernels.tiles(x_TD, top_k, expert_N, *make_tiles(slot_N, block_rows, num_experts)), expected)
+        (kernels.tiles(x_TD, token_N, expert_N, *make_tiles(slot_N, block_rows, num_experts)), expected)
         for block_rows in TILE_ROWS
     ]
     x_1D, experts, slots = x_TD[:1], expert_N[:top_k], slot_N[:top_k]
     weights_1K = torch.rand(1, top_k, device=device, generator=generator)
     summed = combine_rows(expected[:top_k], weights_1K, math.dtype)
-    hidden = kernels.choose(x_1D, rows[:top_k] // top_k, experts, slots)
+    hidden = kernels.choose(x_1D, token_N[:top_k], experts, slots)
     pairs.append((kernels.project(hidden, experts, slots), expected[:top_k]))
     hidden = kernels.choose(x_1D, top_k, experts, slots)
     pairs.append((kernels.project_and_sum(hidden, experts, slots, weights_1K, math.dtype), summed))
+    experts = experts.long()  # as routers give them
     hidden = kernels.choose(x_1D, top_k, experts, slot_of_E, missing=missing)
     got = kernels.project_and_sum(hidden, experts, slot_of_E, weights_1K, math.dtype, lookup=True)
     pairs.append((got, summed))
@@ -244,5 +249,4 @@ def _fill_slots(
         weights = view_expert(layer, slab[slot * slot_bytes : (slot + 1) * slot_bytes], offsets)
         for part in (*weights.up, *weights.down):
             num_in = part.shape[0 if layer.transposed else 1]
-            noise = torch.randn(part.shape, device=slab.device, generator=generator, dtype=part.dtype)
-            part.copy_(noise * num_in**-0.5)
+            part.normal_(std=num_in**-0.5, generator=generator)  # in place: a copy may not fit any more

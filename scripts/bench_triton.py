@@ -1,0 +1,271 @@
+"""Time the Triton expert kernels alone, against a device-to-device copy measured in the same run.
+
+    python scripts/bench_triton.py                    # a GPU: both shapes, bfloat16, under a minute
+    python scripts/bench_triton.py --sweep            # also block sizes of the row kernels, for one token
+    python scripts/bench_triton.py --simulate         # no GPU: tiny shapes in the interpreter; tries the script only
+
+Every call takes other experts than the one before, so that no weights are found in L2; calls are captured in a CUDA
+graph, so launches cost nothing, and what a launch costs the host is given beside. GB/s are bytes of the weights that a
+call must read at least, once for each expert it touches. A table goes to stderr, one JSON object to stdout, last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offmoe.checkpoint.expert_index import MoeLayer, Part, Span
+from offmoe.formats.layout import layout_of
+from offmoe.kernels.activations import Activation
+from offmoe.kernels.reference import ExpertMath
+
+if TYPE_CHECKING:
+    from offmoe.kernels.triton_launch import LayerKernels, Tiling
+
+COPY_BYTES = 1 << 30
+CALLS_A_GRAPH = 12
+TOKENS = (1, 4, 16, 64, 512)
+# Above this a call is not tried row by row.
+MOST_TOKENS_BY_ROW = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model's MoE layer: D model width, F expert width."""
+
+    name: str
+    width_D: int
+    width_F: int
+    num_experts: int
+    top_k: int
+
+
+SHAPES = (
+    Shape(name="Qwen3-30B-A3B", width_D=2048, width_F=768, num_experts=128, top_k=8),
+    Shape(name="Mixtral-8x7B", width_D=4096, width_F=14336, num_experts=8, top_k=2),
+)
+TINY = (Shape(name="tiny", width_D=48, width_F=32, num_experts=6, top_k=2),)
+
+
+class Bench:
+    """One shape in a slab, and the ways to run and time it."""
+
+    def __init__(self, shape: Shape, device: torch.device, tiling: Tiling) -> None:
+        self.shape, self.device = shape, device
+        self.layer = make_layer(shape)
+        self.slot_bytes = layout_of(self.layer).slot_bytes
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 30
+        self.num_slots = min(shape.num_experts, int(0.6 * free) // self.slot_bytes)
+        self.slab = torch.empty(self.num_slots * self.slot_bytes, dtype=torch.uint8, device=device)
+        self.slab.view(torch.bfloat16).normal_(std=shape.width_D**-0.5)
+        self.tiling = tiling
+        self.generator = torch.Generator().manual_seed(1)
+
+    def kernels(self, tiling: Tiling | None = None) -> LayerKernels:
+        """The layer's launches with these block sizes."""
+        from offmoe.kernels.triton_launch import LayerKernels
+
+        math = ExpertMath(
+            activate=torch.nn.functional.silu, up_bias_EF=None, down_bias_ED=None, post_norm=None, transposed=False,
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        activation = Activation(kind="silu", gated=True)
+        layout = layout_of(self.layer)
+        return LayerKernels(self.layer, layout, math, activation, self.slab, self.slot_bytes, tiling or self.tiling)
+
+    def choices(self, num_tokens: int) -> torch.Tensor:
+        """Slots that random tokens choose, distinct within a token: (T, K)."""
+        top_k = min(self.shape.top_k, self.num_slots)
+        scores = torch.rand(num_tokens, self.num_slots, generator=self.generator)
+        return scores.topk(top_k).indices.to(self.device, torch.int32)
+
+    def rows(self, num_tokens: int, ways: Sequence[str], kernels: LayerKernels) -> list[dict[str, Any]]:
+        """Time up, down and the layer for `num_tokens` tokens."""
+        from offmoe.kernels.triton_launch import make_tiles
+        from offmoe.kernels.triton_slots import tile_rows
+
+        shape = self.shape
+        x_TD = torch.randn(num_tokens, shape.width_D, device=self.device).to(torch.bfloat16)
+        calls = [self.choices(num_tokens) for _ in range(CALLS_A_GRAPH)]
+        touched = sum(int(slots.unique().numel()) for slots in calls) / len(calls)
+        top_k = calls[0].shape[1]
+        weights_TK = torch.rand(num_tokens, top_k, device=self.device)
+        hidden = torch.randn(num_tokens * top_k, shape.width_F, device=self.device).to(torch.bfloat16)
+        token_N = torch.arange(num_tokens * top_k, dtype=torch.int32, device=self.device) // top_k
+        block_rows = tile_rows(num_tokens * top_k, shape.num_experts)
+        tiles = {id(slots): make_tiles(slots.reshape(-1), block_rows, shape.num_experts) for slots in calls}
+
+        def layer_by_row(slots: torch.Tensor) -> None:
+            chosen = kernels.choose(x_TD, top_k, slots, slots)
+            kernels.project_and_sum(chosen, slots, slots, weights_TK, torch.bfloat16)
+
+        runs: dict[str, tuple[Callable[[torch.Tensor], object], int]] = {
+            "rows up": (lambda slots: kernels.choose(x_TD, top_k, slots, slots), 2),
+            "rows down": (lambda slots: kernels.project(hidden, slots, slots), 1),
+            "rows down+sum": (
+                lambda slots: kernels.project_and_sum(hidden, slots, slots, weights_TK, torch.bfloat16), 1
+            ),
+            "rows layer": (layer_by_row, 3),
+            "tiles layer": (lambda slots: kernels.tiles(x_TD, token_N, slots.reshape(-1), *tiles[id(slots)]), 3),
+        }  # fmt: skip
+        found = []
+        for name, (run, matrices) in runs.items():
+            if name not in ways:
+                continue
+            seconds, host_s = self.time([partial(run, slots) for slots in calls])
+            matrix = 2 * shape.width_D * shape.width_F
+            found.append({
+                "shape": shape.name, "tokens": num_tokens, "what": name, "us": seconds * 1e6, "host_us": host_s * 1e6,
+                "gb_per_s": touched * matrices * matrix / seconds / 1e9,
+                "tflops": num_tokens * top_k * matrices * matrix / seconds / 1e12,
+            })  # fmt: skip
+        return found
+
+    def time(self, calls: list[Callable[[], object]], *, rounds: int = 5) -> tuple[float, float]:
+        """(device seconds, host seconds) of a call: the best round of a graph of all calls, and the mean of eager."""
+        for call in calls[:2]:
+            call()
+        if self.device.type != "cuda":
+            begin = time.perf_counter()
+            calls[0]()
+            return time.perf_counter() - begin, 0.0
+        torch.cuda.synchronize(self.device)
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        host_s = (time.perf_counter() - begin) / len(calls)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        best = float("inf")
+        for _ in range(rounds):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end) / 1e3)
+        return best / len(calls), host_s
+
+    def sweep(self) -> list[dict[str, Any]]:
+        """One token with other block sizes: up, and down with the sum."""
+        found = []
+        for elements, inputs, warps, stages in itertools.product((2048, 4096, 8192), (256, 512), (4, 8), (1, 3)):
+            tiling = replace(
+                self.tiling, row_elements=elements, row_inputs=inputs, row_warps=warps, sum_elements=2 * elements,
+                sum_inputs=inputs, sum_warps=warps, stages=stages,
+            )  # fmt: skip
+            settings = {"elements": elements, "inputs": inputs, "warps": warps, "stages": stages}
+            timed = self.rows(1, ("rows up", "rows down", "rows down+sum"), self.kernels(tiling))
+            found += [record | settings for record in timed]
+        return found
+
+
+def make_layer(shape: Shape) -> MoeLayer:
+    """One source a matrix, as published."""
+    up = (shape.width_F, shape.width_D)
+    parts = [
+        Part(source_idx=idx, offset=0, shape=size, strides=(size[1], 1), dtype="BF16")
+        for idx, size in enumerate((up, up, up[::-1]))
+    ]
+    span = Span(file_idx=0, start=0, num_bytes=2 * shape.width_D * shape.width_F)
+    return MoeLayer(
+        name=shape.name, num_experts=shape.num_experts, top_k=shape.top_k, up=tuple(parts[:2]), down=tuple(parts[2:]),
+        transposed=False, spans=((span,) * 3,) * shape.num_experts,
+    )  # fmt: skip
+
+
+def copy_gb_per_s(device: torch.device, num_bytes: int) -> float:
+    """A copy within the device's memory, read and write counted: the best of five."""
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(6):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            target.copy_(source)
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            target.copy_(source)
+            best = min(best, time.perf_counter() - begin)
+    return 2 * num_bytes / best / 1e9
+
+
+def bench_shape(bench: Bench, tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """All calls of one shape: row by row where rows are few, by tiles, and both between, where the choice is made."""
+    kernels, records = bench.kernels(), []
+    for num_tokens in tokens:
+        ways = ["rows up", "rows down", "rows down+sum", "rows layer"] if num_tokens <= MOST_TOKENS_BY_ROW else []
+        records += bench.rows(num_tokens, [*ways, *(["tiles layer"] if num_tokens > 1 else [])], kernels)
+    return records
+
+
+def print_table(records: list[dict[str, Any]], copy: float) -> None:
+    """To stderr."""
+    print(f"device copy {copy:.0f} GB/s (read and write)", file=sys.stderr)
+    for record in records:
+        settings = " ".join(
+            f"{name} {record[name]}" for name in ("elements", "inputs", "warps", "stages") if name in record
+        )
+        print(
+            f"{record['shape']:14} {record['tokens']:4} tokens  {record['what']:14} {record['us']:9.1f} us "
+            f"{record['gb_per_s']:7.0f} GB/s {record['gb_per_s'] / copy:6.1%} of a copy "
+            f"{record['tflops']:6.1f} TFLOP/s (host {record['host_us']:.0f} us) {settings}",
+            file=sys.stderr,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="also try other block sizes for one token")
+    parser.add_argument("--simulate", action="store_true", help="tiny, in Triton's interpreter: measures nothing")
+    args = parser.parse_args(argv)
+    if args.simulate:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+    elif not torch.cuda.is_available():
+        print("error: no CUDA device; --simulate tries the script without one", file=sys.stderr)
+        return 2
+    try:
+        from offmoe.kernels.triton_slots import tiling_of
+    except ImportError as error:
+        print(f"error: triton cannot be imported: {error}", file=sys.stderr)
+        return 2
+    device = torch.device("cpu" if args.simulate else "cuda:0")
+    copy = copy_gb_per_s(device, 1 << 20 if args.simulate else COPY_BYTES)
+    records: list[dict[str, Any]] = []
+    for shape in TINY if args.simulate else SHAPES:
+        bench = Bench(shape, device, tiling_of(device))
+        if bench.num_slots < shape.top_k:
+            print(
+                f"{shape.name}: {bench.num_slots} experts fit, a token needs {shape.top_k}; left out", file=sys.stderr
+            )
+            continue
+        records += bench_shape(bench, TOKENS[:2] if args.simulate else TOKENS)
+        if args.sweep:
+            records += bench.sweep()
+        del bench
+    print_table(records, copy)
+    name = "simulated" if args.simulate else torch.cuda.get_device_name(device)
+    result = {"bench": "triton", "simulated": args.simulate, "device": name, "copy_gb_per_s": copy, "records": records}
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
