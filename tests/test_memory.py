@@ -51,5 +51,6 @@ def test_growth_stays_under_the_budget(checkpoint: Path, ram_mib: int) -> None:
     assert record["planned_bytes"] <= ram_mib << 20
     assert record["experts_cached"] < NUM_EXPERTS
     assert record["misses"] > 0
-    # A read brings one expert, never a layer: no more bytes than misses times an expert and its alignment.
-    assert record["disk_bytes"] <= record["misses"] * (EXPERT_BYTES + 2 * 4096)
+    # A read brings one expert, never a layer: no more bytes than misses times an expert and its alignment, beside what
+    # was read ahead.
+    assert record["disk_bytes"] <= record["misses"] * (EXPERT_BYTES + 2 * 4096) + record["ahead_bytes"]
