@@ -16,8 +16,9 @@ from offmoe.base.keys import ExpertKey
 MIN_SHARE, MAX_SHARE = 0.01, 0.25
 # Gain over cost from which the largest share is granted; below 1 only the smallest.
 CLEAR_GAIN = 2.0
-# Weight of one more copy's fate in the share that was used. Until copies were judged, an even chance is assumed.
-FATE_WEIGHT = 1 / 32
+# Weight of one more copy's fate in the share that was used, and the share assumed at first: hopeful, since a cache that
+# is filled slowly costs more than some copies in vain.
+FATE_WEIGHT, HOPED_SHARE = 1 / 32, 0.75
 # What the bucket holds at most, in experts: copies admitted at once wait behind each other.
 BURST = 4
 # An expert is copied when the CPU has served it this often of late; counts are halved after so many served experts.
@@ -29,7 +30,7 @@ class Admission:
 
     def __init__(self, *, expert_bytes: int) -> None:
         self.admitted_bytes = 0
-        self.used_share = 0.5
+        self.used_share = HOPED_SHARE
         self._expert_bytes = expert_bytes
         self._bucket_bytes = float(BURST * expert_bytes)
         self._served: dict[ExpertKey, int] = {}

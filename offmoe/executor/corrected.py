@@ -11,12 +11,14 @@ from offmoe.base.costs import Costs
 WEIGHT = 1 / 8
 # One measurement may claim at most this factor: a stall of a second is no news about bandwidth.
 MAX_FACTOR = 4.0
+# Shorter is not measured.
+MIN_SECONDS = 1e-7
 # Costs are published anew when a rate has moved by this factor: decisions are cached by them.
 NEWS_FACTOR = 1.05
 
 
 class _Rate:
-    """A rate alone and beside the other side. While one of the two was never measured it moves with the other."""
+    """A rate alone and beside the other side. While one of the two was hardly measured it moves with the other."""
 
     def __init__(self, alone: float, beside: float) -> None:
         self.alone, self.beside = alone, beside
@@ -32,12 +34,10 @@ class _Rate:
         self._num_alone += 1 - share
         self._num_beside += share
         alone_weight, beside_weight = self._weight(1 - share, self._num_alone), self._weight(share, self._num_beside)
-        if not self._num_alone:
-            alone_weight = beside_weight
-        if not self._num_beside:
-            beside_weight = alone_weight
-        self.alone *= exp(factor * alone_weight)
-        self.beside *= exp(factor * beside_weight)
+        alone_step = alone_weight + beside_weight / (1 + self._num_alone) ** 2
+        beside_step = beside_weight + alone_weight / (1 + self._num_beside) ** 2
+        self.alone *= exp(factor * min(1.0, alone_step))
+        self.beside *= exp(factor * min(1.0, beside_step))
         if self.beside > self.alone:  # nothing is faster beside something: whoever was measured more just now is right
             self.alone = self.beside = self.beside if share > 1 / 2 else self.alone
 
@@ -63,7 +63,7 @@ class CorrectedCosts:
             (self._link, link_bytes, link_s - self.now.link_latency_s, cpu_s),
             (self._cpu, cpu_bytes, cpu_s - self.now.cpu_latency_s, link_s),
         ):
-            if num_bytes > 0 and seconds > 0:
+            if num_bytes >= 1 and seconds >= MIN_SECONDS:
                 rate.measured(num_bytes, seconds, min(seconds, other_s))
         self._publish()
 
