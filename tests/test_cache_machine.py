@@ -293,7 +293,7 @@ class ForcedCpu:
         self, layer_idx: int, late: Sequence[ExpertKey], missing: Sequence[ExpertKey], rows: dict[ExpertKey, int]
     ) -> set[ExpertKey]:
         assert {*late, *missing} == set(rows)
-        return set(missing[::2])
+        return {*late[::3], *missing[::2]}
 
     def served(self, keys: Sequence[ExpertKey]) -> None:
         assert keys

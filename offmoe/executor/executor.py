@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -60,7 +60,7 @@ class Placer(Protocol):
     def place(
         self, layer_idx: int, late: Sequence[ExpertKey], missing: Sequence[ExpertKey], rows: dict[ExpertKey, int]
     ) -> Collection[ExpertKey]:
-        """Those of `missing` that are to be computed in RAM. Called in every layer call."""
+        """Those that are to be computed in RAM; what is `late` goes on to the device. Called in every layer call."""
 
     def served(self, keys: Sequence[ExpertKey]) -> None:
         """These were."""
@@ -72,9 +72,10 @@ class Executor:
     def __init__(
         self, cache: ExpertCache, *, rows: Rows | None = None, ahead: Ahead | None = None,
         cpu: CpuExperts | None = None, placer: Placer | None = None,
+        clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
         self.cache, self.rows, self.ahead = cache, rows or ReferenceRows(), ahead
-        self.cpu, self.placer = cpu, placer
+        self.cpu, self.placer, self.clock_ns = cpu, placer, clock_ns
         self._counters: Counters = cache.counters
 
     def run_layer(
@@ -142,8 +143,8 @@ class _LayerRun:
         hits, late, missing = self._look_up(by_expert)
         try:
             ready = [self._use(idx, by_expert[idx], touch=idx in keep) for idx in hits]
+            late, missing = self._send_to_cpu(late, missing, by_expert)
             self._claim(late, by_expert, keep)
-            missing = self._send_to_cpu(late, missing, by_expert)
             self._start_fetches(missing, by_expert, keep)
             if self._ahead is not None:
                 self._ahead.look(self._layer_idx, is_waiting=bool(self._in_flight))
@@ -208,21 +209,26 @@ class _LayerRun:
             assert fetch is not None, f"{idx=} was on its way"
             self._in_flight.append((fetch, by_expert[idx]))
 
-    def _send_to_cpu(self, late: list[int], missing: deque[int], by_expert: dict[int, list[Assignment]]) -> deque[int]:
-        """Hand the misses that are better computed in RAM over to the CPU; returns those that are to be fetched."""
+    def _send_to_cpu(
+        self, late: list[int], missing: deque[int], by_expert: dict[int, list[Assignment]]
+    ) -> tuple[list[int], deque[int]]:
+        """Hand what is better computed in RAM over to the CPU; returns what is to be waited for and fetched."""
         cpu, placer = self._executor.cpu, self._executor.placer
         if cpu is None or placer is None:
-            return missing
+            return late, missing
         late_keys, keys = ([ExpertKey(self._layer_idx, idx) for idx in group] for group in (late, missing))
         rows = {key: num_rows(by_expert[key.expert_idx]) for key in (*late_keys, *keys)}
         chosen = placer.place(self._layer_idx, late_keys, keys, rows)
         if not chosen:
-            return missing
-        self._on_cpu = [key for key in keys if key in chosen]
+            return late, missing
+        self._on_cpu = [key for key in (*late_keys, *keys) if key in chosen]
         self._counters.cpu_experts += len(self._on_cpu)
         assigned = {key: by_expert[key.expert_idx] for key in self._on_cpu}
         self._job = cpu.start(self._layer_idx, self._math, assigned, self._x_TD)
-        return deque(key.expert_idx for key in keys if key not in chosen)
+        return (
+            [key.expert_idx for key in late_keys if key not in chosen],
+            deque(key.expert_idx for key in keys if key not in chosen),
+        )
 
     def _start_fetches(self, missing: deque[int], by_expert: dict[int, list[Assignment]], keep: set[int]) -> None:
         while missing and len(self._in_flight) < MAX_READS_IN_FLIGHT:
@@ -240,13 +246,13 @@ class _LayerRun:
     def _compute_arrivals(self, *, is_last: bool) -> None:
         """Wait for the oldest fetch, then compute it with whatever else has arrived by now."""
         arrived: list[Computed] = []
-        begin = time.perf_counter_ns()
+        begin = self._executor.clock_ns()
         while self._in_flight and (not arrived or self._in_flight[0][0].ticket.done()):
             fetch, assignments = self._in_flight.popleft()
             arrived.append(Computed(fetch.slot, self._cache.finish(fetch), assignments))
             self._held.append(fetch.key)
             self._demanded_bytes += 0 if fetch.was_ahead else self._cache.num_bytes(fetch.key)
-        self._stall_ns += time.perf_counter_ns() - begin
+        self._stall_ns += self._executor.clock_ns() - begin
         if is_last and not self._in_flight:
             self._counters.disk_stall_ns += self._stall_ns
             if self._ahead is not None:
@@ -256,10 +262,10 @@ class _LayerRun:
 
     def _compute(self, experts: list[Computed]) -> None:
         """y of the experts' rows; then nothing holds them."""
-        begin = time.perf_counter_ns()
+        begin = self._executor.clock_ns()
         if experts:
             self._executor.rows.compute(self._layer_idx, self._math, experts, self._x_TD, self._y_SD)
-        self._counters.compute_ns += time.perf_counter_ns() - begin
+        self._counters.compute_ns += self._executor.clock_ns() - begin
         self._release()
 
     def _release(self) -> None:

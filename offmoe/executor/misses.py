@@ -27,14 +27,14 @@ class MissPlacer:
     def place(
         self, layer_idx: int, late: Sequence[ExpertKey], missing: Sequence[ExpertKey], rows: dict[ExpertKey, int]
     ) -> set[ExpertKey]:
-        """Of `missing`, the experts to compute in RAM. `late` are on their way to the device, and are waited for.
+        """The experts to compute in RAM: of `missing`, and of `late` those whose copies would take far too long.
 
         Called in every layer call, also when nothing is missed: the arbiter learns from the time between calls.
         """
         misses = [self._miss(key, rows[key], is_late=True) for key in late]
         misses += [self._miss(key, rows[key], is_late=False) for key in missing]
-        placements = self.arbiter.place(layer_idx, misses)[len(late) :]
-        return {key for key, place in zip(missing, placements, strict=True) if place is Placement.CPU}
+        placements = self.arbiter.place(layer_idx, misses)
+        return {key for key, place in zip((*late, *missing), placements, strict=True) if place is Placement.CPU}
 
     def _miss(self, key: ExpertKey, num_rows: int, *, is_late: bool) -> Miss:
         num_bytes = self._cache.num_bytes(key)
