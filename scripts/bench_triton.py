@@ -27,10 +27,11 @@ import torch
 from offmoe.checkpoint.expert_index import MoeLayer, Part, Span
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation
+from offmoe.kernels.geometry import Tiling, make_tiles, tile_rows
 from offmoe.kernels.reference import ExpertMath
 
 if TYPE_CHECKING:
-    from offmoe.kernels.triton_launch import LayerKernels, Tiling
+    from offmoe.kernels.triton_launch import LayerKernels
 
 COPY_BYTES = 1 << 30
 CALLS_A_GRAPH = 12
@@ -91,9 +92,6 @@ class Bench:
 
     def rows(self, num_tokens: int, ways: Sequence[str], kernels: LayerKernels) -> list[dict[str, Any]]:
         """Time up, down and the layer for `num_tokens` tokens."""
-        from offmoe.kernels.triton_launch import make_tiles
-        from offmoe.kernels.triton_slots import tile_rows
-
         shape = self.shape
         x_TD = torch.randn(num_tokens, shape.width_D, device=self.device).to(torch.bfloat16)
         calls = [self.choices(num_tokens) for _ in range(CALLS_A_GRAPH)]

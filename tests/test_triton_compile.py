@@ -56,7 +56,8 @@ class Compiled:
 @pytest.mark.parametrize("layout", ["published", "transposed"])
 def test_every_kernel_compiles_and_loads_wide(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from offmoe.kernels import triton_experts
-    from offmoe.kernels.triton_launch import LayerKernels, Tiling, make_tiles
+    from offmoe.kernels.geometry import Tiling, make_tiles
+    from offmoe.kernels.triton_launch import LayerKernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled = {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from offmoe.formats.dense import ExpertWeights
+from offmoe.kernels.indices import upload
 
 # Rows of a multiple of this end with a whole vector, whether gated or not, in every type and instruction set.
 VECTOR_ELEMENTS = 128
@@ -119,5 +120,7 @@ def _add_bias(
     """Add each expert's bias to its rows; an item's first field is the expert's number."""
     if bias is None:
         return y
+    if len(experts) == 1:
+        return y + bias[experts[0][0]]
     rows = [item[0] for item, count in zip(experts, counts, strict=True) for _ in range(count)]
-    return y + bias[torch.tensor(rows, device=bias.device)]
+    return y + bias[upload(torch.tensor(rows), bias.device)]

@@ -17,7 +17,11 @@ import torch
 from offmoe.checkpoint.expert_index import MoeLayer
 from offmoe.formats.dense import ExpertWeights, view_expert
 from offmoe.formats.layout import layout_of
+from offmoe.kernels.indices import upload
 from offmoe.kernels.reference import ExpertMath, experts_forward, one_token_forward
+
+# Tokens per float32 block of a weighted sum, so that a long prefill needs no (T * K, D) tensor of that type.
+COMBINE_TOKENS = 256
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -50,7 +54,14 @@ class SlotKernels(Protocol):
 
 def combine_rows(y_ND: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum of every token's K rows, weighted, in the router's order: (T * K, D), (T, K) -> (T, D)."""
-    return (y_ND.view(*weights_TK.shape, -1) * weights_TK[:, :, None]).sum(dim=1).to(dtype)
+    num_tokens, y_TKD = len(weights_TK), y_ND.view(*weights_TK.shape, -1)
+    blocks = [
+        (y_TKD[begin : begin + COMBINE_TOKENS] * weights_TK[begin : begin + COMBINE_TOKENS, :, None])
+        .sum(dim=1)
+        .to(dtype)
+        for begin in range(0, num_tokens, COMBINE_TOKENS)
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def look_up(
@@ -120,8 +131,8 @@ class TorchSlotKernels:
                 y_ND[row] = y_D
             return y_ND
         for slot, rows in rows_by_slot.items():
-            x_ND = x_TD[torch.tensor([tokens[row] for row in rows], device=x_TD.device)]
-            y_ND[torch.tensor(rows, device=x_TD.device)] = experts_forward(
+            x_ND = x_TD[upload(torch.tensor([tokens[row] for row in rows]), x_TD.device)]
+            y_ND[upload(torch.tensor(rows), x_TD.device)] = experts_forward(
                 math, [(experts[rows[0]], weights[slot], x_ND)]
             )
         return y_ND

@@ -17,9 +17,10 @@ from offmoe.checkpoint.expert_index import MoeLayer
 from offmoe.formats.dense import torch_dtype, view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation, find_activation
+from offmoe.kernels.geometry import TILE_ROWS, Tiling, make_tiles, row_by_row, tile_rows
 from offmoe.kernels.reference import ExpertMath
 from offmoe.kernels.slot_kernels import TorchSlotKernels, combine_rows, look_up
-from offmoe.kernels.triton_launch import TILE_ROWS, LayerKernels, Tiling, make_tiles
+from offmoe.kernels.triton_launch import LayerKernels
 
 # How far the check at load may be from torch, relative to the largest output: a few roundings of a hidden value.
 TOLERANCES = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 0.001}
@@ -63,7 +64,7 @@ class TritonSlotKernels:
         if kernels is None:
             return self._fallback.tokens_forward(layer_idx, x_TD, expert_ids_TK, slot_TK, weights_TK)
         top_k = expert_ids_TK.shape[1]
-        if math.post_norm is None and row_by_row(len(x_TD), top_k, kernels.num_experts):
+        if math.post_norm is None and row_by_row(len(x_TD), slot_TK.numel(), kernels.num_experts):
             with _current(x_TD.device):
                 experts, slots = to_device(x_TD.device, expert_ids_TK, slot_TK)
                 hidden = kernels.choose(_ready(x_TD, math), top_k, experts, slots)
@@ -81,7 +82,7 @@ class TritonSlotKernels:
             return self._fallback.lookup_forward(layer_idx, x_TD, expert_ids_TK, weights_TK)
         slot_of_E, missing = self._slot_of_E[layer_idx], self._missing[layer_idx]
         top_k = expert_ids_TK.shape[1]
-        if math.post_norm is None and row_by_row(len(x_TD), top_k, kernels.num_experts):
+        if math.post_norm is None and row_by_row(len(x_TD), expert_ids_TK.numel(), kernels.num_experts):
             experts = expert_ids_TK.contiguous()
             with _current(x_TD.device):
                 hidden = kernels.choose(_ready(x_TD, math), top_k, experts, slot_of_E, missing=missing)
@@ -98,7 +99,7 @@ class TritonSlotKernels:
         math, num_rows, num_experts = self._maths[layer_idx], slot_N.numel(), kernels.num_experts
         x_TD = _ready(x_TD, math)
         with _current(x_TD.device):
-            if row_by_row(len(x_TD), -(-num_rows // len(x_TD)), num_experts):
+            if row_by_row(len(x_TD), num_rows, num_experts):
                 tokens, slots, experts = to_device(x_TD.device, token_N, slot_N, expert_N)
                 y_ND = kernels.project(kernels.choose(x_TD, tokens, experts, slots), experts, slots)
             else:
@@ -108,17 +109,6 @@ class TritonSlotKernels:
             if math.post_norm is not None:  # which may make something of nothing
                 y_ND = math.post_norm(y_ND).masked_fill((slots < 0)[:, None], 0.0)
         return y_ND
-
-
-def row_by_row(num_tokens: int, rows_a_token: int, num_experts: int) -> bool:
-    """Whether so few rows of so many experts hardly ever share one. One token's never do."""
-    return num_tokens == 1 or 2 * num_tokens * rows_a_token <= num_experts
-
-
-def tile_rows(num_rows: int, num_experts: int) -> int:
-    """The least tile that holds an expert's mean share of the rows."""
-    mean = num_rows / min(num_rows, num_experts)
-    return next((rows for rows in TILE_ROWS if mean <= rows), TILE_ROWS[-1])
 
 
 def to_device(device: torch.device, *indices: torch.Tensor) -> list[torch.Tensor]:
