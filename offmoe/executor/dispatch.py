@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from offmoe.kernels.indices import upload
+
 CPU = torch.device("cpu")
 
 
@@ -38,7 +40,7 @@ def dispatch(expert_ids_TK: torch.Tensor, num_experts: int, *, device: torch.dev
     ids_S = expert_ids_TK.reshape(-1)
     order_S = torch.argsort(ids_S, stable=True)
     experts, counts = torch.unique_consecutive(ids_S[order_S], return_counts=True)
-    order_S = order_S.to(device, non_blocking=True)
+    order_S = upload(order_S, device)
     assignments, begin = [], 0
     for expert_idx, count in zip(experts.tolist(), counts.tolist(), strict=True):
         choices_N = order_S[begin : begin + count]

@@ -12,6 +12,7 @@ import torch
 
 from offmoe.executor.dispatch import Assignment
 from offmoe.formats.dense import ExpertWeights
+from offmoe.kernels.indices import upload
 from offmoe.kernels.reference import ExpertMath, experts_forward, one_token_forward
 from offmoe.kernels.slot_kernels import SlotKernels
 
@@ -75,7 +76,7 @@ class KernelRows:
         expert_N = torch.tensor([assignment.expert_idx for _, assignment in flat]).repeat_interleave(counts)
         if x_TD.shape[0] == 1:
             token_N = torch.zeros(len(flat), dtype=torch.long)
-            choices_N = torch.tensor([assignment.choices_N for _, assignment in flat]).to(y_SD.device)
+            choices_N = upload(torch.tensor([assignment.choices_N for _, assignment in flat]), y_SD.device)
         else:
             token_N = torch.cat([tokens for _, a in flat if (tokens := a.tokens_N) is not None])
             choices_N = torch.cat([c for _, a in flat if isinstance(c := a.choices_N, torch.Tensor)])
