@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from itertools import accumulate
 
 from offmoe.base.costs import Costs
@@ -88,6 +89,9 @@ def decide(misses: Sequence[Miss], costs: Costs, mode: Mode) -> list[Placement]:
     """
     if mode is not Mode.AUTO:
         return [Placement.FETCH if m.is_under_way or mode is Mode.STREAM else Placement.CPU for m in misses]
+    if misses and all(miss == misses[0] for miss in misses):  # decoding, most of the time
+        num_copied = _num_copied_of_equals(misses[0], len(misses), costs)
+        return [Placement.FETCH] * num_copied + [Placement.CPU] * (len(misses) - num_copied)
     order = sorted(range(len(misses)), key=lambda idx: preference(misses[idx]))
     num_copied = _num_copied([misses[idx] for idx in order], costs)
     placements = [Placement.CPU] * len(misses)
@@ -116,6 +120,11 @@ def _num_copied(ordered: list[Miss], costs: Costs) -> int:
     best = min(range(num_under_way, len(times)), key=lambda k: (times[k], -k))
     given_up = min(range(num_under_way + 1), key=lambda k: (times[k], -k))
     return given_up if times[given_up] < GIVE_UP_SHARE * times[best] else best
+
+
+@lru_cache(maxsize=256)
+def _num_copied_of_equals(miss: Miss, num: int, costs: Costs) -> int:
+    return _num_copied([miss] * num, costs)
 
 
 def _split_times(ordered: Sequence[Miss], costs: Costs, *, only: int | None = None) -> list[float]:
