@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 DEFAULT_CONTEXT_LENGTH = 4096
+# RAM slots where the device has room for every expert: as many reads as are in flight, and as many copies.
+PASSING_SLOTS = 16
 
 
 Pools = tuple[HostPool, "DevicePool | None"]
@@ -172,7 +174,10 @@ def _make_device_pool(plan: MemoryPlan, device: Device, *, top_k: int) -> tuple[
     pool = device.make_pool(fitting.num_slots, fitting.slot_bytes, min_slots=top_k)
     if pool.num_slots < fitting.num_slots:
         fitting = shrink(fitting, pool.num_slots)
-    return dataclasses.replace(plan, device=fitting), pool
+    num_slots = plan.num_slots
+    if pool.num_slots >= plan.num_experts:  # RAM is then only passed through
+        num_slots = min(num_slots, PASSING_SLOTS)
+    return dataclasses.replace(plan, device=fitting, num_slots=num_slots), pool
 
 
 def _attach_all(model: PreTrainedModel, executor: ExpertsExecutor) -> None:
