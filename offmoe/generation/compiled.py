@@ -7,9 +7,10 @@ eager cache's. A step is used after it once gave the logits of the model's own s
 Never an error: what does not compile, or does not agree, is not used, and `DecodeCompiler.state` says why.
 
 In the background, a thread compiles while the model's own steps go on. torch's compiler is not made for that in three
-ways, and none matters here: its process-wide "is compiling" flag makes transformers' eager code write masks out (same
-values); it puts the default random state back when it is done (sampling here has generators of its own); and it runs
-in Python, so that eager steps meanwhile are slower (measured: benchmarks/compile.md).
+ways, which is why compile="on" waits instead: its process-wide "is compiling" flag makes transformers' eager code write
+masks out (same values, maybe another attention kernel's rounding); it puts the default random state back when it is
+done (sampling here has generators of its own); and it runs in Python, so that eager steps meanwhile share the
+interpreter with it (benchmarks/2026-11-22-compiled-steps.md).
 """
 
 from __future__ import annotations
