@@ -72,9 +72,12 @@ def tensor_name(key: ExpertKey, matrix: str) -> str:
     return f"layers.{key.layer_idx}.experts.{key.expert_idx}.{matrix}"
 
 
-def make_tiny_experts(folder: Path, *, layout: str = "adjacent", width_F: int = WIDTH_F) -> TinyExperts:
+def make_tiny_experts(
+    folder: Path, *, layout: str = "adjacent", width_F: int = WIDTH_F, num_layers: int = NUM_LAYERS,
+    num_experts: int = NUM_EXPERTS,
+) -> TinyExperts:  # fmt: skip
     generator = torch.Generator().manual_seed(7)
-    keys = [ExpertKey(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
+    keys = [ExpertKey(layer, expert) for layer in range(num_layers) for expert in range(num_experts)]
     tensors = {}
     for key in keys:
         for matrix in MATRICES:
@@ -100,11 +103,13 @@ def _make_header_odd(path: Path) -> None:
 
 def index_experts(index: CheckpointIndex) -> ExpertIndex:
     """What the loader finds through transformers, for a folder that `make_tiny_experts` wrote."""
+    places = [name.split(".") for name in index.tensors]
+    num_layers, num_experts = (1 + max(int(place[at]) for place in places) for at in (1, 3))
     layers = []
-    for layer_idx in range(NUM_LAYERS):
+    for layer_idx in range(num_layers):
         sources = [
             [index.tensors[tensor_name(ExpertKey(layer_idx, expert), matrix)] for matrix in MATRICES]
-            for expert in range(NUM_EXPERTS)
+            for expert in range(num_experts)
         ]
         parts = [
             Part(
@@ -118,7 +123,7 @@ def index_experts(index: CheckpointIndex) -> ExpertIndex:
         ]
         layers.append(
             MoeLayer(
-                name=f"layers.{layer_idx}.experts", num_experts=NUM_EXPERTS, top_k=TOP_K, up=tuple(parts[:2]),
+                name=f"layers.{layer_idx}.experts", num_experts=num_experts, top_k=TOP_K, up=tuple(parts[:2]),
                 down=tuple(parts[2:]), transposed=False,
                 spans=tuple(
                     tuple(Span(file_idx=e.file_idx, start=e.start, num_bytes=e.num_bytes) for e in expert)

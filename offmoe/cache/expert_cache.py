@@ -55,11 +55,14 @@ class AheadListener(Protocol):
 class ExpertCache:
     """Expert weights in `num_slots` slots of one tier, for `num_layers` MoE layers."""
 
-    def __init__(self, num_slots: int, num_layers: int, source: Source, policy: Policy, counters: Counters) -> None:
+    def __init__(
+        self, num_slots: int, num_layers: int, source: Source, policy: Policy, counters: Counters, *,
+        clock_ns: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:  # fmt: skip
         self._source, self._policy, self.counters = source, policy, counters
         self.slots = SlotTable(num_slots)
         self.listener: AheadListener | None = None
-        self._num_layers = num_layers
+        self._num_layers, self._clock_ns = num_layers, clock_ns
         self._weights: list[ExpertWeights | None] = [None] * num_slots
         self._coming: dict[ExpertKey, Fetch] = {}
         self._unused: set[ExpertKey] = set()
@@ -193,15 +196,15 @@ class ExpertCache:
         """Wait for a fetch, hold the key and return its weights. On failure the slot is freed and the error raised."""
         if self._coming.get(fetch.key) is not fetch:  # somebody else has waited for it
             return self.use(fetch.key, touch=False)
-        begin = time.perf_counter_ns()
-        late = not fetch.ticket.done()
+        begin = self._clock_ns()
         try:
+            late = not fetch.ticket.done()
             fetch.ticket.wait()
             self._arrived(fetch)
         except BaseException:
             self.abandon([fetch])
             raise
-        self._used_ahead(fetch.key, late=late, waited_ns=time.perf_counter_ns() - begin)
+        self._used_ahead(fetch.key, late=late, waited_ns=self._clock_ns() - begin)
         self.slots.hold(fetch.slot)
         weights = self._weights[fetch.slot]
         assert weights is not None, f"{fetch=}"

@@ -79,6 +79,7 @@ class Lookahead:
         self, predictors: Sequence[Predictor | None], prefetcher: Prefetcher, *, order: Sequence[int],
         num_experts: Sequence[int], distance: int = 1, rescore: bool = True,
         predictions: Callable[[Prediction], None] | None = None,
+        clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
         """`predictors` and `num_experts`: one a layer, by its number. `order`: the numbers as the layers run.
 
@@ -86,7 +87,7 @@ class Lookahead:
         """
         assert 1 <= distance <= 3, f"{distance=}"
         self._predictors, self._prefetcher, self._num_experts = predictors, prefetcher, num_experts
-        self._rescore, self._predictions = rescore, predictions
+        self._rescore, self._predictions, self._clock_ns = rescore, predictions, clock_ns
         self._coming = {
             layer_idx: list(enumerate(order[place + 1 : place + 1 + distance], start=1))
             for place, layer_idx in enumerate(order)
@@ -144,9 +145,9 @@ class Lookahead:
     def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]]) -> None:
         """The pending prediction of a layer, as numbers on the host: T rows of K."""
         waiting = self._pending.pop(layer_idx)
-        begin = time.perf_counter_ns()
+        begin = self._clock_ns()
         ranked = rank_experts(ids_TK, self._num_experts[layer_idx])
-        predict_ns = waiting.predict_ns + time.perf_counter_ns() - begin
+        predict_ns = waiting.predict_ns + self._clock_ns() - begin
         self._want(layer_idx, ranked, waiting.distance, predict_ns, whole_layer=False)
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
@@ -167,10 +168,10 @@ class Lookahead:
         predictor = self._predictors[layer_idx]
         if predictor is None:
             return
-        begin = time.perf_counter_ns()
+        begin = self._clock_ns()
         ids_TK = predictor(state_TX)
         if ids_TK is not None:
-            self._pending[layer_idx] = _Pending(ids_TK, distance, time.perf_counter_ns() - begin)
+            self._pending[layer_idx] = _Pending(ids_TK, distance, self._clock_ns() - begin)
             if ids_TK.device.type == "cpu":
                 self.take(layer_idx, ids_TK.tolist())
 
