@@ -17,7 +17,11 @@ from offmoe.base.keys import ExpertKey
 from offmoe.cache.expert_cache import ExpertCache, Fetch
 from offmoe.executor.dispatch import Assignment
 from offmoe.formats.dense import ExpertWeights
+from offmoe.kernels.indices import upload
 from offmoe.kernels.reference import ExpertMath, experts_forward, one_token_forward
+
+# The most tokens whose states are copied to RAM in every layer call, in case an expert is computed there.
+MAX_TOKENS_ALONG = 16
 
 Group = list[tuple[ExpertWeights, list[Assignment]]]
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -31,6 +35,21 @@ class CpuExperts:
         self._host, self._settle = host, settle
         self._thread = _start_thread()
         self._maths: dict[int, tuple[ExpertMath, ExpertMath]] = {}
+        self._can_pin = True
+
+    def take_along(self, x_TD: torch.Tensor) -> torch.Tensor | None:
+        """Queue a copy of a few tokens' states to pinned RAM, so that computing here costs no wait of its own.
+
+        The bytes are there after the caller's next wait for the device. None: too many, no device, or no pinned memory.
+        """
+        if x_TD.device.type != "cuda" or len(x_TD) > MAX_TOKENS_ALONG or not self._can_pin:
+            return None
+        try:
+            on_host = torch.empty(x_TD.shape, dtype=x_TD.dtype, pin_memory=True)
+        except RuntimeError:
+            self._can_pin = False
+            return None
+        return on_host.copy_(x_TD, non_blocking=True)
 
     def start(
         self, layer_idx: int, math: ExpertMath, experts: dict[ExpertKey, list[Assignment]], x_TD: torch.Tensor
@@ -120,7 +139,7 @@ class CpuJob:
             self._queue()
         for future in self._results:
             for choices_N, y_ND in future.result():
-                y_SD[choices_N.to(y_SD.device)] = y_ND.to(y_SD.device)
+                y_SD[upload(choices_N, y_SD.device)] = upload(y_ND, y_SD.device)
         self._results = []
         self._let_go()
 
@@ -149,9 +168,9 @@ class CpuJob:
             return [(choices_N, one_token_forward(self._math, chosen, self._x_TD))]
         results = []
         for weights, assignment in flat:
-            tokens_N, choices_N = assignment.tokens_N, assignment.choices_N
+            tokens_N, choices_N = assignment.host_tokens_N, assignment.choices_N
             assert tokens_N is not None and isinstance(choices_N, torch.Tensor), f"{assignment=}"
-            x_ND = self._x_TD[tokens_N.cpu()]
+            x_ND = self._x_TD[tokens_N]
             results.append((choices_N, experts_forward(self._math, [(assignment.expert_idx, weights, x_ND)])))
         return results
 

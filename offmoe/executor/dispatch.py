@@ -16,12 +16,16 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One expert's rows: `choices_N` index the S choices, `tokens_N` the T tokens. None means the only token."""
+    """One expert's rows: `choices_N` index the S choices, `tokens_N` the T tokens. None means the only token.
+
+    `host_tokens_N` are `tokens_N` once more, where the host can read them.
+    """
 
     expert_idx: int
     num_rows: int
     choices_N: torch.Tensor | int
     tokens_N: torch.Tensor | None
+    host_tokens_N: torch.Tensor | None = None
 
 
 def num_rows(assigned: list[Assignment]) -> int:
@@ -40,13 +44,14 @@ def dispatch(expert_ids_TK: torch.Tensor, num_experts: int, *, device: torch.dev
     ids_S = expert_ids_TK.reshape(-1)
     order_S = torch.argsort(ids_S, stable=True)
     experts, counts = torch.unique_consecutive(ids_S[order_S], return_counts=True)
-    order_S = upload(order_S, device)
+    host_tokens_S = order_S // top_k
+    choices_S, tokens_S = upload(torch.stack((order_S, host_tokens_S)), device)
     assignments, begin = [], 0
     for expert_idx, count in zip(experts.tolist(), counts.tolist(), strict=True):
-        choices_N = order_S[begin : begin + count]
+        rows = slice(begin, begin + count)
         begin += count
         if 0 <= expert_idx < num_experts:
-            assignments.append(Assignment(expert_idx, count, choices_N, choices_N // top_k))
+            assignments.append(Assignment(expert_idx, count, choices_S[rows], tokens_S[rows], host_tokens_S[rows]))
     return assignments
 
 

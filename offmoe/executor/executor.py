@@ -89,9 +89,11 @@ class Executor:
         """
         self._counters.layer_calls += 1
         num_tokens, top_k = expert_ids_TK.shape
+        # Queued before the ids are waited for, so that the wait is for both.
+        host_x_TD = self.cpu.take_along(x_TD) if self.cpu is not None else None
         assignments = dispatch(self._to_host(expert_ids_TK), num_experts, device=x_TD.device)
         y_SD = torch.zeros(num_tokens * top_k, x_TD.shape[-1], dtype=math.dtype, device=x_TD.device)
-        _LayerRun(self, layer_idx, math, x_TD, y_SD).run(assignments)
+        _LayerRun(self, layer_idx, math, x_TD, y_SD, host_x_TD).run(assignments)
         y_TD = combine(y_SD, weights_TK, x_TD.dtype)
         if self.ahead is not None:
             self.ahead.layer_ended(layer_idx)
@@ -123,11 +125,12 @@ class _LayerRun:
     """The state of one layer call. Whatever happens in it, no hold and no unfinished fetch is left behind."""
 
     def __init__(
-        self, executor: Executor, layer_idx: int, math: ExpertMath, x_TD: torch.Tensor, y_SD: torch.Tensor
-    ) -> None:
+        self, executor: Executor, layer_idx: int, math: ExpertMath, x_TD: torch.Tensor, y_SD: torch.Tensor,
+        host_x_TD: torch.Tensor | None,
+    ) -> None:  # fmt: skip
         self._executor, self._cache, self._counters = executor, executor.cache, executor.cache.counters
         self._layer_idx, self._math = layer_idx, math
-        self._x_TD, self._y_SD = x_TD, y_SD
+        self._x_TD, self._y_SD, self._host_x_TD = x_TD, y_SD, host_x_TD
         self._in_flight: deque[tuple[Fetch, list[Assignment]]] = deque()
         self._held: list[ExpertKey] = []
         self._ahead = executor.ahead
@@ -224,7 +227,8 @@ class _LayerRun:
         self._on_cpu = [key for key in (*late_keys, *keys) if key in chosen]
         self._counters.cpu_experts += len(self._on_cpu)
         assigned = {key: by_expert[key.expert_idx] for key in self._on_cpu}
-        self._job = cpu.start(self._layer_idx, self._math, assigned, self._x_TD)
+        x_TD = self._x_TD if self._host_x_TD is None else self._host_x_TD
+        self._job = cpu.start(self._layer_idx, self._math, assigned, x_TD)
         return (
             [key.expert_idx for key in late_keys if key not in chosen],
             deque(key.expert_idx for key in keys if key not in chosen),
