@@ -337,19 +337,18 @@ def begin(disk: DiskTier, start: int, *, urgent: bool) -> tuple[Ticket, bytearra
 
 def test_urgent_reads_overtake_those_that_wait(files: list[ShardFile], gate: Gate) -> None:
     disk = DiskTier(files, io="buffered", counters=Counters())
-    num_busy = disk_module.NUM_THREADS
+    num_busy = disk_module.MAX_PIECES_AHEAD
     tickets = [begin(disk, start, urgent=False)[0] for start in range(num_busy + 2)]
     for _ in range(num_busy):
         assert gate.begun.acquire(timeout=10)
     tickets.append(begin(disk, 1000, urgent=True)[0])
+    assert gate.begun.acquire(timeout=10)  # there are threads left for it
     tickets[num_busy + 1].promote()
-    for _ in range(3):
-        gate.may_end.release()
-        assert gate.begun.acquire(timeout=10)
-    assert gate.began[num_busy:] == [1000, num_busy + 1, num_busy]
+    assert gate.begun.acquire(timeout=10)
     gate.may_end.release(100)
     for ticket in tickets:
         ticket.wait()
+    assert gate.began[num_busy:] == [1000, num_busy + 1, num_busy]
     disk.close()
 
 

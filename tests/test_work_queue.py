@@ -290,3 +290,36 @@ def test_one_thread_does_what_a_plain_model_does(jobs: list[tuple[int, bool]], s
             ticket.wait()
     queue.close()
     assert pieces.began == began
+
+
+def test_pieces_that_are_not_urgent_leave_threads_for_those_that_are() -> None:
+    """Four threads, two for what is not urgent: an urgent piece finds one at once, and a promoted job gets them all."""
+    gate, begun = threading.Event(), threading.Semaphore(0)
+    running, most = [0], [0]
+    lock = threading.Lock()
+
+    def piece() -> None:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        begun.release()
+        gate.wait()
+        with lock:
+            running[0] -= 1
+
+    queue = WorkQueue(4, "test", max_others=2)
+    try:
+        ahead = queue.submit([piece] * 6, urgent=False)
+        for _ in range(2):
+            assert begun.acquire(timeout=30)
+        queue.submit([lambda: None], urgent=True).wait()
+        assert most == [2]
+        ahead.promote()
+        for _ in range(2):
+            assert begun.acquire(timeout=30)
+        assert most == [4]
+        gate.set()
+        ahead.wait()
+    finally:
+        gate.set()
+        queue.close()

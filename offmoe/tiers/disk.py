@@ -21,6 +21,9 @@ IO_MODES = ("auto", "direct", "buffered")
 NUM_THREADS = 8
 # A single demand miss is split so that the drive sees several requests at once.
 PIECE_BYTES = 2 << 20
+# Pieces of reads ahead of time at once. An expert of 9.4 MB that is needed now took 4.5 ms on an idle drive and 10.6 ms
+# behind eight pieces of 2 MiB; two keep the drive nearly as busy (1.6-2.2 GB/s against 2.0).
+MAX_PIECES_AHEAD = 2
 
 
 class DiskTier:
@@ -35,7 +38,7 @@ class DiskTier:
         self.direct = io != "buffered" and all(file.open_direct() for file in files)
         if io == "direct" and not self.direct:
             raise UsageError(f"{files[0].path.parent} is on a file system without direct reads; use --io buffered")
-        self._queue = WorkQueue(NUM_THREADS, "offmoe-disk")
+        self._queue = WorkQueue(NUM_THREADS, "offmoe-disk", max_others=MAX_PIECES_AHEAD)
 
     def __repr__(self) -> str:
         return f"<DiskTier [{len(self._files)} files, {'direct' if self.direct else 'buffered'}]>"

@@ -72,6 +72,7 @@ class Job:
             if not self._urgent and self._begun < self._end:
                 self._crew.lanes[0].append(self)  # it stays in the other lane too, and is exhausted when met there
                 self._urgent = True
+                self._crew.call(self._end - self._begun)
 
     def _is_cancelled(self) -> bool:
         return self._end < self._num_pieces
@@ -110,9 +111,10 @@ class Job:
 class _Crew:
     """The threads of a queue and what they share. It does not know the queue, so that a forgotten queue can end."""
 
-    def __init__(self, num_threads: int, name: str) -> None:
+    def __init__(self, num_threads: int, name: str, max_others: int) -> None:
         self.lock = threading.Lock()
         self.lanes: tuple[deque[Job], deque[Job]] = (deque(), deque())  # urgent, not urgent
+        self._max_others, self._num_others = max_others, 0  # pieces of jobs that are not urgent, at once and now
         self._calls: SimpleQueue[bool] = SimpleQueue()  # True: there may be work; False: end
         self._is_open = True
         self._threads = [
@@ -127,6 +129,10 @@ class _Crew:
             if not self._is_open:
                 raise ValueError("the queue is closed")
             self.lanes[0 if urgent else 1].append(job)
+        self.call(num_pieces)
+
+    def call(self, num_pieces: int) -> None:
+        """There is work for as many threads; those that are busy look for more by themselves."""
         for _ in range(min(num_pieces, len(self._threads))):
             self._calls.put(True)
 
@@ -152,25 +158,37 @@ class _Crew:
         while go_on:
             go_on = self._calls.get()
             while (chosen := self._choose()) is not None:
-                chosen[0].run_piece(chosen[1])
-                del chosen
+                job, idx, is_other = chosen
+                job.run_piece(idx)
+                del chosen, job
+                if is_other:
+                    with self.lock:
+                        self._num_others -= 1
 
-    def _choose(self) -> tuple[Job, int] | None:
+    def _choose(self) -> tuple[Job, int, bool] | None:
+        """The next piece, and whether it was taken from the lane of jobs that are not urgent."""
         with self.lock:
-            for lane in self.lanes:
+            for is_other, lane in enumerate(self.lanes):
+                if is_other and self._num_others >= self._max_others:
+                    return None
                 while lane:
                     idx = lane[0].begin_piece()
                     if idx is not None:
-                        return lane[0], idx
+                        self._num_others += is_other
+                        return lane[0], idx, bool(is_other)
                     lane.popleft()
         return None
 
 
 class WorkQueue:
-    """`num_threads` threads that carry out jobs, urgent ones first, otherwise in the order of `submit`."""
+    """`num_threads` threads that carry out jobs, urgent ones first, otherwise in the order of `submit`.
 
-    def __init__(self, num_threads: int, name: str) -> None:
+    At most `max_others` pieces of jobs that are not urgent run at once, so that an urgent one finds threads.
+    """
+
+    def __init__(self, num_threads: int, name: str, *, max_others: int | None = None) -> None:
         self._num_threads, self._name = num_threads, name
+        self._max_others = num_threads if max_others is None else max_others
         self._crew = self._start()
 
     def __repr__(self) -> str:
@@ -196,6 +214,6 @@ class WorkQueue:
         self._crew.end(finish=finish)
 
     def _start(self) -> _Crew:
-        crew = _Crew(self._num_threads, self._name)
+        crew = _Crew(self._num_threads, self._name, self._max_others)
         weakref.finalize(self, crew.let_go).atexit = False
         return crew
