@@ -164,8 +164,8 @@ class CpuJob:
         flat = [(weights, assignment) for weights, assigned in group for assignment in assigned]
         if all(assignment.tokens_N is None for _, assignment in flat):
             chosen = [(assignment.expert_idx, weights) for weights, assignment in flat]
-            choices_N = torch.tensor([assignment.choices_N for _, assignment in flat])
-            return [(choices_N, one_token_forward(self._math, chosen, self._x_TD))]
+            choices_K = torch.tensor([assignment.choices_N for _, assignment in flat])
+            return [(choices_K, one_token_forward(self._math, chosen, self._x_TD))]
         results = []
         for weights, assignment in flat:
             tokens_N, choices_N = assignment.host_tokens_N, assignment.choices_N
