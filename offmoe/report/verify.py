@@ -13,6 +13,10 @@ from offmoe.generation.engine import Engine
 # Largest difference of logits, relative to the largest logit, that counts as equal. The arithmetic is the same
 # instructions on the same bytes, so 0 is expected; the allowance is for a matrix product that splits rows otherwise.
 TOLERANCE = 1e-5
+# On a GPU sums are taken in another order, and 16-bit types keep 8 to 11 bits of each intermediate result. These are the
+# allowances of the kernels' own tests under Triton's interpreter, to be checked on a GPU.
+DEVICE_TOLERANCES = {torch.float32: 1e-4}
+DEVICE_TOLERANCE_16_BIT = 4e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +26,13 @@ class VerifyResult:
     slots: int
     ids_equal: bool
     max_relative_difference: float
+    tolerance: float
     hit_rate: float
 
     @property
     def passed(self) -> bool:
-        """Ids equal, logits within TOLERANCE."""
-        return self.ids_equal and self.max_relative_difference <= TOLERANCE
+        """Logits within the tolerance, and where that is an exact one, the ids chosen from them equal."""
+        return self.max_relative_difference <= self.tolerance and (self.ids_equal or self.tolerance > TOLERANCE)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -40,16 +45,30 @@ def cache_sizes(engine: Engine) -> list[int]:
     return sorted({top_k, min(num_slots, max(top_k, total // 4)), num_slots})
 
 
-def run_and_record(engine: Engine, ids: list[int], num_new: int) -> tuple[list[int], torch.Tensor]:
-    """Greedy ids and the logits (num_new, V) they were chosen from."""
+def tolerance(engine: Engine) -> float:
+    """What `engine` may differ by: on the CPU nothing; on a device its kernels round otherwise than the oracle."""
+    if engine.model.device.type == "cpu":
+        return TOLERANCE
+    return DEVICE_TOLERANCES.get(engine.model.dtype, DEVICE_TOLERANCE_16_BIT)
+
+
+def run_and_record(
+    engine: Engine, ids: list[int], num_new: int, given: list[int] | None = None
+) -> tuple[list[int], torch.Tensor]:
+    """Greedy ids and the logits (num_new, V) they were chosen from; `given` ids go on instead of those chosen.
+
+    So one near tie that rounding decides otherwise does not make everything after it another text.
+    """
     logits: list[torch.Tensor] = []
+    chosen: list[int] = []
 
     def choose(_: torch.Tensor, last: torch.Tensor) -> int:
-        logits.append(last[0].float().clone())
-        return int(last.argmax(dim=-1))
+        logits.append(last[0].float().cpu())
+        chosen.append(int(last.argmax(dim=-1)))
+        return chosen[-1] if given is None else given[len(chosen) - 1]
 
-    reply = engine.generate(ids, max_new_tokens=num_new, choose=choose, ignore_end=True)
-    return list(reply.token_ids), torch.stack(logits)
+    engine.generate(ids, max_new_tokens=num_new, choose=choose, ignore_end=True)
+    return chosen, torch.stack(logits)
 
 
 def verify(
@@ -67,12 +86,12 @@ def verify(
     for step, slots in enumerate(sizes):
         progress(f"{slots} slots", 1 + step, 1 + len(sizes))
         with open_engine(slots) as engine:
-            got_ids, got = run_and_record(engine, ids, num_new)
+            got_ids, got = run_and_record(engine, ids, num_new, expected_ids)
             difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
             results.append(
                 VerifyResult(
                     slots=slots, ids_equal=got_ids == expected_ids, max_relative_difference=difference,
-                    hit_rate=engine.stats()["hit_rate"],
+                    tolerance=tolerance(engine), hit_rate=engine.stats()["hit_rate"],
                 )
             )  # fmt: skip
     return results
