@@ -13,7 +13,7 @@ from offmoe.generation.engine import Engine
 # Largest difference of logits, relative to the largest logit, that counts as equal. The arithmetic is the same
 # instructions on the same bytes, so 0 is expected; the allowance is for a matrix product that splits rows otherwise.
 TOLERANCE = 1e-5
-# On a GPU sums are taken in another order, and 16-bit types keep 8 to 11 bits of each intermediate result. These are the
+# On a GPU sums are taken in another order, and 16-bit types keep 8 to 11 bits of intermediate results. These are the
 # allowances of the kernels' own tests under Triton's interpreter, to be checked on a GPU.
 DEVICE_TOLERANCES = {torch.float32: 1e-4}
 DEVICE_TOLERANCE_16_BIT = 4e-2
