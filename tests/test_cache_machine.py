@@ -269,10 +269,10 @@ class CacheMachine(RuleBasedStateMachine):
                 assert torch.equal(torch.cat(weights.down, dim=1), down), key
 
     def pending_bytes(self) -> int:
-        return sum(self.cache.num_bytes(key) for key in self.cache._unused)
+        return sum(self.cache.num_bytes(key) for key in self.cache.books.unused)
 
     def unused_ready_bytes(self) -> int:
-        return sum(self.cache.num_bytes(key) for key in self.cache._unused if self.cache.is_ready(key))
+        return sum(self.cache.num_bytes(key) for key in self.cache.books.unused if self.cache.is_ready(key))
 
 
 class OneTier(CacheMachine):

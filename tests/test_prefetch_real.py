@@ -75,7 +75,7 @@ def test_whatever_is_predicted_the_weights_are_the_files(tiny: TinyExperts, num_
                 assert torch.equal(torch.cat(weights.down, dim=1), down)
                 prefetcher.pump()
             opened.cache.release(keys)
-            check_prefetcher(prefetcher, opened.cache._unused, 4 * opened.cache.num_bytes(A))
+            check_prefetcher(prefetcher, opened.cache.books.unused, 4 * opened.cache.num_bytes(A))
         total = prefetcher.audit.total()
         assert total.started and total.useful
         assert opened.cache.counters.ahead_used_bytes == total.useful_bytes
@@ -112,7 +112,7 @@ def test_a_read_that_fails_ahead_of_time_is_told_on_demand(tiny: TinyExperts) ->
         assert opened.cached() == {A, C}
         get(opened, B)
         opened.cache.release([B])
-        check_prefetcher(prefetcher, opened.cache._unused, 4 * opened.cache.num_bytes(A))
+        check_prefetcher(prefetcher, opened.cache.books.unused, 4 * opened.cache.num_bytes(A))
         opened.assert_at_rest()
 
 

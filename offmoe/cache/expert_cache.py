@@ -16,10 +16,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
+from offmoe.cache.ahead_books import AheadBooks, AheadListener
 from offmoe.cache.policy import Policy
 from offmoe.cache.slots import SlotState, SlotTable
 from offmoe.cache.sources import Source
@@ -42,16 +42,6 @@ class Fetch:
     doomed: bool = False
 
 
-class AheadListener(Protocol):
-    """Is told once of each fetch ahead of time how it ended."""
-
-    def used_ahead(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
-        """It was used; `late`: it was still under way and waited for."""
-
-    def wasted_ahead(self, key: ExpertKey) -> None:
-        """It was not used: evicted, taken back, failed, or its layer ran without it."""
-
-
 class ExpertCache:
     """Expert weights in `num_slots` slots of one tier, for `num_layers` MoE layers."""
 
@@ -61,12 +51,10 @@ class ExpertCache:
     ) -> None:  # fmt: skip
         self._source, self._policy, self.counters = source, policy, counters
         self.slots = SlotTable(num_slots)
-        self.listener: AheadListener | None = None
+        self.books = AheadBooks(counters, source.num_bytes)
         self._num_layers, self._clock_ns = num_layers, clock_ns
         self._weights: list[ExpertWeights | None] = [None] * num_slots
         self._coming: dict[ExpertKey, Fetch] = {}
-        self._unused: set[ExpertKey] = set()
-        self.ahead_bytes = 0
 
     def __repr__(self) -> str:
         table = repr(self.slots).removeprefix("<SlotTable [").removesuffix("]>")
@@ -81,6 +69,20 @@ class ExpertCache:
     def slots_per_layer(self) -> int:
         """A layer's fair share of the slots."""
         return self.num_slots // self._num_layers
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes of fetches ahead of time that are under way."""
+        return self.books.under_way_bytes
+
+    @property
+    def listener(self) -> AheadListener | None:
+        """Who is told how each fetch ahead of time ended."""
+        return self.books.listener
+
+    @listener.setter
+    def listener(self, listener: AheadListener | None) -> None:
+        self.books.listener = listener
 
     def num_bytes(self, key: ExpertKey) -> int:
         """Bytes that fetching `key` moves."""
@@ -105,7 +107,7 @@ class ExpertCache:
         self.slots.hold(slot)
         if touch:
             self._policy.touched(key)
-        self._used_ahead(key, late=False, waited_ns=0)
+        self.books.used(key, late=False, waited_ns=0)
         return weights
 
     def slot_of(self, key: ExpertKey) -> int:
@@ -148,22 +150,22 @@ class ExpertCache:
             return False
 
         def victim() -> ExpertKey | None:
-            return self._policy.victim(lambda k: k not in keep and k not in self._unused and self.slots.is_evictable(k))
+            return self._policy.victim(
+                lambda k: k not in keep and k not in self.books.unused and self.slots.is_evictable(k)
+            )
 
         fetch = self._begin(key, victim, cold=True, urgent=False)
         if fetch is None:
             return False
         fetch.ahead = fetch.was_ahead = True
-        self._unused.add(key)
-        self.ahead_bytes += self.num_bytes(key)
-        self.counters.ahead_bytes += self.num_bytes(key)
+        self.books.began(key)
         return True
 
     def _victim_on_demand(self) -> ExpertKey | None:
         """What was fetched ahead and not used yet goes only when nothing else can."""
         evictable = self.slots.is_evictable
-        if self._unused:
-            victim = self._policy.victim(lambda key: key not in self._unused and evictable(key))
+        if self.books.unused:
+            victim = self._policy.victim(lambda key: key not in self.books.unused and evictable(key))
             if victim is not None:
                 return victim
         return self._policy.victim(evictable)
@@ -204,7 +206,7 @@ class ExpertCache:
         except BaseException:
             self.abandon([fetch])
             raise
-        self._used_ahead(fetch.key, late=late, waited_ns=self._clock_ns() - begin)
+        self.books.used(fetch.key, late=late, waited_ns=self._clock_ns() - begin)
         self.slots.hold(fetch.slot)
         weights = self._weights[fetch.slot]
         assert weights is not None, f"{fetch=}"
@@ -216,8 +218,8 @@ class ExpertCache:
         self.slots.mark_ready(fetch.slot)
 
     def _forget_coming(self, fetch: Fetch) -> None:
-        if self._coming.pop(fetch.key, None) is not None and fetch.key in self._unused:
-            self.ahead_bytes -= self.num_bytes(fetch.key)
+        if self._coming.pop(fetch.key, None) is not None:
+            self.books.landed(fetch.key)
 
     def poll(self) -> None:
         """What was fetched ahead and has arrived becomes READY, or free again when its fetch failed. Never blocks."""
@@ -248,7 +250,7 @@ class ExpertCache:
 
     def expire_ahead(self, layer_idx: int, needed: Collection[ExpertKey]) -> None:
         """Layer `layer_idx` runs now and needs `needed`: whatever else was fetched ahead for it was for nothing."""
-        for key in [key for key in self._unused if key.layer_idx == layer_idx and key not in needed]:
+        for key in [key for key in self.books.unused if key.layer_idx == layer_idx and key not in needed]:
             self.cancel_ahead(key)
             self._wasted_ahead(key)
 
@@ -260,23 +262,8 @@ class ExpertCache:
         except Exception:  # noqa: BLE001 - read again, and told, on demand
             self.abandon([fetch])
 
-    def _used_ahead(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
-        if key not in self._unused:
-            return
-        self._unused.discard(key)
-        self.counters.ahead_used_bytes += self.num_bytes(key)
-        if self.listener is not None:
-            self.listener.used_ahead(key, late=late, waited_ns=waited_ns)
-
     def _wasted_ahead(self, key: ExpertKey) -> None:
-        if key not in self._unused:
-            return
-        if key in self._coming:
-            self.ahead_bytes -= self.num_bytes(key)
-        self._unused.discard(key)
-        self.counters.ahead_wasted_bytes += self.num_bytes(key)
-        if self.listener is not None:
-            self.listener.wasted_ahead(key)
+        self.books.wasted(key, is_under_way=key in self._coming)
 
     def abandon(self, fetches: Iterable[Fetch]) -> None:
         """Free the slots of fetches that nobody will finish, after their moves have ended (they may still write).
@@ -307,9 +294,7 @@ class ExpertCache:
         """
         self._source.restart()
         self._coming.clear()
-        self.counters.ahead_wasted_bytes += sum(self.num_bytes(key) for key in self._unused)
-        self._unused.clear()
-        self.ahead_bytes = 0
+        self.books.recover()
         order: list[ExpertKey] = []
         while (key := self._policy.victim(lambda key: True)) is not None:
             order.append(key)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offmoe.base.keys import ExpertKey
-from offmoe.cache.expert_cache import AheadListener, ExpertCache
+from offmoe.cache.ahead_books import AheadListener
+from offmoe.cache.expert_cache import ExpertCache
 from offmoe.executor.arbiter import Arbiter
 from offmoe.executor.decide import Miss, Placement, Where
 

@@ -30,7 +30,10 @@ class AheadCache(Protocol):
     """What of `ExpertCache` a prefetcher uses."""
 
     slots: SlotTable
-    ahead_bytes: int
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes of prefetches under way."""
 
     @property
     def slots_per_layer(self) -> int:

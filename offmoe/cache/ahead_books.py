@@ -1,0 +1,67 @@
+"""The books of fetches ahead of time: each is begun once and ends once, used or wasted. Keys and integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from offmoe.base.counters import Counters
+from offmoe.base.keys import ExpertKey
+
+
+class AheadListener(Protocol):
+    """Is told once of each fetch ahead of time how it ended."""
+
+    def used_ahead(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
+        """It was used; `late`: it was still under way and waited for."""
+
+    def wasted_ahead(self, key: ExpertKey) -> None:
+        """It was not used: evicted, taken back, failed, or its layer ran without it."""
+
+
+class AheadBooks:
+    """What was fetched ahead of time into one cache and has not ended: `unused`, of which some is still under way.
+
+    `counters.ahead_bytes == ahead_used_bytes + ahead_wasted_bytes + the bytes of unused`, always.
+    """
+
+    def __init__(self, counters: Counters, num_bytes: Callable[[ExpertKey], int]) -> None:
+        self.unused: set[ExpertKey] = set()
+        self.under_way_bytes = 0
+        self.listener: AheadListener | None = None
+        self._counters, self._num_bytes = counters, num_bytes
+
+    def began(self, key: ExpertKey) -> None:
+        """A fetch ahead of time is under way."""
+        self.unused.add(key)
+        self.under_way_bytes += self._num_bytes(key)
+        self._counters.ahead_bytes += self._num_bytes(key)
+
+    def landed(self, key: ExpertKey) -> None:
+        """A fetch, of whatever kind, is no longer under way."""
+        if key in self.unused:
+            self.under_way_bytes -= self._num_bytes(key)
+
+    def used(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
+        """`key` is used; news only where it was fetched ahead and not used before."""
+        if key in self.unused:
+            self.unused.discard(key)
+            self._counters.ahead_used_bytes += self._num_bytes(key)
+            if self.listener is not None:
+                self.listener.used_ahead(key, late=late, waited_ns=waited_ns)
+
+    def wasted(self, key: ExpertKey, *, is_under_way: bool = False) -> None:
+        """`key` goes, or comes for nothing; news only where it was fetched ahead and not used before."""
+        if key in self.unused:
+            if is_under_way:
+                self.under_way_bytes -= self._num_bytes(key)
+            self.unused.discard(key)
+            self._counters.ahead_wasted_bytes += self._num_bytes(key)
+            if self.listener is not None:
+                self.listener.wasted_ahead(key)
+
+    def recover(self) -> None:
+        """Nothing is under way any more: all that was not used is wasted. The listener resets itself."""
+        self._counters.ahead_wasted_bytes += sum(self._num_bytes(key) for key in self.unused)
+        self.unused.clear()
+        self.under_way_bytes = 0
