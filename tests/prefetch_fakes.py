@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from virtual_machine import CancelledJobError, Job, VirtualMachine
 
 from offmoe.base.keys import ExpertKey
-from offmoe.cache.expert_cache import AheadListener
+from offmoe.cache.ahead_books import AheadListener
 from offmoe.cache.policy import LruPolicy
 from offmoe.cache.slots import SlotState, SlotTable
 from offmoe.prefetch.prefetcher import Prefetcher
