@@ -21,7 +21,7 @@ ACCELERATE_OVERHEAD_BYTES = 2_300_000_000  # Python and torch, and the staged ex
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command lines are made from. `rams` are offmoe's `--ram` values as typed; empty: its default."""
+    """What the command lines are made from. `rams` and `prefetches` are values of offmoe's flags as typed; empty: its defaults."""
 
     model: Path
     ids: Path
@@ -30,6 +30,7 @@ class Options:
     threads: int
     cap_bytes: int | None
     rams: tuple[str, ...]
+    prefetches: tuple[str, ...]
     accelerate_bytes: int | None
     llama_python: Path | None
     gguf_dir: Path
@@ -55,15 +56,16 @@ def build_systems(names: list[str], options: Options) -> list[System]:
 
 
 def _offmoe(name: str, options: Options) -> list[System]:
-    """One system per `--ram` value."""
+    """One system for each pair of a `--ram` and a `--prefetch` value."""
     command = [sys.executable, "-m", "offmoe", "bench", str(options.model), "--ids", str(options.ids)]
     command += ["--prefill", str(options.prefill), "--json"]
-    if not options.rams:
-        return [System(name=name, weights="as published", weight_bits=16, command=command)]
-    return [
-        System(name=f"{name} {ram}", weights="as published", weight_bits=16, command=[*command, "--ram", ram])
-        for ram in options.rams
-    ]
+    systems = []
+    for ram in options.rams or ("",):
+        for prefetch in options.prefetches or ("",):
+            flags = [*(["--ram", ram] if ram else []), *(["--prefetch", prefetch] if prefetch else [])]
+            label = " ".join([name, *([ram] if ram else []), *([f"prefetch {prefetch}"] if prefetch else [])])
+            systems.append(System(name=label, weights="as published", weight_bits=16, command=[*command, *flags]))
+    return systems
 
 
 def _shared_flags(options: Options) -> list[str]:
