@@ -86,7 +86,8 @@ def bench(args: argparse.Namespace) -> dict[str, object]:
         ids.write_text(json.dumps(read_ids(args.ids or model / "ids.json", count=args.prefill + args.decode)))
         options = Options(
             model=model, ids=ids, prefill=args.prefill, decode=args.decode, threads=args.threads, cap_bytes=cap_bytes,
-            rams=tuple(args.ram), prefetches=tuple(args.prefetch), accelerate_bytes=parse_bytes(args.accelerate_ram) if args.accelerate_ram else None,
+            rams=tuple(args.ram), prefetches=tuple(args.prefetch),
+            accelerate_bytes=parse_bytes(args.accelerate_ram) if args.accelerate_ram else None,
             llama_python=args.llama_python, gguf_dir=args.gguf_dir or model.parent,
             offload_dir=Path(scratch) / "offload",
         )  # fmt: skip

@@ -21,7 +21,7 @@ ACCELERATE_OVERHEAD_BYTES = 2_300_000_000  # Python and torch, and the staged ex
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command lines are made from. `rams` and `prefetches` are values of offmoe's flags as typed; empty: its defaults."""
+    """What the command lines are made from. `rams`, `prefetches`: offmoe's flags as typed; empty: its defaults."""
 
     model: Path
     ids: Path
