@@ -198,13 +198,14 @@ def test_a_kernel_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @interpreted
-def test_a_kernel_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
+def test_a_kernel_that_fails_is_not_used(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     from offmoe.kernels import triton_launch
 
     case = cases.make_case(
         layout="published", dtype=torch.float32, width_D=24, width_F=16, activate=cases.silu_gate
     )  # fmt: skip
-    refuse = MagicMock(side_effect=RuntimeError("Failed to find C compiler. Please specify via CC.\nmore"))
+    refuse = MagicMock(side_effect=kind("Failed to find C compiler. Please specify via CC.\nmore"))
     monkeypatch.setattr(triton_launch.LayerKernels, "tiles", refuse)
     kernels = make_slot_kernels([case.layer] * 3, [case.math] * 3, case.slab, case.slot_bytes, backend="triton")
     reason = "triton failed: Failed to find C compiler. Please specify via CC."
