@@ -29,6 +29,33 @@ SURPRISE_FACTOR = 1.3
 FIRST_GAP, LAST_GAP = 4, 128
 # Weight of one more observation in the running cost of the choice.
 SMOOTHING = 1 / 16
+# Observations that a trial waits for one that compares, in units of its own longest comparison. The other one may
+# hardly ever be told anything: a cache that is warm leaves little to compare.
+PATIENCE = 4
+
+
+class Turns:
+    """Trials that share one compare one at a time: each would otherwise measure what the other is trying.
+
+    Who has waited long enough begins all the same.
+    """
+
+    def __init__(self) -> None:
+        self._holder: object | None = None
+        self._num_refused = 0
+
+    def take(self, trial: object, patience: int) -> bool:
+        """True when `trial` may begin: nobody compares, or it was refused `patience` times."""
+        if self._holder is not None and self._num_refused < patience:
+            self._num_refused += 1
+            return False
+        self._holder, self._num_refused = trial, 0
+        return True
+
+    def give_back(self, trial: object) -> None:
+        """`trial` compares no longer."""
+        if self._holder is trial:
+            self._holder = None
 
 
 class Trial(Generic[Setting]):
@@ -43,13 +70,14 @@ class Trial(Generic[Setting]):
         self, settings: Sequence[Setting], *, block: int = 2, settle: int = 0, margin: float = 0.01,
         max_rounds: int = 12, max_share: float = 0.01, first_after: int = 4,
     ) -> None:  # fmt: skip
-        """The first of `settings` is the choice until a comparison says otherwise."""
+        """The first of `settings` is the choice until a comparison says otherwise. `turns` may be set afterwards."""
         assert settings and len(set(settings)) == len(settings), f"{settings=}"
         assert block > settle >= 0 and max_rounds > 0 and 0 < max_share <= 1, f"{block=} {settle=} {max_share=}"
         self._settings = tuple(settings)
         self._block, self._settle = block, settle
         self._margin, self._max_rounds, self._max_share = log(1 + margin), max_rounds, max_share
         self.choice: Setting = self._settings[0]
+        self.turns: Turns | None = None
         self.num_comparisons = 0
         self.total_s = 0.0
         self.lost_s = 0.0
@@ -106,16 +134,21 @@ class Trial(Generic[Setting]):
         if (self._left <= 0 or surprised) and self._can_afford():
             self._begin()
 
+    @property
+    def _longest(self) -> int:
+        """Observations of a comparison that takes all its rounds."""
+        return self._max_rounds * 2 * len(self._settings) * self._block
+
     def _can_afford(self) -> bool:
         """The first comparison is on credit, the others wait until what was lost, and will be, is a small share."""
         return not self.num_comparisons or self.lost_s + self._last_lost_s <= self._max_share * self.total_s
 
     def _begin(self) -> None:
         others = [setting for setting in self._considered if setting != self.choice]
-        if others:
-            self._comparison = _Comparison([self.choice, *others], self._block, self._settle)
-        else:
+        if not others:
             self._left = 1
+        elif self.turns is None or self.turns.take(self, PATIENCE * self._longest):
+            self._comparison = _Comparison([self.choice, *others], self._block, self._settle)
 
     def _compare(self, comparison: _Comparison[Setting], seconds: float, work: float) -> None:
         comparison.observe(seconds, work)
@@ -135,6 +168,8 @@ class Trial(Generic[Setting]):
     def _end(self, comparison: _Comparison[Setting]) -> None:
         self.num_comparisons += 1
         self._comparison = None
+        if self.turns is not None:
+            self.turns.give_back(self)
         changed = comparison.best != self.choice
         self.choice = comparison.best
         self._last_lost_s = comparison.lost_s()

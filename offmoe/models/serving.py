@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from offmoe.base.budget import MemoryPlan
 from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
+from offmoe.base.trial import Turns
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.link import LinkSource
 from offmoe.cache.policy import make_policy
@@ -118,6 +119,7 @@ def build_serving(
     executor = Executor(cache, rows=_rows(kernels, experts, device_pool))
     _place_misses(serving, executor, link, experts, maths, config, device, device_pool)
     _fetch_ahead(serving, executor, model, experts, config)
+    _take_turns(serving)
     serving.executor = RecoveringExecutor(executor)
     return serving
 
@@ -202,6 +204,13 @@ def _fetch_ahead(
     serving.closing.callback(routing.install(lookahead).remove)
     serving.ahead = AheadOfTime(lookahead, prefetcher, order=routing.order)
     executor.ahead = serving.ahead
+
+
+def _take_turns(serving: Serving) -> None:
+    """Misses and prefetching are not compared at the same time."""
+    trial = serving.ahead.prefetcher.switch.trial if serving.ahead is not None else None
+    if trial is not None and serving.placer is not None:
+        trial.turns = serving.placer.arbiter.trial.turns = Turns()
 
 
 class _NotYet:

@@ -97,6 +97,11 @@ class Switch:
         return f"<Switch {self._mode} [distance {self.distance}, {off} layers off]>"
 
     @property
+    def trial(self) -> Trial[int] | None:
+        """What chooses; None where the user has."""
+        return self._trial
+
+    @property
     def allows_whole_layers(self) -> bool:
         """True unless prefetching is off by the user's word: a prefill that touches all experts is no prediction."""
         return self._mode not in ("off", 0)
@@ -143,8 +148,12 @@ class Switch:
 
     def reset(self) -> None:
         """A call was broken off. Comparisons whose sums were broken off with it are no longer to be trusted."""
-        if self._is_observing:
+        if self._is_observing and self._trial is not None:
+            turns = self._trial.turns
+            if turns is not None:
+                turns.give_back(self._trial)
             self._trial = Trial((0, *self._distances))
+            self._trial.turns = turns
         self._is_observing = False
         if self._trial is not None:
             self.distance = self._trial.current
