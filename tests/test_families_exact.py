@@ -1,7 +1,8 @@
 """Exactness: every family, in every layout in which checkpoints occur, against transformers eager.
 
 Loaded with room for a quarter of the experts: logits within 1e-5 relative in float32, and the same 32 greedy ids with
-KV cache, from offmoe's own loop and from the model's `.generate()`.
+KV cache, from offmoe's own loop and from the model's `.generate()`. Each layout is served in another way, so that every
+family goes through fetches ahead of time, a (simulated) device, and misses computed beside it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,21 @@ import offmoe
 from offmoe.base.errors import UnsupportedModelError
 from offmoe.models.transformers_internals import experts_modules
 from offmoe.planner.survey import survey
+from offmoe.tiers.device import SimulatedDevice
 
 NUM_PROMPT, NUM_NEW = 12, 32
 _ERNIE = "text and vision experts are one list of tensors, which is not taken apart yet; the stacked form runs"
 # Layouts that offmoe refuses, each with its reason.
 REFUSED = {("ernie4_5_vl_moe", "published"): _ERNIE, ("ernie4_5_vl_moe", "shards"): _ERNIE}
+
+
+def serving(name: str, layout: Layout) -> dict[str, Any]:
+    """Options of `load`: RAM with lookahead, a device whose misses are copied or computed in RAM, RAM alone."""
+    if layout == "published":
+        return {"prefetch": 1}
+    if layout == "stacked":
+        return {"prefetch": 1, "miss": "cpu" if len(name) % 2 else "stream", "_device": SimulatedDevice(1e9)}
+    return {"prefetch": "off"}
 
 
 CASES: list[tuple[str, Layout]] = [(name, layout) for name in FAMILIES for layout in LAYOUTS] + [
@@ -43,7 +54,8 @@ def test_offloaded_equals_eager(name: str, layout: Layout, tmp_path: Path) -> No
     expected_ids = model.generate(ids[:1], max_new_tokens=NUM_NEW, do_sample=False)[0, NUM_PROMPT:].tolist()
     num_experts = sum(len(module.get_parameter("down_proj")) for _, module in experts_modules(model))
 
-    with offmoe.load(str(tmp_path), ram="4GiB", experts=max(_top_k(model), num_experts // 4)) as engine:
+    slots = max(_top_k(model), num_experts // 4)
+    with offmoe.load(str(tmp_path), ram="4GiB", experts=slots, **serving(name, layout)) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
