@@ -188,6 +188,17 @@ def test_on_a_device_ids_wait_for_the_executors_own_copy() -> None:
     assert not ahead.pending()
 
 
+def test_a_call_that_was_broken_off_leaves_nothing_to_ask_or_to_take() -> None:
+    asked = Asked()
+    ahead = look(asked)
+    ahead.observe_state(0, state(1, "meta"))
+    ahead.observe_state(1, state())
+    ahead.reset()
+    ahead.look(1)
+    assert not ahead.pending()
+    assert asked.wants == []
+
+
 def test_the_router_is_passed_on_for_the_audit() -> None:
     asked = Asked()
     look(asked).router_spoke(1, [3, 3, 5])

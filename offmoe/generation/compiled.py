@@ -50,7 +50,8 @@ class EagerStep(Protocol):
 class DecodeCompiler:
     """Decodes with compiled steps where there are any. Owns the KV cache, one for all generations of an engine.
 
-    `state`: "waiting" (nothing decoded yet), "compiling", "on", or "failed: " and the reason.
+    `state`: "waiting" (nothing decoded yet), "compiling", "on" (and whether lookahead misses layers in compiled steps),
+    or "failed: " and the reason.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class DecodeCompiler:
             self._thread = self._coming = None
         if not self._closed:
             self._steps[step.static.capacity] = step
-            self.state = "on"
+            self.state = "on" + (f", {step.num_blind} layers without lookahead" if step.num_blind else "")
 
     def _check(self, step: CompiledStep, eager: EagerStep, ids: torch.Tensor) -> torch.Tensor:
         """Both ways, the model's own last, so that what it wrote stays; its logits are the result."""

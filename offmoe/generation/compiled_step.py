@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from offmoe.generation.grouped_attention import group_attention
-from offmoe.models.seam import define_experts_operator
+from offmoe.models.seam import define_experts_operator, is_observed
 from offmoe.models.static_cache import StaticKv
 
 # A lowering takes a graph and example inputs and returns what runs it: a torch.compile backend.
@@ -52,11 +52,13 @@ class _Backend:
         self.lower: Lowering | None = lower
         self.run: Callable[..., Any] | None = None
         self.only_compile = True
+        self.num_blind = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
         lower, self.lower = self.lower, None
         assert lower is not None, "closed, or a step was compiled a second time"
         group_attention(graph)
+        self.num_blind = count_blind(graph)
         self.run = lower(graph, inputs)
         return self._run
 
@@ -84,6 +86,11 @@ class CompiledStep:
             options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
         )  # fmt: skip
 
+    @property
+    def num_blind(self) -> int:
+        """Layers whose lookahead sees no state in this step."""
+        return self._backend.num_blind
+
     @torch.inference_mode()
     def compile(self) -> None:
         """Compile without running anything. Raises whatever torch.compile raises."""
@@ -106,6 +113,13 @@ class CompiledStep:
             torch.compiler.cudagraph_mark_step_begin()
         logits: torch.Tensor = self._function()
         return logits.clone()
+
+
+def count_blind(graph: torch.fx.GraphModule) -> int:
+    """Experts calls of a captured graph that somebody would observe, and that are given no state to show."""
+    operators = (torch.ops.offmoe.experts, torch.ops.offmoe.experts.default)
+    calls = [node.args for node in graph.graph.nodes if node.target in operators]
+    return sum(is_observed(handle) and state is None for _, _, _, handle, state in calls)
 
 
 def _make_step(model: PreTrainedModel, static: StaticKv, ids: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from offmoe.models.call_trace import Call, LayerTrace, LayerTracer, by_name, find_tensor, tensors_in
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.predictor import Form, Side, Tail, find_tail, ids_given_to_experts, layer_state_name
+from offmoe.models.seam import LayerBinding, StateObserver, find_binding
 from offmoe.models.transformers_internals import experts_modules
 
 _NUM_TOKENS = 8
@@ -32,11 +33,8 @@ NOT_REACHED = "text does not reach it"
 NOT_FOUND = "no module in it answers with the expert ids when called on a state alone"
 
 
-class RoutingObserver(Protocol):
+class RoutingObserver(StateObserver, Protocol):
     """Who is told about states while the model runs (see prefetch/lookahead.py)."""
-
-    def observe_state(self, layer_idx: int, state_TX: torch.Tensor) -> None:
-        """The state after attention, from which this layer's router will choose."""
 
     def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
         """The decoder layer's input, before attention."""
@@ -78,19 +76,27 @@ class LayerRouting:
 
 
 class InstalledHooks:
-    """The hooks of one observer; `remove` leaves the model as it was."""
+    """The hooks of one observer; `remove` leaves the model as it was, and graphs that were compiled with them quiet."""
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._bindings: list[LayerBinding] = []
 
     def add(self, handle: RemovableHandle) -> None:
         """Take care of one more."""
         self._handles.append(handle)
 
+    def observe(self, binding: LayerBinding, observer: StateObserver) -> None:
+        """Let graphs tell `observer` of a layer's state."""
+        binding.observer = observer
+        self._bindings.append(binding)
+
     def remove(self) -> None:
         """Take all away; a second call does nothing."""
         while self._handles:
             self._handles.pop().remove()
+        while self._bindings:
+            self._bindings.pop().observer = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +115,18 @@ class RoutingMap:
     def install(self, observer: RoutingObserver) -> InstalledHooks:
         """Tell `observer` what each layer is given, from pre-hooks on the thread that runs the model.
 
-        A step under torch.compile tells nothing: the hooks leave no trace in its graph. Install them before compiling,
-        since a change of hooks makes torch compile again.
+        Under torch.compile the hooks are not part of the graph: a state reaches `observer` through the experts operator
+        (models/seam.py), inputs and what routers look at beside states do not. Install before compiling.
         """
         hooks = InstalledHooks()
         tails = {layer.layer_idx: layer.predictor.tail for layer in self.layers if layer.predictor is not None}
         sides = frozenset[int | str]().union(*(tail.steps[-1].side_names for tail in tails.values()))
-        for layer in (self.layers[layer_idx] for layer_idx in self.order if layer_idx in tails):
-            hooks.add(_hook_input(layer, tails[layer.layer_idx], observer, self.side, sides))
-            hooks.add(_hook_state(layer.layer_idx, tails[layer.layer_idx], observer))
+        for layer_idx in (layer_idx for layer_idx in self.order if layer_idx in tails):
+            tail, binding = tails[layer_idx], find_binding(tails[layer_idx].experts)
+            hooks.add(_hook_input(self.layers[layer_idx], tail, observer, self.side, sides))
+            hooks.add(_hook_state(layer_idx, tail, observer, binding))
+            if binding is not None:
+                hooks.observe(binding, observer)
         return hooks
 
 
@@ -138,12 +147,15 @@ def _hook_input(
     return layer.decoder_layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _hook_state(layer_idx: int, tail: Tail, observer: RoutingObserver) -> RemovableHandle:
+def _hook_state(layer_idx: int, tail: Tail, observer: StateObserver, binding: LayerBinding | None) -> RemovableHandle:
     name, rest = tail.steps[0].state_name, tail.steps[0].form.rest
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state_TX = _argument(name, args, kwargs).reshape(-1, *rest)
         if not torch.compiler.is_dynamo_compiling():
-            observer.observe_state(layer_idx, _argument(name, args, kwargs).reshape(-1, *rest))
+            observer.observe_state(layer_idx, state_TX)
+        elif binding is not None:
+            binding.trace_state(state_TX)
 
     return tail.steps[0].module.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -2,7 +2,8 @@
 
 Registration is process-wide, so the registered function knows nothing: all state is on the module, in a binding that
 the loader puts there. Several engines in one process therefore do not meet. Under torch.compile the call becomes an
-operator of its own, which a graph keeps as it is and which finds the binding by its number.
+operator of its own, which a graph keeps as it is and which finds the binding by its number. A graph runs no hooks:
+the state that a hook would show to an observer goes into the operator as one more tensor.
 """
 
 from __future__ import annotations
@@ -33,11 +34,20 @@ class ExpertsExecutor(Protocol):
         """The experts' weighted sum, (T, D)."""
 
 
+class StateObserver(Protocol):
+    """Who wants to see what a layer's router chooses from."""
+
+    def observe_state(self, layer_idx: int, state_TX: torch.Tensor) -> None:
+        """The state after attention, from which this layer's router will choose. Not to be kept longer than the call
+        of `run_layer` that follows: in compiled steps on CUDA its memory is a graph's.
+        """
+
+
 @dataclass(eq=False)
 class LayerBinding:
     """What an experts module needs to be served: its number, its arithmetic, and who runs it (None: not yet).
 
-    `handle` names the binding within this process. It is not used again.
+    `handle` names the binding within this process. It is not used again. `observer`: see models/routing.py.
     """
 
     layer_idx: int
@@ -45,7 +55,23 @@ class LayerBinding:
     dtype: torch.dtype
     math: ExpertMath | None = None
     executor: ExpertsExecutor | None = None
+    observer: StateObserver | None = None
+    # On its way from a hook to the experts call of the same trace. Set and deleted there, never set at any other time:
+    # so torch finds nothing to be done after the graph.
+    _traced_state_TX: torch.Tensor = field(init=False, repr=False)
     handle: int = field(default_factory=itertools.count().__next__)
+
+    def trace_state(self, state_TX: torch.Tensor) -> None:
+        """While a graph is traced: the layer's experts call, which follows, takes this along for the observer."""
+        self._traced_state_TX = state_TX
+
+    def take_traced_state(self) -> torch.Tensor | None:
+        """While a graph is traced: what `trace_state` was given; it is forgotten."""
+        if not hasattr(self, "_traced_state_TX"):
+            return None
+        state_TX = self._traced_state_TX
+        del self._traced_state_TX
+        return state_TX
 
 
 # The one table that operators in compiled graphs can see. It keeps no binding alive: modules do.
@@ -76,6 +102,11 @@ def attach(module: torch.nn.Module, executor: ExpertsExecutor) -> None:
     binding = _binding_of(module)
     binding.math = math_of(module)
     binding.executor = executor
+
+
+def find_binding(module: torch.nn.Module) -> LayerBinding | None:
+    """A module's binding; None when it is not bound."""
+    return getattr(module, _BINDING_NAME, None)
 
 
 def _binding_of(module: torch.nn.Module) -> LayerBinding:
@@ -110,7 +141,8 @@ def serve_experts(
     ids_TK = top_k_index.reshape(x_TD.shape[0], -1)
     weights_TK = top_k_weights.reshape(ids_TK.shape)
     if torch.compiler.is_dynamo_compiling():
-        y_TD: torch.Tensor = torch.ops.offmoe.experts(x_TD, ids_TK, weights_TK, getattr(module, _HANDLE_NAME))
+        state_TX = getattr(module, _BINDING_NAME).take_traced_state()
+        y_TD: torch.Tensor = torch.ops.offmoe.experts(x_TD, ids_TK, weights_TK, getattr(module, _HANDLE_NAME), state_TX)
     else:
         y_TD = _run(_binding_of(module), x_TD, ids_TK, weights_TK)
     return y_TD.view(hidden_states.shape)
@@ -125,9 +157,16 @@ def _run(binding: LayerBinding, x_TD: torch.Tensor, ids_TK: torch.Tensor, weight
         )
 
 
+def is_observed(handle: int) -> bool:
+    """Somebody wants to see the state that this layer's router chooses from."""
+    binding = _binding_of_handle.get(handle)
+    return binding is not None and binding.observer is not None
+
+
 @cache
 def define_experts_operator() -> Callable[..., torch.Tensor]:
-    """`torch.ops.offmoe.experts(x_TD, ids_TK, weights_TK, handle) -> y_TD`, for graphs. Once for the process.
+    """`torch.ops.offmoe.experts(x_TD, ids_TK, weights_TK, handle, state_TX=None) -> y_TD`, for graphs. Once for the
+    process. `state_TX` is shown to the layer's observer first.
 
     Its tag ends a CUDA graph before it and begins another behind it: it reads the ids on the host and waits for copies.
     """
@@ -137,12 +176,18 @@ def define_experts_operator() -> Callable[..., torch.Tensor]:
         mutates_args=(),
         tags=(torch._C.Tag.cudagraph_unsafe,),
     )
-    operator.register_fake(lambda x_TD, ids_TK, weights_TK, handle: x_TD.new_empty(x_TD.shape))
+    operator.register_fake(lambda x_TD, ids_TK, weights_TK, handle, state_TX=None: x_TD.new_empty(x_TD.shape))
     return operator
 
 
-def _experts_operator(x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, handle: int) -> torch.Tensor:
+def _experts_operator(
+    x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, handle: int,
+    state_TX: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     binding = _binding_of_handle.get(handle)
     if binding is None:
         raise EngineBusyError("the engine is closed; load the model again")
+    observer = binding.observer
+    if observer is not None and state_TX is not None:
+        observer.observe_state(binding.layer_idx, state_TX)
     return _run(binding, x_TD, ids_TK, weights_TK)

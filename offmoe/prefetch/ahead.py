@@ -64,6 +64,7 @@ class AheadOfTime:
     def reset(self) -> None:
         """A call was broken off."""
         self._num_tokens = 0
+        self.lookahead.reset()
         self.prefetcher.reset()
 
     def as_dict(self) -> dict[str, Any]:

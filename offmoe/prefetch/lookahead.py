@@ -72,7 +72,10 @@ class Lookahead:
         lookahead.take(next_layer_idx, ids_TK)      # for each pending layer, its share of the list, T rows of K
 
     A re-score from a layer's input would come too late on such a device (the next copy is the layer's own), and is not
-    made.
+    made. A compiled step does not show inputs at all, so there is no re-score in it on the CPU either.
+
+    States are read by routers and let go: on another device before `observe_state` returns, since in a compiled step
+    their memory is a graph's; on the CPU by the end of the executor's call. What is kept, ids, is the router's own.
     """
 
     def __init__(
@@ -159,6 +162,11 @@ class Lookahead:
         self._pending.pop(layer_idx, None)
         self._touched = (self._num_tokens, len(chosen) / self._num_experts[layer_idx])
         self._prefetcher.router_spoke(layer_idx, chosen)
+
+    def reset(self) -> None:
+        """A call was broken off: forget what was seen and guessed in it."""
+        self._pending.clear()
+        self._seen = None
 
     def _touches_all(self) -> bool:
         num_tokens, share = self._touched
