@@ -6,7 +6,7 @@ Shapes: D model width, F expert width.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,15 +90,17 @@ def make_tiny_experts(
     else:
         save_file(tensors, folder / "model.safetensors")
     if layout == "odd header":
-        _make_header_odd(folder / "model.safetensors")
+        _pad_header(folder / "model.safetensors", lambda end: 1)
+    if layout == "aligned":
+        _pad_header(folder / "model.safetensors", lambda end: -end % 4096)
     return TinyExperts(folder, tensors)
 
 
-def _make_header_odd(path: Path) -> None:
-    """One more space after the JSON: allowed, and every tensor then begins at an odd byte."""
+def _pad_header(path: Path, num_spaces: Callable[[int], int]) -> None:
+    """More spaces after the JSON, so many for its end: allowed. With one, every tensor begins at an odd byte."""
     raw = path.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
-    path.write_bytes(safetensors_bytes(raw[8:end] + b" ", raw[end:]))
+    path.write_bytes(safetensors_bytes(raw[8:end] + b" " * num_spaces(end), raw[end:]))
 
 
 def index_experts(index: CheckpointIndex) -> ExpertIndex:

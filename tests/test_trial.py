@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offmoe.base.trial import Trial
+from offmoe.base.trial import PATIENCE, Trial, Turns
 
 Cost = Callable[[str, int], float]
 
@@ -152,3 +152,27 @@ def test_takes_whatever_is_observed(observations: list[tuple[str, float, float]]
 def test_one_setting_is_never_compared() -> None:
     run = Run(Trial("A"), fixed(A=1.0)).go(100, names="A")
     assert set(run.settings) == {"A"} and not run.trial.num_comparisons
+
+
+def test_trials_that_share_turns_compare_one_at_a_time() -> None:
+    first, second = Trial("AB"), Trial("AB")
+    first.turns = second.turns = Turns(second)
+    num_compared = [0, 0]
+    for _ in range(400):
+        for trial in (first, second):
+            trial.observe(trial.current, 1.0 if trial.current == "A" else 1.05, 1.0)
+        assert not (first.is_comparing and second.is_comparing)
+        assert second.num_comparisons or second.is_comparing or not first.is_comparing
+        num_compared[0] += first.is_comparing
+        num_compared[1] += second.is_comparing
+    assert all(num_compared)
+
+
+def test_who_has_waited_long_enough_compares_all_the_same() -> None:
+    stuck, waiting = Trial("AB"), Trial("AB", block=2, max_rounds=12, first_after=1)
+    stuck.turns = waiting.turns = Turns(stuck)
+    num_waited = 0
+    while not waiting.is_comparing:
+        waiting.observe("A", 1.0, 1.0)
+        num_waited += 1
+    assert num_waited == PATIENCE * 12 * 2 * 2 * 2 + 1

@@ -40,13 +40,14 @@ class Turns:
     Who has waited long enough begins all the same.
     """
 
-    def __init__(self) -> None:
-        self._holder: object | None = None
+    def __init__(self, first: object | None = None) -> None:
+        """`first`: the trial whose turn it is."""
+        self._holder = first
         self._num_refused = 0
 
     def take(self, trial: object, patience: int) -> bool:
-        """True when `trial` may begin: nobody compares, or it was refused `patience` times."""
-        if self._holder is not None and self._num_refused < patience:
+        """True when `trial` may begin: it is nobody else's turn, or it was refused `patience` times."""
+        if self._holder not in (None, trial) and self._num_refused < patience:
             self._num_refused += 1
             return False
         self._holder, self._num_refused = trial, 0

@@ -207,10 +207,10 @@ def _fetch_ahead(
 
 
 def _take_turns(serving: Serving) -> None:
-    """Misses and prefetching are not compared at the same time."""
+    """Misses and prefetching are not compared at the same time; prefetching first: it is off until it was compared."""
     trial = serving.ahead.prefetcher.switch.trial if serving.ahead is not None else None
     if trial is not None and serving.placer is not None:
-        trial.turns = serving.placer.arbiter.trial.turns = Turns()
+        trial.turns = serving.placer.arbiter.trial.turns = Turns(trial)
 
 
 class _NotYet:
