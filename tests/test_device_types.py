@@ -1,0 +1,130 @@
+"""The engine on a device that is not the CPU: nothing mixes devices, waits twice, or reads what is being written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engines import PROMPT, QUARTER, leaves_nothing, open_tiny, save_tiny
+from pretend_cuda import load_guard, pretend_cuda, span
+from stream_clocks import World
+
+import offmoe
+from offmoe.cache.link import LinkSource
+from offmoe.checkpoint.shard_file import ShardFile
+from offmoe.kernels.slot_kernels import make_slot_kernels
+from offmoe.tiers.device import DevicePool
+from offmoe.tiers.host import HostPool
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has the real thing")
+
+NUM_NEW = 8
+HOST_SLOTS = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _guard(tmp_path_factory: pytest.TempPathFactory) -> None:
+    load_guard(tmp_path_factory.mktemp("guard"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"), "gpt_oss")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """Fewer RAM slots than experts, so that these are read, moved and let go as well."""
+    with leaves_nothing(), pretend_cuda(monkeypatch) as world:
+
+        def make_host_pool(*, num_slots: int, slot_bytes: int) -> HostPool:
+            pool = HostPool(num_slots=min(num_slots, HOST_SLOTS), slot_bytes=slot_bytes)
+            world.watch(pool.slab, slot_bytes, "RAM")
+            return pool
+
+        def make_device_pool(device: torch.device, **options: Any) -> DevicePool:
+            pool = DevicePool(device, **options)
+            world.watch(pool.slab, pool.slot_bytes, "device")
+            return pool
+
+        def read_into(file: ShardFile, part: memoryview, *args: Any, **options: Any) -> Any:
+            world.on_host(span(torch.from_numpy(np.frombuffer(part, np.uint8)), writes=True))
+            return real_read(file, part, *args, **options)
+
+        real_read = ShardFile.read_into
+        monkeypatch.setattr(ShardFile, "read_into", read_into)
+        monkeypatch.setattr("offmoe.models.load.HostPool", make_host_pool)
+        monkeypatch.setattr("offmoe.tiers.cuda.DevicePool", make_device_pool)
+        monkeypatch.setattr("offmoe.models.serving.make_slot_kernels", partial(make_slot_kernels, backend="torch"))
+        yield world
+
+
+def on_cuda(folder: Path, **options: Any) -> offmoe.Engine:
+    return open_tiny(folder, **{"device": "cuda", "compile": "off", "experts": 2 * QUARTER, **options})
+
+
+def ids_of(engine: offmoe.Engine, **options: Any) -> tuple[int, ...]:
+    return engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True, **options).token_ids
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> tuple[int, ...]:
+    with open_tiny(folder, experts=2 * QUARTER) as engine:
+        return ids_of(engine)
+
+
+@pytest.mark.parametrize("miss", ["stream", "cpu"])
+def test_a_decode_layer_waits_once_and_a_token_once(
+    miss: str, cuda: World, folder: Path, expected: tuple[int, ...]
+) -> None:
+    with on_cuda(folder, miss=miss) as engine:
+        ids_of(engine)
+        pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        first = next(pieces)
+        before = engine.stats()
+        cuda.waits.clear()
+        assert (first.token_id, *(p.token_id for p in pieces if p.token_id is not None)) == expected
+        num_calls = engine.stats()["layer_calls"] - before["layer_calls"]
+        assert engine.stats()["misses"] > before["misses"]
+    # One more forward pass than tokens that come from it is queued, if the stream ends after it.
+    assert cuda.waits.total() <= num_calls + NUM_NEW, cuda.waits
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_nothing_is_read_while_it_is_written(
+    refused: bool, cuda: World, folder: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefetches that are used, late, wrong and taken back; misses on the CPU; a call that is broken off."""
+    if refused:
+        monkeypatch.setattr("offmoe.tiers.cuda.try_pin", lambda slab: "refused")
+    with on_cuda(folder, miss="auto", prefetch=2) as engine:
+        assert ids_of(engine) == expected
+        pieces = engine.stream(PROMPT[::-1], max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        for _ in range(3):
+            next(pieces)
+        pieces.close()
+        assert ids_of(engine) == expected
+        totals = engine.stats()
+        assert totals["ahead_used_bytes"] and totals["ahead_wasted_bytes"] and totals["ram_evictions"]
+    assert not cuda.races
+
+
+def test_a_missing_mark_would_be_seen(cuda: World, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LinkSource, "used", lambda source, slots: None)
+    with on_cuda(folder, miss="stream", experts=QUARTER) as engine:  # fewer than the prompt needs in a layer
+        engine.generate(list(range(3, 40)), max_new_tokens=1)
+    assert any("device" in race for race in cuda.races)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "nemotron_h", "qwen3_next", "granitemoe"])
+def test_no_family_mixes_devices(family: str, cuda: World, tmp_path: Path) -> None:
+    sampling = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+    with on_cuda(save_tiny(tmp_path, family), miss="stream", prefetch=1) as engine:
+        reply = engine.generate(list(range(3, 40)), max_new_tokens=3, ignore_end=True, **sampling)
+        assert len(reply.token_ids) == 3
+    assert not cuda.races
