@@ -100,7 +100,7 @@ def new_model() -> Qwen3MoeForCausalLM:
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 64,
         "norm_topk_prob": True,
-        "router_aux_loss_coef": 0.01,
+        "router_aux_loss_coef": 0.001,
         "tie_word_embeddings": True,
         "max_position_embeddings": 2048,
         # With theta 1000 most rotation periods close within the 1024 positions trained on, so later ones are known.
