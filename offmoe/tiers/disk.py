@@ -1,12 +1,13 @@
 """The disk tier: reads experts from the published files straight into slots, on threads.
 
 Concurrency. `read()` is called from the one thread that owns the slot table; pieces run on the tier's own threads,
-which do nothing but `preadv` (it releases the interpreter lock) into memory that nobody else touches until the ticket
+which do nothing but count and `preadv` (it releases the interpreter lock) into memory that nobody else touches until the ticket
 has been waited for. A slot is reused only after its ticket's wait, which waits for every piece.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import partial
 
@@ -35,6 +36,7 @@ class DiskTier:
             raise UsageError(f"io is {io!r}; known: {', '.join(IO_MODES)}")
         self._files = files
         self._counters = counters
+        self._counting = threading.Lock()
         self.direct = io != "buffered" and all(file.open_direct() for file in files)
         if io == "direct" and not self.direct:
             raise UsageError(f"{files[0].path.parent} is on a file system without direct reads; use --io buffered")
@@ -55,15 +57,16 @@ class DiskTier:
         """
         pieces = []
         for run in plan.runs:
-            self._counters.disk_bytes += run.num_bytes
             for begin in range(0, run.num_bytes, PIECE_BYTES):
-                self._counters.disk_reads += 1
                 pieces.append(partial(self._read_piece, run, begin, slot))
         return self._queue.submit(pieces, urgent=urgent)
 
     def _read_piece(self, run: Run, begin: int, slot: memoryview) -> None:
         num_bytes = min(PIECE_BYTES, run.num_bytes - begin)
         offset = run.slot_offset + begin
+        with self._counting:  # here, and not when it is queued: what is taken back was not read
+            self._counters.disk_reads += 1
+            self._counters.disk_bytes += num_bytes
         self._files[run.file_idx].read_into(
             slot[offset : offset + num_bytes],
             run.start + begin,
