@@ -1,8 +1,8 @@
 """The disk tier: reads experts from the published files straight into slots, on threads.
 
 Concurrency. `read()` is called from the one thread that owns the slot table; pieces run on the tier's own threads,
-which do nothing but count and `preadv` (it releases the interpreter lock) into memory that nobody else touches until the ticket
-has been waited for. A slot is reused only after its ticket's wait, which waits for every piece.
+which do nothing but count and `preadv` (it releases the interpreter lock) into memory that nobody else touches until
+the ticket has been waited for. A slot is reused only after its ticket's wait, which waits for every piece.
 """
 
 from __future__ import annotations
