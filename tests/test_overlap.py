@@ -25,7 +25,7 @@ from offmoe.prefetch.switch import Mode as PrefetchMode
 from offmoe.tiers.inline import InlineCopier
 
 NUM_EXPERTS, TOP_K = 16, 4
-DEEP, SHALLOW = 16, 4
+DEEP, SHALLOW = 24, 4
 EXPERT_S = EXPERT_BYTES / DEVICE_SPEED
 RATIOS = [0.2, 0.5, 1.0]
 DEVICES = pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "queued"])
@@ -125,7 +125,7 @@ def check_overlap(tiny: TinyExperts, passes: Sequence[Pass], shape: Machine, pre
 
 @DEVICES
 @pytest.mark.parametrize("attention", [0, 8])
-@pytest.mark.parametrize("device_slots", [64, 128])
+@pytest.mark.parametrize("device_slots", [96, 192])
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_a_prefill_takes_the_larger_of_copying_and_computing(
     deep: TinyExperts, ratio: float, device_slots: int, attention: int, blocking: bool
@@ -141,8 +141,8 @@ def test_a_prefill_takes_the_larger_of_copying_and_computing(
 def test_decoding_that_misses_nearly_everything_takes_the_larger_of_copying_and_computing(
     deep: TinyExperts, ratio: float, attention: int, blocking: bool
 ) -> None:
-    shape = Machine(link=ratio, device_slots=40, attention_s=attention * EXPERT_S, blocking=blocking)
-    check_overlap(deep, decode(12), shape, 1)
+    shape = Machine(link=ratio, device_slots=60, attention_s=attention * EXPERT_S, blocking=blocking)
+    check_overlap(deep, decode(8), shape, 1)
 
 
 @DEVICES
@@ -152,10 +152,10 @@ def test_decoding_with_hits_takes_the_larger_of_copying_and_computing(
     deep: TinyExperts, ratio: float, attention: int, blocking: bool
 ) -> None:
     """Some layers miss nothing, others everything. Where copying and computing take equally long only a second layer
-    ahead evens that out (14% over the bound at ratio 0.5 with one layer, 8% with two).
+    ahead evens that out (at ratio 0.5 11 to 16% over the bound with one layer, 9% with two).
     """
-    shape = Machine(link=ratio, device_slots=64, attention_s=attention * EXPERT_S, blocking=blocking)
-    check_overlap(deep, decode(12, stay=0.3), shape, 2)
+    shape = Machine(link=ratio, device_slots=96, attention_s=attention * EXPERT_S, blocking=blocking)
+    check_overlap(deep, decode(8, stay=0.3), shape, 2)
 
 
 # --- the same bits
@@ -168,7 +168,7 @@ def test_outputs_are_those_without_overlap(
     deep: TinyExperts, prefetch: PrefetchMode, miss: Mode, blocking: bool
 ) -> None:
     passes = [*decode(8, stay=0.3, accuracy=0.7), *prefill(1), *decode(4, stay=0.3, accuracy=0.7)]
-    shape = Machine(link=0.1, cpu=0.2, device_slots=48, attention_s=2 * EXPERT_S, blocking=blocking)
+    shape = Machine(link=0.1, cpu=0.2, device_slots=72, attention_s=2 * EXPERT_S, blocking=blocking)
     with open_engine(deep, shape, prefetch=prefetch, miss=miss) as engine:
         engine.run(passes)
         engine.check_slots()
@@ -181,23 +181,25 @@ def test_outputs_are_those_without_overlap(
 
 def placed_s(tiny: TinyExperts, ratio: float, miss: Mode, error: float = 1.0) -> float:
     """Seconds of 2400 layer calls of skewed routing, with a link of `ratio` times the CPU's bandwidth."""
-    shape = Machine(link=ratio / 4, cpu=1 / 4, device_slots=64, attention_s=EXPERT_S, computes=False, blocking=False)
+    shape = Machine(link=ratio / 4, cpu=1 / 4, device_slots=96, attention_s=EXPERT_S, computes=False, blocking=False)
     with open_engine(tiny, shape, miss=miss, error=error) as engine:
-        return engine.run(decode(150, stay=0.5, skew=1.0))
+        return engine.run(decode(100, stay=0.5, skew=1.0))
 
 
-@pytest.fixture(scope="module")
-def best_fixed_s(deep: TinyExperts) -> dict[float, float]:
-    return {ratio: min(placed_s(deep, ratio, miss) for miss in (Mode.STREAM, Mode.CPU)) for ratio in RATIOS}
-
-
-@pytest.mark.parametrize("error", [1.0, 1.2, 0.8])
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_auto_is_never_far_behind_the_best_fixed_place_of_misses(
-    deep: TinyExperts, best_fixed_s: dict[float, float], ratio: float, error: float
+def test_auto_is_never_far_behind_the_best_fixed_place_of_misses(deep: TinyExperts, ratio: float) -> None:
+    seconds = {miss: placed_s(deep, ratio, miss) for miss in Mode}
+    assert seconds[Mode.AUTO] <= 1.03 * min(seconds[Mode.STREAM], seconds[Mode.CPU]), f"{seconds=}"
+
+
+@pytest.mark.parametrize("error", [1.2, 0.8])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_auto_is_not_far_behind_where_costs_are_wrong_by_a_fifth(
+    deep: TinyExperts, ratio: float, error: float
 ) -> None:
-    """Told the right bandwidths, or wrong by a fifth in each."""
-    assert placed_s(deep, ratio, Mode.AUTO, error) <= 1.03 * best_fixed_s[ratio]
+    """Told the same wrong costs as the fixed choice: admission believes them, too."""
+    seconds = {miss: placed_s(deep, ratio, miss, error) for miss in Mode}
+    assert seconds[Mode.AUTO] <= 1.05 * min(seconds[Mode.STREAM], seconds[Mode.CPU]), f"{seconds=}"
 
 
 # --- prefetching
