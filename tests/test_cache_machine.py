@@ -148,6 +148,9 @@ class Silent:
     def look(self, layer_idx: int) -> None:
         """The machine's rules have guessed already."""
 
+    def reset(self) -> None:
+        """Nothing to forget."""
+
 
 class CacheMachine(RuleBasedStateMachine):
     """Rules for whichever cache `open_tiers` makes."""
