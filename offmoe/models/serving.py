@@ -48,8 +48,9 @@ if TYPE_CHECKING:
 
 # Tokens whose rows the slot kernels compute; more go through large matrix products, expert by expert.
 KERNEL_TOKENS = 16
-# Of the slots, the share that may be on their way ahead of time; and in units of what one token needs in a layer.
-MAX_AHEAD_SHARE, MAX_AHEAD_LAYERS = 0.25, 2
+# Of the slots, the share that may be on their way ahead of time; and of what one token needs in a layer. More only
+# stands in the way of demand: from disk, half a layer gave as much as two (benchmarks/, prefetch from disk).
+MAX_AHEAD_SHARE, MAX_AHEAD_LAYERS = 0.25, 0.5
 
 
 @dataclass(kw_only=True)
@@ -192,7 +193,7 @@ def _fetch_ahead(
         serving.notes.append("no router of this model could be asked ahead of time: prefetch is off")
         return
     expert_bytes = max(layer.expert_bytes for layer in experts.layers)
-    num_ahead = max(1, min(int(MAX_AHEAD_SHARE * cache.num_slots), MAX_AHEAD_LAYERS * experts.top_k))
+    num_ahead = max(1, min(int(MAX_AHEAD_SHARE * cache.num_slots), int(MAX_AHEAD_LAYERS * experts.top_k)))
     mode = cast("PrefetchMode", config.prefetch)
     distance = mode if isinstance(mode, int) else 1
     prefetcher = Prefetcher(cache, budget_bytes=num_ahead * expert_bytes, switch=Switch(mode))
