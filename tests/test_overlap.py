@@ -194,9 +194,7 @@ def test_auto_is_never_far_behind_the_best_fixed_place_of_misses(deep: TinyExper
 
 @pytest.mark.parametrize("error", [1.2, 0.8])
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_auto_is_not_far_behind_where_costs_are_wrong_by_a_fifth(
-    deep: TinyExperts, ratio: float, error: float
-) -> None:
+def test_auto_is_not_far_behind_where_costs_are_wrong_by_a_fifth(deep: TinyExperts, ratio: float, error: float) -> None:
     """Told the same wrong costs as the fixed choice: admission believes them, too."""
     seconds = {miss: placed_s(deep, ratio, miss, error) for miss in Mode}
     assert seconds[Mode.AUTO] <= 1.05 * min(seconds[Mode.STREAM], seconds[Mode.CPU]), f"{seconds=}"
