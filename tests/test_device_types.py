@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from stream_clocks import World
 
 import offmoe
 from offmoe.checkpoint.shard_file import ShardFile
-from offmoe.kernels.slot_kernels import make_slot_kernels
+from offmoe.kernels.slot_kernels import TorchSlotKernels, make_slot_kernels
 from offmoe.tiers.device import DevicePool
 from offmoe.tiers.host import HostPool
 from offmoe.tiers.ring import RingCopier
@@ -61,7 +61,18 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         monkeypatch.setattr("offmoe.models.load.HostPool", make_host_pool)
         monkeypatch.setattr("offmoe.tiers.cuda.DevicePool", make_device_pool)
         monkeypatch.setattr("offmoe.models.serving.make_slot_kernels", partial(make_slot_kernels, backend="torch"))
+        for name in ("rows_forward", "tokens_forward"):
+            real = getattr(TorchSlotKernels, name)
+            monkeypatch.setattr(TorchSlotKernels, name, as_kernel(real, world))
         yield world
+
+
+def as_kernel(function: Callable[..., Any], world: World) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with world.kernel():
+            return function(*args)
+
+    return run
 
 
 def on_cuda(folder: Path, **options: Any) -> offmoe.Engine:
@@ -115,7 +126,6 @@ def test_nothing_is_read_while_it_is_written(
 
 
 def test_a_missing_mark_would_be_seen(cuda: World, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No mark at all: those of arrivals alone may order things by luck."""
     monkeypatch.setattr(RingCopier, "mark", lambda copier: None)
     with on_cuda(folder, miss="stream", experts=QUARTER) as engine:  # fewer than the prompt needs in a layer
         engine.generate(list(range(3, 40)), max_new_tokens=1)
