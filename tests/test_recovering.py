@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
+from interrupts import Interrupt, Line
 from makers import Opened, TinyExperts, failing_reads, open_cache
 from test_executor import Call, make_math
 
@@ -32,34 +30,6 @@ INTERRUPTED_FILES = {
 }  # fmt: skip
 
 
-Line = tuple[str, int]
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt before `line` first runs; remembers which lines of the files above ran."""
-
-    def __init__(self, line: Line | None) -> None:
-        self._line, self.ran = line, dict[Line, None]()
-
-    def __enter__(self) -> Interrupt:
-        self._previous = sys.gettrace()
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        sys.settrace(self._previous)
-
-    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in INTERRUPTED_FILES or frame.f_code.co_name == "recover":
-            return None
-        line = (frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and line not in self.ran:
-            self.ran[line] = None
-            if line == self._line:
-                raise KeyboardInterrupt
-        return self._trace
-
-
 def line_after(function: Callable[..., object], text: str) -> Line:
     """The line of `function` that follows the first one with `text` in it."""
     lines, first = inspect.getsourcelines(function)
@@ -77,13 +47,13 @@ def start(opened: Opened) -> tuple[RecoveringExecutor, Call]:
 def test_ctrl_c_at_every_line(tiny: TinyExperts) -> None:
     with open_cache(tiny, num_slots=4) as opened:
         executor, call = start(opened)
-        with Interrupt(None) as watch:
+        with Interrupt(INTERRUPTED_FILES) as watch:
             call.run(executor)
     assert {name for name, _ in watch.ran} == INTERRUPTED_FILES
     for line in watch.ran:
         with open_cache(tiny, num_slots=4) as opened:
             executor, call = start(opened)
-            with contextlib.suppress(KeyboardInterrupt), Interrupt(line):
+            with contextlib.suppress(KeyboardInterrupt), Interrupt(INTERRUPTED_FILES, line=line):
                 call.run(executor)
             opened.assert_at_rest()
             for later in (call, Call(1, 1).choosing([0, 5])):
@@ -130,7 +100,10 @@ def test_a_broken_off_recovery_is_done_before_the_next_call(tiny: TinyExperts, m
         with monkeypatch.context() as patch:
             patch.setattr(opened.cache, "recover", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
             # A slot is off the free list and in no map.
-            with Interrupt(line_after(SlotTable.reserve, "pop()")), pytest.raises(KeyboardInterrupt):
+            with (
+                Interrupt(INTERRUPTED_FILES, line=line_after(SlotTable.reserve, "pop()")),
+                pytest.raises(KeyboardInterrupt),
+            ):
                 call.run(executor)
         torch.testing.assert_close(call.run(executor), call.eager(tiny), rtol=1e-5, atol=1e-5)
         opened.assert_at_rest()
