@@ -174,13 +174,13 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.pending_bytes() == self.unused_ready_bytes()
         self.opened.close()
 
-    @rule(key=st.sampled_from(KEYS), keep=st.sets(st.sampled_from(KEYS), max_size=3))
-    def fetch_ahead(self, key: ExpertKey, keep: set[ExpertKey]) -> None:
+    @rule(key=st.sampled_from(KEYS), keep=st.sets(st.sampled_from(KEYS), max_size=3), to_stay=st.booleans())
+    def fetch_ahead(self, key: ExpertKey, keep: set[ExpertKey], to_stay: bool) -> None:
         """As admission does, past the prefetcher."""
         if self.cache.ahead_bytes + self.cache.num_bytes(key) > BUDGET_BYTES:
             return
         kept = {k for k in keep if self.cache.is_ready(k)}
-        self.cache.start_ahead(key, keep=keep)
+        self.cache.start_ahead(key, keep=keep, to_stay=to_stay)
         assert all(self.cache.is_ready(k) for k in kept)
 
     @rule(
@@ -242,7 +242,7 @@ class CacheMachine(RuleBasedStateMachine):
     def attach(self, cache: ExpertCache, **options: Any) -> None:
         """The engine's own parts around `cache`."""
         self.cache = cache
-        self.prefetcher = cache.listener = Prefetcher(cache, budget_bytes=BUDGET_BYTES, mode=2)
+        self.prefetcher = cache.books.listener = Prefetcher(cache, budget_bytes=BUDGET_BYTES, mode=2)
         ahead = AheadOfTime(cast("Lookahead", Silent(self.prefetcher)), self.prefetcher, order=range(NUM_LAYERS))
         self.executor = Executor(cache, ahead=ahead, **options)
 

@@ -34,7 +34,7 @@ from offmoe.checkpoint.expert_index import ReadPlan
 from offmoe.executor import executor as executor_module
 from offmoe.executor.executor import Executor
 from offmoe.executor.uncached import UncachedExecutor
-from offmoe.kernels.reference import ExpertMath
+from offmoe.kernels.reference import COMBINE_TOKENS, ExpertMath
 from offmoe.tiers.copier import Ticket
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def opened(tiny: TinyExperts) -> Iterator[Opened]:
 
 
 @pytest.mark.parametrize("math", [MATH, BIASED], ids=["plain", "biases and norm"])
-@pytest.mark.parametrize("num_tokens", [1, 2, 37, executor_module.COMBINE_ROWS + 3])
+@pytest.mark.parametrize("num_tokens", [1, 2, 37, COMBINE_TOKENS + 3])
 def test_equals_the_plain_formula(tiny_of_layout: TinyExperts, num_tokens: int, math: ExpertMath) -> None:
     with open_cache(tiny_of_layout, num_slots=4) as opened:
         for layer_idx in range(NUM_LAYERS):

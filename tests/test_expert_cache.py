@@ -263,6 +263,40 @@ def test_reads_are_of_one_expert_each(opened: Opened) -> None:
     assert len(opened.disk.plans_read) == 3
 
 
+def arrive(cache: ExpertCache) -> None:
+    """Until nothing that was fetched ahead is under way."""
+    while cache.ahead_bytes:
+        cache.poll()
+
+
+def test_a_guess_is_kept_until_its_layer_has_run_and_then_goes_first(opened: Opened) -> None:
+    cache = opened.cache
+    load(cache, A, B)
+    assert cache.start_ahead(C, keep=())
+    arrive(cache)
+    load(cache, D)  # A goes, the oldest
+    assert opened.cached() == {B, C, D}
+    cache.expire_ahead(C.layer_idx, needed=[D])
+    assert cache.counters.ahead_wasted_bytes == cache.num_bytes(C)
+    load(cache, E)
+    assert opened.cached() == {B, D, E}
+
+
+def test_an_expert_fetched_to_stay_is_no_guess(opened: Opened) -> None:
+    """Its layer may run without it: it waits for a later use, and ages as others do."""
+    cache = opened.cache
+    load(cache, A, B)
+    assert cache.start_ahead(C, keep=(), to_stay=True)
+    arrive(cache)
+    cache.expire_ahead(C.layer_idx, needed=[A])
+    assert cache.counters.ahead_wasted_bytes == 0
+    load(cache, D, E)  # A and B go, the oldest
+    assert opened.cached() == {C, D, E}
+    cache.use(C, touch=True)
+    cache.release([C])
+    assert cache.counters.ahead_used_bytes == cache.num_bytes(C)
+
+
 class FilledDisk(RecordingDisk):
     """Overwrites the slot before it reads, as an evicted expert's bytes do."""
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
+from interrupts import Interrupt
 from makers import NUM_EXPERTS, NUM_LAYERS, Opened, TinyExperts, failing_reads, open_cache
 from prefetch_fakes import EXPERT_BYTES, check_prefetcher
 from prefetch_world import Shape, World
@@ -33,7 +31,7 @@ A, B, C = (ExpertKey(0, expert) for expert in range(3))
 def make(opened: Opened, *, mode: Mode = 2, budget: int = 4) -> Prefetcher:
     budget_bytes = budget * opened.cache.num_bytes(A)
     prefetcher = Prefetcher(opened.cache, budget_bytes=budget_bytes, mode=mode)
-    opened.cache.listener = prefetcher
+    opened.cache.books.listener = prefetcher
     return prefetcher
 
 
@@ -116,30 +114,6 @@ def test_a_read_that_fails_ahead_of_time_is_told_on_demand(tiny: TinyExperts) ->
         opened.assert_at_rest()
 
 
-class Interrupt:
-    """Raises KeyboardInterrupt before the `number`-th line of the prefetcher runs."""
-
-    def __init__(self, number: int) -> None:
-        self._left = number
-
-    def __enter__(self) -> Interrupt:
-        self._previous = sys.gettrace()
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        sys.settrace(self._previous)
-
-    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in INTERRUPTED_FILES:
-            return None
-        if event == "line":
-            self._left -= 1
-            if not self._left:
-                raise KeyboardInterrupt
-        return self._trace
-
-
 @pytest.mark.parametrize("mode", ["auto", 2])
 def test_after_ctrl_c_anywhere_it_is_at_rest_and_goes_on(mode: Mode) -> None:
     """Lines 1, 1 + step, ... of a few passes, most of which compare."""
@@ -150,7 +124,7 @@ def test_after_ctrl_c_anywhere_it_is_at_rest_and_goes_on(mode: Mode) -> None:
         prefetcher = Prefetcher(world.cache, budget_bytes=3 * EXPERT_BYTES, mode=mode)
         world.run(prefetcher, 5)
         try:
-            with Interrupt(number):
+            with Interrupt(INTERRUPTED_FILES, number=number):
                 world.run(prefetcher, 3)
         except KeyboardInterrupt:
             world.cache.recover()

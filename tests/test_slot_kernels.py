@@ -12,8 +12,8 @@ import torch
 from offmoe.formats.dense import ExpertWeights, view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation, find_activation
-from offmoe.kernels.reference import experts_forward, one_token_forward
-from offmoe.kernels.slot_kernels import TorchSlotKernels, combine_rows, make_slot_kernels
+from offmoe.kernels.reference import combine_rows, experts_forward, one_token_forward
+from offmoe.kernels.slot_kernels import TorchSlotKernels, make_slot_kernels
 
 CPU = torch.device("cpu")
 

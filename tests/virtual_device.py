@@ -37,7 +37,7 @@ from offmoe.executor.misses import AdmissionFates, AheadFates, MissPlacer
 from offmoe.executor.resident import preload
 from offmoe.executor.rows import Computed, ReferenceRows
 from offmoe.kernels.reference import ExpertMath
-from offmoe.models.serving import MAX_AHEAD_LAYERS, MAX_AHEAD_SHARE
+from offmoe.models.serving import most_ahead
 from offmoe.prefetch.ahead import AheadOfTime
 from offmoe.prefetch.lookahead import Lookahead
 from offmoe.prefetch.prefetcher import Prefetcher
@@ -329,16 +329,17 @@ def _place_misses(engine: Engine, mode: Mode, error: float) -> None:
     admission = Admission(expert_bytes=EXPERT_BYTES)
     engine.arbiter = Arbiter(costs, mode=mode, admission=admission, clock=engine.machine.clock)
     engine.executor.placer = MissPlacer(engine.arbiter, two.cache, two.host, bytes_per_weight=4)
-    two.cache.listener = AdmissionFates(engine.arbiter)
+    two.cache.books.listener = AdmissionFates(engine.arbiter)
 
 
 def _fetch_ahead(engine: Engine, mode: PrefetchMode) -> None:
     """As models/serving.py does."""
     two, num_layers = engine.two, engine.num_layers
-    num_ahead = max(1, min(int(MAX_AHEAD_SHARE * two.cache.num_slots), MAX_AHEAD_LAYERS * engine.shape.top_k))
+    num_ahead = most_ahead(two.cache.num_slots, engine.shape.top_k, from_disk=False)
     engine.switch = Switch(mode)
     prefetcher = Prefetcher(two.cache, budget_bytes=num_ahead * EXPERT_BYTES, switch=engine.switch)
-    two.cache.listener = prefetcher if two.cache.listener is None else AheadFates(two.cache.listener, prefetcher)
+    books = two.cache.books
+    books.listener = prefetcher if books.listener is None else AheadFates(books.listener, prefetcher)
     lookahead = Lookahead(
         [partial(engine.guess, layer_idx) for layer_idx in range(num_layers)], prefetcher, order=range(num_layers),
         num_experts=[engine.num_experts] * num_layers, distance=mode if isinstance(mode, int) else 1,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
-from offmoe.cache.ahead_books import AheadBooks, AheadListener
+from offmoe.cache.ahead_books import AheadBooks
 from offmoe.cache.policy import Policy
 from offmoe.cache.slots import SlotState, SlotTable
 from offmoe.cache.sources import Source
@@ -74,15 +74,6 @@ class ExpertCache:
     def ahead_bytes(self) -> int:
         """Bytes of fetches ahead of time that are under way."""
         return self.books.under_way_bytes
-
-    @property
-    def listener(self) -> AheadListener | None:
-        """Who is told how each fetch ahead of time ended."""
-        return self.books.listener
-
-    @listener.setter
-    def listener(self, listener: AheadListener | None) -> None:
-        self.books.listener = listener
 
     def num_bytes(self, key: ExpertKey) -> int:
         """Bytes that fetching `key` moves."""
@@ -141,31 +132,32 @@ class ExpertCache:
             return fetch
         return self._begin(key, self._victim_on_demand, cold=cold, urgent=urgent)
 
-    def start_ahead(self, key: ExpertKey, *, keep: Collection[ExpertKey]) -> bool:
+    def start_ahead(self, key: ExpertKey, *, keep: Collection[ExpertKey], to_stay: bool = False) -> bool:
         """Begin fetching `key` before anybody needs it, into a free slot or a victim's that is not in `keep`.
 
-        It is inserted cold: unless used it is the first to go. False when there is no such slot.
+        A guess for the next call of its layer is inserted cold: unless used then, it is the first to go. One `to_stay`
+        is inserted as if it had just been used. False when there is no such slot.
         """
         if self.slots.find(key) is not None:
             return False
+        guesses = self.books.guesses
 
         def victim() -> ExpertKey | None:
-            return self._policy.victim(
-                lambda k: k not in keep and k not in self.books.unused and self.slots.is_evictable(k)
-            )
+            return self._policy.victim(lambda k: k not in keep and k not in guesses and self.slots.is_evictable(k))
 
-        fetch = self._begin(key, victim, cold=True, urgent=False)
+        fetch = self._begin(key, victim, cold=not to_stay, urgent=False)
         if fetch is None:
             return False
         fetch.ahead = fetch.was_ahead = True
-        self.books.began(key)
+        self.books.began(key, is_guess=not to_stay)
         return True
 
     def _victim_on_demand(self) -> ExpertKey | None:
-        """What was fetched ahead and not used yet goes only when nothing else can."""
+        """A guess whose layer has not run yet goes only when nothing else can."""
         evictable = self.slots.is_evictable
-        if self.books.unused:
-            victim = self._policy.victim(lambda key: key not in self.books.unused and evictable(key))
+        guesses = self.books.guesses
+        if guesses:
+            victim = self._policy.victim(lambda key: key not in guesses and evictable(key))
             if victim is not None:
                 return victim
         return self._policy.victim(evictable)
@@ -249,8 +241,8 @@ class ExpertCache:
         return True
 
     def expire_ahead(self, layer_idx: int, needed: Collection[ExpertKey]) -> None:
-        """Layer `layer_idx` runs now and needs `needed`: whatever else was fetched ahead for it was for nothing."""
-        for key in [key for key in self.books.unused if key.layer_idx == layer_idx and key not in needed]:
+        """Layer `layer_idx` runs now and needs `needed`: every other guess for it was wrong."""
+        for key in [key for key in self.books.guesses if key.layer_idx == layer_idx and key not in needed]:
             self.cancel_ahead(key)
             self._wasted_ahead(key)
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 
@@ -17,61 +16,21 @@ from offmoe.base.keys import ExpertKey
 from offmoe.cache.expert_cache import ExpertCache, Fetch
 from offmoe.executor.cpu_experts import CpuExperts, CpuJob
 from offmoe.executor.dispatch import Assignment, dispatch, num_rows
+from offmoe.executor.misses import MissPlacer
 from offmoe.executor.rows import Computed, ReferenceRows, Rows
-from offmoe.kernels.reference import ExpertMath
+from offmoe.kernels.reference import ExpertMath, combine_rows
+from offmoe.prefetch.ahead import AheadOfTime
 
 # Moves in flight at once: enough to keep a drive busy; more only lengthens the wait for the first.
 MAX_READS_IN_FLIGHT = 8
-# Rows per fp32 block of the final weighted sum, so that a long prefill needs no (S, D) fp32 tensor.
-COMBINE_ROWS = 256
-
-
-class Ahead(Protocol):
-    """Who fetches for layers to come (prefetch/ahead.py). The model's states reach it by themselves."""
-
-    def pending(self) -> dict[int, torch.Tensor]:
-        """Guesses that are still on the device: layer -> ids (T, K)."""
-
-    def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]]) -> None:
-        """A pending guess, as numbers."""
-
-    def router_spoke(self, layer_idx: int, expert_ids: Sequence[int], num_tokens: int) -> None:
-        """The layer needs these experts. Called before anything is used or fetched."""
-
-    def look(self, layer_idx: int, *, is_waiting: bool) -> None:
-        """The layer's own fetches are under way (`is_waiting`), or it needs none: a moment to guess."""
-
-    def demand_ends(self, num_bytes: int, stall_ns: int) -> None:
-        """They have arrived, after standing still for `stall_ns`."""
-
-    def pump(self) -> None:
-        """A moment to start something."""
-
-    def layer_ended(self, layer_idx: int) -> None:
-        """The layer's sum is made, or queued on the device."""
-
-    def reset(self) -> None:
-        """A call was broken off: forget what is queued."""
-
-
-class Placer(Protocol):
-    """Who decides between fetching a miss and computing it in RAM (executor/misses.py)."""
-
-    def place(
-        self, layer_idx: int, late: Sequence[ExpertKey], missing: Sequence[ExpertKey], rows: dict[ExpertKey, int]
-    ) -> Collection[ExpertKey]:
-        """Those that are to be computed in RAM; what is `late` goes on to the device. Called in every layer call."""
-
-    def served(self, keys: Sequence[ExpertKey]) -> None:
-        """These were."""
 
 
 class Executor:
     """Runs MoE layers through the expert cache. One call at a time, on the thread that runs the model."""
 
     def __init__(
-        self, cache: ExpertCache, *, rows: Rows | None = None, ahead: Ahead | None = None,
-        cpu: CpuExperts | None = None, placer: Placer | None = None,
+        self, cache: ExpertCache, *, rows: Rows | None = None, ahead: AheadOfTime | None = None,
+        cpu: CpuExperts | None = None, placer: MissPlacer | None = None,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
         self.cache, self.rows, self.ahead = cache, rows or ReferenceRows(), ahead
@@ -94,7 +53,7 @@ class Executor:
         assignments = dispatch(self._to_host(expert_ids_TK), num_experts, device=x_TD.device)
         y_SD = torch.zeros(num_tokens * top_k, x_TD.shape[-1], dtype=math.dtype, device=x_TD.device)
         _LayerRun(self, layer_idx, math, x_TD, y_SD, host_x_TD).run(assignments)
-        y_TD = combine(y_SD, weights_TK, x_TD.dtype)
+        y_TD = combine_rows(y_SD, weights_TK, x_TD.dtype)
         if self.ahead is not None:
             self.ahead.layer_ended(layer_idx)
         return y_TD
@@ -176,7 +135,6 @@ class _LayerRun:
         cache.poll()
         if self._ahead is not None:
             self._ahead.router_spoke(layer_idx, list(by_expert), self._x_TD.shape[0])
-        cache.expire_ahead(layer_idx, keys.values())
         hits = [idx for idx, key in keys.items() if cache.is_ready(key)]
         late = [idx for idx, key in keys.items() if cache.is_coming(key)]
         missing = deque(idx for idx in by_expert if idx not in hits and idx not in late)
@@ -275,14 +233,3 @@ class _LayerRun:
     def _release(self) -> None:
         held, self._held = self._held, []
         self._cache.release(held)
-
-
-def combine(y_SD: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sum of every token's K rows, weighted; as transformers' grouped path does it. (S, D), (T, K) -> (T, D)."""
-    num_tokens, top_k = weights_TK.shape
-    y_TKD = y_SD.view(num_tokens, top_k, -1)
-    blocks = [
-        (y_TKD[begin : begin + COMBINE_ROWS] * weights_TK[begin : begin + COMBINE_ROWS, :, None]).sum(dim=1).to(dtype)
-        for begin in range(0, num_tokens, COMBINE_ROWS)
-    ]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)

@@ -1,7 +1,7 @@
 """The misses of a layer call, as the arbiter sees them, and what follows from its word.
 
 A miss that the CPU serves is not copied to the device as well, unless admission finds that it pays: then the copy goes
-in the background, like any fetch ahead of time.
+in the background, and stays like any other expert until it is the least useful one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class MissPlacer:
             return
         num_bytes = self._cache.num_bytes(keys[0])
         for key in admission.admit(keys, num_bytes):
-            if not self._cache.start_ahead(key, keep=()):
+            if not self._cache.start_ahead(key, keep=(), to_stay=True):
                 admission.refused(key, num_bytes)
 
 

@@ -8,9 +8,8 @@ from offmoe.base.keys import ExpertKey
 from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, ExpertIndex, plan_read
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.executor.dispatch import dispatch
-from offmoe.executor.executor import combine
 from offmoe.formats.dense import view_expert, writable_bytes
-from offmoe.kernels.reference import ExpertMath, experts_forward
+from offmoe.kernels.reference import ExpertMath, combine_rows, experts_forward
 
 
 class UncachedExecutor:
@@ -38,4 +37,4 @@ class UncachedExecutor:
             weights = view_expert(layer, slot.to(x_TD.device), plan.source_offsets)
             x_ND = x_TD if assignment.tokens_N is None else x_TD[assignment.tokens_N]
             y_SD[assignment.choices_N] = experts_forward(math, [(assignment.expert_idx, weights, x_ND)])
-        return combine(y_SD, weights_TK, x_TD.dtype)
+        return combine_rows(y_SD, weights_TK, x_TD.dtype)

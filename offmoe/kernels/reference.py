@@ -16,6 +16,8 @@ from offmoe.kernels.indices import upload
 
 # Rows of a multiple of this end with a whole vector, whether gated or not, in every type and instruction set.
 VECTOR_ELEMENTS = 128
+# Tokens per float32 block of a weighted sum, so that a long prefill needs no (T * K, D) tensor of that type.
+COMBINE_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,18 @@ def one_token_forward(
     ])  # fmt: skip
     y = _add_bias(y, math.down_bias_ED, experts, counts)
     return y if math.post_norm is None else math.post_norm(y)
+
+
+def combine_rows(y_ND: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sum of every token's K rows, weighted, in the router's order: (T * K, D), (T, K) -> (T, D)."""
+    num_tokens, y_TKD = len(weights_TK), y_ND.view(*weights_TK.shape, -1)
+    blocks = [
+        (y_TKD[begin : begin + COMBINE_TOKENS] * weights_TK[begin : begin + COMBINE_TOKENS, :, None])
+        .sum(dim=1)
+        .to(dtype)
+        for begin in range(0, num_tokens, COMBINE_TOKENS)
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def _activate(math: ExpertMath, up: torch.Tensor, counts: list[int]) -> torch.Tensor:

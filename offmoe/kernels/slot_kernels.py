@@ -18,10 +18,7 @@ from offmoe.checkpoint.expert_index import MoeLayer
 from offmoe.formats.dense import ExpertWeights, view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.indices import upload
-from offmoe.kernels.reference import ExpertMath, experts_forward, one_token_forward
-
-# Tokens per float32 block of a weighted sum, so that a long prefill needs no (T * K, D) tensor of that type.
-COMBINE_TOKENS = 256
+from offmoe.kernels.reference import ExpertMath, combine_rows, experts_forward, one_token_forward
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -50,18 +47,6 @@ class SlotKernels(Protocol):
 
         Adds the number of rows whose expert has no slot to `missing_L[layer_idx]`. With Triton the host never waits.
         """
-
-
-def combine_rows(y_ND: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sum of every token's K rows, weighted, in the router's order: (T * K, D), (T, K) -> (T, D)."""
-    num_tokens, y_TKD = len(weights_TK), y_ND.view(*weights_TK.shape, -1)
-    blocks = [
-        (y_TKD[begin : begin + COMBINE_TOKENS] * weights_TK[begin : begin + COMBINE_TOKENS, :, None])
-        .sum(dim=1)
-        .to(dtype)
-        for begin in range(0, num_tokens, COMBINE_TOKENS)
-    ]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def look_up(

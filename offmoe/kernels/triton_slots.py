@@ -18,8 +18,8 @@ from offmoe.formats.dense import torch_dtype, view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation, find_activation
 from offmoe.kernels.geometry import TILE_ROWS, Tiling, make_tiles, row_by_row, tile_rows
-from offmoe.kernels.reference import ExpertMath
-from offmoe.kernels.slot_kernels import TorchSlotKernels, combine_rows, look_up
+from offmoe.kernels.reference import ExpertMath, combine_rows
+from offmoe.kernels.slot_kernels import TorchSlotKernels, look_up
 from offmoe.kernels.triton_launch import LayerKernels
 
 # How far the check at load may be from torch, relative to the largest output: a few roundings of a hidden value.

@@ -174,7 +174,7 @@ def _place_misses(
     bytes_per_weight = torch_dtype(experts.layers[0].up[0].dtype, where="an expert").itemsize
     serving.placer = MissPlacer(arbiter, serving.cache, serving.host, bytes_per_weight=bytes_per_weight)
     executor.placer = serving.placer
-    serving.cache.listener = AdmissionFates(arbiter)
+    serving.cache.books.listener = AdmissionFates(arbiter)
 
 
 def _width(experts: ExpertIndex) -> int:
@@ -195,13 +195,12 @@ def _fetch_ahead(
         serving.notes.append("no router of this model could be asked ahead of time: prefetch is off")
         return
     expert_bytes = max(layer.expert_bytes for layer in experts.layers)
-    num_layers = MAX_AHEAD_LAYERS_DISK if cache is serving.host else MAX_AHEAD_LAYERS
-    num_wanted = max(MIN_AHEAD, int(num_layers * experts.top_k))
-    num_ahead = max(1, min(int(MAX_AHEAD_SHARE * cache.num_slots), num_wanted))
+    num_ahead = most_ahead(cache.num_slots, experts.top_k, from_disk=cache is serving.host)
     mode = cast("PrefetchMode", config.prefetch)
     distance = mode if isinstance(mode, int) else 1
     prefetcher = Prefetcher(cache, budget_bytes=num_ahead * expert_bytes, switch=Switch(mode))
-    cache.listener = prefetcher if cache.listener is None else AheadFates(cache.listener, prefetcher)
+    books = cache.books
+    books.listener = prefetcher if books.listener is None else AheadFates(books.listener, prefetcher)
     lookahead = Lookahead(
         routing.predictors, prefetcher, order=routing.order, distance=distance,
         num_experts=[layer.num_experts for layer in experts.layers],
@@ -209,6 +208,12 @@ def _fetch_ahead(
     serving.closing.callback(routing.install(lookahead).remove)
     serving.ahead = AheadOfTime(lookahead, prefetcher, order=routing.order)
     executor.ahead = serving.ahead
+
+
+def most_ahead(num_slots: int, top_k: int, *, from_disk: bool) -> int:
+    """Experts that may be on their way ahead of time at once."""
+    wanted = int((MAX_AHEAD_LAYERS_DISK if from_disk else MAX_AHEAD_LAYERS) * top_k)
+    return max(1, min(int(MAX_AHEAD_SHARE * num_slots), max(MIN_AHEAD, wanted)))
 
 
 def _take_turns(serving: Serving) -> None:

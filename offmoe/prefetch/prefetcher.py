@@ -101,7 +101,7 @@ class Prefetcher:
     ) -> None:  # fmt: skip
         """`ns_per_byte`: the stall that a byte fetched on demand costs, believed until one was fetched.
 
-        The cache's `listener` must be this object; it is not set here.
+        The cache's books must have this object as their listener; it is not set here.
         """
         self.cache, self._budget_bytes = cache, budget_bytes
         self.audit = Audit(ns_per_byte)
