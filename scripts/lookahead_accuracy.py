@@ -67,6 +67,8 @@ class Guesses:
     The first token of a window has no previous one and counts nowhere.
     """
 
+    is_asleep = False
+
     def __init__(self, model: Any, found: RoutingMap, num_experts: int) -> None:
         self.tallies: dict[tuple[str, int, int], Tally] = {}
         self._found, self._num_experts = found, num_experts

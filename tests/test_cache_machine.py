@@ -136,6 +136,8 @@ class ManualCopier:
 class Silent:
     """A lookahead that guesses nothing by itself: the machine does."""
 
+    is_asleep = False
+
     def __init__(self, prefetcher: Prefetcher) -> None:
         self._prefetcher = prefetcher
 

@@ -199,6 +199,17 @@ def test_a_call_that_was_broken_off_leaves_nothing_to_ask_or_to_take() -> None:
     assert asked.wants == []
 
 
+def test_asleep_it_looks_at_nothing() -> None:
+    asked = Asked()
+    ahead = look(asked)
+    ahead.sleep()
+    reach(ahead, 0, state())
+    assert asked.wants == []
+    ahead.reset()
+    reach(ahead, 0, state())
+    assert asked.wants
+
+
 def test_the_router_is_passed_on_for_the_audit() -> None:
     asked = Asked()
     look(asked).router_spoke(1, [3, 3, 5])

@@ -37,6 +37,8 @@ BLIND = {("zaya", 1)}
 class Watcher:
     """Asks, when a layer's state is seen, that layer and the next; keeps what was answered and what was really used."""
 
+    is_asleep = False
+
     def __init__(self, model: PreTrainedModel, found: RoutingMap) -> None:
         self.model, self.found = model, found
         self.inputs: list[int] = []
@@ -220,6 +222,8 @@ def test_hooks_keep_no_tensor_of_a_forward() -> None:
     seen: list[weakref.ref[torch.Tensor]] = []
 
     class Quiet:
+        is_asleep = False
+
         def observe_state(self, layer_idx: int, state_TX: torch.Tensor) -> None:
             seen.append(weakref.ref(state_TX))
 

@@ -34,7 +34,9 @@ NOT_FOUND = "no module in it answers with the expert ids when called on a state 
 
 
 class RoutingObserver(StateObserver, Protocol):
-    """Who is told about states while the model runs (see prefetch/lookahead.py)."""
+    """Who is told about states while the model runs (see prefetch/lookahead.py). Asleep, it is not told by hooks."""
+
+    is_asleep: bool
 
     def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
         """The decoder layer's input, before attention."""
@@ -136,7 +138,7 @@ def _hook_input(
     name, rest = layer.input_name, tail.steps[0].form.rest
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or observer.is_asleep:
             return
         if side_names:
             side.see({key: value for key, value in by_name(args, kwargs).items() if key in side_names})
@@ -147,12 +149,15 @@ def _hook_input(
     return layer.decoder_layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _hook_state(layer_idx: int, tail: Tail, observer: StateObserver, binding: LayerBinding | None) -> RemovableHandle:
+def _hook_state(layer_idx: int, tail: Tail, observer: RoutingObserver, binding: LayerBinding | None) -> RemovableHandle:
     name, rest = tail.steps[0].state_name, tail.steps[0].form.rest
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        is_traced = torch.compiler.is_dynamo_compiling()
+        if not is_traced and observer.is_asleep:
+            return
         state_TX = _argument(name, args, kwargs).reshape(-1, *rest)
-        if not torch.compiler.is_dynamo_compiling():
+        if not is_traced:
             observer.observe_state(layer_idx, state_TX)
         elif binding is not None:
             binding.trace_state(state_TX)

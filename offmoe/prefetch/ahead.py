@@ -13,7 +13,11 @@ from offmoe.prefetch.prefetcher import Prefetcher
 
 
 class AheadOfTime:
-    """A forward pass runs the layers of `order`; each tells when its router spoke, when it waits and when it ended."""
+    """A forward pass runs the layers of `order`; each tells when its router spoke, when it waits and when it ended.
+
+    While the switch says not to prefetch, and nothing is under way, the passes of single tokens go by unwatched: hooks
+    and books cost 35 to 45 us a layer (measured), which is 2 to 4% of a layer of 1 to 2 ms. Prompts are watched always.
+    """
 
     def __init__(
         self, lookahead: Lookahead, prefetcher: Prefetcher, *, order: Sequence[int],
@@ -37,10 +41,16 @@ class AheadOfTime:
         """Before anything of the layer is used or fetched."""
         if layer_idx == self._first:
             self._begin_s, self._num_tokens = self._clock(), num_tokens
+        if self.lookahead.is_asleep:
+            if num_tokens == 1:
+                return
+            self.lookahead.reset()
         self.lookahead.router_spoke(layer_idx, expert_ids)
 
     def look(self, layer_idx: int, *, is_waiting: bool) -> None:
         """The layer's own fetches are under way, and it will wait for them, or there are none: a moment to guess."""
+        if self.lookahead.is_asleep:
+            return
         if is_waiting:
             self.prefetcher.demand_begins()
         self.lookahead.look(layer_idx)
@@ -53,13 +63,18 @@ class AheadOfTime:
 
     def pump(self) -> None:
         """A moment to start something; what the layer needs is held."""
-        self.prefetcher.pump()
+        if not self.lookahead.is_asleep:
+            self.prefetcher.pump()
 
     def layer_ended(self, layer_idx: int) -> None:
         """The layer's sum is made."""
-        self.prefetcher.pump()
+        self.pump()
         if layer_idx == self._last and self._num_tokens:
             self.prefetcher.pass_ended(self._clock() - self._begin_s, num_tokens=self._num_tokens)
+            if self._num_tokens == 1 and self.prefetcher.is_idle:
+                self.lookahead.sleep()
+            else:
+                self.lookahead.is_asleep = False
 
     def reset(self) -> None:
         """A call was broken off."""

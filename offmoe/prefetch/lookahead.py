@@ -74,6 +74,8 @@ class Lookahead:
     A re-score from a layer's input would come too late on such a device (the next copy is the layer's own), and is not
     made. A compiled step does not show inputs at all, so there is no re-score in it on the CPU either.
 
+    `is_asleep`: nobody would act on a prediction; states need not be shown, and are not looked at.
+
     States are read by routers and let go: on another device before `observe_state` returns, since in a compiled step
     their memory is a graph's; on the CPU by the end of the executor's call. What is kept, ids, is the router's own.
     """
@@ -95,6 +97,7 @@ class Lookahead:
             layer_idx: list(enumerate(order[place + 1 : place + 1 + distance], start=1))
             for place, layer_idx in enumerate(order)
         }
+        self.is_asleep = False
         self._pending: dict[int, _Pending] = {}
         self._seen: tuple[int, torch.Tensor] | None = None
         # Tokens of the state seen last, and the share of experts that this many tokens touched in the layer before.
@@ -110,6 +113,8 @@ class Lookahead:
 
         Nothing is started here: this layer's own experts are not held yet. The executor pumps when they are.
         """
+        if self.is_asleep:
+            return
         self._num_tokens = state_TX.shape[0]
         if state_TX.device.type == "cpu":
             self._seen = (layer_idx, state_TX)
@@ -163,10 +168,17 @@ class Lookahead:
         self._touched = (self._num_tokens, len(chosen) / self._num_experts[layer_idx])
         self._prefetcher.router_spoke(layer_idx, chosen)
 
+    def sleep(self) -> None:
+        """Until `reset`: what was seen and guessed is forgotten."""
+        self.reset()
+        self._num_tokens, self._touched = 0, (0, 0.0)
+        self.is_asleep = True
+
     def reset(self) -> None:
-        """A call was broken off: forget what was seen and guessed in it."""
+        """A call was broken off: forget what was seen and guessed in it. Awake."""
         self._pending.clear()
         self._seen = None
+        self.is_asleep = False
 
     def _touches_all(self) -> bool:
         num_tokens, share = self._touched

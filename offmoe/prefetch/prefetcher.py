@@ -128,6 +128,11 @@ class Prefetcher:
         """Keys that a coming layer is expected to need; evict others first."""
         return self._keep
 
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is wanted, pending, or to be predicted before the next prompt."""
+        return not (self.switch.distance or self._wanted or self.num_pending)
+
     def is_on(self, layer_idx: int, distance: int = 1) -> bool:
         """True when a prediction for the layer, `distance` layers ahead, would be acted upon: else make none."""
         return 0 < self.switch.distance >= distance and self.switch.layer_is_on(layer_idx)
