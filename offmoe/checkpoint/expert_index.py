@@ -8,11 +8,13 @@ order cost nothing: they are in the strides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from offmoe.base.keys import ExpertKey
+from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES
 
 # Where the page cache is used, a source still lies in memory as it lies in the file modulo 64 bytes, as it does when
@@ -41,18 +43,32 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantPart:
+    """A quantised part: views of its codes, scales and zero points as stored (`quant_format.py` has the layouts).
+
+    `shape` is the logical one, always (outputs, inputs), in transposed layers too.
+    """
+
+    format: QuantFormat
+    shape: tuple[int, int]
+    codes: Part
+    scales: Part
+    zeros: Part | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MoeLayer:
     """One experts module. `spans[expert][source]` are the bytes; `up` and `down` the parts, the same for all experts.
 
-    Parts of a matrix are concatenated along the output dimension, in order. `transposed`: a part is (in, out) rather
-    than (out, in). `biases` are per-expert vectors that stay resident.
+    Parts of a matrix are concatenated along the output dimension, in order. `transposed`: a plain part is (in, out)
+    rather than (out, in). Biases are per-expert vectors that stay resident.
     """
 
     name: str
     num_experts: int
     top_k: int
-    up: tuple[Part, ...]
-    down: tuple[Part, ...]
+    up: tuple[Part | QuantPart, ...]
+    down: tuple[Part | QuantPart, ...]
     transposed: bool
     spans: tuple[tuple[Span, ...], ...]
 
@@ -60,6 +76,33 @@ class MoeLayer:
     def expert_bytes(self) -> int:
         """Bytes of one expert on disk."""
         return sum(span.num_bytes for span in self.spans[0])
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes on disk of one number: 2 for bfloat16, about 0.56 for int4 in groups of 32."""
+        return self.expert_bytes / sum(math.prod(part.shape) for part in (*self.up, *self.down))
+
+    @property
+    def stored_parts(self) -> Iterator[Part]:
+        """Every plain part in the order of use: those of `up`, then of `down`; a quantised one is two or three."""
+        for part in (*self.up, *self.down):
+            yield from stored_parts(part)
+
+    @property
+    def is_quantised(self) -> bool:
+        """True when a matrix is stored in another form than floating point numbers side by side."""
+        return any(isinstance(part, QuantPart) for part in (*self.up, *self.down))
+
+    def width(self, part: Part | QuantPart) -> int:
+        """The inputs that `part` takes."""
+        return part.shape[0 if self.transposed and isinstance(part, Part) else 1]
+
+
+def stored_parts(part: Part | QuantPart) -> tuple[Part, ...]:
+    """What `part` is stored as: itself, or its codes, scales and zero points."""
+    if isinstance(part, Part):
+        return (part,)
+    return (part.codes, part.scales) if part.zeros is None else (part.codes, part.scales, part.zeros)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

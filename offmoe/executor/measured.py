@@ -43,7 +43,7 @@ def measured_costs(
         def compute(idx: int, x: torch.Tensor = x_1D) -> None:
             experts_forward(math, [(keys[idx].expert_idx, weights[idx], x)])
 
-        num_weights = sum(part.numel() for part in (*weights[0].up, *weights[0].down))
+        num_weights = weights[0].num_weights
         with torch.inference_mode():
             compute(0, x_ND)
             begin = time.perf_counter()

@@ -21,7 +21,7 @@ FLOPS_PER_WEIGHT = 2.0
 class MissPlacer:
     """Asks `arbiter` where the misses of `cache` are to be computed, knowing what `host`, the RAM below it, has."""
 
-    def __init__(self, arbiter: Arbiter, cache: ExpertCache, host: ExpertCache, *, bytes_per_weight: int) -> None:
+    def __init__(self, arbiter: Arbiter, cache: ExpertCache, host: ExpertCache, *, bytes_per_weight: float) -> None:
         self.arbiter = arbiter
         self._cache, self._host, self._bytes_per_weight = cache, host, bytes_per_weight
 

@@ -1,17 +1,23 @@
-"""Unquantised experts (float32, bfloat16, float16): a slot's bytes as matrices, without a copy."""
+"""A slot's bytes as an expert's matrices, without a copy: plain (float32, bfloat16, float16) or quantised."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from offmoe.base.errors import CheckpointError
-from offmoe.checkpoint.expert_index import MoeLayer, Part
+from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart
+from offmoe.formats.quantised import QuantMatrix
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
+}  # fmt: skip
+# What codes, scales and zero points of quantised matrices are stored as.
+STORED_DTYPES = TORCH_DTYPES | {
+    "I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 
 
@@ -20,11 +26,16 @@ class ExpertWeights:
     """One expert's matrices as views of a slot, each a tuple of parts to be joined along the output dimension.
 
     Valid while the slot is READY and held. F expert width, D model width: `up` parts join to (2F, D) or (F, D),
-    `down` parts to (D, F); the other way round when the layer is transposed.
+    `down` parts to (D, F); the other way round when the layer is transposed, except quantised ones.
     """
 
-    up: tuple[torch.Tensor, ...]
-    down: tuple[torch.Tensor, ...]
+    up: tuple[torch.Tensor | QuantMatrix, ...]
+    down: tuple[torch.Tensor | QuantMatrix, ...]
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers in all matrices, however they are stored."""
+        return sum(math.prod(part.shape) for part in (*self.up, *self.down))
 
 
 def view_expert(layer: MoeLayer, slot: torch.Tensor, source_offsets: tuple[int, ...]) -> ExpertWeights:
@@ -50,9 +61,9 @@ def torch_dtype(name: str, *, where: str) -> torch.dtype:
 
 
 def _parts(
-    parts: tuple[Part, ...], slot: torch.Tensor, source_offsets: tuple[int, ...], transposed: bool
-) -> tuple[torch.Tensor, ...]:
-    views = [_view(part, slot, source_offsets[part.source_idx]) for part in parts]
+    parts: tuple[Part | QuantPart, ...], slot: torch.Tensor, source_offsets: tuple[int, ...], transposed: bool
+) -> tuple[torch.Tensor | QuantMatrix, ...]:
+    views = [_matrix(part, slot, source_offsets) for part in parts]
     if transposed:
         return tuple(views)
     joined = [views[0]]
@@ -61,8 +72,20 @@ def _parts(
     return tuple(joined)
 
 
-def _view(part: Part, slot: torch.Tensor, begin: int) -> torch.Tensor:
-    dtype = torch_dtype(part.dtype, where="an expert")
+def _matrix(part: Part | QuantPart, slot: torch.Tensor, source_offsets: tuple[int, ...]) -> torch.Tensor | QuantMatrix:
+    if isinstance(part, Part):
+        return _view(part, slot, source_offsets)
+    return QuantMatrix(
+        part.format,
+        part.shape,
+        _view(part.codes, slot, source_offsets),
+        _view(part.scales, slot, source_offsets),
+        None if part.zeros is None else _view(part.zeros, slot, source_offsets),
+    )
+
+
+def _view(part: Part, slot: torch.Tensor, source_offsets: tuple[int, ...]) -> torch.Tensor:
+    dtype, begin = STORED_DTYPES[part.dtype], source_offsets[part.source_idx]
     if begin % dtype.itemsize:  # a header of odd length: the one case that costs a copy
         last = part.offset + sum((n - 1) * s for n, s in zip(part.shape, part.strides, strict=True)) + 1
         slot, begin = slot[begin : begin + last * dtype.itemsize].clone(), 0
@@ -70,8 +93,10 @@ def _view(part: Part, slot: torch.Tensor, begin: int) -> torch.Tensor:
     return typed.as_strided(part.shape, part.strides, typed.storage_offset() + part.offset)
 
 
-def _join(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
+def _join(first: torch.Tensor | QuantMatrix, second: torch.Tensor | QuantMatrix) -> list[torch.Tensor | QuantMatrix]:
     """One matrix when `second` begins where `first` ends (gate and up side by side on disk), else both."""
+    if isinstance(first, QuantMatrix) or isinstance(second, QuantMatrix):
+        return [first, second]
     rows, columns = first.shape
     adjacent = (
         first.is_contiguous()

@@ -27,7 +27,7 @@ def layout_of(layer: MoeLayer) -> LayerLayout:
 
     Gate and up therefore lie side by side where their sizes are multiples of 256, and are viewed as one matrix.
     """
-    used = dict.fromkeys(part.source_idx for part in (*layer.up, *layer.down))
+    used = dict.fromkeys(part.source_idx for part in layer.stored_parts)
     order = [*used, *(idx for idx in range(len(layer.spans[0])) if idx not in used)]
     offsets = [0] * len(order)
     end = 0

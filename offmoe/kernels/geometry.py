@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from offmoe.checkpoint.expert_index import MoeLayer, Part
+from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart
 from offmoe.formats.dense import torch_dtype
 from offmoe.formats.layout import LayerLayout
 from offmoe.kernels.activations import Activation
@@ -154,7 +154,8 @@ def down_matrices(layer: MoeLayer, layout: LayerLayout) -> list[Matrix]:
     return _side_by_side([_matrix(layer, layout, part) for part in layer.down])
 
 
-def _matrix(layer: MoeLayer, layout: LayerLayout, part: Part) -> Matrix:
+def _matrix(layer: MoeLayer, layout: LayerLayout, part: Part | QuantPart) -> Matrix:
+    assert isinstance(part, Part), "quantised layers are left to torch"
     itemsize = torch_dtype(part.dtype, where=layer.name).itemsize
     out_axis = 1 if layer.transposed else 0
     return Matrix(

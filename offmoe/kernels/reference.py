@@ -12,12 +12,15 @@ from typing import Any
 import torch
 
 from offmoe.formats.dense import ExpertWeights
+from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.indices import upload
 
 # Rows of a multiple of this end with a whole vector, whether gated or not, in every type and instruction set.
 VECTOR_ELEMENTS = 128
 # Tokens per float32 block of a weighted sum, so that a long prefill needs no (T * K, D) tensor of that type.
 COMBINE_TOKENS = 256
+# Values of a quantised matrix that exist at once, as float32 and in the model's type.
+DEQUANTISE_VALUES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +119,25 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
-def _project(x: torch.Tensor, parts: tuple[torch.Tensor, ...], math: ExpertMath) -> torch.Tensor:
+def _project(x: torch.Tensor, parts: tuple[torch.Tensor | QuantMatrix, ...], math: ExpertMath) -> torch.Tensor:
     outputs = []
     for part in parts:
+        if isinstance(part, QuantMatrix):
+            outputs += _project_quantised(x, part, math.dtype)
+            continue
         weight = part if part.dtype == math.dtype else part.to(math.dtype)
         outputs.append(x @ weight if math.transposed else torch.nn.functional.linear(x, weight))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _project_quantised(x: torch.Tensor, matrix: QuantMatrix, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Products with blocks of the matrix's rows, so that its values never exist all at once."""
+    num_rows, width = matrix.shape
+    step = max(DEQUANTISE_VALUES // width // 128 * 128, 128)
+    return [
+        torch.nn.functional.linear(x, matrix.dequantise(dtype, slice(begin, begin + step)))
+        for begin in range(0, num_rows, step)
+    ]
 
 
 def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -178,7 +178,9 @@ def _activation_of(layer: MoeLayer, math: ExpertMath, device: torch.device) -> A
 
 
 def _obstacle(layer: MoeLayer, math: ExpertMath) -> str | None:
-    stored = {torch_dtype(part.dtype, where=layer.name) for part in (*layer.up, *layer.down)}
+    if layer.is_quantised:
+        return "weights are quantised"
+    stored = {torch_dtype(part.dtype, where=layer.name) for part in layer.stored_parts}
     if stored != {math.dtype} or math.dtype not in TOLERANCES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(stored, key=str))
         return f"weights are {names}, computed in {str(math.dtype).removeprefix('torch.')}"
@@ -240,5 +242,6 @@ def _fill_slots(
     for slot in range(num_slots):
         weights = view_expert(layer, slab[slot * slot_bytes : (slot + 1) * slot_bytes], offsets)
         for part in (*weights.up, *weights.down):
+            assert isinstance(part, torch.Tensor), "quantised layers are left to torch"
             num_in = part.shape[0 if layer.transposed else 1]
             part.normal_(std=num_in**-0.5, generator=generator)  # in place: a copy may not fit any more

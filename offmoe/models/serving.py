@@ -29,7 +29,6 @@ from offmoe.executor.misses import AdmissionFates, AheadFates, MissPlacer
 from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.executor.resident import ResidentExecutor, preload
 from offmoe.executor.rows import KernelRows, Rows
-from offmoe.formats.dense import torch_dtype
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.slot_kernels import SlotKernels, make_slot_kernels
 from offmoe.models.routing import map_routing
@@ -171,8 +170,9 @@ def _place_misses(
     )
     admission = Admission(expert_bytes=experts.layers[0].expert_bytes)
     arbiter = Arbiter(costs, mode=mode, admission=admission)
-    bytes_per_weight = torch_dtype(experts.layers[0].up[0].dtype, where="an expert").itemsize
-    serving.placer = MissPlacer(arbiter, serving.cache, serving.host, bytes_per_weight=bytes_per_weight)
+    serving.placer = MissPlacer(
+        arbiter, serving.cache, serving.host, bytes_per_weight=experts.layers[0].bytes_per_weight
+    )
     executor.placer = serving.placer
     serving.cache.books.listener = AdmissionFates(arbiter)
 
@@ -180,7 +180,7 @@ def _place_misses(
 def _width(experts: ExpertIndex) -> int:
     """The width of what experts are given."""
     layer = experts.layers[0]
-    return layer.up[0].shape[0 if layer.transposed else 1]
+    return layer.width(layer.up[0])
 
 
 def _fetch_ahead(

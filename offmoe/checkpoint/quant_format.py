@@ -1,0 +1,47 @@
+"""What the published quantised formats have in common, in one record. No torch.
+
+N outputs = rows, K inputs = columns; every word is little-endian, and the bytes stay as they are on disk.
+
+int4    codes I32 (N, K/8): nibble i of word j is column 8j+i, lowest bits first
+        scales float (N, K/group); zeros I32 (ceil(N/8), K/group), packed the same way down the rows
+int8    codes I32 (N, K/4): byte i of word j is column 4j+i; or I8 (N, K)
+        scales float (N, K/group); zeros I32 (ceil(N/4), K/group), packed down the rows; or I8 (N, K/group)
+mxfp4   codes U8 (N, K/2): e2m1, low nibble first; scales U8 (N, K/32): exponents of two, 127 added
+fp8     codes F8_E4M3 (N, K); scales F32 (ceil(N/group_rows), ceil(K/group))
+
+The first two are compressed-tensors' `pack-quantized` and `int-quantized`, mxfp4 is gpt-oss as published (the OCP
+microscaling format), fp8 DeepSeek-V3 as published. Integers are stored with `offset` added, zeros with the same:
+w = ((code - offset) - (zero - offset)) * scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+QuantKind = Literal["int8", "int4", "mxfp4", "fp8"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantFormat:
+    """How one matrix is quantised. A scale is shared by `group` columns of `group_rows` rows.
+
+    `offset` is what is added to stored integers (int4 8, int8 packed 128, I8 0); `scale_dtype` the safetensors name of
+    the scales' type, "U8" for exponents of two (mxfp4).
+    """
+
+    kind: QuantKind
+    group: int
+    group_rows: int = 1
+    symmetric: bool = True
+    offset: int = 0
+    scale_dtype: str = "BF16"
+
+    @property
+    def name(self) -> str:
+        """For people: `int4, groups of 32`."""
+        if self.kind == "mxfp4":
+            return "mxfp4"
+        if self.group_rows > 1:
+            return f"{self.kind}, blocks of {self.group_rows} x {self.group}"
+        return f"{self.kind}, groups of {self.group}" + ("" if self.symmetric else ", with zero points")

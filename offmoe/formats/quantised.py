@@ -1,0 +1,96 @@
+"""A quantised matrix as tensors, and what its values are: the plain torch that every kernel is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from offmoe.checkpoint.quant_format import QuantFormat
+
+# The sixteen values of e2m1: 1 sign bit, 2 exponent bits, 1 mantissa bit.
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+ALL_ROWS = slice(None)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantMatrix:
+    """A matrix of `shape` (N outputs, K inputs), always that way round. `quant_format.py` has the layouts.
+
+    The tensors may be strided views of a slot; they are as stored, and valid as long as the slot is held.
+    """
+
+    format: QuantFormat
+    shape: tuple[int, int]
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    def dequantise(self, dtype: torch.dtype, rows: slice = ALL_ROWS) -> torch.Tensor:
+        """Rows as values, (R, K): computed in float32, then rounded to `dtype` once. `rows` has no step.
+
+        Bit for bit what compressed-tensors and transformers make of the files where their scales are of `dtype` or
+        float32. (With scales of a narrower type than `dtype` compressed-tensors rounds the product to that type first.)
+        """
+        begin, end, step = rows.indices(self.shape[0])
+        assert step == 1, f"{rows=}"
+        values = _VALUES[self.format.kind](self, slice(begin, end))
+        first = begin // self.format.group_rows
+        last = -(-end // self.format.group_rows)
+        scales = self._scale_values(slice(first, last))
+        if self.format.group_rows > 1:
+            skip = begin - first * self.format.group_rows
+            scales = scales.repeat_interleave(self.format.group_rows, 0)[skip : skip + len(values)]
+        num_rows, width = values.shape
+        if width % self.format.group == 0:
+            grouped = values.view(num_rows, -1, self.format.group)
+            return (grouped * scales[:, :, None]).view(num_rows, width).to(dtype)
+        return (values * scales.repeat_interleave(self.format.group, 1)[:, :width]).to(dtype)
+
+    def _scale_values(self, rows: slice) -> torch.Tensor:
+        scales = self.scales[rows]
+        if self.format.scale_dtype == "U8":
+            return torch.ldexp(torch.ones((), device=scales.device), scales.to(torch.int32) - 127)
+        return scales.float()
+
+
+def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """(R, C) words of 32 bits -> (R, C * 32 / bits) int32, lowest bits first."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    return ((words[:, :, None] >> shifts) & ((1 << bits) - 1)).flatten(1)
+
+
+def _integers(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
+    bits = 4 if matrix.format.kind == "int4" else 8
+    codes = matrix.codes[rows]
+    if codes.dtype == torch.int32:
+        codes = _unpacked(codes, bits)
+    values = codes.float()
+    if matrix.zeros is None:
+        return values - matrix.format.offset
+    zeros = matrix.zeros
+    if zeros.dtype == torch.int32:  # packed down the rows
+        per_word = 32 // bits
+        first = rows.start // per_word
+        words = zeros[first : -(-rows.stop // per_word)]
+        zeros = _unpacked(words.t(), bits).t()[rows.start - first * per_word : rows.stop - first * per_word]
+    else:
+        zeros = zeros[rows]
+    num_rows, width = values.shape
+    return (values.view(num_rows, -1, matrix.format.group) - zeros.float()[:, :, None]).view(num_rows, width)
+
+
+def _e2m1(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
+    codes = matrix.codes[rows]
+    table = torch.tensor(E2M1_VALUES, device=codes.device)
+    return table[torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).int()]
+
+
+def _e4m3(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
+    return matrix.codes[rows].float()
+
+
+_VALUES: dict[str, Callable[[QuantMatrix, slice], torch.Tensor]] = {
+    "int4": _integers, "int8": _integers, "mxfp4": _e2m1, "fp8": _e4m3,
+}  # fmt: skip
