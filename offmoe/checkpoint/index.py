@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from offmoe.base.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from offmoe.checkpoint.header import read_header
+from offmoe.checkpoint.quant_config import Quantisation
+from offmoe.checkpoint.quantised import StoredTensor, join_quantised
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.checkpoint.tensor_entry import TensorEntry
 
@@ -19,19 +22,28 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class CheckpointIndex:
-    """All tensors of a checkpoint, with their files held open. Close it when the last reader is done."""
+    """All tensors of a checkpoint, with their files held open. Close it when the last reader is done.
 
-    def __init__(self, folder: Path, files: list[ShardFile], tensors: dict[str, TensorEntry]) -> None:
+    `tensors` are logical ones: a quantised matrix is one entry under its plain name, whatever it is stored as. `stored`
+    are the tensors of the files.
+    """
+
+    def __init__(
+        self, folder: Path, files: list[ShardFile], stored: dict[str, TensorEntry],
+        quantisation: Quantisation | None = None,
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.files = files
-        self.tensors = tensors
+        self.stored = stored
+        self.tensors: dict[str, StoredTensor] = join_quantised(stored, quantisation, self.read_bytes)
 
     @classmethod
-    def open(cls, folder: Path) -> CheckpointIndex:
+    def open(cls, folder: Path, quantisation: Quantisation | None = None) -> CheckpointIndex:
         """Index `folder`: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 
-        Raises ModelNotFoundError (no checkpoint there), UnsupportedModelError (pickle files only, which are never
-        opened) and CheckpointError (damaged, missing or contradicting files).
+        `quantisation` is what config.json says (`read_quantisation`). Raises ModelNotFoundError (no checkpoint there),
+        UnsupportedModelError (pickle files only, which are never opened) and CheckpointError (damaged, missing or
+        contradicting files).
         """
         names, weight_map = _shard_names(folder)
         files: list[ShardFile] = []
@@ -45,19 +57,33 @@ class CheckpointIndex:
                 )
                 _merge(tensors, entries, files)
             _check_weight_map(weight_map, tensors, files)
+            return cls(folder, files, tensors, quantisation)
         except BaseException:
             for file in files:
                 file.close()
             raise
-        return cls(folder, files, tensors)
 
     def __repr__(self) -> str:
-        return f"<CheckpointIndex {self.folder.name} [{len(self.files)} files, {len(self.tensors)} tensors]>"
+        return f"<CheckpointIndex {self.folder.name} [{len(self.files)} files, {len(self.stored)} tensors]>"
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(entry.num_bytes for entry in self.tensors.values())
+        return sum(entry.num_bytes for entry in self.stored.values())
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Bytes by how they are stored: type names, and the formats of quantised matrices; the most first."""
+        sizes = Counter[str]()
+        for entry in self.tensors.values():
+            sizes[entry.dtype] += entry.num_bytes
+        return dict(sizes.most_common())
+
+    def read_bytes(self, entry: TensorEntry) -> bytes:
+        """A small tensor."""
+        data = bytearray(entry.num_bytes)
+        self.read_bytes_into(entry, memoryview(data))
+        return bytes(data)
 
     def read_bytes_into(self, entry: TensorEntry, view: memoryview) -> None:
         """Fill `view` (of entry.num_bytes bytes) with the tensor, through the page cache."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from offmoe.checkpoint.quant_format import QuantFormat
 # The sixteen values of e2m1: 1 sign bit, 2 exponent bits, 1 mantissa bit.
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 ALL_ROWS = slice(None)
+# A block of rows: whole blocks of fp8's scales, and what the caches of a core hold.
+BLOCK_VALUES, BLOCK_ROWS = 1 << 20, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,16 @@ class QuantMatrix:
             return (grouped * scales[:, :, None]).view(num_rows, width).to(dtype)
         return (values * scales.repeat_interleave(self.format.group, 1)[:, :width]).to(dtype)
 
+    def row_blocks(self) -> Iterator[slice]:
+        """Slices of rows whose values are few enough to exist at once: a block is about 4 MiB in float32."""
+        num_rows, width = self.shape
+        step = max(BLOCK_VALUES // width // BLOCK_ROWS * BLOCK_ROWS, BLOCK_ROWS)
+        return (slice(begin, begin + step) for begin in range(0, num_rows, step))
+
     def _scale_values(self, rows: slice) -> torch.Tensor:
         scales = self.scales[rows]
         if self.format.scale_dtype == "U8":
-            return torch.ldexp(torch.ones((), device=scales.device), scales.to(torch.int32) - 127)
+            return torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.to(torch.int32) - 127)
         return scales.float()
 
 

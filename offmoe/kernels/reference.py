@@ -19,8 +19,6 @@ from offmoe.kernels.indices import upload
 VECTOR_ELEMENTS = 128
 # Tokens per float32 block of a weighted sum, so that a long prefill needs no (T * K, D) tensor of that type.
 COMBINE_TOKENS = 256
-# Values of a quantised matrix that exist at once, as float32 and in the model's type.
-DEQUANTISE_VALUES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +130,7 @@ def _project(x: torch.Tensor, parts: tuple[torch.Tensor | QuantMatrix, ...], mat
 
 def _project_quantised(x: torch.Tensor, matrix: QuantMatrix, dtype: torch.dtype) -> list[torch.Tensor]:
     """Products with blocks of the matrix's rows, so that its values never exist all at once."""
-    num_rows, width = matrix.shape
-    step = max(DEQUANTISE_VALUES // width // 128 * 128, 128)
-    return [
-        torch.nn.functional.linear(x, matrix.dequantise(dtype, slice(begin, begin + step)))
-        for begin in range(0, num_rows, step)
-    ]
+    return [torch.nn.functional.linear(x, matrix.dequantise(dtype, rows)) for rows in matrix.row_blocks()]
 
 
 def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:

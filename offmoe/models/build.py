@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.checkpoint.index import CheckpointIndex, read_json
+from offmoe.checkpoint.quant_config import Quantisation, read_quantisation
 from offmoe.formats.dense import TORCH_DTYPES
 from offmoe.models.transformers_internals import experts_modules, served_families
 
@@ -26,8 +27,12 @@ _CONFIG_ERRORS = (
 _WELL_KNOWN = "mixtral, qwen3_moe, deepseek_v3, gpt_oss"
 
 
-def read_model_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
-    """config.json as transformers' class. Raises UnsupportedModelError naming the nearest supported type."""
+def read_model_config(folder: Path, *, trust_remote_code: bool) -> tuple[PreTrainedConfig, Quantisation | None]:
+    """config.json as transformers' class, and how the checkpoint is quantised, which the class is not told.
+
+    So the model is built of plain modules, whatever its weights are stored as. Raises UnsupportedModelError naming the
+    nearest supported type, or the quantisation that is not read.
+    """
     raw = read_json(folder / "config.json")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
@@ -37,19 +42,17 @@ def read_model_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedCon
             f"{model_type!r} brings its own Python code, which offmoe does not run unasked; read it, then use "
             "--trust-remote-code"
         )
-    quantised = raw.get("quantization_config")
-    if isinstance(quantised, dict):
-        raise UnsupportedModelError(
-            f"{folder.name} is quantised ({quantised.get('quant_method', 'unknown method')}), which is not read yet; "
-            "use the bfloat16 version"
-        )
     if model_type not in transformers.CONFIG_MAPPING and "auto_map" not in raw:
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} does not know the architecture {model_type!r}"
             f"{_nearest(model_type)}; a newer transformers may know it"
         )
+    quantisation = read_quantisation(raw)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        for part in {id(part): part for part in (config, config.get_text_config())}.values():
+            part.__dict__.pop("quantization_config", None)
+        return config, quantisation
     except _CONFIG_ERRORS as error:
         raise _bad_config(folder, model_type, error) from None
     except Exception as error:  # the hub's strict dataclass errors share no base with the above

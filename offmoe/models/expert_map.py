@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import PreTrainedModel
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
-from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part, Span
+from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part, QuantPart, Span
 from offmoe.checkpoint.index import CheckpointIndex
+from offmoe.checkpoint.quantised import QuantEntry, StoredTensor, quant_part
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.formats.dense import torch_dtype
 from offmoe.models.transformers_internals import (
     KeyMapping,
+    Piece,
     Target,
     expert_matrix,
     experts_modules,
     refuse_unknown_operations,
+    transpose,
 )
 
 _TOP_K_NAMES = (
@@ -85,7 +90,9 @@ class _LayerBuilder:
         self.spans: list[list[Span]] = []
         self.used_keys: set[str] = set()
 
-    def add(self, param_name: str, param: torch.nn.Parameter, by_param: dict[str, list[str]]) -> tuple[Part, ...]:
+    def add(
+        self, param_name: str, param: torch.nn.Parameter, by_param: dict[str, list[str]]
+    ) -> tuple[Part | QuantPart, ...]:
         """Find the tensors of one parameter; returns the parts of an expert's matrix."""
         where = f"{self._module_name}.{param_name}"
         keys = by_param.get(where, [])
@@ -100,13 +107,15 @@ class _LayerBuilder:
             self._mapping.sources(pattern), self._mapping.operations(pattern)
         )  # fmt: skip
         refuse_unknown_operations(operations, where=where)
-        by_pattern: dict[str, list[TensorEntry]] = {}
+        by_pattern: dict[str, list[StoredTensor]] = {}
         for key in keys:
             by_pattern.setdefault(self._targets[key].pattern or where, []).append(self._index.tensors[key])
         sources = {name: self._source(entries, param, where) for name, entries in by_pattern.items()}
-        shapes = {name: shape for name, (_, shape, _) in sources.items()}
+        shapes = {name: source.shape for name, source in sources.items()}
         expected = (param.shape[1], param.shape[2])
         matrix = expert_matrix(shapes, order, operations, expected, where=where)
+        if self._transposed and not operations and all(_is_mxfp4(source.entry) for source in sources.values()):
+            matrix = transpose(matrix)  # published as (experts, out, in), whatever the module's parameter is
         if matrix.shape != expected:
             raise CheckpointError(
                 f"{where}: config.json says {list(expected)} an expert, the checkpoint holds {list(matrix.shape)}; "
@@ -115,43 +124,87 @@ class _LayerBuilder:
         output_axis = 1 if self._transposed else 0
         if len(matrix.pieces) > 1 and matrix.axis != output_axis:
             raise UnsupportedModelError(f"{where}: parts joined along the input dimension are not read yet")
-        return tuple(
-            Part(
-                source_idx=sources[piece.source][0], offset=piece.offset, shape=piece.shape, strides=piece.strides,
-                dtype=sources[piece.source][2],
-            )
-            for piece in matrix.pieces
-        )  # fmt: skip
+        return tuple(_part(piece, sources[piece.source], output_axis, where) for piece in matrix.pieces)
 
-    def _source(
-        self, entries: list[TensorEntry], param: torch.nn.Parameter, where: str
-    ) -> tuple[int, tuple[int, int], str]:
-        """Register one source: a stacked tensor or one tensor per expert. Returns (its number, 2-D shape, type)."""
+    def _source(self, entries: list[StoredTensor], param: torch.nn.Parameter, where: str) -> _Source:
+        """Register what one pattern found: a stacked tensor or one tensor per expert, and its scales with it."""
         num_experts, first = param.shape[0], entries[0]
-        torch_dtype(first.dtype, where=f"tensor {first.name!r}")
+        kind = _kind(first)
         if len(first.shape) == 3:
             if len(entries) != 1 or first.shape[0] != num_experts:
                 raise CheckpointError(
                     f"{where}: config.json says {num_experts} experts, {first.name!r} holds {first.shape[0]}"
                 )
-            size = first.num_bytes // num_experts
-            spans = [
-                Span(file_idx=first.file_idx, start=first.start + e * size, num_bytes=size) for e in range(num_experts)
-            ]
-            shape = (first.shape[1], first.shape[2])
         else:
             if len(entries) != num_experts:
                 raise CheckpointError(
                     f"{where}: config.json says {num_experts} experts, the checkpoint holds {len(entries)} "
                     f"(first {first.name!r}); a shard is missing or the config is of another model"
                 )
-            odd = [e for e in entries if (e.shape, e.dtype) != (first.shape, first.dtype) or len(e.shape) != 2]
+            odd = [e for e in entries if (e.shape, _kind(e)) != (first.shape, kind) or len(e.shape) != 2]
             if odd:
                 raise CheckpointError(
                     f"{odd[0].name!r} is {odd[0].dtype} {list(odd[0].shape)}, {first.name!r} is {first.dtype} "
                     f"{list(first.shape)}; experts of one layer must be alike"
                 )
-            spans = [Span(file_idx=e.file_idx, start=e.start, num_bytes=e.num_bytes) for e in entries]
-            shape = (first.shape[0], first.shape[1])
-        self.spans.append(spans)
-        return len(self.spans) - 1, shape, first.dtype
+        sources = []
+        for stored in zip(*map(_stored, entries), strict=True):
+            sources.append(len(self.spans))
+            self.spans.append(_spans(list(stored), num_experts))
+        return _Source(first, tuple(sources), (first.shape[-2], first.shape[-1]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One pattern's tensors: the first, the numbers of their sources, and the shape of one expert's matrix."""
+
+    entry: StoredTensor
+    sources: tuple[int, ...]
+    shape: tuple[int, int]
+
+
+def _stored(entry: StoredTensor) -> tuple[TensorEntry, ...]:
+    return entry.stored if isinstance(entry, QuantEntry) else (entry,)
+
+
+def _kind(entry: StoredTensor) -> tuple[object, ...]:
+    """What must be the same in all experts of a layer."""
+    if isinstance(entry, QuantEntry):
+        return (entry.format, *(stored.dtype for stored in entry.stored))
+    torch_dtype(entry.dtype, where=f"tensor {entry.name!r}")
+    return (entry.dtype,)
+
+
+def _is_mxfp4(entry: StoredTensor) -> bool:
+    return isinstance(entry, QuantEntry) and entry.format.kind == "mxfp4"
+
+
+def _spans(entries: list[TensorEntry], num_experts: int) -> list[Span]:
+    """One span an expert: a tensor of its own, or its slice of the only one."""
+    if len(entries) == num_experts and len(entries[0].shape) == 2:
+        return [Span(file_idx=e.file_idx, start=e.start, num_bytes=e.num_bytes) for e in entries]
+    first = entries[0]
+    size = first.num_bytes // num_experts
+    return [Span(file_idx=first.file_idx, start=first.start + e * size, num_bytes=size) for e in range(num_experts)]
+
+
+def _part(piece: Piece, source: _Source, output_axis: int, where: str) -> Part | QuantPart:
+    if not isinstance(source.entry, QuantEntry):
+        return Part(
+            source_idx=source.sources[0], offset=piece.offset, shape=piece.shape, strides=piece.strides,
+            dtype=source.entry.dtype,
+        )  # fmt: skip
+    width = source.shape[1]
+    row_stride, whole_rows = piece.strides[output_axis], piece.shape[1 - output_axis] == width
+    part = None
+    if whole_rows and piece.strides[1 - output_axis] == 1 and not (piece.offset % width or row_stride % width):
+        part = quant_part(
+            source.entry, source.sources, first_row=piece.offset // width, num_rows=piece.shape[output_axis],
+            row_step=row_stride // width,
+        )  # fmt: skip
+    if part is None:
+        raise UnsupportedModelError(
+            f"{where}: {source.entry.name!r} ({source.entry.dtype}) is cut or turned across its scales, which is not "
+            "read yet; use the bfloat16 version"
+        )
+    return part

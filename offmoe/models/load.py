@@ -110,8 +110,8 @@ def load_model(
     with ExitStack() as opened:
         if device is not None:
             opened.callback(device.close)
-        model_config = read_model_config(folder, trust_remote_code=config.trust_remote_code)
-        index = CheckpointIndex.open(folder)
+        model_config, quantisation = read_model_config(folder, trust_remote_code=config.trust_remote_code)
+        index = CheckpointIndex.open(folder, quantisation)
         opened.callback(index.close)
         model = build_on_meta(model_config, index, trust_remote_code=config.trust_remote_code)
         context_length = _context_length(config, model)
@@ -128,7 +128,8 @@ def load_model(
         with explained(device):
             budgets = Budgets(
                 model, experts, config, context_length, slot_bytes=experts.slot_bytes(direct=disk.direct),
-                load_bytes=load_peak_bytes(targets, expert_keys, index), baseline_bytes=baseline_bytes, device=device,
+                load_bytes=load_peak_bytes(targets, expert_keys, index, model.dtype), baseline_bytes=baseline_bytes,
+                device=device,
             )  # fmt: skip
             budgets.refuse_hopeless()
             load_resident(

@@ -9,10 +9,12 @@ from types import EllipsisType
 import torch
 from transformers import PreTrainedModel
 
-from offmoe.base.errors import CheckpointError
+from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.checkpoint.index import CheckpointIndex
+from offmoe.checkpoint.quantised import QuantEntry, StoredTensor
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.formats.dense import TORCH_DTYPES, writable_bytes
+from offmoe.formats.quantised import QuantMatrix
 from offmoe.models.transformers_internals import KeyMapping, ResidentLoader, Target
 
 # Tensors handed to transformers' loader at once: bounds what is read ahead of conversion.
@@ -25,13 +27,31 @@ _DTYPES = TORCH_DTYPES | {
 
 
 class LazyTensor:
-    """A tensor that is read when `lazy[...]` asks for it, as a safetensors slice is."""
+    """A tensor that is read when `lazy[...]` asks for it, as a safetensors slice is; a quantised one as `dtype`."""
 
-    def __init__(self, index: CheckpointIndex, entry: TensorEntry) -> None:
-        self._index, self._entry = index, entry
+    def __init__(self, index: CheckpointIndex, entry: StoredTensor, dtype: torch.dtype) -> None:
+        self._index, self._entry, self._dtype = index, entry, dtype
 
     def __getitem__(self, item: EllipsisType) -> torch.Tensor:
-        entry = self._entry
+        if isinstance(self._entry, QuantEntry):
+            return self._dequantised(self._entry)
+        return self._read(self._entry)
+
+    def _dequantised(self, entry: QuantEntry) -> torch.Tensor:
+        if len(entry.shape) != 2:
+            raise UnsupportedModelError(
+                f"{entry.name!r} is quantised ({entry.dtype}) and has shape {list(entry.shape)}; stacked matrices are "
+                "read for routed experts only"
+            )
+        codes, scales, *zeros = [self._read(stored) for stored in entry.stored]
+        shape = (entry.shape[0], entry.shape[1])
+        matrix = QuantMatrix(entry.format, shape, codes.flatten(1), scales, zeros[0] if zeros else None)
+        values = torch.empty(shape, dtype=self._dtype)
+        for rows in matrix.row_blocks():
+            values[rows] = matrix.dequantise(self._dtype, rows)
+        return values
+
+    def _read(self, entry: TensorEntry) -> torch.Tensor:
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
             raise CheckpointError(f"tensor {entry.name!r} is stored as {entry.dtype}; known: {', '.join(_DTYPES)}")
@@ -63,8 +83,8 @@ def load_resident(
     loader = ResidentLoader(model, mapping, dtype)
     keys = [key for key in targets if key not in expert_keys]
     total, done = sum(index.tensors[key].num_bytes for key in keys), 0
-    for batch in _batches(keys, targets, index):
-        loader.load({key: LazyTensor(index, index.tensors[key]) for key in batch})
+    for batch in _batches(keys, targets, index, dtype):
+        loader.load({key: LazyTensor(index, index.tensors[key], dtype) for key in batch})
         if device is not None:
             _move_parameters(model, device)
         done += sum(index.tensors[key].num_bytes for key in batch)
@@ -85,11 +105,13 @@ def load_resident(
         model.to(device)
 
 
-def load_peak_bytes(targets: dict[str, Target], expert_keys: set[str], index: CheckpointIndex) -> int:
+def load_peak_bytes(
+    targets: dict[str, Target], expert_keys: set[str], index: CheckpointIndex, dtype: torch.dtype
+) -> int:
     """The most that `load_resident` has in RAM at once for a device: a batch, and one parameter's converted copy."""
     keys = [key for key in targets if key not in expert_keys]
-    groups = [sum(index.tensors[key].num_bytes for key in group) for group in _groups(keys, targets)]
-    batches = [sum(index.tensors[key].num_bytes for key in batch) for batch in _batches(keys, targets, index)]
+    groups = [_read_bytes(group, index, dtype) for group in _groups(keys, targets)]
+    batches = [_read_bytes(batch, index, dtype) for batch in _batches(keys, targets, index, dtype)]
     return max(batches, default=0) + max(groups, default=0)
 
 
@@ -100,12 +122,21 @@ def _move_parameters(model: PreTrainedModel, device: torch.device) -> None:
             param.data = param.data.to(device)
 
 
-def _batches(keys: list[str], targets: dict[str, Target], index: CheckpointIndex) -> Iterator[list[str]]:
+def _read_bytes(keys: list[str], index: CheckpointIndex, dtype: torch.dtype) -> int:
+    """What these tensors take in RAM once they are read: quantised ones as they are stored, and as values."""
+    entries = [index.tensors[key] for key in keys]
+    values = sum(math.prod(entry.shape) for entry in entries if isinstance(entry, QuantEntry))
+    return sum(entry.num_bytes for entry in entries) + values * dtype.itemsize
+
+
+def _batches(
+    keys: list[str], targets: dict[str, Target], index: CheckpointIndex, dtype: torch.dtype
+) -> Iterator[list[str]]:
     """Groups of about BATCH_BYTES that never split the parts of one parameter."""
     batch: list[str] = []
     size = 0
     for group in _groups(keys, targets):
-        group_bytes = sum(index.tensors[key].num_bytes for key in group)
+        group_bytes = _read_bytes(group, index, dtype)
         if batch and size + group_bytes > BATCH_BYTES:
             yield batch
             batch, size = [], 0

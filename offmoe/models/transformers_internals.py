@@ -177,7 +177,7 @@ def _apply(operation: object, state: dict[str, Matrix], param_shape: tuple[int, 
         case Transpose(dim0=dim0, dim1=dim1) if {dim0 % 3, dim1 % 3} == {1, 2}:
             if operation.check_dims and all(matrix.shape == param_shape for matrix in state.values()):
                 return state
-            return {source: _transpose(matrix) for source, matrix in state.items()}
+            return {source: transpose(matrix) for source, matrix in state.items()}
         case Interleave(dim=dim, inverse=False) if dim in (1, 2, -1, -2):
             axis = (dim - 1) % 2 if dim > 0 else dim % 2
             return {source: _deinterleave(matrix, axis, where) for source, matrix in state.items()}
@@ -196,7 +196,8 @@ def _concatenate(matrices: list[Matrix], axis: int, where: str) -> Matrix:
     return Matrix(tuple(pieces), axis)
 
 
-def _transpose(matrix: Matrix) -> Matrix:
+def transpose(matrix: Matrix) -> Matrix:
+    """Rows become columns: other strides."""
     pieces = tuple(Piece(p.source, p.offset, p.shape[::-1], p.strides[::-1]) for p in matrix.pieces)
     return Matrix(pieces, 1 - matrix.axis)
 

@@ -7,14 +7,14 @@ every family.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.checkpoint.index import CheckpointIndex, read_json
-from offmoe.checkpoint.tensor_entry import TensorEntry
+from offmoe.checkpoint.quant_config import read_quantisation
+from offmoe.checkpoint.quantised import StoredTensor
 
 _EXPERT_COUNTS = (
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts",
@@ -63,7 +63,7 @@ class Survey:
 def survey(folder: Path) -> Survey:
     """Describe the checkpoint in `folder`. Raises CheckpointError, or UnsupportedModelError for a dense model."""
     config = read_json(folder / "config.json")
-    index = CheckpointIndex.open(folder)
+    index = CheckpointIndex.open(folder, read_quantisation(config))
     index.close()
     counts = _numbers(config, _EXPERT_COUNTS)
     per_expert, stacked = _experts(index.tensors.values(), counts)
@@ -76,9 +76,6 @@ def survey(folder: Path) -> Survey:
     layers = {prefix for prefix, _, _ in per_expert} | {_layer_of(entry.name) for entry, _ in stacked}
     num_experts = max([idx + 1 for _, idx, _ in per_expert] + [count for _, count in stacked])
     expert_total = sum(entry.num_bytes for entry in experts)
-    sizes = Counter[str]()
-    for entry in index.tensors.values():
-        sizes[entry.dtype] += entry.num_bytes
     return Survey(
         model_type=str(config.get("model_type")),
         architecture=_architecture(config),
@@ -91,16 +88,16 @@ def survey(folder: Path) -> Survey:
         resident_bytes=index.num_bytes - expert_total,
         total_bytes=index.num_bytes,
         layout="one tensor per expert" if per_expert else "stacked tensors",
-        formats=dict(sizes.most_common()),
+        formats=index.formats,
         num_files=len(index.files),
-        num_tensors=len(index.tensors),
+        num_tensors=len(index.stored),
         context_length=max(_numbers(config, ("max_position_embeddings",)), default=None),
     )
 
 
 def _experts(
     entries: Any, counts: set[int]
-) -> tuple[list[tuple[str, int, TensorEntry]], list[tuple[TensorEntry, int]]]:
+) -> tuple[list[tuple[str, int, StoredTensor]], list[tuple[StoredTensor, int]]]:
     """(prefix, expert, tensor) of experts with tensors of their own, and (tensor, experts) of stacked ones."""
     per_expert, stacked = [], []
     for entry in entries:
