@@ -1,0 +1,102 @@
+"""Finds the library of CPU kernels, asks what it and this processor have, and opens it.
+
+The library is built with the package (setup.py) where there is a compiler. It is no Python module: every call leaves
+the interpreter free for other threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+from offmoe.base.errors import UsageError
+from offmoe.kernels.cpu.kernels import CpuKernels
+from offmoe.kernels.cpu.structs import ABI_VERSION
+
+LEVELS = ("avx512", "avx2", "portable")
+CHOICES = ("auto", *LEVELS, "off")
+VARIABLE = "OFFMOE_CPU_KERNELS"
+# How long a helper looks for the next call before it sleeps: about what lies between two calls of a layer.
+SPIN_US = 50
+
+
+def load_cpu_kernels(level: str = "auto", threads: int | None = None) -> tuple[CpuKernels | None, str]:
+    """The kernels and a note for the user: why there are none, or what was changed; "" where there is nothing to say.
+
+    `level`: "auto" takes what the environment variable OFFMOE_CPU_KERNELS says, else the best that this processor has.
+    `threads`: the caller's included; by default as many as torch has; no more than cores. Raises UsageError for an
+    unknown level and for one that is asked for and cannot be had.
+    """
+    if level == "auto":
+        level = os.environ.get(VARIABLE, "auto")
+    if level not in CHOICES:
+        raise UsageError(f"CPU kernels {level!r} are not known; {VARIABLE} is one of {', '.join(CHOICES)}")
+    if level == "off":
+        return None, "switched off"
+    try:
+        library = _library()
+    except OSError as error:
+        if level != "auto":
+            raise UsageError(f"CPU kernels {level!r} cannot be had: {error}") from error
+        return None, str(error)
+    idx = _level_idx(library, level)
+    wanted, cores = threads or torch.get_num_threads(), _num_cores()
+    note = f"{wanted} threads were asked for, this process may use {cores} cores" if wanted > cores else ""
+    return CpuKernels(library, _levels(library)[idx][0], idx, min(wanted, cores), SPIN_US), note
+
+
+def usable_levels() -> list[str]:
+    """Levels that were built and that this processor has, best first; none without the library."""
+    try:
+        library = _library()
+    except OSError:
+        return []
+    return [name for name, usable in _levels(library) if usable]
+
+
+def _levels(library: ctypes.CDLL) -> list[tuple[str, bool]]:
+    """(name, whether this processor has it), best first."""
+    levels: list[tuple[str, bool]] = []
+    usable = ctypes.c_int32()
+    while (name := library.offmoe_level(len(levels), ctypes.byref(usable))) is not None:
+        levels.append((name.decode(), bool(usable.value)))
+    return levels
+
+
+def _level_idx(library: ctypes.CDLL, level: str) -> int:
+    levels = _levels(library)
+    for idx, (name, usable) in enumerate(levels):
+        if usable and level in ("auto", name):
+            return idx
+    missing = "this processor does not have it" if level in dict(levels) else "it was not built"
+    usable_names = ", ".join(name for name, usable in levels if usable)
+    raise UsageError(f"CPU kernels {level!r}: {missing}; set {VARIABLE} to auto or one of: {usable_names}")
+
+
+def _library() -> ctypes.CDLL:
+    """Raises OSError where it was not built, cannot be loaded, or is of another version."""
+    folder = Path(__file__).parent
+    paths = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_kernels{suffix}").exists()]
+    if not paths:
+        raise OSError("the CPU kernels were not built; install offmoe with a C++ compiler to have them")
+    library = ctypes.CDLL(str(paths[0]))
+    library.offmoe_level.restype = ctypes.c_char_p
+    library.offmoe_level.argtypes = (ctypes.c_int32, ctypes.POINTER(ctypes.c_int32))
+    library.offmoe_open.restype = ctypes.c_void_p
+    library.offmoe_open.argtypes = (ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
+    library.offmoe_close.restype = None
+    library.offmoe_close.argtypes = (ctypes.c_void_p,)
+    for call in (library.offmoe_experts, library.offmoe_linear):
+        call.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    version = library.offmoe_abi_version()
+    if version != ABI_VERSION:
+        raise OSError(f"the CPU kernels are of version {version}, offmoe needs {ABI_VERSION}; install offmoe again")
+    return library
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

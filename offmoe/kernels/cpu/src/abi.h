@@ -1,0 +1,72 @@
+// What Python and the library pass each other. Every struct is mirrored in ../structs.py; strides are in bytes.
+#pragma once
+#include <cstdint>
+
+namespace offmoe {
+
+enum Type : int32_t { F32 = 0, BF16 = 1, F16 = 2, E8M0 = 3 };
+enum Kind : int32_t { DENSE_F32 = 0, DENSE_BF16 = 1, DENSE_F16 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, FP8 = 6 };
+enum Curve : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4, RELU_SQUARED = 5 };
+
+// N rows (outputs) of K columns (inputs). A quantised weight is (code - zero) * scale; `zero` without `zeros`.
+struct Matrix {
+    const uint8_t* codes;
+    const uint8_t* scales;
+    const uint8_t* zeros;
+    int64_t rows, columns;
+    int64_t row_bytes;
+    int64_t scale_row_bytes;
+    int64_t zero_row_bytes;
+    int32_t kind;
+    int32_t scale_type;
+    int32_t group;       // columns that share a scale
+    int32_t group_rows;  // rows that share a scale
+    int32_t zero;
+    int32_t code_signed;   // INT8: bytes are signed
+    int32_t zeros_packed;  // zeros lie in 32-bit words along the rows; otherwise they are bytes like the codes
+    int32_t transposed;    // dense: stored as (K, N), row_bytes between neighbouring columns
+};
+
+struct Activation {
+    int32_t curve, gated, interleaved;
+    float alpha, gate_limit, up_limit, offset;  // a limit that is not there is infinite
+};
+
+// `up` parts join to (2F, D) or (F, D), `down` parts to (D, F). Biases are of the layer's type, or null.
+struct Expert {
+    const Matrix* up;
+    const Matrix* down;
+    const void* up_bias;
+    const void* down_bias;
+    int32_t num_up, num_down;
+};
+
+// Rows of one layer: expert e computes rows begin[e] to begin[e + 1]; row r reads x[token[r]], writes y[choice[r]].
+struct Call {
+    const Activation* activation;
+    const Expert* const* experts;
+    const int32_t* begin;
+    const int32_t* token;
+    const int32_t* choice;
+    const void* x;
+    void* y;
+    const void* weights;  // (T, K) contiguous, with `total`; or null
+    void* total;          // (T, D): the weighted sum of a token's K rows of y
+    int64_t x_row_bytes, y_row_bytes, total_row_bytes;
+    int32_t num_experts, num_tokens, top_k;
+    int32_t type;  // of the arithmetic, y and biases
+    int32_t x_type, weights_type, total_type;
+    int32_t width, hidden;  // D, F
+};
+
+// y[t] = x[t] @ matrix.T + bias, in `type`; the bias, of that type or null, is added before the rounding.
+struct Linear {
+    const Matrix* matrix;
+    const void* bias;
+    const void* x;
+    void* y;
+    int64_t x_row_bytes, y_row_bytes;
+    int32_t num_x, type, x_type;
+};
+
+}  // namespace offmoe

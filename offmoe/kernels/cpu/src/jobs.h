@@ -1,0 +1,36 @@
+// What the threads do: a layer's experts, or one linear.
+#pragma once
+#include <vector>
+
+#include "level.h"
+#include "pool.h"
+
+namespace offmoe {
+
+// Memory that is aligned to a cache line and kept from call to call.
+class Scratch {
+public:
+    ~Scratch();
+    uint8_t* reserve(int64_t num_bytes);  // null where there is no memory
+
+private:
+    uint8_t* address_ = nullptr;
+    int64_t size_ = 0;
+};
+
+// What one pool's jobs keep between calls. Used by one job at a time.
+struct Workspace {
+    Scratch inputs, hidden, hidden_inputs, outputs;
+    std::vector<const void*> rows, hidden_rows;
+    std::vector<int64_t> first_task[2];  // of every expert, and the end
+};
+
+void read_row(int32_t type, const void* from, int64_t count, float* to);
+void round_row(int32_t type, float* values, int64_t count);
+void write_row(int32_t type, const float* from, int64_t count, void* to);
+
+// Both return 0, or 1 where there was no memory.
+int32_t run_experts(Pool& pool, const Level& level, Workspace& space, const Call& call);
+int32_t run_linear(Pool& pool, const Level& level, Workspace& space, const Linear& call);
+
+}  // namespace offmoe

@@ -1,0 +1,26 @@
+// One instruction set's arithmetic. A row of x is prepared once (converted, padded, put in the order in which the
+// weights are unpacked) and then multiplied with many rows of weights.
+#pragma once
+#include "abi.h"
+
+namespace offmoe {
+
+// Outputs of one row of weights are added up in the same order whatever T, so no result depends on its neighbours.
+struct Level {
+    const char* name;
+    // Bytes of a prepared row, a multiple of 64.
+    int64_t (*prepared_bytes)(const Matrix& matrix, int32_t type);
+    // `x`: as many floats as the matrix has columns, each a value of `type`.
+    void (*prepare)(const Matrix& matrix, int32_t type, const float* x, void* prepared);
+    // out[t * out_stride + n - begin] = dot(row n, x[t]) for n in [begin, end), not rounded.
+    void (*multiply)(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, const void* const* x,
+                     int32_t num_x, float* out, int64_t out_stride);
+    // out[i] = f(gate[i]) * (up[i] + offset), or f(up[i]); every step rounded to `type` where torch rounds it.
+    void (*activate)(const Activation& activation, int32_t type, const float* gate, const float* up, int64_t count,
+                     float* out);
+};
+
+// The last two where setup.py could compile them.
+extern const Level kPortable, kAvx2, kAvx512;
+
+}  // namespace offmoe

@@ -1,0 +1,79 @@
+// The library's face: what Python calls. One handle is one set of threads and one instruction set.
+#include <cstring>
+#include <mutex>
+#include <new>
+
+#include "jobs.h"
+#include "pool.h"
+
+namespace {
+
+struct Kernels {
+    Kernels(const offmoe::Level& level, int32_t num_threads, int32_t spin_us) : level(level), pool(num_threads, spin_us) {}
+
+    const offmoe::Level& level;
+    offmoe::Pool pool;
+    offmoe::Workspace space;
+};
+
+const offmoe::Level* const kLevels[] = {  // best first
+#ifdef OFFMOE_HAS_AVX512
+    &offmoe::kAvx512,
+#endif
+#ifdef OFFMOE_HAS_AVX2
+    &offmoe::kAvx2,
+#endif
+    &offmoe::kPortable,
+};
+
+bool has_instructions(const char* level) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (std::strcmp(level, "avx512") == 0)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+               __builtin_cpu_supports("avx512bf16");
+    if (std::strcmp(level, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return std::strcmp(level, "portable") == 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Changes with abi.h.
+int32_t offmoe_abi_version() { return 1; }
+
+// The idx-th best level that was compiled, or null; `usable`: this processor has it.
+const char* offmoe_level(int32_t idx, int32_t* usable) {
+    const int32_t count = static_cast<int32_t>(sizeof kLevels / sizeof *kLevels);
+    if (idx < 0 || idx >= count) return nullptr;
+    *usable = has_instructions(kLevels[idx]->name) ? 1 : 0;
+    return kLevels[idx]->name;
+}
+
+void* offmoe_open(int32_t level_idx, int32_t num_threads, int32_t spin_us) {
+    return new (std::nothrow) Kernels(*kLevels[level_idx], num_threads, spin_us);
+}
+
+// Ends the threads. A forked child leaves its parent's state alone.
+void offmoe_close(void* handle) {
+    Kernels* kernels = static_cast<Kernels*>(handle);
+    kernels->pool.stop();
+    delete kernels;
+}
+
+int32_t offmoe_experts(void* handle, const offmoe::Call* call) {
+    Kernels& kernels = *static_cast<Kernels*>(handle);
+    std::lock_guard<std::mutex> lock(kernels.pool.calls());
+    return offmoe::run_experts(kernels.pool, kernels.level, kernels.space, *call);
+}
+
+int32_t offmoe_linear(void* handle, const offmoe::Linear* call) {
+    Kernels& kernels = *static_cast<Kernels*>(handle);
+    std::lock_guard<std::mutex> lock(kernels.pool.calls());
+    return offmoe::run_linear(kernels.pool, kernels.level, kernels.space, *call);
+}
+
+}  // extern "C"

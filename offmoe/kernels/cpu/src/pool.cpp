@@ -1,0 +1,138 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <chrono>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace offmoe {
+
+// Never freed while a helper lives; after a fork the child leaves it to its parent's threads and makes another.
+struct Pool::State {
+    std::mutex calls;
+    std::mutex mutex;  // guards job, active, stopping, alive
+    std::condition_variable wake;
+    Job* job = nullptr;
+    int32_t active = 0, alive = 0;
+    bool stopping = false;
+    std::atomic<uint64_t> generation{0};
+    std::atomic<int64_t> next[kMaxPhases], done[kMaxPhases];
+    std::atomic<int32_t> helping{0};
+};
+
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+// Spin for a moment, then let others run: whoever we wait for may need this core.
+template <class Ready>
+void wait_until(Ready ready) {
+    for (int32_t turn = 0; !ready(); ++turn) {
+        if (turn < 4000) pause();
+        else std::this_thread::yield();
+    }
+}
+
+}  // namespace
+
+Pool::Pool(int32_t num_threads, int32_t spin_us) : num_threads_(num_threads < 1 ? 1 : num_threads), spin_us_(spin_us) {
+    start();
+}
+
+std::mutex& Pool::calls() {
+    if (process_ != getpid()) start();
+    return state_->calls;
+}
+
+void Pool::start() {
+    process_ = getpid();
+    state_ = new State;
+    sigset_t all, before;  // signals are for Python's threads
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (int32_t worker = 1; worker < num_threads_; ++worker) {
+        try {
+            std::thread(help, state_, worker, spin_us_).detach();
+            ++state_->alive;
+        } catch (const std::exception&) {
+            break;  // no more threads to be had: those there are do the work
+        }
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+void Pool::run(Job& job) {
+    State& state = *state_;
+    for (int32_t phase = 0; phase < kMaxPhases; ++phase) {
+        state.next[phase].store(0, std::memory_order_relaxed);
+        state.done[phase].store(0, std::memory_order_relaxed);
+    }
+    {
+        std::lock_guard<std::mutex> lock(state.mutex);
+        state.job = &job;
+        state.generation.fetch_add(1, std::memory_order_release);
+    }
+    state.wake.notify_all();
+    work(state, job, 0);
+    {
+        std::lock_guard<std::mutex> lock(state.mutex);
+        state.job = nullptr;
+    }
+    wait_until([&] { return state.helping.load(std::memory_order_acquire) == 0; });
+}
+
+void Pool::work(State& state, Job& job, int32_t worker) {
+    for (int32_t phase = 0; phase < job.num_phases(); ++phase) {
+        const int64_t num_tasks = job.num_tasks(phase);
+        for (;;) {
+            const int64_t task = state.next[phase].fetch_add(1, std::memory_order_relaxed);
+            if (task >= num_tasks) break;
+            job.run(phase, task, worker);
+            state.done[phase].fetch_add(1, std::memory_order_release);
+        }
+        wait_until([&] { return state.done[phase].load(std::memory_order_acquire) >= num_tasks; });
+    }
+}
+
+void Pool::help(State* state, int32_t worker, int32_t spin_us) {
+    uint64_t seen = 0;
+    for (;;) {
+        Job* job;
+        const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_us);
+        while (state->generation.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
+            for (int32_t turn = 0; turn < 16; ++turn) pause();
+        {
+            std::unique_lock<std::mutex> lock(state->mutex);
+            state->wake.wait(lock, [&] { return state->stopping || state->generation.load() != seen; });
+            if (state->stopping) {
+                if (--state->alive == 0) state->wake.notify_all();
+                return;
+            }
+            seen = state->generation.load();
+            job = state->job;
+            if (job == nullptr) continue;  // done without us
+            state->helping.fetch_add(1, std::memory_order_relaxed);
+        }
+        work(*state, *job, worker);
+        state->helping.fetch_sub(1, std::memory_order_release);
+    }
+}
+
+void Pool::stop() {
+    if (process_ != getpid()) return;
+    std::lock_guard<std::mutex> one_call(state_->calls);
+    std::unique_lock<std::mutex> lock(state_->mutex);
+    state_->stopping = true;
+    state_->wake.notify_all();
+    state_->wake.wait(lock, [&] { return state_->alive == 0; });
+}
+
+}  // namespace offmoe

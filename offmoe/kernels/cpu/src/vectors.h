@@ -1,0 +1,117 @@
+// Sixteen numbers at once in the compiler's own vector types: SSE2, AVX2, AVX-512 or NEON, whatever the file is
+// compiled for. Everything here is in an unnamed namespace: each instruction set has its own copy.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "abi.h"
+
+namespace offmoe {
+namespace {
+
+constexpr int64_t kLanes = 16;
+
+typedef float F32x16 __attribute__((vector_size(64)));
+typedef int32_t I32x16 __attribute__((vector_size(64)));
+typedef uint32_t U32x16 __attribute__((vector_size(64)));
+typedef uint16_t U16x16 __attribute__((vector_size(32)));
+typedef uint8_t U8x16 __attribute__((vector_size(16)));
+typedef int8_t I8x16 __attribute__((vector_size(16)));
+
+template <class To, class From>
+inline To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "sizes differ");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+template <class V>
+inline V load(const void* address) {
+    V value;
+    std::memcpy(&value, address, sizeof value);
+    return value;
+}
+
+inline F32x16 splat(float value) { return value - F32x16{}; }
+
+inline F32x16 choose(I32x16 mask, F32x16 yes, F32x16 no) {
+    return bits<F32x16>((mask & bits<I32x16>(yes)) | (~mask & bits<I32x16>(no)));
+}
+
+inline F32x16 from_bf16(U16x16 half) { return bits<F32x16>(__builtin_convertvector(half, U32x16) << 16); }
+
+inline F32x16 from_f16(U16x16 half) {
+    const U32x16 wide = __builtin_convertvector(half, U32x16);
+    const U32x16 magnitude = wide & 0x7fffu;
+    const F32x16 small = __builtin_convertvector(bits<I32x16>(magnitude), F32x16) * 0x1p-24f;
+    const U32x16 normal = (magnitude << 13) + (112u << 23);
+    const U32x16 special = (magnitude << 13) | 0x7f800000u;
+    const I32x16 is_small = magnitude < 0x0400u, is_special = magnitude >= 0x7c00u;
+    const F32x16 value = choose(is_special, bits<F32x16>(special), choose(is_small, small, bits<F32x16>(normal)));
+    return bits<F32x16>(bits<U32x16>(value) | ((wide & 0x8000u) << 16));
+}
+
+// The finite numbers of e4m3 and its NaN.
+inline F32x16 from_fp8(U8x16 code) {
+    const U32x16 wide = __builtin_convertvector(code, U32x16);
+    const U32x16 magnitude = wide & 0x7fu;
+    const F32x16 small = __builtin_convertvector(bits<I32x16>(magnitude), F32x16) * 0x1p-9f;
+    const F32x16 normal = bits<F32x16>((magnitude << 20) + (120u << 23));
+    const I32x16 is_small = magnitude < 8u, is_nan = magnitude == 0x7fu;
+    const F32x16 value = choose(is_nan, splat(NAN), choose(is_small, small, normal));
+    return bits<F32x16>(bits<U32x16>(value) | ((wide & 0x80u) << 24));
+}
+
+// Rounded to bfloat16, to nearest even, as a float.
+inline F32x16 round_bf16(F32x16 x) {
+    const U32x16 u = bits<U32x16>(x);
+    const U32x16 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
+    return choose(x != x, x, bits<F32x16>(rounded));
+}
+
+// Rounded to float16, to nearest even, as a float; beyond 65504 infinite.
+inline F32x16 round_f16(F32x16 x) {
+    const U32x16 u = bits<U32x16>(x), sign = u & 0x80000000u, magnitude = u & 0x7fffffffu;
+    const U32x16 rounded = (magnitude + 0x0fffu + ((magnitude >> 13) & 1u)) & 0xffffe000u;
+    const F32x16 large = choose(rounded >= (143u << 23), splat(INFINITY), bits<F32x16>(rounded));
+    const F32x16 small = (bits<F32x16>(magnitude) + 0.5f) - 0.5f;  // a float's last bit at 0.5 is 2^-24
+    const F32x16 value = choose(magnitude < (113u << 23), small, large);
+    return choose(x != x, x, bits<F32x16>(bits<U32x16>(value) | sign));
+}
+
+inline F32x16 round_to(int32_t type, F32x16 x) { return type == BF16 ? round_bf16(x) : type == F16 ? round_f16(x) : x; }
+
+// The lanes in one fixed order.
+inline float sum(F32x16 x) {
+    float lanes[kLanes];
+    std::memcpy(lanes, &x, sizeof lanes);
+    for (int width = 8; width > 0; width /= 2)
+        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    return lanes[0];
+}
+
+inline F32x16 minimum(F32x16 a, F32x16 b) { return choose((a < b) | (a != a), a, b); }
+inline F32x16 maximum(F32x16 a, F32x16 b) { return choose((a > b) | (a != a), a, b); }
+
+// e^x within two units of the last place (Cephes' polynomial).
+inline F32x16 exponential(F32x16 x) {
+    const F32x16 bounded = maximum(minimum(x, splat(88.37626f)), splat(-87.33654f));
+    const F32x16 shifted = bounded * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+    const F32x16 power = shifted - 12582912.0f;
+    const F32x16 rest = (bounded - power * 0.693359375f) - power * -2.12194440e-4f;
+    F32x16 value = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    value = value * rest + 8.3334519073e-3f;
+    value = value * rest + 4.1665795894e-2f;
+    value = value * rest + 1.6666665459e-1f;
+    value = value * rest + 5.0000001201e-1f;
+    value = value * rest * rest + rest + 1.0f;
+    const I32x16 exponent = __builtin_convertvector(power, I32x16);
+    const F32x16 scaled = bits<F32x16>(bits<I32x16>(value) + (exponent << 23));
+    const F32x16 limited = choose(x > 88.37626f, splat(INFINITY), choose(x < -87.33654f, splat(0.0f), scaled));
+    return choose(x != x, x, limited);
+}
+
+}  // namespace
+}  // namespace offmoe

@@ -1,0 +1,68 @@
+"""The structs of `src/abi.h`, field by field, and the numbers of its enums."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+
+import torch
+
+ABI_VERSION = 1
+TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCALE_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
+DENSE_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+QUANT_KINDS = {"int8": 3, "int4": 4, "mxfp4": 5, "fp8": 6}
+CURVES = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu_squared": 5}
+
+
+class Matrix(ctypes.Structure):
+    """N rows of K columns; strides in bytes."""
+
+    _fields_ = (
+        ("codes", c_void_p), ("scales", c_void_p), ("zeros", c_void_p),
+        ("rows", c_int64), ("columns", c_int64),
+        ("row_bytes", c_int64), ("scale_row_bytes", c_int64), ("zero_row_bytes", c_int64),
+        ("kind", c_int32), ("scale_type", c_int32), ("group", c_int32), ("group_rows", c_int32),
+        ("zero", c_int32), ("code_signed", c_int32), ("zeros_packed", c_int32), ("transposed", c_int32),
+    )  # fmt: skip
+
+
+class Activation(ctypes.Structure):
+    """f(gate) * (up + offset), or f(up)."""
+
+    _fields_ = (
+        ("curve", c_int32), ("gated", c_int32), ("interleaved", c_int32),
+        ("alpha", c_float), ("gate_limit", c_float), ("up_limit", c_float), ("offset", c_float),
+    )  # fmt: skip
+
+
+class Expert(ctypes.Structure):
+    """Two matrices in parts, and their biases."""
+
+    _fields_ = (
+        ("up", POINTER(Matrix)), ("down", POINTER(Matrix)), ("up_bias", c_void_p), ("down_bias", c_void_p),
+        ("num_up", c_int32), ("num_down", c_int32),
+    )  # fmt: skip
+
+
+class Call(ctypes.Structure):
+    """Rows of several experts of one layer."""
+
+    _fields_ = (
+        ("activation", c_void_p), ("experts", c_void_p), ("begin", c_void_p), ("token", c_void_p),
+        ("choice", c_void_p), ("x", c_void_p), ("y", c_void_p), ("weights", c_void_p), ("total", c_void_p),
+        ("x_row_bytes", c_int64), ("y_row_bytes", c_int64), ("total_row_bytes", c_int64),
+        ("num_experts", c_int32), ("num_tokens", c_int32), ("top_k", c_int32), ("type", c_int32),
+        ("x_type", c_int32), ("weights_type", c_int32), ("total_type", c_int32), ("width", c_int32),
+        ("hidden", c_int32),
+    )  # fmt: skip
+
+
+class Linear(ctypes.Structure):
+    """One matrix and a few rows."""
+
+    _fields_ = (
+        ("matrix", c_void_p), ("bias", c_void_p), ("x", c_void_p), ("y", c_void_p),
+        ("x_row_bytes", c_int64), ("y_row_bytes", c_int64),
+        ("num_x", c_int32), ("type", c_int32), ("x_type", c_int32),
+    )  # fmt: skip

@@ -1,0 +1,59 @@
+"""The one part of the build that pyproject.toml cannot say: the library of CPU kernels, a file an instruction set.
+
+It is optional. Without a compiler, or where the compiler knows no AVX-512, offmoe is installed without it (or without
+that level) and computes with torch; `offmoe plan` and the kernels' loader say so.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("offmoe/kernels/cpu/src")
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-Wno-psabi", "-fno-math-errno", "-pthread"]
+LEVELS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512bf16", "-mfma"],
+}
+
+
+class BuildKernels(build_ext):
+    """Compiles each level with its own flags; a level that does not compile is left out."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """A shared library under the extension's file name; it is loaded with ctypes and is no Python module."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        temporary = Path(self.build_temp)
+        levels, objects = [], []
+        if platform.machine() in ("x86_64", "AMD64"):
+            for level, flags in LEVELS.items():
+                try:
+                    objects += self._compile([f"level_{level}.cpp"], flags)
+                    levels.append(f"-DOFFMOE_HAS_{level.upper()}")
+                except Exception as error:  # noqa: BLE001  # whatever this compiler raises
+                    self.warn(f"CPU kernels are built without {level}: {error}")
+        objects += self._compile(["level_portable.cpp", "pool.cpp", "values.cpp", "experts.cpp", "library.cpp"], levels)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(objects, str(target), target_lang="c++", extra_postargs=["-pthread"])
+
+    def _compile(self, names: list[str], flags: list[str]) -> list[str]:
+        sources = [str(SOURCES / name) for name in names]
+        return self.compiler.compile(sources, output_dir=self.build_temp, extra_postargs=[*FLAGS, *flags])
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "offmoe.kernels.cpu._kernels",
+            sources=[str(path) for path in sorted(SOURCES.glob("*.cpp"))],
+            depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)
