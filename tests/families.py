@@ -1081,12 +1081,17 @@ def model_class(name: str) -> type[PreTrainedModel]:
     return model_type
 
 
-def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build(
+    name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, overrides: dict[str, object] | None = None
+) -> PreTrainedModel:
     """The family's tiny model in eval mode, eager attention and experts; same seed, same weights.
 
-    Weights are drawn in float32 and then rounded to `dtype`, so models of two dtypes differ by rounding only.
+    `overrides` change attributes of the config. Weights are drawn in float32 and then rounded to `dtype`, so models of
+    two dtypes differ by rounding only.
     """
     config = make_config(name)
+    for key, value in (overrides or {}).items():
+        setattr(config, key, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(name)._from_config(

@@ -148,6 +148,11 @@ def load_model(
                 model, experts, disk, pool, plan, config, counters, device=device, device_pool=device_pool,
                 progress=lambda done, total: progress("experts to the device", done, total),
             )  # fmt: skip
+        if quantisation is not None and quantisation.quantises_activations:
+            serving.notes.append(
+                f"the checkpoint asks for quantised activations ({quantisation.method}); offmoe reads its weights as "
+                f"they are and computes in {str(model.dtype).removeprefix('torch.')}"
+            )
         _attach_all(model, serving.executor)
         opened.pop_all()
     return LoadedModel(

@@ -1,0 +1,93 @@
+"""Quantised checkpoints, as the libraries of their formats write them: the logits and ids of the dequantised model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quant_makers import (
+    IntScheme,
+    decompressed_model,
+    dequantised_model,
+    save_fp8,
+    save_integers,
+    save_mxfp4,
+)
+from transformers import PreTrainedModel
+
+import offmoe
+from offmoe.checkpoint.expert_index import QuantPart
+from offmoe.planner.survey import survey
+from offmoe.tiers.device import SimulatedDevice
+
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+needs_compressed_tensors = pytest.mark.skipif(sys.version_info < (3, 11), reason="compressed-tensors needs Python 3.11")
+NUM_PROMPT, NUM_NEW = 12, 24
+INT4 = IntScheme(bits=4, group=16)
+INTEGERS: dict[str, tuple[str, IntScheme]] = {
+    "int4": ("qwen3_moe", INT4),
+    "int4 asymmetric": ("qwen3_moe", IntScheme(bits=4, group=32, symmetric=False)),
+    "int4 channel": ("mixtral", IntScheme(bits=4, group=None)),
+    "int4, others int8": ("qwen3_moe", IntScheme(bits=4, group=32, dense_bits=8)),
+    "int8, others int4": ("deepseek_v3", IntScheme(bits=8, group=16, dense_bits=4, symmetric=False)),
+    "int8 packed": ("qwen3_moe", IntScheme(bits=8, group=16)),
+    "int8 packed asymmetric": ("qwen3_moe", IntScheme(bits=8, group=16, symmetric=False)),
+    "int8 channel": ("qwen3_moe", IntScheme(bits=8, group=None, storage="int-quantized", activations=True)),
+    "int8 plain": ("deepseek_v3", IntScheme(bits=8, group=32, storage="naive-quantized", symmetric=False)),
+}
+SERVING: dict[str, Callable[[], dict[str, Any]]] = {
+    "ram": dict,
+    "ahead": lambda: {"prefetch": 1},
+    "device": lambda: {"miss": "stream", "_device": SimulatedDevice(1e9)},
+    "beside a device": lambda: {"miss": "cpu", "_device": SimulatedDevice(1e9)},
+}
+
+
+def _equals(folder: Path, expected: PreTrainedModel, **options: Any) -> None:
+    ids = torch.randint(3, 100, (2, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = expected(input_ids=ids).logits
+    wanted_ids = expected.generate(ids[:1], max_new_tokens=NUM_NEW, do_sample=False)[0, NUM_PROMPT:].tolist()
+    with offmoe.load(folder, ram="4GiB", experts=4, **options) as engine:
+        with torch.no_grad():
+            got = engine.model(input_ids=ids).logits
+        assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
+        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        assert list(reply.token_ids) == wanted_ids
+        experts = engine._parts.experts
+        assert all(isinstance(part, QuantPart) for layer in experts.layers for part in (*layer.up, *layer.down))
+        assert engine.stats()["misses"] > 0
+        assert survey(folder).experts_total_bytes == experts.num_bytes
+
+
+@needs_compressed_tensors
+@pytest.mark.parametrize("case", INTEGERS)
+def test_integers_equal_what_compressed_tensors_unpacks(case: str, tmp_path: Path) -> None:
+    name, scheme = INTEGERS[case]
+    save_integers(tmp_path, name, scheme)
+    serving = list(SERVING.values())[len(case) % len(SERVING)]
+    _equals(tmp_path, decompressed_model(tmp_path, scheme), **serving())
+
+
+@needs_compressed_tensors
+@pytest.mark.parametrize("how", SERVING)
+def test_packed_experts_equal_transformers(how: str, tmp_path: Path) -> None:
+    save_integers(tmp_path, "qwen3_moe", INT4)
+    _equals(tmp_path, dequantised_model(tmp_path), **SERVING[how]())
+
+
+@pytest.mark.parametrize("how", SERVING)
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe"])
+def test_fp8_equals_transformers(name: str, how: str, tmp_path: Path) -> None:
+    save_fp8(tmp_path, name)
+    _equals(tmp_path, dequantised_model(tmp_path), **SERVING[how]())
+
+
+@pytest.mark.parametrize("how", SERVING)
+def test_mxfp4_equals_transformers(how: str, tmp_path: Path) -> None:
+    save_mxfp4(tmp_path)
+    _equals(tmp_path, dequantised_model(tmp_path), **SERVING[how]())
