@@ -32,7 +32,8 @@ class SlotCase:
     def rows(self, num_tokens: int, top_k: int, *, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x_TD, expert_ids_TK, weights_TK), ids distinct within a token."""
         generator = torch.Generator().manual_seed(seed)
-        width_D = self.layer.down[0].shape[1 if self.layer.transposed else 0]
+        down = self.layer.down[0]
+        width_D = down.shape[1 if self.layer.transposed and isinstance(down, Part) else 0]
         x_TD = torch.randn(num_tokens, width_D, generator=generator).to(self.math.dtype)
         scores = torch.rand(num_tokens, self.layer.num_experts, generator=generator)
         weights_TK, ids_TK = scores.topk(top_k)

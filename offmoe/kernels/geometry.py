@@ -13,6 +13,7 @@ from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart
 from offmoe.formats.dense import torch_dtype
 from offmoe.formats.layout import LayerLayout
 from offmoe.kernels.activations import Activation
+from offmoe.kernels.codes import SPAN_WORDS, Codes, codes_of, first_word
 
 HALVES, TURNS = 1, 2
 # Rows of a tile: 16 is the least that tensor cores take.
@@ -24,7 +25,10 @@ TILES_TOGETHER = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """One launch's weights, in elements: see triton_experts. `num_out` counts the outputs after pairing."""
+    """One launch's weights, in elements: see triton_experts. `num_out` counts the outputs after pairing.
+
+    With `codes` the elements are words of 32 bits, and `in_stride` is 1.
+    """
 
     num_in: int
     num_out: int
@@ -35,6 +39,7 @@ class Matrix:
     pair_stride: int = 0
     out_begin: int = 0
     out_width: int = 0
+    codes: Codes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +48,7 @@ class Tiling:
 
     4096 in 4 warps: 32 a thread, 4 loads of 16 bytes in flight; some 1500 programs for 8 rows of 2 x 768 x 2048. Where
     outputs lie contiguous, a block of `column_outputs` is whole sectors of memory and still leaves enough programs.
+    Words of codes: as many bytes a thread, in fewer threads, since four rows in a lane share the inputs it converts.
     """
 
     row_elements: int = 4096
@@ -52,16 +58,29 @@ class Tiling:
     sum_inputs: int = 256
     sum_warps: int = 8
     column_outputs: int = 32
+    row_words: int = 1024
+    row_words_in: int = 64
+    row_words_warps: int = 2
+    sum_words: int = 2048
+    sum_words_in: int = 32
+    sum_words_warps: int = 4
     stages: int = 1
     shared_bytes: int = 48 * 1024
 
     def row_blocks(self, matrix: Matrix) -> dict[str, int]:
         """Blocks of a program that computes one row."""
+        if matrix.codes is not None:
+            words = self.row_words // (2 if matrix.pairs else 1)
+            blocks = _word_blocks(matrix, matrix.codes, words, self.row_words_in)
+            return {**blocks, **self._row_options(self.row_words_warps)}
         elements = self.row_elements // (2 if matrix.pairs else 1)
         return {**_blocks(matrix, elements, self.row_inputs, self.column_outputs), **self._row_options(self.row_warps)}
 
     def sum_blocks(self, matrix: Matrix, block_k: int) -> dict[str, int]:
         """Blocks of a program that computes a token's `block_k` rows."""
+        if matrix.codes is not None:
+            blocks = _word_blocks(matrix, matrix.codes, self.sum_words // block_k, self.sum_words_in)
+            return {**blocks, **self._row_options(self.sum_words_warps)}
         elements = self.sum_elements // block_k
         blocks = _blocks(matrix, elements, self.sum_inputs, self.column_outputs // 2)
         return {**blocks, **self._row_options(self.sum_warps)}
@@ -73,13 +92,16 @@ class Tiling:
         """Blocks, warps and stages of a tile, as many stages as the shared memory holds."""
         outputs = 64 if block_rows == TILE_ROWS[0] else 128
         block_in = max(16, 128 // itemsize)
-        stage_bytes = (block_rows + outputs) * block_in * itemsize
+        stage_bytes, free_bytes = (block_rows + outputs) * block_in * itemsize, self.shared_bytes
+        if matrix.codes is not None:  # the values, and what is copied ahead of them: words and inputs
+            free_bytes -= outputs * block_in * itemsize
+            stage_bytes = block_rows * block_in * itemsize + outputs * block_in * matrix.codes.bits // 8
         return {
             "BLOCK_ROWS": block_rows,
             "BLOCK_OUT": outputs // (2 if matrix.pairs else 1),
             "BLOCK_IN": block_in,
             "num_warps": 8 if block_rows > 64 else 4,
-            "num_stages": max(1, min(4, self.shared_bytes // stage_bytes)),
+            "num_stages": max(1, min(4, free_bytes // stage_bytes)),
             "enable_fp_fusion": True,
         }
 
@@ -92,6 +114,13 @@ def _blocks(matrix: Matrix, elements: int, inputs: int, column_outputs: int) -> 
         return {"BLOCK_OUT": min(elements // block_in, power_of_two(matrix.num_out)), "BLOCK_IN": block_in}
     block_out = min(column_outputs, power_of_two(matrix.num_out), elements)
     return {"BLOCK_OUT": block_out, "BLOCK_IN": min(elements // block_out, power_of_two(matrix.num_in))}
+
+
+def _word_blocks(matrix: Matrix, codes: Codes, words: int, words_in: int) -> dict[str, int]:
+    """Outputs and inputs of a block of `words` words of codes, `words_in` of a row; whole spans."""
+    block_in = min(words_in, max(SPAN_WORDS, power_of_two(-(-matrix.num_in // codes.codes_a_word))))
+    outputs = max(1, min(words // block_in, power_of_two(matrix.num_out)))
+    return {"BLOCK_OUT": outputs, "BLOCK_IN": block_in * codes.codes_a_word}
 
 
 def power_of_two(count: int) -> int:
@@ -134,19 +163,20 @@ def up_matrices(layer: MoeLayer, layout: LayerLayout, activation: Activation | N
     parts = [_matrix(layer, layout, part) for part in layer.up]
     if activation is None or (not activation.gated and len(parts) > 1):
         return _side_by_side(parts), False
-    first = parts[0]
+    first, rest = parts[0], parts[1:]
     if not activation.gated:
         return _side_by_side(parts), True
     width_F = sum(part.num_out for part in parts) // 2
-    if activation.interleaved and len(parts) == 1:
-        pairs, pair_stride = TURNS, first.out_stride
-    elif not activation.interleaved and len(parts) == 1:
-        pairs, pair_stride = HALVES, width_F * first.out_stride
-    elif not activation.interleaved and len(parts) == 2 and _alike(*parts):
-        pairs, pair_stride = HALVES, parts[1].base - first.base
+    if activation.interleaved and not rest:
+        paired = replace(first, pairs=TURNS, pair_stride=first.out_stride)
+    elif not activation.interleaved and not rest:
+        codes = None if first.codes is None else replace(first.codes, pair_rows=width_F)
+        paired = replace(first, pairs=HALVES, pair_stride=width_F * first.out_stride, codes=codes)
+    elif not activation.interleaved and len(rest) == 1 and _alike(first, rest[0]):
+        paired = _pair_of(first, rest[0])
     else:
         return _side_by_side(parts), False
-    return [replace(first, num_out=width_F, pairs=pairs, pair_stride=pair_stride, out_width=width_F)], True
+    return [replace(paired, num_out=width_F, out_width=width_F)], True
 
 
 def down_matrices(layer: MoeLayer, layout: LayerLayout) -> list[Matrix]:
@@ -155,7 +185,11 @@ def down_matrices(layer: MoeLayer, layout: LayerLayout) -> list[Matrix]:
 
 
 def _matrix(layer: MoeLayer, layout: LayerLayout, part: Part | QuantPart) -> Matrix:
-    assert isinstance(part, Part), "quantised layers are left to torch"
+    if isinstance(part, QuantPart):
+        num_out, num_in = part.shape
+        base, out_stride = first_word(part, layout.offsets)
+        codes = codes_of(part, layout.offsets)
+        return Matrix(num_in=num_in, num_out=num_out, base=base, out_stride=out_stride, in_stride=1, codes=codes)
     itemsize = torch_dtype(part.dtype, where=layer.name).itemsize
     out_axis = 1 if layer.transposed else 0
     return Matrix(
@@ -165,7 +199,19 @@ def _matrix(layer: MoeLayer, layout: LayerLayout, part: Part | QuantPart) -> Mat
 
 
 def _alike(first: Matrix, second: Matrix) -> bool:
-    return replace(first, base=0) == replace(second, base=0)
+    plain = [replace(part, base=0, codes=part.codes and part.codes.at_zero) for part in (first, second)]
+    return plain[0] == plain[1]
+
+
+def _pair_of(first: Matrix, second: Matrix) -> Matrix:
+    """Gate and up, alike and apart."""
+    codes = first.codes
+    if codes is not None and second.codes is not None:
+        codes = replace(
+            codes, scale_pair=second.codes.scale_base - codes.scale_base,
+            zero_pair=second.codes.zero_base - codes.zero_base,
+        )  # fmt: skip
+    return replace(first, pairs=HALVES, pair_stride=second.base - first.base, codes=codes)
 
 
 def _side_by_side(parts: list[Matrix]) -> list[Matrix]:

@@ -21,35 +21,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from offmoe.kernels.triton_blocks import outputs_inside, places
+from offmoe.kernels.triton_quantised import row_products, weight_block
+
 NO_ACTIVATION, SILU, GELU, GELU_TANH, RELU, RELU_SQUARED = range(6)
 
 
 @triton.jit
 def _rounded(value, like_ptr):
     return value.to(like_ptr.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
-def _places(block, OUT_STRIDE: tl.constexpr, PAIR_STRIDE: tl.constexpr, PAIRS: tl.constexpr, BLOCK_OUT: tl.constexpr):
-    """Where the outputs of a block lie, both halves of it."""
-    if PAIRS == 0:
-        places = (block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)) * OUT_STRIDE
-    elif PAIRS == 1:
-        number = tl.arange(0, 2 * BLOCK_OUT)
-        places = (block * BLOCK_OUT + number % BLOCK_OUT) * OUT_STRIDE + (number // BLOCK_OUT) * PAIR_STRIDE
-    else:
-        places = (block * 2 * BLOCK_OUT + tl.arange(0, 2 * BLOCK_OUT)) * PAIR_STRIDE
-    return places
-
-
-@triton.jit
-def _inside(block, NUM_OUT: tl.constexpr, PAIRS: tl.constexpr, BLOCK_OUT: tl.constexpr):
-    """Which outputs of a block exist."""
-    if PAIRS == 2:
-        inside = _places(block, 2, 1, PAIRS, BLOCK_OUT) < 2 * NUM_OUT
-    else:
-        inside = _places(block, 1, 0, PAIRS, BLOCK_OUT) < NUM_OUT
-    return inside
 
 
 @triton.jit
@@ -107,9 +87,9 @@ def _expert_and_slot(rows, valid, expert_ptr, slot_ptr, NUM_EXPERTS: tl.constexp
 
 @triton.jit(do_not_specialize_on_alignment=["bias_ptr", "token_ptr", "expert_ptr", "slot_ptr", "missing_ptr"])
 def choose_rows(
-    in_ptr, slab_ptr, bias_ptr, out_ptr, token_ptr, expert_ptr, slot_ptr, missing_ptr,
+    in_ptr, slab_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, token_ptr, expert_ptr, slot_ptr, missing_ptr,
     NUM_IN: tl.constexpr, NUM_OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_BEGIN: tl.constexpr,
-    SLOT: tl.constexpr, BASE: tl.constexpr, OUT_STRIDE: tl.constexpr, IN_STRIDE: tl.constexpr,
+    SLOT: tl.constexpr, BASE: tl.constexpr, OUT_STRIDE: tl.constexpr, IN_STRIDE: tl.constexpr, FORMAT: tl.constexpr,
     PAIRS: tl.constexpr, PAIR_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_WIDTH: tl.constexpr,
     BIAS_STRIDE: tl.constexpr, BIAS_PAIR: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr,
     GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, OFFSET: tl.constexpr,
@@ -133,22 +113,30 @@ def choose_rows(
         in_row = (row // ROWS_A_TOKEN).to(tl.int64)
     else:
         in_row = tl.load(token_ptr + row).to(tl.int64)
-    inside = _inside(block, NUM_OUT, PAIRS, BLOCK_OUT)
-    weights_at = slab_ptr + slot * SLOT + BASE + _places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[:, None]
-    sums = tl.zeros((inside.shape[0], BLOCK_IN), tl.float32)
-    for begin in tl.range(0, NUM_IN, BLOCK_IN, num_stages=STAGES):
-        inputs = begin + tl.arange(0, BLOCK_IN)
-        x = tl.load(in_ptr + in_row * NUM_IN + inputs, mask=inputs < NUM_IN, other=0.0).to(tl.float32)
-        mask = inside[:, None] & (inputs[None, :] < NUM_IN)
-        weights = tl.load(weights_at + inputs[None, :] * IN_STRIDE, mask=mask, other=0.0).to(tl.float32)
-        sums += weights * x[None, :]
+    inside = outputs_inside(block, NUM_OUT, PAIRS, BLOCK_OUT)
+    if FORMAT is None:
+        weights_at = slab_ptr + slot * SLOT + BASE + places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[:, None]
+        sums = tl.zeros((inside.shape[0], BLOCK_IN), tl.float32)
+        for begin in tl.range(0, NUM_IN, BLOCK_IN, num_stages=STAGES):
+            inputs = begin + tl.arange(0, BLOCK_IN)
+            x = tl.load(in_ptr + in_row * NUM_IN + inputs, mask=inputs < NUM_IN, other=0.0).to(tl.float32)
+            mask = inside[:, None] & (inputs[None, :] < NUM_IN)
+            weights = tl.load(weights_at + inputs[None, :] * IN_STRIDE, mask=mask, other=0.0).to(tl.float32)
+            sums += weights * x[None, :]
+        totals = tl.sum(sums, axis=1)[None, :]
+    else:
+        first = tl.zeros((1,), tl.int64)
+        totals = row_products(
+            in_ptr, first + in_row, first == 0, slab_ptr, scale_ptr, zero_ptr, first + slot, block, inside, NUM_IN,
+            SLOT, BASE, OUT_STRIDE, PAIRS, PAIR_STRIDE, FORMAT, BLOCK_OUT, BLOCK_IN, STAGES,
+        ).T  # fmt: skip
     bias = 0.0
     if HAS_BIAS:
-        places = _places(block, BIAS_STRIDE, BIAS_PAIR, PAIRS, BLOCK_OUT)
-        bias_at = bias_ptr + expert * BIAS_WIDTH + OUT_BEGIN + places
+        starts = places(block, BIAS_STRIDE, BIAS_PAIR, PAIRS, BLOCK_OUT)
+        bias_at = bias_ptr + expert * BIAS_WIDTH + OUT_BEGIN + starts
         bias = tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
     value = _finished(
-        tl.sum(sums, axis=1)[None, :], bias, out_ptr, PAIRS, BLOCK_OUT, HAS_BIAS, KIND, ALPHA, GATE_LIMIT, UP_LIMIT,
+        totals, bias, out_ptr, PAIRS, BLOCK_OUT, HAS_BIAS, KIND, ALPHA, GATE_LIMIT, UP_LIMIT,
         OFFSET,
     )  # fmt: skip
     tl.store(out_at, value.to(out_ptr.dtype.element_ty), mask=outputs[None, :] < NUM_OUT)
@@ -156,9 +144,9 @@ def choose_rows(
 
 @triton.jit(do_not_specialize_on_alignment=["bias_ptr", "expert_ptr", "slot_ptr", "weight_ptr"])
 def weighted_rows(
-    in_ptr, slab_ptr, bias_ptr, out_ptr, expert_ptr, slot_ptr, weight_ptr, round_ptr,
+    in_ptr, slab_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, expert_ptr, slot_ptr, weight_ptr, round_ptr,
     NUM_IN: tl.constexpr, NUM_OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_BEGIN: tl.constexpr,
-    SLOT: tl.constexpr, BASE: tl.constexpr, OUT_STRIDE: tl.constexpr, IN_STRIDE: tl.constexpr,
+    SLOT: tl.constexpr, BASE: tl.constexpr, OUT_STRIDE: tl.constexpr, IN_STRIDE: tl.constexpr, FORMAT: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -171,16 +159,23 @@ def weighted_rows(
     ready = slot >= 0
     outputs = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inside = outputs < NUM_OUT
-    weights_at = slab_ptr + slot[:, None, None] * SLOT + BASE + (outputs * OUT_STRIDE)[None, :, None]
-    sums = tl.zeros((BLOCK_K, BLOCK_OUT, BLOCK_IN), tl.float32)
-    for begin in tl.range(0, NUM_IN, BLOCK_IN, num_stages=STAGES):
-        inputs = begin + tl.arange(0, BLOCK_IN)
-        in_mask = ready[:, None] & (inputs[None, :] < NUM_IN)
-        x = tl.load(in_ptr + rows[:, None] * NUM_IN + inputs[None, :], mask=in_mask, other=0.0).to(tl.float32)
-        mask = in_mask[:, None, :] & inside[None, :, None]
-        weights = tl.load(weights_at + (inputs * IN_STRIDE)[None, None, :], mask=mask, other=0.0).to(tl.float32)
-        sums += weights * x[:, None, :]
-    value = _rounded(tl.sum(sums, axis=2), round_ptr)
+    if FORMAT is None:
+        weights_at = slab_ptr + slot[:, None, None] * SLOT + BASE + (outputs * OUT_STRIDE)[None, :, None]
+        sums = tl.zeros((BLOCK_K, BLOCK_OUT, BLOCK_IN), tl.float32)
+        for begin in tl.range(0, NUM_IN, BLOCK_IN, num_stages=STAGES):
+            inputs = begin + tl.arange(0, BLOCK_IN)
+            in_mask = ready[:, None] & (inputs[None, :] < NUM_IN)
+            x = tl.load(in_ptr + rows[:, None] * NUM_IN + inputs[None, :], mask=in_mask, other=0.0).to(tl.float32)
+            mask = in_mask[:, None, :] & inside[None, :, None]
+            weights = tl.load(weights_at + (inputs * IN_STRIDE)[None, None, :], mask=mask, other=0.0).to(tl.float32)
+            sums += weights * x[:, None, :]
+        totals = tl.sum(sums, axis=2)
+    else:
+        totals = row_products(
+            in_ptr, rows, ready, slab_ptr, scale_ptr, zero_ptr, slot, block, inside, NUM_IN, SLOT, BASE, OUT_STRIDE, 0,
+            0, FORMAT, BLOCK_OUT, BLOCK_IN, STAGES,
+        ).T  # fmt: skip
+    value = _rounded(totals, round_ptr)
     if HAS_BIAS:
         bias_at = bias_ptr + expert[:, None] * BIAS_WIDTH + OUT_BEGIN + outputs[None, :]
         bias = tl.load(bias_at, mask=ready[:, None] & inside[None, :], other=0.0).to(tl.float32)
@@ -193,9 +188,9 @@ def weighted_rows(
 
 @triton.jit(do_not_specialize_on_alignment=["bias_ptr", "token_ptr", "expert_ptr", "tile_slot_ptr", "tile_row_ptr"])
 def tile_rows(
-    in_ptr, slab_ptr, bias_ptr, out_ptr, token_ptr, expert_ptr, tile_slot_ptr, tile_row_ptr,
+    in_ptr, slab_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, token_ptr, expert_ptr, tile_slot_ptr, tile_row_ptr,
     NUM_IN: tl.constexpr, NUM_OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, OUT_BEGIN: tl.constexpr,
-    SLOT: tl.constexpr, BASE: tl.constexpr, OUT_STRIDE: tl.constexpr, IN_STRIDE: tl.constexpr,
+    SLOT: tl.constexpr, BASE: tl.constexpr, OUT_STRIDE: tl.constexpr, IN_STRIDE: tl.constexpr, FORMAT: tl.constexpr,
     PAIRS: tl.constexpr, PAIR_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_WIDTH: tl.constexpr,
     BIAS_STRIDE: tl.constexpr, BIAS_PAIR: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr,
     GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, OFFSET: tl.constexpr,
@@ -228,23 +223,29 @@ def tile_rows(
         in_rows = rows // ROWS_A_TOKEN
     else:
         in_rows = tl.load(token_ptr + rows, mask=used, other=0).to(tl.int64)
-    inside = _inside(block, NUM_OUT, PAIRS, BLOCK_OUT)
-    weights_at = slab_ptr + slot * SLOT + BASE + _places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[None, :]
+    inside = outputs_inside(block, NUM_OUT, PAIRS, BLOCK_OUT)
+    weights_at = slab_ptr + slot * SLOT + BASE + places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[None, :]
     sums = tl.zeros((BLOCK_ROWS, inside.shape[0]), tl.float32)
     for begin in range(0, NUM_IN, BLOCK_IN):
         inputs = begin + tl.arange(0, BLOCK_IN)
         x_mask = used[:, None] & (inputs[None, :] < NUM_IN)
         x = tl.load(in_ptr + in_rows[:, None] * NUM_IN + inputs[None, :], mask=x_mask, other=0.0)
-        mask = (inputs[:, None] < NUM_IN) & inside[None, :]
-        weights = tl.load(weights_at + inputs[:, None] * IN_STRIDE, mask=mask, other=0.0)
+        if FORMAT is None:
+            mask = (inputs[:, None] < NUM_IN) & inside[None, :]
+            weights = tl.load(weights_at + inputs[:, None] * IN_STRIDE, mask=mask, other=0.0)
+        else:
+            weights = weight_block(
+                slab_ptr, scale_ptr, zero_ptr, slot, block, inside, begin, in_ptr, NUM_IN, SLOT, BASE, OUT_STRIDE,
+                PAIRS, PAIR_STRIDE, FORMAT, BLOCK_OUT, BLOCK_IN,
+            )  # fmt: skip
         if WIDEN:
             x, weights = x.to(tl.float32), weights.to(tl.float32)
         sums = tl.dot(x, weights, sums, input_precision="ieee")
     bias = 0.0
     if HAS_BIAS:
         expert = tl.load(expert_ptr + tl.max(rows, axis=0)).to(tl.int64)
-        places = _places(block, BIAS_STRIDE, BIAS_PAIR, PAIRS, BLOCK_OUT)
-        bias_at = bias_ptr + expert * BIAS_WIDTH + OUT_BEGIN + places
+        starts = places(block, BIAS_STRIDE, BIAS_PAIR, PAIRS, BLOCK_OUT)
+        bias_at = bias_ptr + expert * BIAS_WIDTH + OUT_BEGIN + starts
         bias = tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
     value = _finished(
         sums, bias, out_ptr, PAIRS, BLOCK_OUT, HAS_BIAS, KIND, ALPHA, GATE_LIMIT, UP_LIMIT, OFFSET

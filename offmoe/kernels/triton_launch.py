@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from offmoe.checkpoint.expert_index import MoeLayer
+from offmoe.formats.dense import STORED_DTYPES
 from offmoe.formats.layout import LayerLayout
 from offmoe.kernels import triton_experts
 from offmoe.kernels.activations import KINDS, Activation
+from offmoe.kernels.codes import WORD_BYTES
 from offmoe.kernels.geometry import (
     TILES_TOGETHER,
     TURNS,
@@ -28,25 +30,33 @@ from offmoe.kernels.reference import ExpertMath
 class LayerKernels:
     """The launches of one layer. Rows of slot -1 come out as zero. All on the caller's current stream.
 
-    `slab` is typed as the layer computes. Inputs are contiguous, on its device; indices are int32 or int64.
+    Inputs are contiguous, on the slab's device; indices are int32 or int64.
     """
 
     def __init__(
         self, layer: MoeLayer, layout: LayerLayout, math: ExpertMath, activation: Activation | None,
         slab: torch.Tensor, slot_bytes: int, tiling: Tiling,
     ) -> None:  # fmt: skip
-        self._slab, self._slot = slab.view(math.dtype), slot_bytes // math.dtype.itemsize
+        self._slab, self._slot_bytes = slab, slot_bytes
         self._math, self._tiling = math, tiling
         self.num_experts = layer.num_experts
         self.up, self.is_fused = up_matrices(layer, layout, activation)
         self.down = down_matrices(layer, layout)
+        self._views = {id(matrix): self._views_of(matrix) for matrix in (*self.up, *self.down)}
         self._up_act = _activation_constants(activation if self.is_fused else None)
         self._no_act = _activation_constants(None)
 
     def geometry(self) -> tuple[object, ...]:
         """What the compiled kernels depend on: layers that have it in common share them."""
         biases = (self._math.up_bias_EF is None, self._math.down_bias_ED is None)
-        return (tuple(self.up), tuple(self.down), tuple(self._up_act.items()), self._math.dtype, self._slot, biases)
+        return (
+            tuple(self.up),
+            tuple(self.down),
+            tuple(self._up_act.items()),
+            self._math.dtype,
+            self._slot_bytes,
+            biases,
+        )
 
     def choose(
         self, x_TD: torch.Tensor, token_N: torch.Tensor | int, expert_N: torch.Tensor, slot_N: torch.Tensor,
@@ -77,9 +87,9 @@ class LayerKernels:
         for matrix in self.down:
             blocks = self._tiling.sum_blocks(matrix, block_k)
             triton_experts.weighted_rows[(num_tokens, -(-matrix.num_out // blocks["BLOCK_OUT"]))](
-                hidden_NF, self._slab, bias, y_TD, expert_TK, slots, weights_TK, hidden_NF, **self._place(matrix),
-                HAS_BIAS=bias is not None, BIAS_WIDTH=matrix.out_width, TOP_K=top_k, BLOCK_K=block_k,
-                NUM_EXPERTS=self.num_experts if lookup else 0, **blocks,
+                hidden_NF, *self._views[id(matrix)], bias, y_TD, expert_TK, slots, weights_TK, hidden_NF,
+                **self._place(matrix), HAS_BIAS=bias is not None, BIAS_WIDTH=matrix.out_width, TOP_K=top_k,
+                BLOCK_K=block_k, NUM_EXPERTS=self.num_experts if lookup else 0, **blocks,
             )  # fmt: skip
         return y_TD
 
@@ -104,8 +114,8 @@ class LayerKernels:
         for number, matrix in enumerate(matrices):
             blocks = self._tiling.row_blocks(matrix)
             triton_experts.choose_rows[(expert_N.numel(), -(-matrix.num_out // blocks["BLOCK_OUT"]))](
-                inputs, self._slab, bias, out, None if rows_a_token else token_N, expert_N, slot_N, missing,
-                **self._place(matrix), **_pairs(matrix, bias), **act, ROWS_A_TOKEN=rows_a_token,
+                inputs, *self._views[id(matrix)], bias, out, None if rows_a_token else token_N, expert_N, slot_N,
+                missing, **self._place(matrix), **_pairs(matrix, bias), **act, ROWS_A_TOKEN=rows_a_token,
                 NUM_EXPERTS=self.num_experts if lookup or missing is not None else 0,
                 COUNT_MISSING=missing is not None and number == 0, ZERO_MISSING=is_down or not self.is_fused,
                 **blocks,
@@ -123,18 +133,27 @@ class LayerKernels:
         for matrix in matrices:
             blocks = self._tiling.tile_blocks(matrix, tile_row_MB.shape[1], self._math.dtype.itemsize)
             triton_experts.tile_rows[(-(-matrix.num_out // blocks["BLOCK_OUT"]) * tile_slot_M.numel(),)](
-                inputs, self._slab, bias, out, None if rows_a_token else token_N, expert_N, tile_slot_M, tile_row_MB,
-                **self._place(matrix), **_pairs(matrix, bias), **act, ROWS_A_TOKEN=rows_a_token,
+                inputs, *self._views[id(matrix)], bias, out, None if rows_a_token else token_N, expert_N, tile_slot_M,
+                tile_row_MB, **self._place(matrix), **_pairs(matrix, bias), **act, ROWS_A_TOKEN=rows_a_token,
                 ZERO_MISSING=is_down or not self.is_fused, TOGETHER=TILES_TOGETHER,
                 WIDEN=inputs.device.type == "cpu", **blocks,
             )  # fmt: skip
         return out
 
-    def _place(self, matrix: Matrix) -> dict[str, int]:
+    def _views_of(self, matrix: Matrix) -> tuple[torch.Tensor | None, ...]:
+        """The slab as weights, scales and zero points: made once, as a view costs as much as a launch."""
+        codes = matrix.codes
+        if codes is None:
+            return self._slab.view(self._math.dtype), None, None
+        zeros = self._slab.view(STORED_DTYPES[codes.zero_type]) if codes.zero_rows else None
+        return self._slab.view(torch.int32), self._slab.view(STORED_DTYPES[codes.scale_type]), zeros
+
+    def _place(self, matrix: Matrix) -> dict[str, Any]:
+        itemsize = WORD_BYTES if matrix.codes is not None else self._math.dtype.itemsize
         return {
             "NUM_IN": matrix.num_in, "NUM_OUT": matrix.num_out, "OUT_WIDTH": matrix.out_width,
-            "OUT_BEGIN": matrix.out_begin, "SLOT": self._slot, "BASE": matrix.base, "OUT_STRIDE": matrix.out_stride,
-            "IN_STRIDE": matrix.in_stride,
+            "OUT_BEGIN": matrix.out_begin, "SLOT": self._slot_bytes // itemsize, "BASE": matrix.base,
+            "OUT_STRIDE": matrix.out_stride, "IN_STRIDE": matrix.in_stride, "FORMAT": matrix.codes,
         }  # fmt: skip
 
 

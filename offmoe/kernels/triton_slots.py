@@ -13,11 +13,13 @@ from dataclasses import replace
 import torch
 from triton.errors import TritonError
 
-from offmoe.checkpoint.expert_index import MoeLayer
+from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart
 from offmoe.formats.dense import torch_dtype, view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation, find_activation
+from offmoe.kernels.codes import obstacle
 from offmoe.kernels.geometry import TILE_ROWS, Tiling, make_tiles, row_by_row, tile_rows
+from offmoe.kernels.random_weights import fill_at_random
 from offmoe.kernels.reference import ExpertMath, combine_rows
 from offmoe.kernels.slot_kernels import TorchSlotKernels, look_up
 from offmoe.kernels.triton_launch import LayerKernels
@@ -171,20 +173,22 @@ def tiling_of(device: torch.device) -> Tiling:
 
 
 def _activation_of(layer: MoeLayer, math: ExpertMath, device: torch.device) -> Activation | None:
-    out_axis = 1 if layer.transposed else 0
-    width_F = layer.down[0].shape[1 - out_axis]
-    gated = sum(part.shape[out_axis] for part in layer.up) == 2 * width_F
+    width_F = layer.width(layer.down[0])
+    widths = (part.shape[1 if layer.transposed and isinstance(part, Part) else 0] for part in layer.up)
+    gated = sum(widths) == 2 * width_F
     return find_activation(math.activate, width_F, gated=gated, device=device)
 
 
 def _obstacle(layer: MoeLayer, math: ExpertMath) -> str | None:
-    if layer.is_quantised:
-        return "weights are quantised"
-    stored = {torch_dtype(part.dtype, where=layer.name) for part in layer.stored_parts}
-    if stored != {math.dtype} or math.dtype not in TOLERANCES:
+    if math.dtype not in TOLERANCES:
+        return f"it is computed in {str(math.dtype).removeprefix('torch.')}"
+    plain = [part for part in (*layer.up, *layer.down) if isinstance(part, Part)]
+    stored = {torch_dtype(part.dtype, where=layer.name) for part in plain}
+    if stored and stored != {math.dtype}:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(stored, key=str))
         return f"weights are {names}, computed in {str(math.dtype).removeprefix('torch.')}"
-    return None
+    reasons = (obstacle(part) for part in (*layer.up, *layer.down) if isinstance(part, QuantPart))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _failure(
@@ -242,6 +246,5 @@ def _fill_slots(
     for slot in range(num_slots):
         weights = view_expert(layer, slab[slot * slot_bytes : (slot + 1) * slot_bytes], offsets)
         for part in (*weights.up, *weights.down):
-            assert isinstance(part, torch.Tensor), "quantised layers are left to torch"
-            num_in = part.shape[0 if layer.transposed else 1]
-            part.normal_(std=num_in**-0.5, generator=generator)  # in place: a copy may not fit any more
+            transposed = layer.transposed and isinstance(part, torch.Tensor)
+            fill_at_random(part, part.shape[0 if transposed else 1], generator)

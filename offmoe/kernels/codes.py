@@ -1,0 +1,114 @@
+"""Where a quantised matrix's codes, scales and zero points lie in a slot, as numbers that a kernel takes. No Triton.
+
+All formats look alike to a kernel: words of 32 bits hold 8 codes of 4 bits or 4 of 8, lowest bits first, and four words
+in a row, 16 bytes, are a *span*: 32 columns or 16, which share a scale and a zero point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from offmoe.checkpoint.expert_index import Part, QuantPart
+from offmoe.formats.dense import STORED_DTYPES
+
+WORD_BYTES = 4
+SPAN_WORDS = 4
+_FLOAT_SCALES = ("F32", "BF16", "F16")
+_CODE_TYPES = {"int8": ("I32", "I8"), "int4": ("I32",), "mxfp4": ("U8",), "fp8": ("F8_E4M3",)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codes:
+    """What a kernel must know of a format. Bases and strides are in elements of the scales' and the zeros' own type.
+
+    `bits` of a code; `is_integer`: an integer, otherwise a small float. `is_signed`: two's complement, as its zeros.
+    `group` columns of `group_rows` rows share a scale. `zero_rows` rows share an element of zeros, 0: there are none.
+    The second half of a gated expert begins `pair_rows` rows, and `scale_pair` and `zero_pair` elements, further on.
+    """
+
+    bits: int
+    is_integer: bool
+    is_signed: bool
+    group: int
+    group_rows: int
+    is_exponent: bool
+    scale_bytes: int
+    scale_base: int
+    scale_out_stride: int
+    scale_in_stride: int
+    zero_rows: int = 0
+    zero_bytes: int = WORD_BYTES
+    zero_base: int = 0
+    zero_out_stride: int = 0
+    zero_in_stride: int = 0
+    pair_rows: int = 0
+    scale_pair: int = 0
+    zero_pair: int = 0
+    scale_type: str = "BF16"
+    zero_type: str = "I32"
+
+    @property
+    def codes_a_word(self) -> int:
+        """Columns that a word holds."""
+        return 32 // self.bits
+
+    @property
+    def at_zero(self) -> Codes:
+        """The same at the slot's start: what parts that are alike have in common."""
+        return replace(self, scale_base=0, zero_base=0)
+
+
+def codes_of(part: QuantPart, offsets: tuple[int, ...]) -> Codes:
+    """The numbers for a part whose sources begin at `offsets`, bytes from the slot's start. Ask `obstacle` first."""
+    format_, zeros = part.format, part.zeros
+    scale_bytes, bits = _itemsize(part.scales), _bits(part)
+    found = Codes(
+        bits=bits, is_integer=format_.kind in ("int4", "int8"), is_signed=part.codes.dtype == "I8",
+        group=format_.group, group_rows=format_.group_rows, is_exponent=format_.scale_dtype == "U8",
+        scale_bytes=scale_bytes, scale_base=offsets[part.scales.source_idx] // scale_bytes + part.scales.offset,
+        scale_out_stride=part.scales.strides[0], scale_in_stride=part.scales.strides[1], scale_type=part.scales.dtype,
+    )  # fmt: skip
+    if zeros is None:
+        return found
+    zero_bytes = _itemsize(zeros)
+    return replace(
+        found, zero_rows=32 // bits if zeros.dtype == "I32" else 1, zero_bytes=zero_bytes,
+        zero_base=offsets[zeros.source_idx] // zero_bytes + zeros.offset, zero_out_stride=zeros.strides[0],
+        zero_in_stride=zeros.strides[1], zero_type=zeros.dtype,
+    )  # fmt: skip
+
+
+def first_word(part: QuantPart, offsets: tuple[int, ...]) -> tuple[int, int]:
+    """(words from the slot's start to the first code, words from one row to the next)."""
+    itemsize = _itemsize(part.codes)
+    begin = offsets[part.codes.source_idx] + part.codes.offset * itemsize
+    return begin // WORD_BYTES, part.codes.strides[0] * itemsize // WORD_BYTES
+
+
+def obstacle(part: QuantPart) -> str | None:
+    """Why the kernels cannot read a part, None if they can: a reason for people."""
+    format_, (_, num_in) = part.format, part.shape
+    itemsize, per_word = _itemsize(part.codes), 32 // _bits(part)
+    span = SPAN_WORDS * per_word
+    row_bytes, begin = part.codes.strides[0] * itemsize, part.codes.offset * itemsize
+    scale_types = ("U8",) if format_.scale_dtype == "U8" else _FLOAT_SCALES
+    checks = (
+        (part.codes.dtype in _CODE_TYPES[format_.kind], f"{format_.kind} codes are stored as {part.codes.dtype}"),
+        (part.scales.dtype in scale_types, f"scales are stored as {part.scales.dtype}"),
+        (
+            format_.group % span == 0 or format_.group >= num_in,
+            f"groups of {format_.group} columns are no multiple of {span}",
+        ),
+        (num_in % per_word == 0, f"{num_in} columns are no multiple of {per_word}"),
+        (part.codes.strides[1] == 1, f"codes lie {part.codes.strides[1]} apart"),
+        (row_bytes % WORD_BYTES == 0 and begin % WORD_BYTES == 0, "rows of codes do not begin at whole words"),
+    )
+    return next((reason for passed, reason in checks if not passed), None)
+
+
+def _bits(part: QuantPart) -> int:
+    return 4 if part.format.kind in ("int4", "mxfp4") else 8
+
+
+def _itemsize(part: Part) -> int:
+    return STORED_DTYPES[part.dtype].itemsize

@@ -1,0 +1,31 @@
+"""Which outputs a program of the Triton kernels computes, and where they lie."""
+
+# Constants are decided at compile time, nested, and not every one is an expression.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def places(block, OUT_STRIDE: tl.constexpr, PAIR_STRIDE: tl.constexpr, PAIRS: tl.constexpr, BLOCK_OUT: tl.constexpr):
+    """Where the outputs of a block lie, both halves of it."""
+    if PAIRS == 0:
+        places = (block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)) * OUT_STRIDE
+    elif PAIRS == 1:
+        number = tl.arange(0, 2 * BLOCK_OUT)
+        places = (block * BLOCK_OUT + number % BLOCK_OUT) * OUT_STRIDE + (number // BLOCK_OUT) * PAIR_STRIDE
+    else:
+        places = (block * 2 * BLOCK_OUT + tl.arange(0, 2 * BLOCK_OUT)) * PAIR_STRIDE
+    return places
+
+
+@triton.jit
+def outputs_inside(block, NUM_OUT: tl.constexpr, PAIRS: tl.constexpr, BLOCK_OUT: tl.constexpr):
+    """Which outputs of a block exist."""
+    if PAIRS == 2:
+        inside = places(block, 2, 1, PAIRS, BLOCK_OUT) < 2 * NUM_OUT
+    else:
+        inside = places(block, 1, 0, PAIRS, BLOCK_OUT) < NUM_OUT
+    return inside
