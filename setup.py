@@ -13,10 +13,19 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("offmoe/kernels/cpu/src")
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-Wno-psabi", "-fno-math-errno", "-pthread"]
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-Wno-psabi", "-Wno-uninitialized", "-fno-math-errno", "-pthread"]
 LEVELS = {
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512bf16", "-mfma"],
+    "avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512vbmi",
+        "-mavx512bf16",
+        "-mfma",
+        "-mf16c",
+    ],
 }
 
 

@@ -79,7 +79,7 @@ class CpuLayer:
             num_up=len(ups),
             num_down=len(downs),
         )
-        return _Described(place, struct, ctypes.addressof(struct), (ups, downs, up, down))
+        return _Described(place, struct, ctypes.addressof(struct), (ups, downs))
 
 
 class CpuKernels:
