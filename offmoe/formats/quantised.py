@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from offmoe.checkpoint.quant_format import QuantFormat
 
+# The sixteen values of e2m1: 1 sign bit, 2 exponent bits, 1 mantissa bit. And of four bits with 8 added.
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+INT4_VALUES = tuple(float(value) for value in range(-8, 8))
 ALL_ROWS = slice(None)
 # A block of rows: whole blocks of fp8's scales, and what the caches of a core hold.
 BLOCK_VALUES, BLOCK_ROWS = 1 << 19, 128
@@ -62,43 +66,56 @@ class QuantMatrix:
         return scales.float()
 
 
-def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """(R, C) words of 32 bits -> (R, C * 32 / bits) bytes, lowest bits first."""
-    in_bytes = words.view(torch.uint8)
-    return in_bytes if bits == 8 else torch.stack((in_bytes & 15, in_bytes >> 4), dim=-1).flatten(1)
+@lru_cache
+def _pair_table(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Byte -> the values of its two halves, low one first, as one 64-bit word: one look-up for two values."""
+    low_high = torch.cartesian_prod(torch.tensor(values), torch.tensor(values)).flip(1).contiguous()
+    return low_high.view(torch.int64).view(-1).to(device)
 
 
-def _integers(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
-    bits = 4 if matrix.format.kind == "int4" else 8
+def _look_up(codes: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:
+    """(R, C) packed halves of bytes, C bytes a row -> (R, 2 * C) float32."""
+    in_bytes = codes.view(torch.uint8)
+    found = _pair_table(values, codes.device).index_select(0, in_bytes.flatten().int())
+    return found.view(torch.float32).view(len(codes), -1)
+
+
+def _e2m1(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
+    return _look_up(matrix.codes[rows], E2M1_VALUES)
+
+
+def _int4(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
+    return _less_zeros(_look_up(matrix.codes[rows], INT4_VALUES), matrix, rows, 4)
+
+
+def _int8(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
     codes = matrix.codes[rows]
-    values = (_unpacked(codes, bits) if codes.dtype == torch.int32 else codes).float()
-    if matrix.zeros is None:
-        return values.sub_(matrix.format.offset) if matrix.format.offset else values
+    if codes.dtype == torch.int8:
+        return _less_zeros(codes.float(), matrix, rows, 8)
+    return _less_zeros(codes.view(torch.uint8).float().sub_(matrix.format.offset), matrix, rows, 8)
+
+
+def _less_zeros(values: torch.Tensor, matrix: QuantMatrix, rows: slice, bits: int) -> torch.Tensor:
     zeros = matrix.zeros
-    if zeros.dtype == torch.int32:  # packed down the rows
+    if zeros is None:
+        return values
+    if zeros.dtype == torch.int32:  # packed down the rows, `offset` added
         per_word = 32 // bits
         first = rows.start // per_word
         words = zeros[first : -(-rows.stop // per_word)].t().contiguous()
-        zeros = _unpacked(words, bits).t()[rows.start - first * per_word : rows.stop - first * per_word]
+        unpacked = _look_up(words, INT4_VALUES) if bits == 4 else words.view(torch.uint8).float() - 128
+        zeros = unpacked.t()[rows.start - first * per_word : rows.stop - first * per_word]
     else:
         zeros = zeros[rows]
     values.view(len(values), -1, matrix.format.group).sub_(zeros.float()[:, :, None])
     return values
 
 
-def _e2m1(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
-    """The three bits below the sign are a float16's lowest exponent bits and first mantissa bit: 2**14 too small.
-
-    True of its small numbers as well, so no table is looked up (an index_select is three times slower).
-    """
-    codes = matrix.codes[rows]
-    nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).to(torch.int16)
-    bits = ((nibbles << 12) & -0x8000) | ((nibbles << 9) & 0x0E00)
-    return bits.view(torch.float16).float().mul_(2.0**14)
-
-
 def _e4m3(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
-    """As `_e2m1`: a float16 2**8 too small. torch's own conversion, which knows the NaNs, is slower."""
+    """Seven bits below the sign are a float16's low exponent bits and first mantissa bits: 2**8 too small.
+
+    True of its small numbers as well. torch's own conversion, which knows the NaNs, is slower.
+    """
     codes = matrix.codes[rows]
     in_bytes = codes.view(torch.uint8)
     if codes.device.type != "cpu" or int((in_bytes & 127).amax()) == 127:
@@ -108,5 +125,5 @@ def _e4m3(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
 
 
 _VALUES: dict[str, Callable[[QuantMatrix, slice], torch.Tensor]] = {
-    "int4": _integers, "int8": _integers, "mxfp4": _e2m1, "fp8": _e4m3,
+    "int4": _int4, "int8": _int8, "mxfp4": _e2m1, "fp8": _e4m3,
 }  # fmt: skip
