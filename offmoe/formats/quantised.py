@@ -73,11 +73,10 @@ def _pair_table(values: tuple[float, ...], device: torch.device) -> torch.Tensor
     return low_high.view(torch.int64).view(-1).to(device)
 
 
-def _look_up(codes: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:
-    """(R, C) packed halves of bytes, C bytes a row -> (R, 2 * C) float32."""
-    in_bytes = codes.view(torch.uint8)
-    found = _pair_table(values, codes.device).index_select(0, in_bytes.flatten().int())
-    return found.view(torch.float32).view(len(codes), -1)
+def _look_up(bytes_RC: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:
+    """Two values a byte: (R, C) -> (R, 2 * C) float32."""
+    found = _pair_table(values, bytes_RC.device).index_select(0, bytes_RC.flatten().int())
+    return found.view(torch.float32).view(len(bytes_RC), -1)
 
 
 def _e2m1(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
@@ -85,7 +84,7 @@ def _e2m1(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
 
 
 def _int4(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
-    return _less_zeros(_look_up(matrix.codes[rows], INT4_VALUES), matrix, rows, 4)
+    return _less_zeros(_look_up(matrix.codes[rows].view(torch.uint8), INT4_VALUES), matrix, rows, 4)
 
 
 def _int8(matrix: QuantMatrix, rows: slice) -> torch.Tensor:
@@ -102,8 +101,9 @@ def _less_zeros(values: torch.Tensor, matrix: QuantMatrix, rows: slice, bits: in
     if zeros.dtype == torch.int32:  # packed down the rows, `offset` added
         per_word = 32 // bits
         first = rows.start // per_word
-        words = zeros[first : -(-rows.stop // per_word)].t().contiguous()
-        unpacked = _look_up(words, INT4_VALUES) if bits == 4 else words.view(torch.uint8).float() - 128
+        words = zeros[first : -(-rows.stop // per_word)].t()
+        in_bytes = words.reshape(-1).view(torch.uint8).view(len(words), -1)
+        unpacked = _look_up(in_bytes, INT4_VALUES) if bits == 4 else in_bytes.float() - 128
         zeros = unpacked.t()[rows.start - first * per_word : rows.stop - first * per_word]
     else:
         zeros = zeros[rows]
