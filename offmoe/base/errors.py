@@ -7,6 +7,7 @@ OffmoeError                     a user can mend it: one line and exit code 2 in 
 |-- BudgetError                 the model does not fit the memory allowed
 |-- DeviceError                 the GPU cannot be used, or was lost
 |-- ContextLengthError          the prompt is longer than the context
+|-- OutputError                 a file cannot be written (no space, no permission)
 |-- EngineBusyError             a second call while one is running, or a call on a closed engine
 `-- CheckpointError             the files are damaged or contradict each other
     |-- DiskReadError           the operating system failed a read
@@ -42,6 +43,10 @@ class DeviceError(OffmoeError):
 
 class ContextLengthError(OffmoeError):
     """The prompt, or prompt plus reply, is longer than the context that memory was set aside for."""
+
+
+class OutputError(OffmoeError):
+    """The operating system refused to write a file; the message says which folder and why."""
 
 
 class EngineBusyError(OffmoeError):

@@ -1,0 +1,204 @@
+"""A smaller checkpoint from a larger one: experts (and other linear layers, if asked) as integers, the rest as it is.
+
+The result is compressed-tensors' `pack-quantized`, which other engines read too. Everything streams: of the source a
+few megabytes are in memory at once, of the result the codes and scales of one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offmoe.base.errors import UsageError
+from offmoe.checkpoint.index import CheckpointIndex, read_json
+from offmoe.checkpoint.tensor_entry import TensorEntry
+from offmoe.checkpoint.writer import CONFIG_NAME, CheckpointWriter
+from offmoe.formats.dense import TORCH_DTYPES, writable_bytes
+from offmoe.formats.encode import encode
+from offmoe.models.build import build_on_meta, read_model_config
+from offmoe.models.expert_map import map_experts
+from offmoe.models.quantise_plan import SHARD_BYTES, Kind, Matrix, QuantisePlan, ShardPlan, make_plan
+from offmoe.models.transformers_internals import KeyMapping
+
+# Read at once of a tensor that is copied, or of a matrix that is encoded.
+PIECE_BYTES = 16 << 20
+# Files beside the weights that the result needs as well: tokenizer, chat template, generation config, the model's code.
+_COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+_COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+_MAX_COPIED_BYTES = 256 << 20
+_BITS = {"int4": 4, "int8": 8}
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantiseOptions:
+    """`experts` and `dense` are formats, `dense` None for linear layers that stay; `group` columns share a scale."""
+
+    experts: Kind
+    dense: Kind | None = None
+    group: int = 32
+    trust_remote_code: bool = False
+    shard_bytes: int = SHARD_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantiseResult:
+    """Sizes are bytes of all tensors; `num_dense` counts the linear layers besides experts, `resumed` shards kept."""
+
+    source_bytes: int
+    written_bytes: int
+    num_experts: int
+    num_dense: int
+    num_shards: int
+    resumed: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Progress) -> QuantiseResult:
+    """Write `source`, quantised, to `target`, or go on with a run of the same that was cut off.
+
+    `progress("quantising", done_bytes, total_bytes)` counts bytes of the source. Raises UsageError (a group that does
+    not divide, a quantised source, a target that is something else), UnsupportedModelError and OutputError; a second
+    call goes on after anything but the first.
+    """
+    _refuse_paths(source, target)
+    with ExitStack() as opened:
+        config, quantisation = read_model_config(source, trust_remote_code=options.trust_remote_code)
+        if quantisation is not None:
+            raise UsageError(
+                f"{source} is quantised already ({quantisation.method}); start from the model as it was published "
+                "in bfloat16"
+            )
+        index = CheckpointIndex.open(source)
+        opened.callback(index.close)
+        model = build_on_meta(config, index, trust_remote_code=options.trust_remote_code)
+        mapping = KeyMapping(model)
+        targets = mapping.targets(index.tensors)
+        experts, expert_keys = map_experts(model, index, mapping, targets)
+        plan = make_plan(
+            model, index, mapping, targets, experts, expert_keys, kind=options.experts, dense=options.dense,
+            group=options.group, shard_bytes=options.shard_bytes,
+        )  # fmt: skip
+        writer = CheckpointWriter(target, [shard.planned for shard in plan.shards], _identity(index, options))
+        writer.begin()
+        resumed = _write_shards(writer, plan, index, progress)
+        raw = read_json(source / CONFIG_NAME)
+        writer.finish({**raw, "quantization_config": quantization_config(plan, options)}, _small_files(source))
+    return QuantiseResult(
+        source_bytes=plan.source_bytes, written_bytes=plan.written_bytes, num_experts=plan.num_experts,
+        num_dense=plan.num_dense, num_shards=len(plan.shards), resumed=resumed,
+    )  # fmt: skip
+
+
+def quantization_config(plan: QuantisePlan, options: QuantiseOptions) -> dict[str, Any]:
+    """What config.json says to compressed-tensors: weights only, one group of layers or two, and what stays."""
+    kinds = [options.experts, options.dense or options.experts]
+    targets = [["Linear"]] if kinds[0] == kinds[1] else [[r"re:.*\.experts\.\d+\..*"], ["Linear"]]
+    groups = {
+        f"group_{idx}": {
+            "targets": target,
+            "weights": {
+                "num_bits": _BITS[kinds[idx]], "type": "int", "symmetric": True, "strategy": "group",
+                "group_size": options.group, "dynamic": False,
+            },
+            "input_activations": None, "output_activations": None, "format": "pack-quantized",
+        }
+        for idx, target in enumerate(targets)
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": groups, "ignore": list(plan.ignored), "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }  # fmt: skip
+
+
+def _refuse_paths(source: Path, target: Path) -> None:
+    if source.resolve() == target.resolve():
+        raise UsageError(f"source and target are both {source}; name another folder for the result")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{target} is inside of {source}; name a folder elsewhere for the result")
+    CheckpointWriter.refuse_foreign(target)
+
+
+def _identity(index: CheckpointIndex, options: QuantiseOptions) -> dict[str, Any]:
+    """What two runs must have in common for one to go on where the other stopped."""
+    status = {file.name: file.path.stat() for file in index.files}
+    return {
+        "source": {name: [found.st_size, found.st_mtime_ns] for name, found in status.items()},
+        "experts": options.experts, "dense": options.dense, "group": options.group, "encoder": 1,
+    }  # fmt: skip
+
+
+def _small_files(source: Path) -> list[Path]:
+    """Tokenizer, templates and the like; never weights, nor what is written anew."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.name != CONFIG_NAME
+        and not path.name.endswith(".index.json")
+        and (path.suffix in _COPIED or path.name.startswith(_COPIED_NAMES))
+        and path.stat().st_size <= _MAX_COPIED_BYTES
+    ]
+
+
+def _write_shards(writer: CheckpointWriter, plan: QuantisePlan, index: CheckpointIndex, progress: Progress) -> int:
+    """Write what is not there yet; returns how many shards were."""
+    finished = [idx for idx in range(len(plan.shards)) if writer.is_finished(idx)]
+    sizes = [sum(item.num_bytes for item in shard.items) for shard in plan.shards]
+    total = sum(size for idx, size in enumerate(sizes) if idx not in finished)
+    done = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress("quantising", done, total)
+
+    for idx, shard in enumerate(plan.shards):
+        if idx not in finished:
+            writer.write(idx, _shard_bytes(shard, index, count))
+    return len(finished)
+
+
+def _shard_bytes(
+    shard: ShardPlan, index: CheckpointIndex, count: Callable[[int], None]
+) -> Iterator[memoryview | bytes]:
+    """The bytes of a shard's tensors in the order of its plan."""
+    for matrix in shard.matrices:
+        yield b"".join(size.to_bytes(8, "little") for size in matrix.shape)
+    for item in shard.items:
+        yield from _copied(item, index, count) if isinstance(item, TensorEntry) else _encoded(item, index, count)
+
+
+def _copied(entry: TensorEntry, index: CheckpointIndex, count: Callable[[int], None]) -> Iterator[memoryview]:
+    for begin in range(0, entry.num_bytes, PIECE_BYTES):
+        size = min(PIECE_BYTES, entry.num_bytes - begin)
+        piece = memoryview(bytearray(size))
+        index.files[entry.file_idx].read_into(piece, entry.start + begin, need_bytes=size)
+        yield piece
+        count(size)
+
+
+def _encoded(matrix: Matrix, index: CheckpointIndex, count: Callable[[int], None]) -> Iterator[memoryview]:
+    """Codes as they are made, then all scales."""
+    num_rows, width = matrix.shape
+    step = max(1, PIECE_BYTES // matrix.row_bytes)
+    scales = []
+    for begin in range(0, num_rows, step):
+        rows = min(step, num_rows - begin)
+        values = torch.empty((rows, width), dtype=TORCH_DTYPES[matrix.dtype])
+        start = matrix.start + begin * matrix.row_bytes
+        index.files[matrix.file_idx].read_into(writable_bytes(values), start, need_bytes=values.nbytes)
+        encoded = encode(values, matrix.format, name=f"{matrix.name}.weight")
+        scales.append(encoded.scales)
+        yield writable_bytes(encoded.codes)
+        count(values.nbytes)
+    yield writable_bytes(torch.cat(scales))
