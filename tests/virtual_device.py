@@ -164,7 +164,8 @@ class VirtualThread:
 
     def submit(self, function: Callable[[Group], Any], group: Group) -> VirtualFuture:
         job = self._lane.submit(len(group) * EXPERT_BYTES)
-        return VirtualFuture(job, lambda: function(group) if self._computes else [])
+        nothing = (torch.empty(0, dtype=torch.long), torch.empty(0, WIDTH_D))
+        return VirtualFuture(job, lambda: function(group) if self._computes else nothing)
 
     def shutdown(self, *, wait: bool, cancel_futures: bool) -> None:
         pass

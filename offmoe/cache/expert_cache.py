@@ -14,7 +14,7 @@ or the end of its use (evicted, taken back, its layer ran without it), is told t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from offmoe.base.counters import Counters
@@ -100,6 +100,23 @@ class ExpertCache:
             self._policy.touched(key)
         self.books.used(key, late=False, waited_ns=0)
         return weights
+
+    def ready(self, keys: Sequence[ExpertKey]) -> list[ExpertWeights] | None:
+        """The weights of all `keys`, or None when one is not READY. Not held: use them before anything is fetched."""
+        found = []
+        for key in keys:
+            slot = self.slots.find(key)
+            weights = None if slot is None else self._weights[slot]
+            if weights is None:
+                return None
+            found.append(weights)
+        return found
+
+    def touch(self, keys: Sequence[ExpertKey]) -> None:
+        """READY keys were used without being held."""
+        for key in dict.fromkeys(sorted(keys)):
+            self._policy.touched(key)
+            self.books.used(key, late=False, waited_ns=0)
 
     def slot_of(self, key: ExpertKey) -> int:
         """The slot of a key that is held."""

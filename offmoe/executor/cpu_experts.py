@@ -10,29 +10,32 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.expert_cache import ExpertCache, Fetch
 from offmoe.executor.dispatch import Assignment
+from offmoe.executor.rows import Computed, ReferenceRows, Rows
 from offmoe.formats.dense import ExpertWeights
 from offmoe.kernels.indices import upload
-from offmoe.kernels.reference import ExpertMath, experts_forward, one_token_forward
+from offmoe.kernels.reference import ExpertMath
 
 # The most tokens whose states are copied to RAM in every layer call, in case an expert is computed there.
 MAX_TOKENS_ALONG = 16
 
 Group = list[tuple[ExpertWeights, list[Assignment]]]
 Result = tuple[torch.Tensor, torch.Tensor]
+Compute = Callable[[list[Computed], torch.Tensor, torch.Tensor], None]
 
 
 class CpuExperts:
     """Computes experts out of `host`, the cache of RAM slots."""
 
-    def __init__(self, host: ExpertCache, settle: Callable[[], None]) -> None:
-        """`settle` waits until no copy to the device holds a RAM slot."""
-        self._host, self._settle = host, settle
+    def __init__(self, host: ExpertCache, settle: Callable[[], None], rows: Rows | None = None) -> None:
+        """`settle` waits until no copy to the device holds a RAM slot. `rows` computes them, by default in torch."""
+        self._host, self._settle, self._rows = host, settle, rows or ReferenceRows()
         self._thread = _start_thread()
         self._maths: dict[int, tuple[ExpertMath, ExpertMath]] = {}
         self._can_pin = True
@@ -55,7 +58,8 @@ class CpuExperts:
         self, layer_idx: int, math: ExpertMath, experts: dict[ExpertKey, list[Assignment]], x_TD: torch.Tensor
     ) -> CpuJob:
         """Begin; the experts that RAM has are computed at once, the others when they were read."""
-        job = CpuJob(self._host, self._settle, self._thread, self.cpu_math(layer_idx, math), x_TD.to("cpu"))
+        compute = partial(self._rows.compute, layer_idx, self.cpu_math(layer_idx, math))
+        job = CpuJob(self._host, self._settle, self._thread, compute, x_TD.to("cpu"), math.dtype)
         try:
             job.begin(experts)
         except BaseException:
@@ -95,16 +99,16 @@ class CpuJob:
     """The experts of one layer call that are computed in RAM."""
 
     def __init__(
-        self, host: ExpertCache, settle: Callable[[], None], thread: ThreadPoolExecutor, math: ExpertMath,
-        x_TD: torch.Tensor,
+        self, host: ExpertCache, settle: Callable[[], None], thread: ThreadPoolExecutor, compute: Compute,
+        x_TD: torch.Tensor, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self._host, self._settle, self._thread = host, settle, thread
-        self._math, self._x_TD = math, x_TD
+        self._compute_rows, self._x_TD, self._dtype = compute, x_TD, dtype
         self._coming: list[tuple[Fetch, list[Assignment]]] = []
         self._waiting: list[tuple[ExpertKey, list[Assignment]]] = []
         self._held: list[ExpertKey] = []
         self._group: Group = []
-        self._results: list[Future[list[Result]]] = []
+        self._results: list[Future[Result]] = []
 
     def begin(self, experts: Mapping[ExpertKey, list[Assignment]]) -> None:
         """What RAM has is computed at once, as one piece of work; the rest when it was read."""
@@ -138,8 +142,8 @@ class CpuJob:
             self._group.append((weights, assigned))
             self._queue()
         for future in self._results:
-            for choices_N, y_ND in future.result():
-                y_SD[upload(choices_N, y_SD.device)] = upload(y_ND, y_SD.device)
+            choices_N, y_ND = future.result()
+            y_SD[upload(choices_N, y_SD.device)] = upload(y_ND, y_SD.device)
         self._results = []
         self._let_go()
 
@@ -159,20 +163,22 @@ class CpuJob:
             self._results.append(self._thread.submit(self._compute, group))
 
     @torch.inference_mode()
-    def _compute(self, group: Group) -> list[Result]:
-        """On the thread: (choices, rows) of all experts of a group, in one product each where there is one token."""
-        flat = [(weights, assignment) for weights, assigned in group for assignment in assigned]
-        if all(assignment.tokens_N is None for _, assignment in flat):
-            chosen = [(assignment.expert_idx, weights) for weights, assignment in flat]
-            choices_K = torch.tensor([assignment.choices_N for _, assignment in flat])
-            return [(choices_K, one_token_forward(self._math, chosen, self._x_TD))]
-        results = []
-        for weights, assignment in flat:
-            tokens_N, choices_N = assignment.host_tokens_N, assignment.choices_N
-            assert tokens_N is not None and isinstance(choices_N, torch.Tensor), f"{assignment=}"
-            x_ND = self._x_TD[tokens_N]
-            results.append((choices_N, experts_forward(self._math, [(assignment.expert_idx, weights, x_ND)])))
-        return results
+    def _compute(self, group: Group) -> Result:
+        """On the thread: (choices, rows) of all experts of a group, in the order of their choices."""
+        flat = [assignment for _, assigned in group for assignment in assigned]
+        choices_N = torch.cat([torch.atleast_1d(torch.as_tensor(each.choices_N)) for each in flat])
+        y_ND = torch.empty(len(choices_N), self._x_TD.shape[-1], dtype=self._dtype)
+        begin, experts = 0, []
+        for weights, assigned in group:
+            local = []
+            for each in assigned:
+                rows = torch.arange(begin, begin + each.num_rows)
+                choices = begin if isinstance(each.choices_N, int) else rows
+                local.append(dataclasses.replace(each, choices_N=choices, tokens_N=each.host_tokens_N))
+                begin += each.num_rows
+            experts.append(Computed(-1, weights, local))
+        self._compute_rows(experts, self._x_TD, y_ND)
+        return choices_N, y_ND
 
     def close(self) -> None:
         """Nothing is computed or read for this job any more, and nothing is held. Called however the call ended."""

@@ -15,6 +15,7 @@ from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.expert_cache import ExpertCache, Fetch
 from offmoe.executor.cpu_experts import CpuExperts, CpuJob
+from offmoe.executor.cpu_rows import CpuRows
 from offmoe.executor.dispatch import Assignment, dispatch, num_rows
 from offmoe.executor.misses import MissPlacer
 from offmoe.executor.rows import Computed, ReferenceRows, Rows
@@ -48,6 +49,10 @@ class Executor:
         """
         self._counters.layer_calls += 1
         num_tokens, top_k = expert_ids_TK.shape
+        if num_tokens == 1 and isinstance(self.rows, CpuRows):
+            y_1D = self._run_ready(self.rows, layer_idx, math, num_experts, x_TD, expert_ids_TK, weights_TK)
+            if y_1D is not None:
+                return y_1D
         # Queued before the ids are waited for, so that the wait is for both.
         host_x_TD = self.cpu.take_along(x_TD) if self.cpu is not None else None
         assignments = dispatch(self._to_host(expert_ids_TK), num_experts, device=x_TD.device)
@@ -57,6 +62,32 @@ class Executor:
         if self.ahead is not None:
             self.ahead.layer_ended(layer_idx)
         return y_TD
+
+    def _run_ready(
+        self, rows: CpuRows, layer_idx: int, math: ExpertMath, num_experts: int,
+        x_1D: torch.Tensor, expert_ids_1K: torch.Tensor, weights_1K: torch.Tensor,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """One token whose experts are all here, with nobody looking ahead: one call of the kernels, and no holds, since
+        nothing is fetched meanwhile. None where that is not so, and then nothing was done.
+        """
+        ahead, ids = self.ahead, expert_ids_1K[0].tolist()
+        if (ahead is not None and not ahead.is_asleep) or min(ids) < 0 or max(ids) >= num_experts:
+            return None
+        keys = [ExpertKey(layer_idx, idx) for idx in ids]
+        weights = self.cache.ready(keys)
+        layer = None if weights is None else rows.layer(layer_idx, math, weights[0])
+        if weights is None or layer is None:
+            return None
+        if ahead is not None:
+            ahead.router_spoke(layer_idx, ids, 1)
+        begin = self.clock_ns()
+        y_1D = rows.token_sum(layer, ids, weights, x_1D, weights_1K)
+        self.cache.touch(keys)
+        self._counters.hits += len(set(ids))
+        self._counters.compute_ns += self.clock_ns() - begin
+        if ahead is not None:
+            ahead.layer_ended(layer_idx)
+        return y_1D
 
     def _to_host(self, expert_ids_TK: torch.Tensor) -> torch.Tensor:
         """The ids on the host; with them, in the same copy and wait, the guesses for layers to come."""

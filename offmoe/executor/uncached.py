@@ -1,4 +1,8 @@
-"""The oracle of the cache: every expert read from disk for every use, computed by the reference, nothing kept."""
+"""The oracle of the cache: every expert read from disk for every use, nothing kept.
+
+Rows are computed by whoever computes those of the cached run (`rows`), so that both give the same numbers; where that
+is a device's kernels, which address slots, by the reference.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,16 @@ from offmoe.base.keys import ExpertKey
 from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, ExpertIndex, plan_read
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.executor.dispatch import dispatch
+from offmoe.executor.rows import Computed, ReferenceRows, Rows
 from offmoe.formats.dense import view_expert, writable_bytes
-from offmoe.kernels.reference import ExpertMath, combine_rows, experts_forward
+from offmoe.kernels.reference import ExpertMath, combine_rows
 
 
 class UncachedExecutor:
     """Runs layers as Executor does, without cache, threads or direct reads."""
 
-    def __init__(self, index: ExpertIndex, files: list[ShardFile]) -> None:
-        self._index, self._files = index, files
+    def __init__(self, index: ExpertIndex, files: list[ShardFile], rows: Rows | None = None) -> None:
+        self._index, self._files, self._rows = index, files, rows or ReferenceRows()
 
     def run_layer(
         self, layer_idx: int, math: ExpertMath, num_experts: int,
@@ -35,6 +40,5 @@ class UncachedExecutor:
                 part = view[run.slot_offset : run.slot_offset + run.num_bytes]
                 self._files[run.file_idx].read_into(part, run.start, need_bytes=run.need_bytes)
             weights = view_expert(layer, slot.to(x_TD.device), plan.source_offsets)
-            x_ND = x_TD if assignment.tokens_N is None else x_TD[assignment.tokens_N]
-            y_SD[assignment.choices_N] = experts_forward(math, [(assignment.expert_idx, weights, x_ND)])
+            self._rows.compute(layer_idx, math, [Computed(-1, weights, [assignment])], x_TD, y_SD)
         return combine_rows(y_SD, weights_TK, x_TD.dtype)

@@ -20,6 +20,7 @@ from offmoe.cache.expert_cache import ExpertCache
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.executor.uncached import UncachedExecutor
+from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.models.budgets import Budgets, fit_to_free, shrink
 from offmoe.models.build import build_on_meta, read_model_config
 from offmoe.models.device_failures import explained, release_unused
@@ -74,7 +75,8 @@ class LoadedModel:
     @contextmanager
     def uncached(self) -> Iterator[None]:
         """Serve experts without the cache for a while."""
-        _attach_all(self.model, UncachedExecutor(self.experts, self.index.files))
+        rows = self.serving.cpu_rows if self.device is None else None
+        _attach_all(self.model, UncachedExecutor(self.experts, self.index.files, rows))
         try:
             yield
         finally:
@@ -110,6 +112,7 @@ def load_model(
     with ExitStack() as opened:
         if device is not None:
             opened.callback(device.close)
+        cpu_kernels, why_no_kernels = load_cpu_kernels()
         model_config, quantisation = read_model_config(folder, trust_remote_code=config.trust_remote_code)
         index = CheckpointIndex.open(folder, quantisation)
         opened.callback(index.close)
@@ -145,7 +148,8 @@ def load_model(
                 plan, device_pool = _make_device_pool(plan, device, top_k=experts.top_k)
             pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
             serving = build_serving(
-                model, experts, disk, pool, plan, config, counters, device=device, device_pool=device_pool,
+                model, experts, disk, pool, plan, config, counters, cpu_kernels=cpu_kernels, device=device,
+                device_pool=device_pool,
                 progress=lambda done, total: progress("experts to the device", done, total),
             )  # fmt: skip
         if quantisation is not None and quantisation.quantises_activations:
@@ -153,6 +157,10 @@ def load_model(
                 f"the checkpoint asks for quantised activations ({quantisation.method}); offmoe reads its weights as "
                 f"they are and computes in {str(model.dtype).removeprefix('torch.')}"
             )
+        if why_no_kernels:
+            serving.notes.append(f"CPU kernels: {why_no_kernels}")
+        if cpu_kernels is not None:
+            serving.closing.callback(cpu_kernels.close)
         _attach_all(model, serving.executor)
         opened.pop_all()
     return LoadedModel(

@@ -22,6 +22,7 @@ from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.executor.admission import Admission
 from offmoe.executor.arbiter import Arbiter
 from offmoe.executor.cpu_experts import CpuExperts
+from offmoe.executor.cpu_rows import CpuRows
 from offmoe.executor.decide import Mode
 from offmoe.executor.executor import Executor
 from offmoe.executor.measured import measured_costs
@@ -30,6 +31,7 @@ from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.executor.resident import ResidentExecutor, preload
 from offmoe.executor.rows import KernelRows, Rows
 from offmoe.formats.layout import layout_of
+from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.slot_kernels import SlotKernels, make_slot_kernels
 from offmoe.models.routing import map_routing
 from offmoe.models.seam import ExpertsExecutor, math_of
@@ -64,6 +66,7 @@ class Serving:
     ahead: AheadOfTime | None = None
     placer: MissPlacer | None = None
     kernels: SlotKernels | None = None
+    cpu_rows: CpuRows | None = None
     notes: list[str] = field(default_factory=list)
     closing: ExitStack = field(default_factory=ExitStack)
 
@@ -78,6 +81,8 @@ class Serving:
             found |= {"miss": arbiter.mode.value, "miss_chosen": arbiter.trial.choice.value}
         if self.kernels is not None:
             found["kernels"] = sorted(set(self.kernels.reasons.values())) or "triton"
+        if self.cpu_rows is not None:
+            found["cpu_kernels"] = [repr(self.cpu_rows.kernels), *sorted(set(self.cpu_rows.reasons.values()))]
         return found | ({"notes": self.notes} if self.notes else {})
 
     def close(self) -> None:
@@ -89,7 +94,8 @@ class Serving:
 
 def build_serving(
     model: PreTrainedModel, experts: ExpertIndex, disk: DiskTier, pool: HostPool, plan: MemoryPlan,
-    config: EngineConfig, counters: Counters, *, device: Device | None = None, device_pool: DevicePool | None = None,
+    config: EngineConfig, counters: Counters, *, cpu_kernels: CpuKernels | None = None, device: Device | None = None,
+    device_pool: DevicePool | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Serving:  # fmt: skip
     """Caches and executor over the given pools. Called when the resident weights are loaded and no executor attached.
@@ -97,11 +103,12 @@ def build_serving(
     `progress(done_bytes, total_bytes)`: of bringing all experts to a device that has room for them.
     """
     host_source = DiskSource(experts, pool, disk)
+    cpu_rows = None if cpu_kernels is None else CpuRows(cpu_kernels)
     num_layers = len(experts.layers)
     if device is None or device_pool is None:
         cache = ExpertCache(pool.num_slots, num_layers, host_source, make_policy(config.policy), counters)
-        serving = Serving(cache=cache, host=cache, executor=_NOT_YET)
-        executor = Executor(cache)
+        serving = Serving(cache=cache, host=cache, executor=_NOT_YET, cpu_rows=cpu_rows)
+        executor = Executor(cache, rows=cpu_rows)
         _fetch_ahead(serving, executor, model, experts, config)
         serving.executor = RecoveringExecutor(executor)
         return serving
@@ -109,7 +116,7 @@ def build_serving(
     layouts = [layout_of(layer) for layer in experts.layers]
     link = LinkSource(experts, layouts, host, host_source, device_pool, device.copier, counters)
     cache = ExpertCache(device_pool.num_slots, num_layers, link, make_policy(config.policy), counters)
-    serving = Serving(cache=cache, host=host, executor=_NOT_YET)
+    serving = Serving(cache=cache, host=host, executor=_NOT_YET, cpu_rows=cpu_rows)
     if (refused := device.pin(pool.slab)) is not None:
         serving.notes.append(f"RAM slots are not pinned ({refused}): copies go through a staging ring")
     maths = [math_of(module) for _, module in experts_modules(model)]
@@ -163,7 +170,7 @@ def _place_misses(
     mode = Mode.STREAM if config.placement_invariant else Mode(config.miss)
     if mode is Mode.STREAM:
         return
-    cpu = executor.cpu = CpuExperts(serving.host, link.settle)
+    cpu = executor.cpu = CpuExperts(serving.host, link.settle, serving.cpu_rows)
     serving.closing.callback(cpu.close)
     costs = measured_costs(
         experts, maths, link, device.copier, cpu, num_device_slots=pool.num_slots, width_D=_width(experts)

@@ -29,6 +29,11 @@ class AheadOfTime:
         self._begin_s = clock()
         self._num_tokens = 0
 
+    @property
+    def is_asleep(self) -> bool:
+        """Nothing is under way, and nothing will be guessed or fetched before the next prompt or comparison."""
+        return self.lookahead.is_asleep
+
     def pending(self) -> dict[int, torch.Tensor]:
         """Predictions on the device that the host does not have yet; hand them over with `take`."""
         return self.lookahead.pending()

@@ -1,0 +1,100 @@
+"""Rows computed in RAM by the C++ kernels (kernels/cpu), which read an expert's weights once for all of its rows.
+
+Which way a row is computed depends on how many rows its expert has in the call, never on what is cached: so the
+numbers do not either. Shapes: T tokens, D model width, K experts a token, S = T * K choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from offmoe.executor.dispatch import num_rows
+from offmoe.executor.rows import Computed, ReferenceRows
+from offmoe.formats.dense import ExpertWeights
+from offmoe.kernels.cpu.kernels import CpuKernels, CpuLayer, ExpertRows
+from offmoe.kernels.reference import ExpertMath
+
+# Rows of one expert that go through the kernels; more are a matrix product for torch.
+MAX_ROWS = 32
+
+
+class CpuRows:
+    """Rows by the kernels, where they know the layer's formats and arithmetic; otherwise by `ReferenceRows`.
+
+    `reasons`: layer -> why its rows are not computed by the kernels, for those seen so far.
+    """
+
+    def __init__(self, kernels: CpuKernels) -> None:
+        self.kernels = kernels
+        self.reasons: dict[int, str] = {}
+        self._layers: dict[int, tuple[ExpertMath, CpuLayer | None]] = {}
+        self._reference = ReferenceRows()
+
+    def compute(
+        self, layer_idx: int, math: ExpertMath, experts: list[Computed], x_TD: torch.Tensor, y_SD: torch.Tensor
+    ) -> None:
+        """Experts with few rows in one call; the others one by one."""
+        layer = self.layer(layer_idx, math, experts[0].weights)
+        if layer is None:
+            self._reference.compute(layer_idx, math, experts, x_TD, y_SD)
+            return
+        few = [expert for expert in experts if num_rows(expert.assigned) <= MAX_ROWS]
+        if few:
+            rows = [_rows_of(expert) for expert in few]
+            self.kernels.experts(layer, rows, _by_rows(x_TD), y_SD)
+        many = [expert for expert in experts if num_rows(expert.assigned) > MAX_ROWS]
+        if many:
+            self._reference.compute(layer_idx, math, many, x_TD, y_SD)
+
+    def token_sum(
+        self,
+        layer: CpuLayer,
+        expert_ids: Sequence[int],
+        weights: Sequence[ExpertWeights],
+        x_1D: torch.Tensor,
+        weights_1K: torch.Tensor,
+    ) -> torch.Tensor:
+        """The weighted sum over one token's experts, (1, D) in x's type: to the bit what `compute`, then `combine_rows`
+        give.
+        """
+        rows = [
+            (idx, each, (0,), (choice,)) for choice, (idx, each) in enumerate(zip(expert_ids, weights, strict=True))
+        ]
+        y_KD = torch.empty(len(rows), layer.width, dtype=layer.math.dtype)
+        y_1D = self.kernels.experts(layer, rows, _by_rows(x_1D), y_KD, weights_1K.contiguous())
+        assert y_1D is not None, "weights were given"
+        return y_1D
+
+    def layer(self, layer_idx: int, math: ExpertMath, weights: ExpertWeights) -> CpuLayer | None:
+        """What the kernels need to know of a layer, None where they do not serve it. Experts of a layer are all stored
+        alike, so the weights of any one answer for all.
+        """
+        known = self._layers.get(layer_idx)
+        if known is not None and known[0] is math:
+            return known[1]
+        reason = self.kernels.supports(math, weights)
+        layer = self.kernels.layer(math, weights) if reason is None else None
+        if reason is not None:
+            self.reasons[layer_idx] = reason
+        self._layers[layer_idx] = (math, layer)
+        return layer
+
+
+def _rows_of(expert: Computed) -> ExpertRows:
+    tokens: list[int] = []
+    choices: list[int] = []
+    for assignment in expert.assigned:
+        if isinstance(assignment.choices_N, int):
+            tokens.append(0)
+            choices.append(assignment.choices_N)
+        else:
+            assert assignment.host_tokens_N is not None, f"{assignment=}"
+            tokens += assignment.host_tokens_N.tolist()
+            choices += assignment.choices_N.tolist()
+    return expert.assigned[0].expert_idx, expert.weights, tokens, choices
+
+
+def _by_rows(x_TD: torch.Tensor) -> torch.Tensor:
+    return x_TD if x_TD.stride(-1) == 1 else x_TD.contiguous()
