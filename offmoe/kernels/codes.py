@@ -53,6 +53,16 @@ class Codes:
         return 32 // self.bits
 
     @property
+    def num_in_place(self) -> int:
+        """Codes of a word that lie within the 23 bits of a float32's mantissa; the others do so `shift` further down."""
+        return 5 if self.bits == 4 else 2
+
+    @property
+    def shift(self) -> int:
+        """See `num_in_place`."""
+        return 12 if self.bits == 4 else 16
+
+    @property
     def at_zero(self) -> Codes:
         """The same at the slot's start: what parts that are alike have in common."""
         return replace(self, scale_base=0, zero_base=0)

@@ -1,10 +1,11 @@
 """Quantised weights inside the Triton kernels: words of codes to values, scales and zero points beside them.
 
-`FORMAT` is a `codes.Codes`. Codes become float32 by placing their bits, without a conversion instruction: an integer in
-the upper mantissa of 16.0 (4 bits) or 256.0 (8 bits), which adds that number; the bits of e2m1 and e4m3 where float32
-has sign, exponent and mantissa, which divides by 2^126 or 2^120, also where they are subnormal. (NaN of e4m3 is read as
-480: weights have none.) Words of a span, 16 bytes, lie in one lane, so that its 16 or 32 products are summed there and
-multiplied by the scale once.
+`FORMAT` is a `codes.Codes`. Codes become float32 without a conversion instruction, most without a shift: an integer's
+bits, masked where they are, are a subnormal number, q * 2^(its place - 149), which multiplies at full speed; the bits of
+e2m1 and e4m3 are put where float32 has sign, exponent and mantissa, which divides by 2^126 or 2^120. What they are
+multiplied with is enlarged to match (`_factors`), and so that nothing leaves the range of float32; inputs may be up to
+2^51. (NaN of e4m3 is read as 480: weights have none.) Words of a span, 16 bytes, lie in one lane, so that its 16 or 32
+products are summed there and multiplied by the scale once.
 
 Shapes: O outputs, K rows of inputs, W words of a row, S = W / 4 spans.
 """
@@ -22,20 +23,12 @@ from offmoe.kernels.triton_blocks import places
 
 @triton.jit
 def _value(words, NUMBER: tl.constexpr, FORMAT: tl.constexpr):
-    """Code NUMBER of every word, as float32 with the excess or the factor above."""
+    """Code NUMBER of every word, as float32, too small by what `_factors` makes up for."""
     if FORMAT.is_integer:
-        if FORMAT.bits == 4:
-            if NUMBER < 5:
-                words = words << (19 - 4 * NUMBER)
-            else:
-                words = words >> (4 * NUMBER - 19)
-            words = (words & 0x00780000) | 0x41800000
+        if NUMBER < FORMAT.num_in_place:
+            words = words & (((1 << FORMAT.bits) - 1) << (NUMBER * FORMAT.bits))
         else:
-            if NUMBER < 2:
-                words = words << (15 - 8 * NUMBER)
-            else:
-                words = words >> (8 * NUMBER - 15)
-            words = (words & 0x007F8000) | 0x43800000
+            words = (words >> FORMAT.shift) & (((1 << FORMAT.bits) - 1) << (NUMBER * FORMAT.bits - FORMAT.shift))
     elif FORMAT.bits == 4:  # the shift to the right copies the sign, which the mask cuts off but for one bit
         words = ((words << (28 - 4 * NUMBER)) >> 6) & -0x7E400000
     else:
@@ -44,8 +37,26 @@ def _value(words, NUMBER: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def _factors(COUNT: tl.constexpr, FORMAT: tl.constexpr):
+    """What the values of COUNT columns, or their inputs, are to be multiplied with. `_rest` of it is left over."""
+    if FORMAT.is_integer:  # 2^(76 - place)
+        number = tl.arange(0, COUNT) % (32 // FORMAT.bits)
+        place = number * FORMAT.bits - tl.where(number < FORMAT.num_in_place, 0, FORMAT.shift)
+        factors = ((203 - place) << 23).to(tl.float32, bitcast=True)
+    else:
+        factors = tl.full((COUNT,), 2.0**64, tl.float32)
+    return factors
+
+
+@triton.jit
+def _rest(FORMAT: tl.constexpr):
+    """The power of two by which products are still too small."""
+    return 2.0**73 if FORMAT.is_integer else (2.0**62 if FORMAT.bits == 4 else 2.0**56)
+
+
+@triton.jit
 def _values(words, FORMAT: tl.constexpr):
-    """(O, K, W) words -> (O, K, S, columns of a span) float32, with the excess or the factor above."""
+    """(O, K, W) words -> (O, K, S, columns of a span) float32, too small by what `_factors` makes up for."""
     if FORMAT.is_signed:
         words = words ^ -0x7F7F7F80  # the top bit of every byte: 128 added
     if FORMAT.bits == 4:
@@ -66,7 +77,7 @@ def _values(words, FORMAT: tl.constexpr):
 
 @triton.jit
 def _scales(scale_ptr, slot, rows, halves, columns, mask, SLOT: tl.constexpr, FORMAT: tl.constexpr):
-    """(O, K, S) float32: every span's scale, 0 outside."""
+    """(O, K, S) float32: every span's scale times `_rest`, 0 outside."""
     at = scale_ptr + slot[None, :, None] * (SLOT * 4 // FORMAT.scale_bytes) + FORMAT.scale_base
     at += (rows // FORMAT.group_rows * FORMAT.scale_out_stride + halves * FORMAT.scale_pair)[:, None, None]
     at += (columns // FORMAT.group * FORMAT.scale_in_stride)[None, None, :]
@@ -75,15 +86,14 @@ def _scales(scale_ptr, slot, rows, halves, columns, mask, SLOT: tl.constexpr, FO
         scales = tl.where(exponent == 0, 0x00400000, exponent << 23).to(tl.float32, bitcast=True)
     else:
         scales = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    return scales
+    return scales * _rest(FORMAT)
 
 
 @triton.jit
 def _zeros(zero_ptr, slot, rows, halves, columns, mask, SLOT: tl.constexpr, FORMAT: tl.constexpr):
-    """(O, K, S) or (1, 1, 1) float32: what must be taken from `_values` of integers, the excess among it."""
-    EXCESS: tl.constexpr = 16 if FORMAT.bits == 4 else 256
+    """(O, K, S) or (1, 1, 1) float32: what must be taken from integers, as much too small as they."""
     if FORMAT.zero_rows == 0:
-        zeros = tl.full((1, 1, 1), EXCESS + (8 if FORMAT.bits == 4 else 128), tl.float32)
+        zeros = tl.full((1, 1, 1), 8.0 if FORMAT.bits == 4 else 128.0, tl.float32)
     else:
         at = zero_ptr + slot[None, :, None] * (SLOT * 4 // FORMAT.zero_bytes) + FORMAT.zero_base
         at += (rows // FORMAT.zero_rows * FORMAT.zero_out_stride + halves * FORMAT.zero_pair)[:, None, None]
@@ -94,8 +104,8 @@ def _zeros(zero_ptr, slot, rows, halves, columns, mask, SLOT: tl.constexpr, FORM
             words = (words >> shifts[:, None, None]) & ((1 << FORMAT.bits) - 1)
         if FORMAT.is_signed:
             words += 128
-        zeros = (words + EXCESS).to(tl.float32)
-    return zeros
+        zeros = words.to(tl.float32)
+    return zeros * 2.0**-73
 
 
 @triton.jit
@@ -110,32 +120,28 @@ def row_products(
     WORDS: tl.constexpr = BLOCK_IN // PER_WORD
     SPANS: tl.constexpr = WORDS // 4
     K: tl.constexpr = in_rows.shape[0]
-    # Small floats are as much too small as the inputs are made too large: neither leaves what float32 can hold.
-    IN_FACTOR: tl.constexpr = 1.0 if FORMAT.is_integer else 2.0**64
-    FACTOR: tl.constexpr = 2.0**62 if FORMAT.bits == 4 else 2.0**56
     rows = places(block, 1, FORMAT.pair_rows, PAIRS, BLOCK_OUT)
     halves = places(block, 0, 1 if PAIRS == 1 else 0, PAIRS, BLOCK_OUT)
     words_at = word_ptr + slot[None, :, None] * SLOT + BASE
     words_at += places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[:, None, None]
+    factors = _factors(4 * PER_WORD, FORMAT)[None, None, None, :]
     used = inside[:, None, None] & ready[None, :, None]
     sums = tl.zeros((inside.shape[0], K, SPANS), tl.float32)
     for begin in tl.range(0, NUM_IN, BLOCK_IN, num_stages=STAGES):
-        numbers = begin // PER_WORD + tl.arange(0, WORDS)
-        words = tl.load(
-            words_at + numbers[None, None, :], mask=used & (numbers < NUM_IN // PER_WORD)[None, None, :], other=0
-        )
         spans = begin + tl.arange(0, SPANS) * (4 * PER_WORD)
         mask = used & (spans < NUM_IN)[None, None, :]
         scales = _scales(scale_ptr, slot, rows, halves, spans, mask, SLOT, FORMAT)
         inputs = begin + tl.arange(0, BLOCK_IN)
         in_mask = ready[:, None] & (inputs[None, :] < NUM_IN)
         x = tl.load(in_ptr + in_rows[:, None] * NUM_IN + inputs[None, :], mask=in_mask, other=0.0).to(tl.float32)
-        x = tl.reshape(x * IN_FACTOR, (1, K, SPANS, 4 * PER_WORD))
-        products = tl.sum(_values(words, FORMAT) * x, axis=3)
+        numbers = begin // PER_WORD + tl.arange(0, WORDS)
+        words = tl.load(
+            words_at + numbers[None, None, :], mask=used & (numbers < NUM_IN // PER_WORD)[None, None, :], other=0
+        )
+        x = tl.reshape(x, (1, K, SPANS, 4 * PER_WORD))
+        products = tl.sum(_values(words, FORMAT) * (x * factors), axis=3)
         if FORMAT.is_integer:
             products -= _zeros(zero_ptr, slot, rows, halves, spans, mask, SLOT, FORMAT) * tl.sum(x, axis=3)
-        else:
-            products *= FACTOR
         sums += products * scales
     return tl.sum(sums, axis=2)
 
@@ -149,7 +155,6 @@ def weight_block(
     """(BLOCK_IN, O): the values from column `begin` on, computed in float32, rounded to the type of `like_ptr`."""
     PER_WORD: tl.constexpr = 32 // FORMAT.bits
     SPANS: tl.constexpr = BLOCK_IN // PER_WORD // 4
-    FACTOR: tl.constexpr = 2.0**126 if FORMAT.bits == 4 else 2.0**120
     rows = places(block, 1, FORMAT.pair_rows, PAIRS, BLOCK_OUT)
     halves = places(block, 0, 1 if PAIRS == 1 else 0, PAIRS, BLOCK_OUT)
     slots = tl.full((1,), 0, tl.int64) + slot
@@ -159,11 +164,9 @@ def weight_block(
     words = tl.load(word_ptr + slot * SLOT + BASE + starts[:, None] + numbers[None, :], mask=mask, other=0)
     spans = begin + tl.arange(0, SPANS) * (4 * PER_WORD)
     span_mask = inside[:, None, None] & (spans < NUM_IN)[None, None, :]
-    values = _values(words[:, None, :], FORMAT)
+    values = _values(words[:, None, :], FORMAT) * _factors(4 * PER_WORD, FORMAT)[None, None, None, :]
     if FORMAT.is_integer:
         values -= _zeros(zero_ptr, slots, rows, halves, spans, span_mask, SLOT, FORMAT)[:, :, :, None]
-    else:
-        values *= FACTOR
     values *= _scales(scale_ptr, slots, rows, halves, spans, span_mask, SLOT, FORMAT)[:, :, :, None]
     values = tl.reshape(values, (inside.shape[0], BLOCK_IN)).to(like_ptr.dtype.element_ty)
     return tl.trans(values)
