@@ -7,7 +7,7 @@ int4    codes I32 (N, K/8): nibble i of word j is column 8j+i, lowest bits first
 int8    codes I32 (N, K/4): byte i of word j is column 4j+i; or I8 (N, K)
         scales float (N, K/group); zeros I32 (ceil(N/4), K/group), packed down the rows; or I8 (N, K/group)
 mxfp4   codes U8 (N, K/2): e2m1, low nibble first; scales U8 (N, K/32): exponents of two, 127 added
-fp8     codes F8_E4M3 (N, K); scales F32 (ceil(N/group_rows), ceil(K/group))
+fp8     codes F8_E4M3 (N, K); scales float (ceil(N/group_rows), ceil(K/group))
 
 The first two are compressed-tensors' `pack-quantized` and `int-quantized`, mxfp4 is gpt-oss as published (the OCP
 microscaling format), fp8 DeepSeek-V3 as published. Integers are stored with `offset` added, zeros with the same:

@@ -177,12 +177,12 @@ def _packed_bits(entry: TensorEntry, shape: TensorEntry | None, quantisation: Qu
     """The only number of bits that config.json knows, or the one that fits the width in `weight_shape`."""
     if len(quantisation.num_bits) == 1:
         return next(iter(quantisation.num_bits))
-    if shape is None or shape.dtype != "I64" or shape.shape != (2,):
+    if shape is None or shape.dtype not in ("I32", "I64") or shape.shape != (2,):
         raise CheckpointError(
             f"{entry.name!r} comes without a weight_shape of two numbers, and config.json says "
             f"{sorted(quantisation.num_bits)} bits; download the checkpoint again"
         )
-    width = int.from_bytes(read(shape)[8:16], "little", signed=True)
+    width = int.from_bytes(read(shape)[shape.num_bytes // 2 :], "little", signed=True)
     for bits in sorted(quantisation.num_bits):
         if entry.shape[-1] * WORD_BITS == width * bits:
             return bits
@@ -199,12 +199,12 @@ def _join_fp8(
         return None
     _check(entry, "F8_E4M3")
     scales = _beside(tensors, name, "_scale_inv", name)
-    _check(scales, "F32")
+    _check(scales, *SCALE_TYPES)
     block_rows, block_columns = quantisation.block
     *lead, num_rows, width = entry.shape
     if scales.shape != (*lead, -(-num_rows // block_rows), -(-width // block_columns)):
         raise _contradiction(entry, scales, f"blocks of {block_rows} x {block_columns}")
-    form = QuantFormat(kind="fp8", group=block_columns, group_rows=block_rows, scale_dtype="F32")
+    form = QuantFormat(kind="fp8", group=block_columns, group_rows=block_rows, scale_dtype=scales.dtype)
     return QuantEntry(name=name, shape=entry.shape, format=form, codes=entry, scales=scales)
 
 
