@@ -54,7 +54,7 @@ class Codes:
 
     @property
     def num_in_place(self) -> int:
-        """Codes of a word that lie within the 23 bits of a float32's mantissa; the others do so `shift` further down."""
+        """Codes of a word within the 23 bits of float32's mantissa; the others are, `shift` further down."""
         return 5 if self.bits == 4 else 2
 
     @property

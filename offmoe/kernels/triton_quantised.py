@@ -1,17 +1,14 @@
 """Quantised weights inside the Triton kernels: words of codes to values, scales and zero points beside them.
 
-`FORMAT` is a `codes.Codes`. Codes become float32 without a conversion instruction, most without a shift: an integer's
-bits, masked where they are, are a subnormal number, q * 2^(its place - 149), which multiplies at full speed; the bits of
+`FORMAT` is a `codes.Codes`. Codes become float32 without a conversion instruction, most without a shift: the bits of
+an integer, masked where they are, are a subnormal number, q * 2^(place - 149), which multiplies at full speed; those of
 e2m1 and e4m3 are put where float32 has sign, exponent and mantissa, which divides by 2^126 or 2^120. What they are
-multiplied with is enlarged to match (`_factors`), and so that nothing leaves the range of float32; inputs may be up to
-2^51. (NaN of e4m3 is read as 480: weights have none.) Words of a span, 16 bytes, lie in one lane, so that its 16 or 32
+multiplied with is enlarged to match (`_factors`), so that nothing leaves the range of float32; inputs may be up to 2^51.
+(NaN of e4m3 is read as 480: weights have none.) Words of a span, 16 bytes, lie in one lane, so that its 16 or 32
 products are summed there and multiplied by the scale once.
 
 Shapes: O outputs, K rows of inputs, W words of a row, S = W / 4 spans.
 """
-
-# Constants are decided at compile time, nested, and not every one is an expression.
-# ruff: noqa: SIM108
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from offmoe.kernels.triton_blocks import places
 def _value(words, NUMBER: tl.constexpr, FORMAT: tl.constexpr):
     """Code NUMBER of every word, as float32, too small by what `_factors` makes up for."""
     if FORMAT.is_integer:
-        if NUMBER < FORMAT.num_in_place:
+        if FORMAT.num_in_place > NUMBER:
             words = words & (((1 << FORMAT.bits) - 1) << (NUMBER * FORMAT.bits))
         else:
             words = (words >> FORMAT.shift) & (((1 << FORMAT.bits) - 1) << (NUMBER * FORMAT.bits - FORMAT.shift))
