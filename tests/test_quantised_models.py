@@ -13,6 +13,7 @@ from quant_makers import (
     IntScheme,
     decompressed_model,
     dequantised_model,
+    edit,
     save_fp8,
     save_integers,
     save_mxfp4,
@@ -91,3 +92,43 @@ def test_fp8_equals_transformers(name: str, how: str, tmp_path: Path) -> None:
 def test_mxfp4_equals_transformers(how: str, tmp_path: Path) -> None:
     save_mxfp4(tmp_path)
     _equals(tmp_path, dequantised_model(tmp_path), **SERVING[how]())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16])
+def test_resident_weights_are_transformers_to_the_bit(scales: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Attention and shared experts are fp8 too; Qwen publishes bfloat16 scales, DeepSeek float32."""
+    save_fp8(tmp_path, "deepseek_v3", dtype=dtype)
+
+    def store_as(tensors: dict[str, torch.Tensor], _: Any) -> None:
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            tensors[name] = tensors[name].to(scales)
+
+    edit(tmp_path, store_as)
+    expected = dequantised_model(tmp_path, dtype)
+    with offmoe.load(tmp_path, ram="4GiB", experts=4) as engine:
+        for name, param in engine.model.named_parameters():
+            wanted = expected.get_parameter(name)
+            assert param.dtype == wanted.dtype, name
+            assert torch.equal(param, wanted), name
+        assert any("fp8" in note and "computes in" in note for note in engine.stats()["notes"])
+
+
+def test_weights_only_quantisation_needs_no_note(tmp_path: Path) -> None:
+    save_mxfp4(tmp_path)
+    with offmoe.load(tmp_path, ram="4GiB", experts=4) as engine:
+        assert "notes" not in engine.stats()
+
+
+@pytest.mark.parametrize("direct", ["direct", "buffered"])
+def test_cached_equals_uncached_in_bfloat16(direct: str, tmp_path: Path) -> None:
+    """Experts in slots at whatever offsets the files have, all in memory or few, give the same ids and logits."""
+    save_mxfp4(tmp_path, dtype=torch.bfloat16)
+    ids = torch.randint(3, 100, (1, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
+    found = []
+    for slots in (4, 24):
+        with offmoe.load(tmp_path, ram="4GiB", experts=slots, io=direct) as engine, torch.no_grad():
+            found.append(engine.model(input_ids=ids).logits)
+            with engine._parts.uncached():
+                found.append(engine.model(input_ids=ids).logits)
+    assert all(torch.equal(logits, found[0]) for logits in found[1:])
