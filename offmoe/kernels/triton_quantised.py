@@ -3,7 +3,7 @@
 `FORMAT` is a `codes.Codes`. Codes become float32 without a conversion instruction, most without a shift: the bits of
 an integer, masked where they are, are a subnormal number, q * 2^(place - 149), which multiplies at full speed; those of
 e2m1 and e4m3 are put where float32 has sign, exponent and mantissa, which divides by 2^126 or 2^120. What they are
-multiplied with is enlarged to match (`_factors`), so that nothing leaves the range of float32; inputs may be up to 2^51.
+multiplied with is enlarged to match (`_factors`), so that nothing leaves what float32 holds; inputs are below 2^51.
 (NaN of e4m3 is read as 480: weights have none.) Words of a span, 16 bytes, lie in one lane, so that its 16 or 32
 products are summed there and multiplied by the scale once.
 
@@ -156,12 +156,13 @@ def weight_block(
     halves = places(block, 0, 1 if PAIRS == 1 else 0, PAIRS, BLOCK_OUT)
     slots = tl.full((1,), 0, tl.int64) + slot
     numbers = begin // PER_WORD + tl.arange(0, BLOCK_IN // PER_WORD)
-    starts = places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)
-    mask = inside[:, None] & (numbers < NUM_IN // PER_WORD)[None, :]
-    words = tl.load(word_ptr + slot * SLOT + BASE + starts[:, None] + numbers[None, :], mask=mask, other=0)
+    words_at = word_ptr + slot * SLOT + BASE
+    words_at += places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[:, None, None] + numbers[None, None, :]
+    mask = inside[:, None, None] & (numbers < NUM_IN // PER_WORD)[None, None, :]
+    words = tl.load(words_at, mask=mask, other=0)  # of three dimensions at once, so that a span stays in its lane
     spans = begin + tl.arange(0, SPANS) * (4 * PER_WORD)
     span_mask = inside[:, None, None] & (spans < NUM_IN)[None, None, :]
-    values = _values(words[:, None, :], FORMAT) * _factors(4 * PER_WORD, FORMAT)[None, None, None, :]
+    values = _values(words, FORMAT) * _factors(4 * PER_WORD, FORMAT)[None, None, None, :]
     if FORMAT.is_integer:
         values -= _zeros(zero_ptr, slots, rows, halves, spans, span_mask, SLOT, FORMAT)[:, :, :, None]
     values *= _scales(scale_ptr, slots, rows, halves, spans, span_mask, SLOT, FORMAT)[:, :, :, None]
