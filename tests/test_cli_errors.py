@@ -17,7 +17,7 @@ from engines import leaves_nothing, save_tiny
 
 WITH_MODEL = [command for command in COMMANDS if command != "demo"]
 # What a command needs besides a model.
-NEEDED = {"generate": ("--prompt", "x")}
+NEEDED = {"generate": ("--prompt", "x"), "quantize": ("never-written", "--experts", "int4")}
 
 
 @pytest.fixture(scope="module")

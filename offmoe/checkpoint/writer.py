@@ -73,6 +73,22 @@ class PlannedShard:
         return sum(tensor.num_bytes for tensor in self.tensors)
 
 
+def refuse_target(source: Path, target: Path) -> None:
+    """Raise UsageError when `target` is `source`, inside of it, or holds anything but a run that was cut off."""
+    if source.resolve() == target.resolve():
+        raise UsageError(f"source and target are both {source}; name another folder for the result")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{target} is inside of {source}; name a folder elsewhere for the result")
+    _refuse_foreign(target)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; name a folder that does not exist yet")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD_NAME).is_file():
+        raise UsageError(f"{folder} is not empty; name a folder that does not exist yet, or remove it")
+
+
 class CheckpointWriter:
     """A folder that becomes a checkpoint of `shards`. Use `begin`, `write` what `is_finished` denies, then `finish`."""
 
@@ -89,9 +105,7 @@ class CheckpointWriter:
 
         Raises UsageError for a folder that holds something else, and OutputError when there is not enough space.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"{self.folder} is a file; name a folder that does not exist yet")
-        self.refuse_foreign(self.folder)
+        _refuse_foreign(self.folder)
         with _explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._record.exists():
@@ -99,12 +113,6 @@ class CheckpointWriter:
             self._refuse_too_little_space()
             if not self._record.exists():
                 _write_whole(self._record, _json_bytes(self._identity))
-
-    @staticmethod
-    def refuse_foreign(folder: Path) -> None:
-        """Raise UsageError when `folder` has content that is not of a run that was cut off."""
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD_NAME).is_file():
-            raise UsageError(f"{folder} is not empty; name a folder that does not exist yet, or remove it")
 
     def is_finished(self, shard_idx: int) -> bool:
         """True when an earlier run, or this one, has written the whole shard."""
@@ -198,7 +206,7 @@ class _explained:  # noqa: N801 - reads as a with statement
         if not isinstance(error, OSError):
             return
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room and run the same command again: it goes on from there" if full else "check the permissions"
+        advice = "make room and run the same command again: it goes on from there" if full else "check the drive and its permissions"
         raise OutputError(f"cannot write to {self._folder}: {error.strerror or error}; {advice}") from None
 
 

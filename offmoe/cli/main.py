@@ -168,6 +168,49 @@ def bench(
     print_json(record)
 
 
+@main.command()
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--experts", type=click.Choice(["int4", "int8"]), required=True, help="What the routed experts become.")
+@click.option(
+    "--dense",
+    type=click.Choice(["keep", "int4", "int8"]),
+    default="keep",
+    show_default=True,
+    help="What other linear layers become. Routers, norms, embeddings and the output head always stay.",
+)
+@click.option(
+    "--group",
+    type=click.Choice(["32", "64", "128"]),
+    default="32",
+    show_default=True,
+    help="Columns that share a scale: fewer are more exact and larger.",
+)
+@click.option(
+    "--eval", "text_file", type=click.Path(path_type=Path), help="A text to compare both models' perplexity on."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@json_option
+@user_errors
+def quantize(
+    source: str, target: Path, experts: str, dense: str, group: str, text_file: Path | None, trust_remote_code: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Write SOURCE to the new folder TARGET with integers for its experts, as compressed-tensors does.
+
+    A run that was cut off goes on when it is repeated.
+    """
+    from offmoe.cli.quantize import run_quantize
+
+    options = {
+        "experts": experts, "dense": None if dense == "keep" else dense, "group": int(group),
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    record = run_quantize(source, target, options, text_file, quiet=as_json)
+    if as_json:
+        print_json(record)
+
+
 def read_ids(path: Path) -> list[int]:
     """A JSON list of token ids. Raises UsageError naming the file."""
     try:

@@ -37,7 +37,7 @@ def open_engine(
 
     baseline = process_baseline_bytes() if baseline_bytes is None else baseline_bytes
     folder = check_request(model, options)
-    _hush_libraries()
+    hush_libraries()
     with ProgressReporter(quiet=quiet) as progress:
         engine = load(folder, progress=progress, _baseline_bytes=baseline, **options)
     if not quiet:
@@ -47,7 +47,7 @@ def open_engine(
     return engine
 
 
-def _hush_libraries() -> None:
+def hush_libraries() -> None:
     """transformers' advice would mix with the reply; its errors are raised, not logged."""
     import transformers
 

@@ -105,7 +105,8 @@ def _squared_error(
 ) -> torch.Tensor:
     steps_RGS = _steps(values_RGS, scales_RG, form, scratch_RGS)
     difference_RGS = steps_RGS.mul_(scales_RG[:, :, None]).sub_(values_RGS)
-    return torch.linalg.vecdot(difference_RGS, difference_RGS)
+    error_RG: torch.Tensor = torch.linalg.vecdot(difference_RGS, difference_RGS)
+    return error_RG
 
 
 def _packed(steps_RK: torch.Tensor, form: QuantFormat) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from offmoe.base.errors import UsageError
 from offmoe.checkpoint.index import CheckpointIndex, read_json
 from offmoe.checkpoint.tensor_entry import TensorEntry
-from offmoe.checkpoint.writer import CONFIG_NAME, CheckpointWriter
+from offmoe.checkpoint.writer import CONFIG_NAME, CheckpointWriter, refuse_target
 from offmoe.formats.dense import TORCH_DTYPES, writable_bytes
 from offmoe.formats.encode import encode
 from offmoe.models.build import build_on_meta, read_model_config
@@ -69,7 +69,7 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
     not divide, a quantised source, a target that is something else), UnsupportedModelError and OutputError; a second
     call goes on after anything but the first.
     """
-    _refuse_paths(source, target)
+    refuse_target(source, target)
     with ExitStack() as opened:
         config, quantisation = read_model_config(source, trust_remote_code=options.trust_remote_code)
         if quantisation is not None:
@@ -118,14 +118,6 @@ def quantization_config(plan: QuantisePlan, options: QuantiseOptions) -> dict[st
         "config_groups": groups, "ignore": list(plan.ignored), "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }  # fmt: skip
-
-
-def _refuse_paths(source: Path, target: Path) -> None:
-    if source.resolve() == target.resolve():
-        raise UsageError(f"source and target are both {source}; name another folder for the result")
-    if target.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{target} is inside of {source}; name a folder elsewhere for the result")
-    CheckpointWriter.refuse_foreign(target)
 
 
 def _identity(index: CheckpointIndex, options: QuantiseOptions) -> dict[str, Any]:

@@ -126,7 +126,10 @@ def make_plan(
     Raises UsageError when `group` does not divide an expert's width, naming the tensor and the groups that do, and
     UnsupportedModelError for a family whose experts have no names of their own.
     """
-    chosen = [_expert(names, group, kind) for names in _experts(experts, index, mapping)]
+    chosen = []
+    for expert in _experts(experts, index, mapping):
+        _refuse_group(expert, group)
+        chosen.append(tuple(_matrix(named, group, kind) for named in expert))
     linear = {} if dense is None else dict(_dense(model, index, targets, group, dense))
     rest: list[tuple[Matrix | TensorEntry, ...]] = []
     ignored = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -137,32 +140,33 @@ def make_plan(
         if key not in linear and len(entry.shape) == 2 and key.endswith(".weight"):
             ignored.add(key.removesuffix(".weight"))
     done = {targets[key].param.removesuffix(".weight") for key in linear} | {m.name for m in linear.values()}
-    num_matrices = sum(len(expert) for expert in chosen)
     return QuantisePlan(
         shards=tuple(_shards([*rest, *chosen], shard_bytes)), ignored=tuple(sorted(ignored - done)),
         num_experts=experts.num_experts, num_dense=len(linear), source_bytes=index.num_bytes,
-    ) if num_matrices else _no_experts()  # fmt: skip
-
-
-def _no_experts() -> QuantisePlan:
-    raise UnsupportedModelError("the model has no routed experts to quantise")
+    )  # fmt: skip
 
 
 Named = tuple[str, tuple[int, int], str, int, int]  # name, shape, dtype, file_idx, start
 
 
-def _expert(names: list[Named], group: int, kind: Kind) -> tuple[Matrix, ...]:
-    return tuple(_matrix(named, group, kind) for named in names)
-
-
 def _matrix(named: Named, group: int, kind: Kind) -> Matrix:
     name, shape, dtype, file_idx, start = named
-    if shape[1] % group:
-        fitting = [str(size) for size in GROUPS if shape[1] % size == 0]
-        advice = f"--group {' or '.join(fitting)} does" if fitting else f"none of {', '.join(map(str, GROUPS))} does"
-        raise UsageError(f"--group {group} does not divide the {shape[1]} columns of {name!r}; {advice}")
     form = integer_format(kind, group=group, scale_dtype=_SCALE_TYPES[dtype])
     return Matrix(name=name, shape=shape, dtype=dtype, file_idx=file_idx, start=start, format=form)
+
+
+def _refuse_group(expert: list[Named], group: int) -> None:
+    """All experts of a layer are alike, so one is looked at."""
+    widths = {shape[1] for _, shape, *_ in expert}
+    odd = next(((name, shape[1]) for name, shape, *_ in expert if shape[1] % group), None)
+    if odd is None:
+        return
+    fitting = [str(size) for size in GROUPS if not any(width % size for width in widths)]
+    advice = f"use --group {' or '.join(fitting)}" if fitting else (
+        f"the experts have widths of {' and '.join(map(str, sorted(widths)))}, and none of "
+        f"{', '.join(map(str, GROUPS))} divides them all: this model cannot be quantised"
+    )  # fmt: skip
+    raise UsageError(f"--group {group} does not divide the {odd[1]} columns of {odd[0]!r}; {advice}")
 
 
 def _experts(experts: ExpertIndex, index: CheckpointIndex, mapping: KeyMapping) -> Iterator[list[Named]]:

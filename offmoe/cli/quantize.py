@@ -1,0 +1,77 @@
+"""`offmoe quantize`: writes the smaller checkpoint, says what it saves and, with a text, what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from offmoe.base.errors import UsageError
+from offmoe.base.machine import rss_bytes
+from offmoe.base.units import format_bytes, format_percent
+from offmoe.checkpoint.locate import locate_model
+from offmoe.checkpoint.writer import refuse_target
+from offmoe.cli.session import hush_libraries, open_engine
+from offmoe.report.progress import ProgressReporter
+
+
+def run_quantize(
+    source: str, target: Path, options: dict[str, Any], text_file: Path | None, *, quiet: bool
+) -> dict[str, Any]:
+    """Quantise and, with `text_file`, measure both; returns the record. `options` are those of QuantiseOptions."""
+    folder = locate_model(source)
+    refuse_target(folder, target)
+    text = None if text_file is None else _read_text(text_file)
+    if text is not None and not any(folder.glob("tokenizer*")):
+        raise UsageError(f"{folder} has no tokenizer, which --eval needs")
+    from offmoe.models.quantise import QuantiseOptions, quantise
+
+    hush_libraries()
+    with ProgressReporter(quiet=quiet) as progress:
+        result = quantise(folder, target, QuantiseOptions(**options), progress)
+    record = {"target": str(target), **result.as_dict()}
+    if not quiet:
+        click.echo(
+            f"{target}: {format_bytes(result.source_bytes)} -> {format_bytes(result.written_bytes)} "
+            f"({format_percent(result.written_bytes / result.source_bytes)}): {result.num_experts} experts in "
+            f"{options['experts']}, groups of {options['group']}; {result.num_dense} other linear layers quantised"
+        )
+        if result.resumed:
+            click.echo(f"{result.resumed} of {result.num_shards} files were there from a run before")
+    if text is not None:
+        record |= _compare(folder, target, text, quiet=quiet)
+    return record
+
+
+def _compare(source: Path, target: Path, text: str, *, quiet: bool) -> dict[str, Any]:
+    before, after = (_perplexity(folder, text, quiet=quiet) for folder in (source, target))
+    if not quiet:
+        click.echo(
+            f"perplexity on {before.num_tokens} tokens: {before.value:.4f} -> {after.value:.4f} "
+            f"({100 * (after.value / before.value - 1):+.2f}%)"
+        )
+    return {"eval_tokens": before.num_tokens, "perplexity_before": before.value, "perplexity_after": after.value}
+
+
+def _perplexity(folder: Path, text: str, *, quiet: bool) -> Any:
+    from offmoe.generation.prompt import encode
+    from offmoe.report.perplexity import perplexity
+
+    with (
+        open_engine(str(folder), {}, quiet=True, baseline_bytes=rss_bytes()) as engine,
+        ProgressReporter(quiet=quiet) as progress,
+    ):
+        ids = encode(text, engine.tokenizer, vocab_size=engine.vocab_size)
+        return perplexity(
+            engine, ids, lambda done, total: progress(f"reading {folder.name}", done, total)
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--eval {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--eval {path} is no UTF-8 text (byte {error.start}); convert it first") from None

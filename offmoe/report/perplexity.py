@@ -1,0 +1,71 @@
+"""How well a model predicts a text: the number by which a quantised model is compared with the one it was made of.
+
+Shapes: T tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offmoe.base.errors import UsageError
+from offmoe.generation.engine import Engine
+
+WINDOW = 512
+# Rows of logits that exist in float32 at once.
+_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Perplexity:
+    """`nats` is the sum over `num_tokens` predicted tokens of -log p."""
+
+    num_tokens: int
+    nats: float
+
+    @property
+    def nats_per_token(self) -> float:
+        """The mean loss."""
+        return self.nats / self.num_tokens
+
+    @property
+    def value(self) -> float:
+        """exp of the mean loss: the model is as unsure as if it chose among so many tokens."""
+        return math.exp(min(self.nats_per_token, 700.0))
+
+
+def perplexity(
+    engine: Engine, ids: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None
+) -> Perplexity:
+    """Of `ids` in windows that overlap by half: each token is predicted once, and all but the first ones from at least
+    half a window of text. `progress(done, total)` counts tokens.
+
+    The logits of one window are held besides the engine's budget. Raises UsageError for less than two ids.
+    """
+    if len(ids) < 2:
+        raise UsageError(f"the text has {len(ids)} tokens; at least 2 are needed to predict one")
+    window = max(2, min(WINDOW, engine.context_length, engine.plan.prefill_chunk))
+    nats, scored, total = 0.0, 0, len(ids) - 1
+    for begin in range(0, len(ids), window // 2):
+        given_T = torch.tensor(ids[begin : begin + window], device=engine.model.device)
+        first = scored - begin  # the first logits that predict what was not predicted before
+        nats += _loss(engine, given_T, first)
+        scored = begin + len(given_T) - 1
+        progress(scored, total)
+        if scored == total:
+            break
+    return Perplexity(num_tokens=total, nats=nats)
+
+
+@torch.inference_mode()
+def _loss(engine: Engine, given_T: torch.Tensor, first: int) -> float:
+    logits_TV = engine.model(input_ids=given_T[None], use_cache=False).logits[0]
+    total = 0.0
+    for begin in range(first, len(given_T) - 1, _ROWS):
+        rows = slice(begin, min(begin + _ROWS, len(given_T) - 1))
+        wanted = given_T[rows.start + 1 : rows.stop + 1]
+        total += torch.nn.functional.cross_entropy(logits_TV[rows].float(), wanted, reduction="sum").item()
+    return total
