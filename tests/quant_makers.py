@@ -32,7 +32,13 @@ class IntScheme:
     activations: bool = False
     # Bits of everything but the experts, where they differ; None leaves it unquantised.
     dense_bits: int | None = None
-    overrides: dict[str, object] = field(default_factory=dict)
+    # Attributes of the family's config. As they are, models are 48 wide and experts 20, which few groups divide.
+    overrides: dict[str, object] = field(default_factory=lambda: WIDTHS)
+
+    @property
+    def multiple(self) -> int:
+        """Widths that are quantised are multiples of this."""
+        return self.group or 32 // min(self.bits, self.dense_bits or self.bits)
 
 
 def save_integers(folder: Path, name: str, scheme: IntScheme, *, dtype: torch.dtype = torch.float32) -> None:
@@ -45,7 +51,7 @@ def save_integers(folder: Path, name: str, scheme: IntScheme, *, dtype: torch.dt
     written = {}
     for key, tensor in tensors.items():
         chosen = experts if ".experts." in key else dense
-        if chosen is None or not _is_linear(key, tensor):
+        if chosen is None or not _is_linear(key, tensor) or tensor.shape[1] % scheme.multiple:
             written[key] = tensor
             continue
         written |= {f"{key.removesuffix('weight')}{part}": value for part, value in _compress(tensor, chosen).items()}
@@ -62,7 +68,7 @@ def save_fp8(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **o
     config = FineGrainedFP8Config(weight_block_size=FP8_BLOCK)
     quantise = Fp8Quantize(type("Holder", (), {"quantization_config": config}))
     written = {}
-    for key, tensor in _save_plain(folder, name, dtype, overrides).items():
+    for key, tensor in _save_plain(folder, name, dtype, WIDTHS | overrides).items():
         written |= quantise._quantize_one(key, tensor) if _is_linear(key, tensor) else {key: tensor}
     _write(folder, written, {"quant_method": "fp8", "weight_block_size": FP8_BLOCK, "activation_scheme": "dynamic"})
 
@@ -71,7 +77,7 @@ def save_mxfp4(folder: Path, name: str = "gpt_oss", *, dtype: torch.dtype = torc
     """gpt-oss's experts as published: `gate_up_proj_blocks` and `gate_up_proj_scales`."""
     generator = torch.Generator().manual_seed(3)
     written = {}
-    for key, tensor in _save_plain(folder, name, dtype, {"intermediate_size": 32}).items():
+    for key, tensor in _save_plain(folder, name, dtype, WIDTHS | {"intermediate_size": 32}).items():
         if not key.endswith(("gate_up_proj", "down_proj")):
             written[key] = tensor
             continue
@@ -104,7 +110,10 @@ def decompressed_model(folder: Path, scheme: IntScheme, dtype: torch.dtype = tor
     schemes = _schemes(scheme)
     tensors = load_file(folder / "model.safetensors")
     modules = {key.rpartition(".")[0] for key in tensors if key.endswith(".weight_scale")}
-    plain = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] not in modules}
+    plain = {
+        key: tensor for key, tensor in tensors.items()
+        if key.rpartition(".")[0] not in modules or not key.rpartition(".")[2].startswith("weight")
+    }  # fmt: skip
     for module in modules:
         chosen = schemes[0] if ".experts." in module else schemes[1]
         state = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == module}
@@ -133,16 +142,14 @@ def edit(folder: Path, change: Any) -> None:
 
 
 def _save_plain(folder: Path, name: str, dtype: torch.dtype, overrides: dict[str, object]) -> dict[str, torch.Tensor]:
-    save_layout(build(name, dtype=dtype, overrides=WIDTHS | overrides), folder, "published")
+    save_layout(build(name, dtype=dtype, overrides=overrides), folder, "published")
     return load_file(folder / "model.safetensors")
 
 
 def _is_linear(key: str, tensor: torch.Tensor) -> bool:
     """The weights of nn.Linear that published checkpoints quantise: no routers, no embeddings, no output head."""
-    wanted = ".experts." in key or key.endswith(
-        ("proj.weight", "_proj_with_mqa.weight", "_b_proj.weight", "_a_proj.weight")
-    )
-    return wanted and tensor.dim() == 2 and tensor.shape[1] % 16 == 0
+    wanted = ".experts." in key or key.endswith(("proj.weight", "_proj_with_mqa.weight"))
+    return wanted and key.endswith(".weight") and tensor.dim() == 2
 
 
 def _schemes(scheme: IntScheme) -> tuple[Any, Any]:

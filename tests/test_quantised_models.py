@@ -28,6 +28,7 @@ from offmoe.tiers.device import SimulatedDevice
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 needs_compressed_tensors = pytest.mark.skipif(sys.version_info < (3, 11), reason="compressed-tensors needs Python 3.11")
 NUM_PROMPT, NUM_NEW = 12, 24
+PARTS = ("gate", "up", "down")
 INT4 = IntScheme(bits=4, group=16)
 INTEGERS: dict[str, tuple[str, IntScheme]] = {
     "int4": ("qwen3_moe", INT4),
@@ -48,16 +49,16 @@ SERVING: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def _equals(folder: Path, expected: PreTrainedModel, **options: Any) -> None:
+def _equals(folder: Path, expected: PreTrainedModel, num_new: int = NUM_NEW, **options: Any) -> None:
     ids = torch.randint(3, 100, (2, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = expected(input_ids=ids).logits
-    wanted_ids = expected.generate(ids[:1], max_new_tokens=NUM_NEW, do_sample=False)[0, NUM_PROMPT:].tolist()
+    wanted_ids = expected.generate(ids[:1], max_new_tokens=num_new, do_sample=False)[0, NUM_PROMPT:].tolist()
     with offmoe.load(folder, ram="4GiB", experts=4, **options) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
-        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        reply = engine.generate(ids[0].tolist(), max_new_tokens=num_new, temperature=0, ignore_end=True)
         assert list(reply.token_ids) == wanted_ids
         experts = engine._parts.experts
         assert all(isinstance(part, QuantPart) for layer in experts.layers for part in (*layer.up, *layer.down))
@@ -79,6 +80,24 @@ def test_integers_equal_what_compressed_tensors_unpacks(case: str, tmp_path: Pat
 def test_packed_experts_equal_transformers(how: str, tmp_path: Path) -> None:
     save_integers(tmp_path, "qwen3_moe", INT4)
     _equals(tmp_path, dequantised_model(tmp_path), **SERVING[how]())
+
+
+# Published per expert under names and in orders of their own; the others are published stacked, which nobody packs.
+PER_EXPERT = (
+    "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32",
+    "deepseek_v4", "dots1", "dots3_note", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "glm4_moe",
+    "glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "hy_v3", "jamba", "kimi_linear", "kolibri1", "laguna",
+    "lfm2_moe", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "mixtral", "nemotron_h", "olmoe", "phimoe",
+    "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen4_exp", "solar_open",
+)  # fmt: skip
+
+
+@needs_compressed_tensors
+@pytest.mark.parametrize("name", PER_EXPERT)
+def test_every_family_published_per_expert(name: str, tmp_path: Path) -> None:
+    scheme = IntScheme(bits=8, group=None, dense_bits=8, overrides={})
+    save_integers(tmp_path, name, scheme)
+    _equals(tmp_path, decompressed_model(tmp_path, scheme), num_new=4)
 
 
 @pytest.mark.parametrize("how", SERVING)
@@ -132,3 +151,30 @@ def test_cached_equals_uncached_in_bfloat16(direct: str, tmp_path: Path) -> None
             with engine._parts.uncached():
                 found.append(engine.model(input_ids=ids).logits)
     assert all(torch.equal(logits, found[0]) for logits in found[1:])
+
+
+def test_stacked_fp8_is_what_its_experts_are(tmp_path: Path) -> None:
+    """One tensor for all experts of a layer and one for their scales. transformers 5.23 forgets those scales."""
+    save_fp8(tmp_path, "qwen3_moe")
+    ids = torch.randint(3, 100, (1, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
+
+    def stack(tensors: dict[str, torch.Tensor], _: Any) -> None:
+        names = {name.partition(".experts.")[0] for name in tensors if ".experts." in name}
+        for layer in names:
+            for suffix, stacked in (("weight", ""), ("weight_scale_inv", "_scale_inv")):
+                one = [
+                    {part: tensors.pop(f"{layer}.experts.{expert}.{part}_proj.{suffix}") for part in PARTS}
+                    for expert in range(8)
+                ]
+                tensors[f"{layer}.experts.gate_up_proj{stacked}"] = torch.stack(
+                    [torch.cat([parts["gate"], parts["up"]]) for parts in one]
+                )
+                tensors[f"{layer}.experts.down_proj{stacked}"] = torch.stack([parts["down"] for parts in one])
+
+    found = []
+    for change in (lambda *_: None, stack):
+        edit(tmp_path, change)
+        with offmoe.load(tmp_path, ram="4GiB", experts=4) as engine, torch.no_grad():
+            found.append(engine.model(input_ids=ids).logits)
+            assert all(layer.is_quantised for layer in engine._parts.experts.layers)
+    assert torch.allclose(found[0], found[1], rtol=0, atol=1e-5)
