@@ -22,7 +22,7 @@ FP8_BLOCK = [16, 32]
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntScheme:
+class Scheme:
     """compressed-tensors' words. `group` None is a scale for a whole row."""
 
     bits: int
@@ -30,6 +30,9 @@ class IntScheme:
     symmetric: bool = True
     storage: str = "pack-quantized"
     activations: bool = False
+    # "float" is e4m3, with `block` (rows, columns) a scale or, without one, a scale for a whole row.
+    kind: str = "int"
+    block: list[int] | None = None
     # Bits of everything but the experts, where they differ; None leaves it unquantised.
     dense_bits: int | None = None
     # Attributes of the family's config. As they are, models are 48 wide and experts 20, which few groups divide.
@@ -41,7 +44,7 @@ class IntScheme:
         return self.group or 32 // min(self.bits, self.dense_bits or self.bits)
 
 
-def save_integers(folder: Path, name: str, scheme: IntScheme, *, dtype: torch.dtype = torch.float32) -> None:
+def save_compressed(folder: Path, name: str, scheme: Scheme, *, dtype: torch.dtype = torch.float32) -> None:
     """The family's tiny model with quantised experts, and other linear layers too where the scheme says so."""
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -102,7 +105,7 @@ def dequantised_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTr
     return model.eval()
 
 
-def decompressed_model(folder: Path, scheme: IntScheme, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def decompressed_model(folder: Path, scheme: Scheme, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The checkpoint as compressed-tensors unpacks it: transformers does that for packed symmetric experts only."""
     from compressed_tensors.compressors import BaseCompressor
 
@@ -152,7 +155,7 @@ def _is_linear(key: str, tensor: torch.Tensor) -> bool:
     return wanted and key.endswith(".weight") and tensor.dim() == 2
 
 
-def _schemes(scheme: IntScheme) -> tuple[Any, Any]:
+def _schemes(scheme: Scheme) -> tuple[Any, Any]:
     """The experts' group, and that of other linear layers or None."""
     from compressed_tensors.quantization import QuantizationScheme
 
@@ -166,13 +169,15 @@ def _schemes(scheme: IntScheme) -> tuple[Any, Any]:
     return experts, QuantizationScheme(targets=["Linear"], weights=weights, format="pack-quantized")
 
 
-def _args(scheme: IntScheme, bits: int) -> Any:
+def _args(scheme: Scheme, bits: int) -> Any:
     from compressed_tensors.quantization import QuantizationArgs
 
     how: dict[str, Any] = {"strategy": "channel"}
-    if scheme.group is not None:
+    if scheme.block is not None:
+        how = {"strategy": "block", "block_structure": scheme.block}
+    elif scheme.group is not None:
         how = {"strategy": "group", "group_size": scheme.group}
-    return QuantizationArgs(num_bits=bits, type="int", symmetric=scheme.symmetric, **how)
+    return QuantizationArgs(num_bits=bits, type=scheme.kind, symmetric=scheme.symmetric, **how)
 
 
 def _activation_args() -> Any:
@@ -185,9 +190,9 @@ def _compress(weight: torch.Tensor, scheme: Any) -> dict[str, torch.Tensor]:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    group = scheme.weights.group_size or weight.shape[1]
-    grouped = weight.view(weight.shape[0], -1, group)
-    scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), scheme.weights)
+    rows, columns = scheme.weights.block_structure or (1, scheme.weights.group_size or weight.shape[1])
+    grouped = weight.view(weight.shape[0] // rows, rows, weight.shape[1] // columns, columns)
+    scale, zero = calculate_qparams(grouped.amin((1, 3)), grouped.amax((1, 3)), scheme.weights)
     state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
     compressed: dict[str, torch.Tensor] = BaseCompressor.get_value_from_registry(scheme.format).compress(state, scheme)
     return compressed

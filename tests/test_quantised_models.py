@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from quant_makers import (
-    IntScheme,
+    Scheme,
     decompressed_model,
     dequantised_model,
     edit,
+    save_compressed,
     save_fp8,
-    save_integers,
     save_mxfp4,
 )
 from transformers import PreTrainedModel
@@ -29,17 +29,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`
 needs_compressed_tensors = pytest.mark.skipif(sys.version_info < (3, 11), reason="compressed-tensors needs Python 3.11")
 NUM_PROMPT, NUM_NEW = 12, 24
 PARTS = ("gate", "up", "down")
-INT4 = IntScheme(bits=4, group=16)
-INTEGERS: dict[str, tuple[str, IntScheme]] = {
+INT4 = Scheme(bits=4, group=16)
+COMPRESSED: dict[str, tuple[str, Scheme]] = {
     "int4": ("qwen3_moe", INT4),
-    "int4 asymmetric": ("qwen3_moe", IntScheme(bits=4, group=32, symmetric=False)),
-    "int4 channel": ("mixtral", IntScheme(bits=4, group=None)),
-    "int4, others int8": ("qwen3_moe", IntScheme(bits=4, group=32, dense_bits=8)),
-    "int8, others int4": ("deepseek_v3", IntScheme(bits=8, group=16, dense_bits=4, symmetric=False)),
-    "int8 packed": ("qwen3_moe", IntScheme(bits=8, group=16)),
-    "int8 packed asymmetric": ("qwen3_moe", IntScheme(bits=8, group=16, symmetric=False)),
-    "int8 channel": ("qwen3_moe", IntScheme(bits=8, group=None, storage="int-quantized", activations=True)),
-    "int8 plain": ("deepseek_v3", IntScheme(bits=8, group=32, storage="naive-quantized", symmetric=False)),
+    "int4 asymmetric": ("qwen3_moe", Scheme(bits=4, group=32, symmetric=False)),
+    "int4 channel": ("mixtral", Scheme(bits=4, group=None)),
+    "int4, others int8": ("qwen3_moe", Scheme(bits=4, group=32, dense_bits=8)),
+    "int8, others int4": ("deepseek_v3", Scheme(bits=8, group=16, dense_bits=4, symmetric=False)),
+    "int8 packed": ("qwen3_moe", Scheme(bits=8, group=16)),
+    "int8 packed asymmetric": ("qwen3_moe", Scheme(bits=8, group=16, symmetric=False)),
+    "int8 channel": ("qwen3_moe", Scheme(bits=8, group=None, storage="int-quantized", activations=True)),
+    "fp8 channel": ("qwen3_moe", Scheme(bits=8, group=None, storage="float-quantized", kind="float")),
+    "fp8 blocks": ("qwen3_moe", Scheme(bits=8, group=None, storage="float-quantized", kind="float", block=[16, 32])),
+    "int8 plain": ("deepseek_v3", Scheme(bits=8, group=32, storage="naive-quantized", symmetric=False)),
 }
 SERVING: dict[str, Callable[[], dict[str, Any]]] = {
     "ram": dict,
@@ -67,10 +69,10 @@ def _equals(folder: Path, expected: PreTrainedModel, num_new: int = NUM_NEW, **o
 
 
 @needs_compressed_tensors
-@pytest.mark.parametrize("case", INTEGERS)
-def test_integers_equal_what_compressed_tensors_unpacks(case: str, tmp_path: Path) -> None:
-    name, scheme = INTEGERS[case]
-    save_integers(tmp_path, name, scheme)
+@pytest.mark.parametrize("case", COMPRESSED)
+def test_compressed_equals_what_compressed_tensors_unpacks(case: str, tmp_path: Path) -> None:
+    name, scheme = COMPRESSED[case]
+    save_compressed(tmp_path, name, scheme)
     serving = list(SERVING.values())[len(case) % len(SERVING)]
     _equals(tmp_path, decompressed_model(tmp_path, scheme), **serving())
 
@@ -78,7 +80,7 @@ def test_integers_equal_what_compressed_tensors_unpacks(case: str, tmp_path: Pat
 @needs_compressed_tensors
 @pytest.mark.parametrize("how", SERVING)
 def test_packed_experts_equal_transformers(how: str, tmp_path: Path) -> None:
-    save_integers(tmp_path, "qwen3_moe", INT4)
+    save_compressed(tmp_path, "qwen3_moe", INT4)
     _equals(tmp_path, dequantised_model(tmp_path), **SERVING[how]())
 
 
@@ -95,8 +97,8 @@ PER_EXPERT = (
 @needs_compressed_tensors
 @pytest.mark.parametrize("name", PER_EXPERT)
 def test_every_family_published_per_expert(name: str, tmp_path: Path) -> None:
-    scheme = IntScheme(bits=8, group=None, dense_bits=8, overrides={})
-    save_integers(tmp_path, name, scheme)
+    scheme = Scheme(bits=8, group=None, dense_bits=8, overrides={})
+    save_compressed(tmp_path, name, scheme)
     _equals(tmp_path, decompressed_model(tmp_path, scheme), num_new=4)
 
 

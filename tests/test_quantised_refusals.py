@@ -22,6 +22,7 @@ from offmoe.cli.main import main
 INT4 = Quantisation(method="compressed-tensors", num_bits=frozenset({4}), groups=frozenset({32}))
 MIXED = Quantisation(method="compressed-tensors", num_bits=frozenset({4, 8}), groups=frozenset({32, -1}))
 FP8 = Quantisation(method="fp8", block=(128, 128))
+ROWS = Quantisation(method="compressed-tensors", groups=frozenset({-1}))
 MXFP4 = Quantisation(method="mxfp4")
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 PACKED: Shapes = {
@@ -95,6 +96,9 @@ LIES: list[tuple[str, Shapes, Quantisation, tuple[str, ...]]] = [
     ("too few blocks", BLOCKS | {"a.weight_scale_inv": ("F32", (4, 2))}, FP8, ("[4, 2]", "blocks of 128 x 128")),
     ("blocks' scales alone", BLOCKS | {"b.weight_scale_inv": ("F32", (5, 2))}, FP8, ("'b.weight_scale_inv'",)),
     ("blocks' scales of bytes", BLOCKS | {"a.weight_scale_inv": ("F8_E8M0", (5, 2))}, FP8, ("F8_E8M0", "F32")),
+    ("one scale for e4m3", {"a.weight": ("F8_E4M3", (16, 64)), "a.weight_scale": ("F32", (1,))}, ROWS, ("[1]",)),
+    ("blocks for rows", {"a.weight": ("F8_E4M3", (16, 64)), "a.weight_scale": ("F32", (16, 2))}, ROWS, ("[16, 2]",)),
+    ("no scales a row", {"a.weight": ("F8_E4M3", (16, 64))}, ROWS, ("'a.weight_scale'",)),
     ("no exponents", {"up_blocks": ("U8", (4, 10, 3, 16))}, MXFP4, ("'up_scales'",)),
     ("blocks of 17 bytes", GPT | {"up_blocks": ("U8", (4, 10, 3, 17))}, MXFP4, ("[4, 10, 3, 17]",)),
     ("fewer exponents", GPT | {"up_scales": ("U8", (4, 10, 2))}, MXFP4, ("[4, 10, 2]", "32 columns")),
@@ -138,6 +142,12 @@ CONFIGS: list[tuple[dict[str, Any], type[OffmoeError], tuple[str, ...]]] = [
     (_groups(num_bits=3), UnsupportedModelError, ("3 bits", "4 or 8")),
     (_groups(num_bits=[4]), UnsupportedModelError, ("[4] bits",)),
     (_groups(type="float"), UnsupportedModelError, ("'float'",)),
+    (_groups(type="float", num_bits=8), UnsupportedModelError, ("'pack-quantized'", "float-quantized")),
+    (
+        _groups(type="float", num_bits=8, strategy="block", block_structure="16x16") | {"format": "float-quantized"},
+        CheckpointError,
+        ("'16x16'",),
+    ),
     (_groups(strategy="tensor"), UnsupportedModelError, ("'tensor'", "channel")),
     (_groups(group_size=0), CheckpointError, ("groups of 0",)),
     (_groups(group_size="32"), CheckpointError, ("groups of '32'",)),

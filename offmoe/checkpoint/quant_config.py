@@ -14,25 +14,26 @@ from offmoe.base.errors import CheckpointError, UnsupportedModelError
 
 Method = Literal["compressed-tensors", "fp8", "mxfp4"]
 METHODS: tuple[Method, ...] = ("compressed-tensors", "fp8", "mxfp4")
-# compressed-tensors' storage formats that hold integers and scales.
+# compressed-tensors' storage formats that hold integers and scales, or e4m3 numbers and scales.
 INT_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
+FLOAT_FORMATS = ("float-quantized", "naive-quantized")
 _KEYS = ("quantization_config", "compression_config")
-_CHANNEL = -1
+CHANNEL = -1
 _INSTEAD = "use the bfloat16 version, or a compressed-tensors, fp8 or mxfp4 one"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantisation:
-    """What config.json says. `num_bits` and `groups` are all that occur; a group of -1 is a whole row.
+    """What config.json says. `num_bits` of integers and `groups` are all that occur; a group of -1 is a whole row.
 
-    `block` is fp8's (rows, columns) that share a scale. `quantises_activations`: other engines would round what goes
-    into a product as well; offmoe does not.
+    `block` is fp8's (rows, columns) that share a scale, None where none are named. `quantises_activations`: other
+    engines would round what goes into a product as well; offmoe does not.
     """
 
     method: Method
     num_bits: frozenset[int] = frozenset()
     groups: frozenset[int] = frozenset()
-    block: tuple[int, int] = (1, 1)
+    block: tuple[int, int] | None = None
     quantises_activations: bool = False
 
 
@@ -89,7 +90,9 @@ def _compressed_tensors(config: dict[str, Any]) -> Quantisation:
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise CheckpointError("config.json's quantization_config has no config_groups; download it again")
-    bits, sizes, activations = set(), set(), False
+    bits: set[int] = set()
+    sizes: set[int] = set()
+    block, activations = None, False
     for name, group in groups.items():
         if not isinstance(group, dict):
             raise CheckpointError(f"config.json's config group {name!r} is no object; download it again")
@@ -99,31 +102,40 @@ def _compressed_tensors(config: dict[str, Any]) -> Quantisation:
             continue
         if not isinstance(weights, dict):
             raise CheckpointError(f"config.json's config group {name!r} describes no weights; download it again")
-        _refuse_format(group.get("format") or config.get("format"), weights)
-        bits.add(int(weights["num_bits"]))
-        sizes.add(_group_size(weights))
+        is_integer = _is_integer(group.get("format") or config.get("format"), weights)
+        if is_integer:
+            bits.add(int(weights["num_bits"]))
+        if weights.get("strategy") == "block" and not is_integer:
+            block = _block(weights.get("block_structure"), "block_structure")
+        else:
+            sizes.add(_group_size(weights))
     return Quantisation(
-        method="compressed-tensors", num_bits=frozenset(bits), groups=frozenset(sizes),
+        method="compressed-tensors", num_bits=frozenset(bits), groups=frozenset(sizes), block=block,
         quantises_activations=activations,
     )  # fmt: skip
 
 
-def _refuse_format(storage: object, weights: dict[str, Any]) -> None:
+def _is_integer(storage: object, weights: dict[str, Any]) -> bool:
+    """False: e4m3. Refuses everything else."""
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
-    if storage not in INT_FORMATS:
-        raise _not_read(f"compressed-tensors format {storage!r} (known: {', '.join(INT_FORMATS)})")
-    if kind != "int" or bits not in (4, 8) or isinstance(bits, bool):
-        raise _not_read(f"compressed-tensors weights of type {kind!r} with {bits!r} bits (known: int with 4 or 8)")
+    if (kind, bits) not in (("int", 4), ("int", 8), ("float", 8)) or isinstance(bits, bool):
+        raise _not_read(
+            f"compressed-tensors weights of type {kind!r} with {bits!r} bits (known: int with 4 or 8, float with 8)"
+        )
+    known = FLOAT_FORMATS if kind == "float" else INT_FORMATS
+    if storage not in known:
+        raise _not_read(f"compressed-tensors format {storage!r} of {kind!r} weights (known: {', '.join(known)})")
     if weights.get("actorder") in ("group", True):
         raise _not_read("compressed-tensors' activation ordering by group (actorder)")
+    return kind == "int"
 
 
 def _group_size(weights: dict[str, Any]) -> int:
     size, strategy = weights.get("group_size"), weights.get("strategy")
     if strategy is None:
-        strategy = "channel" if size == _CHANNEL else "tensor" if size is None else "group"
+        strategy = "channel" if size == CHANNEL else "tensor" if size is None else "group"
     if strategy == "channel":
-        return _CHANNEL
+        return CHANNEL
     if strategy != "group":
         raise _not_read(f"compressed-tensors strategy {strategy!r} (known: group, channel)")
     if type(size) is not int or size < 1:
@@ -135,12 +147,16 @@ def _fp8(config: dict[str, Any]) -> Quantisation:
     block = config.get("weight_block_size")
     if block is None:
         raise _not_read("fp8 without weight_block_size (one scale a tensor)")
-    if not isinstance(block, list) or len(block) != 2 or any(type(size) is not int or size < 1 for size in block):
-        raise CheckpointError(f"config.json says weight_block_size {block!r}; two positive whole numbers are needed")
     fmt = config.get("fmt", "e4m3")
     if fmt not in ("e4m3", "float8_e4m3fn"):
         raise _not_read(f"fp8 of format {fmt!r} (known: e4m3)")
-    return Quantisation(method="fp8", block=(block[0], block[1]), quantises_activations=True)
+    return Quantisation(method="fp8", block=_block(block, "weight_block_size"), quantises_activations=True)
+
+
+def _block(value: object, name: str) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2 or any(type(size) is not int or size < 1 for size in value):
+        raise CheckpointError(f"config.json says {name} {value!r}; two positive whole numbers are needed")
+    return value[0], value[1]
 
 
 def _not_read(what: str) -> UnsupportedModelError:

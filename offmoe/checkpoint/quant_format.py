@@ -10,8 +10,8 @@ mxfp4   codes U8 (N, K/2): e2m1, low nibble first; scales U8 (N, K/32): exponent
 fp8     codes F8_E4M3 (N, K); scales float (ceil(N/group_rows), ceil(K/group))
 
 The first two are compressed-tensors' `pack-quantized` and `int-quantized`, mxfp4 is gpt-oss as published (the OCP
-microscaling format), fp8 DeepSeek-V3 as published. Integers are stored with `offset` added, zeros with the same:
-w = ((code - offset) - (zero - offset)) * scale.
+microscaling format), fp8 DeepSeek-V3 as published and compressed-tensors' `float-quantized`. Integers are stored with
+`offset` added, zeros with the same: w = ((code - offset) - (zero - offset)) * scale.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.checkpoint.expert_index import Part, QuantPart
-from offmoe.checkpoint.quant_config import Quantisation
+from offmoe.checkpoint.quant_config import CHANNEL, Quantisation
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.tensor_entry import TensorEntry
 
@@ -65,7 +65,7 @@ def join_quantised(
     """
     if quantisation is None:
         return dict(tensors)
-    join = {"compressed-tensors": _join_integers, "fp8": _join_fp8, "mxfp4": _join_mxfp4}[quantisation.method]
+    join = {"compressed-tensors": _join_compressed, "fp8": _join_fp8, "mxfp4": _join_mxfp4}[quantisation.method]
     found: dict[str, QuantEntry] = {}
     taken: set[str] = set()
     for name, entry in tensors.items():
@@ -130,12 +130,25 @@ def _bits(form: QuantFormat) -> int:
     return 4 if form.kind == "int4" else 8
 
 
-def _join_integers(
+def _join_compressed(
     name: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry], quantisation: Quantisation, read: ReadBytes
 ) -> QuantEntry | None:
-    packed = name.endswith(_PACKED)
-    if not packed and not (name.endswith(".weight") and entry.dtype == "I8"):
+    if name.endswith(_PACKED) or (name.endswith(".weight") and entry.dtype == "I8"):
+        return _integers(name, entry, tensors, quantisation, read)
+    if not name.endswith(".weight") or entry.dtype != "F8_E4M3":
         return None
+    scales = _beside(tensors, name, "_scale", name)
+    if CHANNEL in quantisation.groups and scales.shape == (*entry.shape[:-1], 1):
+        return _scaled_floats(entry, scales, (1, entry.shape[-1]))
+    if quantisation.block is None:
+        raise _contradiction(entry, scales, "a scale a row")
+    return _scaled_floats(entry, scales, quantisation.block)
+
+
+def _integers(
+    name: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry], quantisation: Quantisation, read: ReadBytes
+) -> QuantEntry:
+    packed = name.endswith(_PACKED)
     base = name.removesuffix("_packed")
     scales = _beside(tensors, base, "_scale", name)
     if f"{base}_g_idx" in tensors:
@@ -153,8 +166,8 @@ def _join_integers(
     if scales.shape != (*lead, num_rows, num_groups) or num_groups < 1 or width % num_groups:
         raise _contradiction(entry, scales, f"{num_rows} rows of {width} columns")
     group = width // num_groups
-    if group not in quantisation.groups and not (num_groups == 1 and -1 in quantisation.groups):
-        wanted = ", ".join("a whole row" if size == -1 else str(size) for size in sorted(quantisation.groups))
+    if group not in quantisation.groups and not (num_groups == 1 and CHANNEL in quantisation.groups):
+        wanted = ", ".join("a whole row" if size == CHANNEL else str(size) for size in sorted(quantisation.groups))
         raise CheckpointError(
             f"config.json says groups of {wanted}, {scales.name!r} has one scale for {group} columns; config and "
             "tensors are of different models"
@@ -197,15 +210,19 @@ def _join_fp8(
 ) -> QuantEntry | None:
     if entry.dtype != "F8_E4M3":
         return None
+    assert quantisation.block is not None, "fp8 always names its blocks"
+    return _scaled_floats(entry, _beside(tensors, name, "_scale_inv", name), quantisation.block)
+
+
+def _scaled_floats(entry: TensorEntry, scales: TensorEntry, block: tuple[int, int]) -> QuantEntry:
     _check(entry, "F8_E4M3")
-    scales = _beside(tensors, name, "_scale_inv", name)
     _check(scales, *SCALE_TYPES)
-    block_rows, block_columns = quantisation.block
+    block_rows, block_columns = block
     *lead, num_rows, width = entry.shape
     if scales.shape != (*lead, -(-num_rows // block_rows), -(-width // block_columns)):
         raise _contradiction(entry, scales, f"blocks of {block_rows} x {block_columns}")
     form = QuantFormat(kind="fp8", group=block_columns, group_rows=block_rows, scale_dtype=scales.dtype)
-    return QuantEntry(name=name, shape=entry.shape, format=form, codes=entry, scales=scales)
+    return QuantEntry(name=entry.name, shape=entry.shape, format=form, codes=entry, scales=scales)
 
 
 def _join_mxfp4(

@@ -206,7 +206,11 @@ class _explained:  # noqa: N801 - reads as a with statement
         if not isinstance(error, OSError):
             return
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room and run the same command again: it goes on from there" if full else "check the drive and its permissions"
+        advice = (
+            "make room and run the same command again: it goes on from there"
+            if full
+            else "check the drive and its permissions"
+        )
         raise OutputError(f"cannot write to {self._folder}: {error.strerror or error}; {advice}") from None
 
 
