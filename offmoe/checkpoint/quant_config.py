@@ -92,7 +92,8 @@ def _compressed_tensors(config: dict[str, Any]) -> Quantisation:
         raise CheckpointError("config.json's quantization_config has no config_groups; download it again")
     bits: set[int] = set()
     sizes: set[int] = set()
-    block, activations = None, False
+    block: tuple[int, int] | None = None
+    activations = False
     for name, group in groups.items():
         if not isinstance(group, dict):
             raise CheckpointError(f"config.json's config group {name!r} is no object; download it again")
@@ -127,7 +128,7 @@ def _is_integer(storage: object, weights: dict[str, Any]) -> bool:
         raise _not_read(f"compressed-tensors format {storage!r} of {kind!r} weights (known: {', '.join(known)})")
     if weights.get("actorder") in ("group", True):
         raise _not_read("compressed-tensors' activation ordering by group (actorder)")
-    return kind == "int"
+    return bool(kind == "int")
 
 
 def _group_size(weights: dict[str, Any]) -> int:
