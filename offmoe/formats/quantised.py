@@ -102,7 +102,7 @@ def _less_zeros(values: torch.Tensor, matrix: QuantMatrix, rows: slice, bits: in
         per_word = 32 // bits
         first = rows.start // per_word
         words = zeros[first : -(-rows.stop // per_word)].t()
-        in_bytes = words.reshape(-1).view(torch.uint8).view(len(words), -1)
+        in_bytes = words.contiguous().view(-1).view(torch.uint8).view(len(words), -1)
         unpacked = _look_up(in_bytes, INT4_VALUES) if bits == 4 else in_bytes.float() - 128
         zeros = unpacked.t()[rows.start - first * per_word : rows.stop - first * per_word]
     else:

@@ -86,6 +86,7 @@ template <int32_t KIND>
 inline void unpack(const Matrix& matrix, int64_t row, int64_t column, const uint8_t* codes, F32x16* out) {
     F32x16 scale, zero;
     if constexpr (KIND == INT4 || KIND == MXFP4) group_lanes(matrix, row, column, 8, scale, zero);
+    OFFMOE_UNROLL
     for (int64_t i = 0; i < kVectors; ++i) {
         if constexpr (KIND == DENSE_F32) out[i] = load<F32x16>(codes + 64 * i);
         if constexpr (KIND == DENSE_BF16) out[i] = from_bf16(load<U16x16>(codes + 32 * i));
@@ -131,11 +132,14 @@ void multiply_rows(const Matrix& matrix, int64_t begin, int64_t end, const void*
             }
             __builtin_prefetch(from + 2048);
             unpack<KIND>(matrix, row, chunk * kChunk, from, w);
+            OFFMOE_UNROLL
             for (int t = 0; t < T; ++t) {
                 const float* xs = static_cast<const float*>(x[t]) + chunk * kChunk;
+                OFFMOE_UNROLL
                 for (int64_t i = 0; i < kVectors; ++i) sums[t][i & 1] += w[i] * load<F32x16>(xs + kLanes * i);
             }
         }
+        OFFMOE_UNROLL
         for (int t = 0; t < T; ++t) out[t * stride + row - begin] = sum(sums[t][0] + sums[t][1]);
     }
 }
@@ -156,8 +160,10 @@ void multiply_transposed(const Matrix& matrix, int64_t begin, int64_t end, const
             if constexpr (KIND == DENSE_F32) w = load<F32x16>(from);
             if constexpr (KIND == DENSE_BF16) w = from_bf16(load<U16x16>(from));
             if constexpr (KIND == DENSE_F16) w = from_f16(load<U16x16>(from));
+            OFFMOE_UNROLL
             for (int t = 0; t < T; ++t) sums[t] += w * static_cast<const float*>(x[t])[column];
         }
+        OFFMOE_UNROLL
         for (int t = 0; t < T; ++t)
             for (int64_t lane = 0; lane < count; ++lane) out[t * stride + row + lane - begin] = sums[t][lane];
     }

@@ -1,62 +1,70 @@
 // AVX-512: bfloat16 by its own kernels, everything else as on any processor.
 #include "activate.h"
-#include "nibbles_avx512.h"
-#include "wide_avx512.h"
+#include "coded_avx512.h"
+#include "dense_avx512.h"
 
 namespace offmoe {
 namespace {
 
-// Whether `multiply` has a kernel of its own for it; what the tables and lanes of those kernels take for granted.
+// Whether `multiply` has a kernel of its own for it.
 bool is_fast(const Matrix& matrix, int32_t type) {
     if (type != BF16 || matrix.transposed) return false;
-    switch (matrix.kind) {
-        case DENSE_BF16: return true;
-        case INT8: return matrix.group % 32 == 0 || matrix.group >= matrix.columns;
-        case FP8: return matrix.group % 64 == 0 || matrix.group >= matrix.columns;
-        case INT4: case MXFP4:
-            return matrix.columns % 8 == 0 &&
-                   (matrix.group == 32 || matrix.group == 64 || matrix.group % kChunk == 0 || matrix.group >= matrix.columns);
-        default: return false;
-    }
+    if (matrix.kind == DENSE_BF16) return true;
+    if (matrix.kind < INT8 || num_groups(matrix) > kMostGroups) return false;
+    if (matrix.kind == INT8 && !matrix.zeros && matrix.zero != (matrix.code_signed ? 0 : 128)) return false;
+    if (in_nibbles(matrix) && matrix.columns % 8 != 0) return false;
+    const int64_t columns = in_nibbles(matrix) ? Nibbles::kColumns : ByteTables::kColumns;
+    return matrix.group >= matrix.columns || matrix.group % columns == 0 || matrix.group == 32 || matrix.group == 64;
 }
 
+bool needs_sums(const Matrix& matrix) { return matrix.zeros != nullptr; }
+
+// Sixteen sums for every 64 columns at most.
 int64_t prepared_bytes(const Matrix& matrix, int32_t type) {
     if (!is_fast(matrix, type)) return general_prepared_bytes(matrix, type);
-    return padded(matrix.columns) * 2 + (matrix.kind == INT4 ? padded(matrix.columns) / 2 : 0);
+    return padded(matrix.columns) * (needs_sums(matrix) ? 3 : 2);
 }
 
-// The column that stands at `at` in a prepared row.
-inline int64_t column_at(int32_t kind, int64_t at) {
-    if (kind == FP8) return at / 64 * 64 + at % 32 / 8 * 16 + at % 64 / 32 * 8 + at % 8;
-    if (kind == INT4 || kind == MXFP4) return at / kChunk * kChunk + at % 32 * 4 + at % kChunk / 32;
-    return at;
+// Bfloat16, zeros after the last; then, for each chunk, what the products with ones would be: lane by lane.
+template <class Order>
+void prepare_chunks(const Matrix& matrix, const float* x, uint16_t* out) {
+    const int64_t all = padded(matrix.columns);
+    for (int64_t at = 0; at < all; ++at) {
+        const int64_t column = Order::column_at(at);
+        out[at] = column < matrix.columns ? static_cast<uint16_t>(bits<uint32_t>(x[column]) >> 16) : 0;
+    }
+    if (!needs_sums(matrix)) return;
+    float* sums = reinterpret_cast<float*>(out + all);
+    for (int64_t chunk = 0; chunk < all; chunk += Order::kColumns, sums += kLanes)
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            sums[lane] = 0.0f;
+            for (int64_t at = chunk + 2 * lane; at < chunk + Order::kColumns; at += 32)
+                for (int64_t pair = at; pair < at + 2; ++pair)
+                    sums[lane] += bits<float>(uint32_t{out[pair]} << 16);
+        }
 }
 
 void prepare(const Matrix& matrix, int32_t type, const float* x, void* prepared) {
     if (!is_fast(matrix, type)) return general_prepare(matrix, type, x, prepared);
     uint16_t* out = static_cast<uint16_t*>(prepared);
-    const int64_t all = padded(matrix.columns);
-    for (int64_t at = 0; at < all; ++at) {
-        const int64_t column = column_at(matrix.kind, at);
-        out[at] = column < matrix.columns ? static_cast<uint16_t>(bits<uint32_t>(x[column]) >> 16) : 0;
-    }
-    if (matrix.kind != INT4) return;
-    float* sums = reinterpret_cast<float*>(out + all);
-    for (int64_t lane = 0; lane < all / 8; ++lane) {
-        sums[lane] = 0.0f;
-        for (int64_t column = 8 * lane; column < 8 * lane + 8 && column < matrix.columns; ++column) sums[lane] += x[column];
-    }
+    if (in_nibbles(matrix)) return prepare_chunks<Nibbles>(matrix, x, out);
+    if (matrix.kind != DENSE_BF16) return prepare_chunks<ByteTables>(matrix, x, out);
+    for (int64_t column = 0; column < matrix.columns; ++column)
+        out[column] = static_cast<uint16_t>(bits<uint32_t>(x[column]) >> 16);
+    std::memset(out + matrix.columns, 0, 2 * (padded(matrix.columns) - matrix.columns));
 }
 
-template <template <int, int> class Kernel, int R, int T>
-void run_rows(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, float* out, int64_t stride) {
+template <class Kernel, int R, int T>
+void run_rows(Kernel& kernel, int64_t begin, int64_t end, const void* const* x, float* out, int64_t stride) {
     int64_t row = begin;
-    for (; row + R <= end; row += R, out += R) Kernel<R, T>::run(matrix, row, x, out, stride);
-    for (; row < end; ++row, ++out) Kernel<1, T>::run(matrix, row, x, out, stride);
+    for (; row + R <= end; row += R, out += R) kernel.template rows<R, T>(row, x, out, stride);
+    for (; row < end; ++row, ++out) kernel.template rows<1, T>(row, x, out, stride);
 }
 
-template <template <int, int> class Kernel>
-void run_kernel(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, int32_t num_x, float* out, int64_t stride) {
+template <class Kernel>
+void run_kernel(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, int32_t num_x, float* out,
+                int64_t stride) {
+    Kernel kernel(matrix);
     // Few rows at a time, so that a second pass finds them in the cache.
     for (const int64_t step = num_x > kMostX ? 16 : end - begin; begin < end; begin += step, out += step) {
         const int64_t stop = begin + step < end ? begin + step : end;
@@ -64,30 +72,32 @@ void run_kernel(const Matrix& matrix, int64_t begin, int64_t end, const void* co
         const void* const* from = x;
         for (int32_t left = num_x; left > 0; left -= kMostX, from += kMostX, to += kMostX * stride) {
             switch (left) {
-                case 1: run_rows<Kernel, 4, 1>(matrix, begin, stop, from, to, stride); break;
-                case 2: run_rows<Kernel, 4, 2>(matrix, begin, stop, from, to, stride); break;
-                case 3: run_rows<Kernel, 2, 3>(matrix, begin, stop, from, to, stride); break;
-                case 4: run_rows<Kernel, 2, 4>(matrix, begin, stop, from, to, stride); break;
-                case 5: run_rows<Kernel, 2, 5>(matrix, begin, stop, from, to, stride); break;
-                case 6: run_rows<Kernel, 2, 6>(matrix, begin, stop, from, to, stride); break;
-                case 7: run_rows<Kernel, 2, 7>(matrix, begin, stop, from, to, stride); break;
-                default: run_rows<Kernel, 2, kMostX>(matrix, begin, stop, from, to, stride); break;
+                case 1: run_rows<Kernel, 1, 1>(kernel, begin, stop, from, to, stride); break;
+                case 2: run_rows<Kernel, 1, 2>(kernel, begin, stop, from, to, stride); break;
+                case 3: run_rows<Kernel, Kernel::kRowsForFew, 3>(kernel, begin, stop, from, to, stride); break;
+                case 4: run_rows<Kernel, Kernel::kRowsForFew, 4>(kernel, begin, stop, from, to, stride); break;
+                case 5: run_rows<Kernel, 2, 5>(kernel, begin, stop, from, to, stride); break;
+                case 6: run_rows<Kernel, 2, 6>(kernel, begin, stop, from, to, stride); break;
+                case 7: run_rows<Kernel, 2, 7>(kernel, begin, stop, from, to, stride); break;
+                default: run_rows<Kernel, 2, kMostX>(kernel, begin, stop, from, to, stride); break;
             }
         }
     }
 }
 
-void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, const void* const* x, int32_t num_x, float* out, int64_t stride) {
+void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, const void* const* x, int32_t num_x,
+              float* out, int64_t stride) {
     if (!is_fast(matrix, type)) return general_multiply(matrix, type, begin, end, x, num_x, out, stride);
+    const bool zeros = matrix.zeros != nullptr;
     switch (matrix.kind) {
         case DENSE_BF16: return run_kernel<Dense>(matrix, begin, end, x, num_x, out, stride);
-        case FP8: return run_kernel<Fp8>(matrix, begin, end, x, num_x, out, stride);
+        case FP8: return run_kernel<Coded<Fp8, false>>(matrix, begin, end, x, num_x, out, stride);
         case INT8:
-            if (matrix.code_signed) return run_kernel<Int8<true>::Rows>(matrix, begin, end, x, num_x, out, stride);
-            return run_kernel<Int8<false>::Rows>(matrix, begin, end, x, num_x, out, stride);
+            if (zeros) return run_kernel<Coded<Int8, true>>(matrix, begin, end, x, num_x, out, stride);
+            return run_kernel<Coded<Int8, false>>(matrix, begin, end, x, num_x, out, stride);
         default:
-            if (matrix.zeros) return run_kernel<Nibbles<true>::Rows>(matrix, begin, end, x, num_x, out, stride);
-            return run_kernel<Nibbles<false>::Rows>(matrix, begin, end, x, num_x, out, stride);
+            if (zeros) return run_kernel<Coded<Nibbles, true>>(matrix, begin, end, x, num_x, out, stride);
+            return run_kernel<Coded<Nibbles, false>>(matrix, begin, end, x, num_x, out, stride);
     }
 }
 

@@ -7,6 +7,9 @@
 
 #include "abi.h"
 
+// Loops over accumulators: only unrolled do these stay in registers.
+#define OFFMOE_UNROLL _Pragma("GCC unroll 16")
+
 namespace offmoe {
 namespace {
 
