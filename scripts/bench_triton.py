@@ -1,6 +1,7 @@
 """Time the Triton expert kernels alone, against a device-to-device copy measured in the same run.
 
-    python scripts/bench_triton.py                    # a GPU: both shapes, bfloat16, under a minute
+    python scripts/bench_triton.py                    # a GPU: both shapes, bfloat16, then the first quantised; a minute
+    python scripts/bench_triton.py --formats int4,fp8 # these alone
     python scripts/bench_triton.py --sweep            # also block sizes of the row kernels, for one token
     python scripts/bench_triton.py --simulate         # no GPU: tiny shapes in the interpreter; tries the script only
 
@@ -18,16 +19,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from benchlib.expert_layers import BF16, FORMATS, SHAPES, TINY, Shape, make_layer
 
-from offmoe.checkpoint.expert_index import MoeLayer, Part, Span
+from offmoe.formats.dense import view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation
 from offmoe.kernels.geometry import Tiling, make_tiles, tile_rows
+from offmoe.kernels.random_weights import fill_at_random
 from offmoe.kernels.reference import ExpertMath
 
 if TYPE_CHECKING:
@@ -40,37 +43,27 @@ TOKENS = (1, 4, 16, 64, 512)
 MOST_TOKENS_BY_ROW = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A model's MoE layer: D model width, F expert width."""
-
-    name: str
-    width_D: int
-    width_F: int
-    num_experts: int
-    top_k: int
-
-
-SHAPES = (
-    Shape(name="Qwen3-30B-A3B", width_D=2048, width_F=768, num_experts=128, top_k=8),
-    Shape(name="Mixtral-8x7B", width_D=4096, width_F=14336, num_experts=8, top_k=2),
-)
-TINY = (Shape(name="tiny", width_D=48, width_F=32, num_experts=6, top_k=2),)
-
-
 class Bench:
     """One shape in a slab, and the ways to run and time it."""
 
-    def __init__(self, shape: Shape, device: torch.device, tiling: Tiling) -> None:
-        self.shape, self.device = shape, device
-        self.layer = make_layer(shape)
+    def __init__(self, shape: Shape, device: torch.device, tiling: Tiling, format_name: str) -> None:
+        self.shape, self.device, self.format_name = shape, device, format_name
+        self.layer = make_layer(shape, FORMATS[format_name])
         self.slot_bytes = layout_of(self.layer).slot_bytes
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 30
         self.num_slots = min(shape.num_experts, int(0.6 * free) // self.slot_bytes)
         self.slab = torch.empty(self.num_slots * self.slot_bytes, dtype=torch.uint8, device=device)
-        self.slab.view(torch.bfloat16).normal_(std=shape.width_D**-0.5)
         self.tiling = tiling
         self.generator = torch.Generator().manual_seed(1)
+        self.fill()
+
+    def fill(self) -> None:
+        """Every slot with random weights."""
+        generator, offsets = torch.Generator(self.device).manual_seed(2), layout_of(self.layer).offsets
+        for slot in self.slab.view(-1, self.slot_bytes):
+            weights = view_expert(self.layer, slot, offsets)
+            for part in (*weights.up, *weights.down):
+                fill_at_random(part, part.shape[1], generator)
 
     def kernels(self, tiling: Tiling | None = None) -> LayerKernels:
         """The layer's launches with these block sizes."""
@@ -121,11 +114,13 @@ class Bench:
             if name not in ways:
                 continue
             seconds, host_s = self.time([partial(run, slots) for slots in calls])
-            matrix = 2 * shape.width_D * shape.width_F
+            matrix = shape.width_D * shape.width_F
+            matrix_bytes = matrix * self.layer.bytes_per_weight
             found.append({
-                "shape": shape.name, "tokens": num_tokens, "what": name, "us": seconds * 1e6, "host_us": host_s * 1e6,
-                "gb_per_s": touched * matrices * matrix / seconds / 1e9,
-                "tflops": num_tokens * top_k * matrices * matrix / seconds / 1e12,
+                "shape": shape.name, "format": self.format_name, "tokens": num_tokens, "what": name,
+                "us": seconds * 1e6, "host_us": host_s * 1e6,
+                "gb_per_s": touched * matrices * matrix_bytes / seconds / 1e9,
+                "tflops": num_tokens * top_k * matrices * 2 * matrix / seconds / 1e12,
             })  # fmt: skip
         return found
 
@@ -163,26 +158,13 @@ class Bench:
         for elements, inputs, warps, stages in itertools.product((2048, 4096, 8192), (256, 512), (4, 8), (1, 3)):
             tiling = replace(
                 self.tiling, row_elements=elements, row_inputs=inputs, row_warps=warps, sum_elements=2 * elements,
-                sum_inputs=inputs, sum_warps=warps, stages=stages,
+                sum_inputs=inputs, sum_warps=warps, stages=stages, row_words=elements // 4, row_words_in=inputs // 8,
+                row_words_warps=warps // 2, sum_words=elements // 2, sum_words_in=inputs // 16, sum_words_warps=warps,
             )  # fmt: skip
             settings = {"elements": elements, "inputs": inputs, "warps": warps, "stages": stages}
             timed = self.rows(1, ("rows up", "rows down", "rows down+sum"), self.kernels(tiling))
             found += [record | settings for record in timed]
         return found
-
-
-def make_layer(shape: Shape) -> MoeLayer:
-    """One source a matrix, as published."""
-    up = (shape.width_F, shape.width_D)
-    parts = [
-        Part(source_idx=idx, offset=0, shape=size, strides=(size[1], 1), dtype="BF16")
-        for idx, size in enumerate((up, up, up[::-1]))
-    ]
-    span = Span(file_idx=0, start=0, num_bytes=2 * shape.width_D * shape.width_F)
-    return MoeLayer(
-        name=shape.name, num_experts=shape.num_experts, top_k=shape.top_k, up=tuple(parts[:2]), down=tuple(parts[2:]),
-        transposed=False, spans=((span,) * 3,) * shape.num_experts,
-    )  # fmt: skip
 
 
 def copy_gb_per_s(device: torch.device, num_bytes: int) -> float:
@@ -221,8 +203,8 @@ def print_table(records: list[dict[str, Any]], copy: float) -> None:
             f"{name} {record[name]}" for name in ("elements", "inputs", "warps", "stages") if name in record
         )
         print(
-            f"{record['shape']:14} {record['tokens']:4} tokens  {record['what']:14} {record['us']:9.1f} us "
-            f"{record['gb_per_s']:7.0f} GB/s {record['gb_per_s'] / copy:6.1%} of a copy "
+            f"{record['shape']:14} {record['format']:5} {record['tokens']:4} tokens  {record['what']:14} "
+            f"{record['us']:9.1f} us {record['gb_per_s']:7.0f} GB/s {record['gb_per_s'] / copy:6.1%} of a copy "
             f"{record['tflops']:6.1f} TFLOP/s (host {record['host_us']:.0f} us) {settings}",
             file=sys.stderr,
         )
@@ -233,7 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="also try other block sizes for one token")
     parser.add_argument("--simulate", action="store_true", help="tiny, in Triton's interpreter: measures nothing")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="which, by name (default: all)")
     args = parser.parse_args(argv)
+    formats = args.formats.split(",")
+    if unknown := [name for name in formats if name not in FORMATS]:
+        print(f"error: no format {', '.join(unknown)}; known: {', '.join(FORMATS)}", file=sys.stderr)
+        return 2
     if args.simulate:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     elif not torch.cuda.is_available():
@@ -247,14 +234,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cpu" if args.simulate else "cuda:0")
     copy = copy_gb_per_s(device, 1 << 20 if args.simulate else COPY_BYTES)
     records: list[dict[str, Any]] = []
-    for shape in TINY if args.simulate else SHAPES:
-        bench = Bench(shape, device, tiling_of(device))
-        if bench.num_slots < shape.top_k:
-            print(
-                f"{shape.name}: {bench.num_slots} experts fit, a token needs {shape.top_k}; left out", file=sys.stderr
-            )
+    shapes = TINY if args.simulate else SHAPES
+    for shape, format_name in itertools.product(shapes, formats):
+        if format_name != BF16 and shape is not shapes[0]:
             continue
-        records += bench_shape(bench, TOKENS[:2] if args.simulate else TOKENS)
+        bench = Bench(shape, device, tiling_of(device), format_name)
+        if bench.num_slots < shape.top_k:
+            print(f"{shape.name}: {bench.num_slots} experts fit, {shape.top_k} are needed; left out", file=sys.stderr)
+            continue
+        tokens = TOKENS if format_name == BF16 else TOKENS[:3]
+        records += bench_shape(bench, tokens[:2] if args.simulate else tokens)
         if args.sweep:
             records += bench.sweep()
         del bench

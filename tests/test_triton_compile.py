@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quant_cases
 import slot_cases as cases
 import torch
 
@@ -20,9 +21,14 @@ from offmoe.kernels.activations import find_activation
 triton = pytest.importorskip("triton", reason="triton has no wheel for this platform")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted")
 
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
+    torch.float16: "fp16",
+}  # fmt: skip
 # What torch's allocator aligns; index tensors may be pieces of one upload.
-ALIGNED = ("in_ptr", "slab_ptr", "out_ptr", "round_ptr")
+ALIGNED = ("in_ptr", "slab_ptr", "scale_ptr", "zero_ptr", "out_ptr", "round_ptr")
+# What a program may have on consumer cards.
+SHARED_BYTES = 99 << 10
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
@@ -32,6 +38,7 @@ class Compiled:
     def __init__(self, kernel: Any, target: tuple[str, int, int]) -> None:
         self.kernel, self.target = kernel, target
         self.assembly: list[str] = []
+        self.shared_bytes = 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self.launch
@@ -50,41 +57,64 @@ class Compiled:
             constexprs={(idx,): values[name] for idx, name in enumerate(names) if name not in tensors},
             attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED if name in tensors},
         )
-        self.assembly.append(triton.compile(source, target=GPUTarget(*self.target), options=options).asm["ptx"])
+        made = triton.compile(source, target=GPUTarget(*self.target), options=options)
+        self.assembly.append(made.asm["ptx"])
+        self.shared_bytes = max(self.shared_bytes, made.metadata.shared)
 
 
 @pytest.mark.parametrize("layout", ["published", "transposed"])
 def test_every_kernel_compiles_and_loads_wide(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = cases.make_case(
+        layout=layout, dtype=torch.bfloat16, width_D=256, width_F=128, activate=cases.silu_gate, biases=True
+    )
+    for name, stand_in in compile_all(case, ("cuda", 80, 32), monkeypatch).items():
+        assert stand_in.assembly, name
+        wide = r"cp\.async\.cg[\w.:]* .*0x10" if name == "tile_rows" else r"ld\.global[\w.:]*\.v4\.b32"
+        assert all(re.search(wide, assembly) for assembly in stand_in.assembly), f"{name} loads narrowly"
+
+
+@pytest.mark.parametrize(("name", "capability"), [("int4 zeros", 89), ("mxfp4", 90), ("fp8", 89), ("int8", 90)])
+def test_quantised_weights_stay_in_their_lanes(
+    name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four words a load, and few barriers: a conversion of the weights' layout would bring one for every register."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = quant_cases.make_quantised(name, dtype=torch.bfloat16, width_D=256, width_F=128, biases=True)
+    for kernel, stand_in in compile_all(case, ("cuda", capability, 32), monkeypatch).items():
+        assert stand_in.assembly, kernel
+        assert stand_in.shared_bytes <= SHARED_BYTES
+        for assembly in stand_in.assembly:
+            assert assembly.count("bar.sync") <= (12 if kernel == "tile_rows" else 20), (
+                f"{kernel} moves weights between lanes"
+            )
+            assert kernel == "tile_rows" or re.search(r"ld\.global[\w.:]*\.v4\.b32", assembly), (
+                f"{kernel} loads narrowly"
+            )
+            assert ".ftz" not in assembly, "subnormal numbers would be lost"
+
+
+def compile_all(
+    case: cases.SlotCase, target: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Compiled]:
+    """Every kernel of a layer as it is launched for one token, and for a tile of 16 rows and of 128."""
     from offmoe.kernels import triton_experts
     from offmoe.kernels.geometry import Tiling, make_tiles
     from offmoe.kernels.triton_launch import LayerKernels
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled = {
-        name: Compiled(getattr(triton_experts, name), ("cuda", 80, 32))
-        for name in ("choose_rows", "weighted_rows", "tile_rows")
+        name: Compiled(getattr(triton_experts, name), target) for name in ("choose_rows", "weighted_rows", "tile_rows")
     }
     for name, stand_in in compiled.items():
         monkeypatch.setattr(triton_experts, name, stand_in)
-    case = cases.make_case(
-        layout=layout, dtype=torch.bfloat16, width_D=256, width_F=128, activate=cases.silu_gate, biases=True
-    )
-    activation = find_activation(cases.silu_gate, 128, gated=True, device=torch.device("cpu"))
-    kernels = LayerKernels(
-        case.layer,
-        layout_of(case.layer),
-        case.math,
-        activation,
-        case.slab,
-        case.slot_bytes,
-        Tiling(shared_bytes=99 << 10),
-    )
+    width_F = case.layer.width(case.layer.down[0])
+    activation = find_activation(cases.silu_gate, width_F, gated=True, device=torch.device("cpu"))
+    layout, tiling = layout_of(case.layer), Tiling(shared_bytes=SHARED_BYTES)
+    kernels = LayerKernels(case.layer, layout, case.math, activation, case.slab, case.slot_bytes, tiling)
     x_TD, ids_TK, weights_TK = case.rows(1, 2)
     missing = torch.zeros(1, dtype=torch.int32)
     hidden = kernels.choose(x_TD, 2, ids_TK, case.slot_of_E, missing=missing)
     kernels.project_and_sum(hidden, ids_TK, case.slot_of_E, weights_TK, torch.bfloat16, lookup=True)
-    kernels.tiles(x_TD, ids_TK[0].int() * 0, ids_TK, *make_tiles(case.slot_of_E[ids_TK[0]], 16, 6))
-    for name, stand_in in compiled.items():
-        assert stand_in.assembly, name
-        wide = r"cp\.async\.cg[\w.:]* .*0x10" if name == "tile_rows" else r"ld\.global[\w.:]*\.v4\.b32"
-        assert all(re.search(wide, assembly) for assembly in stand_in.assembly), f"{name} loads narrowly"
+    for block_rows in (16, 128):
+        kernels.tiles(x_TD, ids_TK[0].int() * 0, ids_TK, *make_tiles(case.slot_of_E[ids_TK[0]], block_rows, 6))
+    return compiled

@@ -23,7 +23,7 @@ class Codes:
 
     `bits` of a code; `is_integer`: an integer, otherwise a small float. `is_signed`: two's complement, as its zeros.
     `group` columns of `group_rows` rows share a scale. `zero_rows` rows share an element of zeros, 0: there are none.
-    The second half of a gated expert begins `pair_rows` rows, and `scale_pair` and `zero_pair` elements, further on.
+    An up projection lies `pair_rows` rows, and `scale_pair` and `zero_pair` elements, from its gate.
     """
 
     bits: int

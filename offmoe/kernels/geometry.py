@@ -168,9 +168,9 @@ def up_matrices(layer: MoeLayer, layout: LayerLayout, activation: Activation | N
         return _side_by_side(parts), True
     width_F = sum(part.num_out for part in parts) // 2
     if activation.interleaved and not rest:
-        paired = replace(first, pairs=TURNS, pair_stride=first.out_stride)
+        paired = replace(first, pairs=TURNS, pair_stride=first.out_stride, codes=_apart(first.codes, 1))
     elif not activation.interleaved and not rest:
-        codes = None if first.codes is None else replace(first.codes, pair_rows=width_F)
+        codes = _apart(first.codes, width_F)
         paired = replace(first, pairs=HALVES, pair_stride=width_F * first.out_stride, codes=codes)
     elif not activation.interleaved and len(rest) == 1 and _alike(first, rest[0]):
         paired = _pair_of(first, rest[0])
@@ -201,6 +201,10 @@ def _matrix(layer: MoeLayer, layout: LayerLayout, part: Part | QuantPart) -> Mat
 def _alike(first: Matrix, second: Matrix) -> bool:
     plain = [replace(part, base=0, codes=part.codes and part.codes.at_zero) for part in (first, second)]
     return plain[0] == plain[1]
+
+
+def _apart(codes: Codes | None, pair_rows: int) -> Codes | None:
+    return None if codes is None else replace(codes, pair_rows=pair_rows)
 
 
 def _pair_of(first: Matrix, second: Matrix) -> Matrix:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import quant_cases
 import slot_cases as cases
 import torch
 
@@ -88,6 +89,24 @@ def test_every_layout(layout: str, dtype: torch.dtype) -> None:
 )
 def test_every_activation(activate: Activate) -> None:
     compare(make("transposed" if activate is cases.clamped_gate else "published", torch.bfloat16, activate=activate))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", quant_cases.FORMATS)
+def test_every_quantised_format(name: str, dtype: torch.dtype) -> None:
+    compare(
+        quant_cases.make_quantised(
+            name, width_D=512, width_F=384, dtype=dtype, biases=True, num_experts=24, missing=(2, 7), top_k=4,
+            device="cuda",
+        )
+    )  # fmt: skip
+
+
+def test_quantised_gate_and_up_in_one_matrix() -> None:
+    options = {"dtype": torch.bfloat16, "num_experts": 24, "top_k": 4, "device": "cuda", "stacked": True}
+    turns = {"transposed": True, "activate": cases.clamped_gate, "biases": True}
+    compare(quant_cases.make_quantised("mxfp4", width_D=288, width_F=96, **options, **turns))
+    compare(quant_cases.make_quantised("fp8", width_D=260, width_F=132, **options))
 
 
 def test_experts_without_a_gate() -> None:
