@@ -27,7 +27,7 @@ from offmoe.models.transformers_internals import KeyMapping, Target, expert_matr
 GROUPS = (32, 64, 128)
 Kind = Literal["int8", "int4"]
 # A shard is what a run that is cut off may have to write again.
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 1 << 30
 # One expert and matrix each, as the hub has them: gate, up, down.
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _IN_LAYER = re.compile(r"\blayers\.\d+\.")
