@@ -150,7 +150,8 @@ class _LayerBuilder:
         sources = []
         for stored in zip(*map(_stored, entries), strict=True):
             sources.append(len(self.spans))
-            self.spans.append(_spans(list(stored), num_experts))
+            is_stacked = len(first.shape) == 3
+            self.spans.append(_slices(stored[0], num_experts) if is_stacked else [_span(entry) for entry in stored])
         return _Source(first, tuple(sources), (first.shape[-2], first.shape[-1]))
 
 
@@ -179,13 +180,14 @@ def _is_mxfp4(entry: StoredTensor) -> bool:
     return isinstance(entry, QuantEntry) and entry.format.kind == "mxfp4"
 
 
-def _spans(entries: list[TensorEntry], num_experts: int) -> list[Span]:
-    """One span an expert: a tensor of its own, or its slice of the only one."""
-    if len(entries) == num_experts and len(entries[0].shape) == 2:
-        return [Span(file_idx=e.file_idx, start=e.start, num_bytes=e.num_bytes) for e in entries]
-    first = entries[0]
-    size = first.num_bytes // num_experts
-    return [Span(file_idx=first.file_idx, start=first.start + e * size, num_bytes=size) for e in range(num_experts)]
+def _span(entry: TensorEntry) -> Span:
+    return Span(file_idx=entry.file_idx, start=entry.start, num_bytes=entry.num_bytes)
+
+
+def _slices(entry: TensorEntry, num_experts: int) -> list[Span]:
+    """One span an expert of a stacked tensor."""
+    size = entry.num_bytes // num_experts
+    return [Span(file_idx=entry.file_idx, start=entry.start + e * size, num_bytes=size) for e in range(num_experts)]
 
 
 def _part(piece: Piece, source: _Source, output_axis: int, where: str) -> Part | QuantPart:
