@@ -9,6 +9,8 @@ Products are summed in float32 and rounded to the layer's type wherever torch wo
 the product, the bias and the activation. `choose_rows` is for few rows (each reads its weights; neighbours share them
 through L2), `tile_rows` for many (rows of one slot share a tile), `weighted_rows` sums a token's rows on the way out.
 
+With FORMAT weights are quantised, the elements are words of codes, and `triton_quantised` makes values of them.
+
 All run on the caller's current stream, in the order in which they are launched. They read slots and never write to
 them; the caller keeps the slots from being refilled until they have run.
 """
