@@ -55,6 +55,20 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = keys[..., :end, :], values[..., :end, :]
         return self.keys, self.values
 
+    def open_row(self) -> Buffers:
+        """One token more: all rows that it sees, the last of which the caller writes, (batch, heads, rows, width)."""
+        self.grow_to(self.keys.shape[-2] + 1)
+        return self.keys, self.values
+
+    def last_rows(self) -> Buffers:
+        """All rows that the token appended last sees, itself the last."""
+        return self.keys, self.values
+
+    @property
+    def can_open(self) -> bool:
+        """There are rows already, and room for one more."""
+        return self.buffers is not None and self.keys is not None and self.keys.shape[-2] < self._capacity
+
     def grow_to(self, length: int) -> None:
         """Others wrote tokens into the buffers: `length` of them are valid now."""
         assert self.buffers is not None
@@ -121,6 +135,22 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         kept = tuple(states.clone() for states in self._rows(begin, self.cumulative_length))
         self.offset = begin
         self._write(begin, kept)
+
+    def open_row(self) -> Buffers:
+        """As of PreallocatedLayer: a token sees itself and `sliding_window` - 1 tokens before it."""
+        self.make_room(1)
+        self.grow_to(self.cumulative_length + 1)
+        return self.last_rows()
+
+    def last_rows(self) -> Buffers:
+        """As of PreallocatedLayer."""
+        end = self.cumulative_length
+        return self._rows(max(0, end - self.sliding_window), end)
+
+    @property
+    def can_open(self) -> bool:
+        """There are rows already."""
+        return self.buffers is not None and self.is_initialized and not self.record_past
 
     def grow_to(self, length: int) -> None:
         """The buffers hold the tokens before `length` now, as far back as the window sees."""

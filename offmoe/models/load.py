@@ -25,6 +25,8 @@ from offmoe.models.budgets import Budgets, fit_to_free, shrink
 from offmoe.models.build import build_on_meta, read_model_config
 from offmoe.models.device_failures import explained, release_unused
 from offmoe.models.expert_map import map_experts, streamed_parameters
+from offmoe.models.native import NativeModules
+from offmoe.models.native_attention import swap_attention
 from offmoe.models.probe import probe_model
 from offmoe.models.resident import load_peak_bytes, load_resident
 from offmoe.models.seam import ClosedExecutor, ExpertsExecutor, LayerBinding, attach, bind
@@ -58,6 +60,7 @@ class LoadedModel:
     pools: Pools
     device: Device | None
     serving: Serving
+    native: NativeModules | None
     plan: MemoryPlan
     context_length: int
     chunkable: bool
@@ -162,10 +165,17 @@ def load_model(
         if cpu_kernels is not None:
             serving.closing.callback(cpu_kernels.close)
         _attach_all(model, serving.executor)
+        native = None
+        if cpu_kernels is not None and device is None:
+            native = NativeModules(cpu_kernels)
+            serving.closing.callback(native.remove)
+            native.swap_simple(model)
+            swap_attention(native, model)
         opened.pop_all()
     return LoadedModel(
         model=model, tokenizer=tokenizer, index=index, experts=experts, disk=disk, pools=(pool, device_pool),
-        serving=serving, device=device, plan=plan, context_length=context_length, chunkable=probe.chunkable,
+        serving=serving, native=native, device=device, plan=plan, context_length=context_length,
+        chunkable=probe.chunkable,
     )  # fmt: skip
 
 

@@ -177,6 +177,21 @@ class CpuKernels:
             raise MemoryError(f"no memory for {x_TK.shape[0]} rows of a linear")
         return y_TN
 
+    def run_linear(self, address: int) -> None:
+        """A `structs.Linear`; see decode.py. Raises MemoryError."""
+        if self._library.offmoe_linear(self._handle, address):
+            raise MemoryError("no memory for a linear")
+
+    def run_norm(self, address: int) -> None:
+        """A `structs.Norm`; see decode.py. Raises MemoryError."""
+        if self._library.offmoe_norm(self._handle, address):
+            raise MemoryError("no memory for a norm")
+
+    def run_attend(self, address: int) -> None:
+        """A `structs.Attend`; see decode.py. Raises MemoryError."""
+        if self._library.offmoe_attend(self._handle, address):
+            raise MemoryError("no memory for a token's attention")
+
     def _activation(self, math: ExpertMath, weights: ExpertWeights) -> Activation | None:
         hidden = _inputs(weights.down, math)
         gated = sum(_outputs((part,), math) for part in weights.up) == 2 * hidden

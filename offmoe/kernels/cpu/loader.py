@@ -90,7 +90,7 @@ def _library() -> ctypes.CDLL:
     library.offmoe_open.argtypes = (ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
     library.offmoe_close.restype = None
     library.offmoe_close.argtypes = (ctypes.c_void_p,)
-    for call in (library.offmoe_experts, library.offmoe_linear):
+    for call in (library.offmoe_experts, library.offmoe_linear, library.offmoe_norm, library.offmoe_attend):
         call.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     version = library.offmoe_abi_version()
     if version != ABI_VERSION:

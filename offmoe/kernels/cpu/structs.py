@@ -7,7 +7,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
 DENSE_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -65,4 +65,28 @@ class Linear(ctypes.Structure):
         ("matrix", c_void_p), ("bias", c_void_p), ("x", c_void_p), ("y", c_void_p),
         ("x_row_bytes", c_int64), ("y_row_bytes", c_int64),
         ("num_x", c_int32), ("type", c_int32), ("x_type", c_int32),
+    )  # fmt: skip
+
+
+class Norm(ctypes.Structure):
+    """Rows to be normed."""
+
+    _fields_ = (
+        ("x", c_void_p), ("weight", c_void_p), ("y", c_void_p), ("rows", c_int64), ("width", c_int64), ("eps", c_float),
+        ("kind", c_int32), ("type", c_int32),
+    )  # fmt: skip
+
+
+class Attend(ctypes.Structure):
+    """One token's attention; strides in bytes."""
+
+    _fields_ = (
+        ("query", c_void_p), ("key", c_void_p), ("value", c_void_p), ("query_norm", c_void_p), ("key_norm", c_void_p),
+        ("cos", c_void_p), ("sin", c_void_p), ("sinks", c_void_p), ("keys", c_void_p), ("values", c_void_p),
+        ("output", c_void_p),
+        ("num_heads", c_int64), ("num_groups", c_int64), ("width", c_int64), ("value_width", c_int64),
+        ("norm_width", c_int64), ("rotary", c_int64), ("num_angles", c_int64),
+        ("key_group_bytes", c_int64), ("key_row_bytes", c_int64), ("value_group_bytes", c_int64),
+        ("value_row_bytes", c_int64), ("num_rows", c_int64),
+        ("eps", c_float), ("scale", c_float), ("norm_kind", c_int32), ("type", c_int32),
     )  # fmt: skip

@@ -69,4 +69,41 @@ struct Linear {
     int32_t num_x, type, x_type;
 };
 
+// What an RMS norm does to x / rms(x): rounds it, then multiplies; multiplies, then rounds; multiplies with 1 + weight.
+enum NormKind : int32_t { WEIGHT_LAST = 0, WEIGHT_FIRST = 1, ONE_PLUS_WEIGHT = 2 };
+
+// Rows of x, normed one by one. All of `type`, contiguous; y may be x.
+struct Norm {
+    const void* x;
+    const void* weight;
+    void* y;
+    int64_t rows, width;
+    float eps;
+    int32_t kind, type;
+};
+
+// One token's attention: norms and rotates its query and key, appends key and value to the cache as its last row, and
+// attends to all `num_rows` rows. Query (heads, width), key (groups, width) and value (groups, value_width) are
+// contiguous and all of `type`, like everything else here.
+struct Attend {
+    const void* query;
+    const void* key;
+    const void* value;
+    const void* query_norm;  // weights, or null
+    const void* key_norm;
+    const void* cos;  // num_angles each, or null
+    const void* sin;
+    const void* sinks;  // a logit a head that attends to nothing, or null
+    void* keys;         // the first row that is attended to
+    void* values;
+    void* output;  // (heads, value_width)
+    int64_t num_heads, num_groups, width, value_width;
+    int64_t norm_width;  // of a head, or of all heads together
+    int64_t rotary, num_angles;
+    int64_t key_group_bytes, key_row_bytes, value_group_bytes, value_row_bytes;
+    int64_t num_rows;
+    float eps, scale;
+    int32_t norm_kind, type;
+};
+
 }  // namespace offmoe

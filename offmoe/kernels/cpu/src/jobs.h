@@ -29,8 +29,10 @@ void read_row(int32_t type, const void* from, int64_t count, float* to);
 void round_row(int32_t type, float* values, int64_t count);
 void write_row(int32_t type, const float* from, int64_t count, void* to);
 
-// Both return 0, or 1 where there was no memory.
+// All return 0, or 1 where there was no memory.
 int32_t run_experts(Pool& pool, const Level& level, Workspace& space, const Call& call);
 int32_t run_linear(Pool& pool, const Level& level, Workspace& space, const Linear& call);
+int32_t run_norm(const Level& level, Workspace& space, const Norm& call);
+int32_t run_attend(Pool& pool, const Level& level, Workspace& space, const Attend& call);
 
 }  // namespace offmoe

@@ -1,6 +1,7 @@
 // AVX-512: bfloat16 by its own kernels, everything else as on any processor.
 #include "activate.h"
 #include "coded_avx512.h"
+#include "decode.h"
 #include "dense_avx512.h"
 
 namespace offmoe {
@@ -103,6 +104,7 @@ void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, co
 
 }  // namespace
 
-const Level kAvx512 = {"avx512", prepared_bytes, prepare, multiply, general_activate};
+const Level kAvx512 = {"avx512", prepared_bytes, prepare, multiply, general_activate,
+                       norm_row, rotate, attend_floats, attend_any};
 
 }  // namespace offmoe

@@ -43,7 +43,7 @@ bool has_instructions(const char* level) {
 extern "C" {
 
 // Changes with abi.h.
-int32_t offmoe_abi_version() { return 1; }
+int32_t offmoe_abi_version() { return 2; }
 
 // The idx-th best level that was compiled, or null; `usable`: this processor has it.
 const char* offmoe_level(int32_t idx, int32_t* usable) {
@@ -74,6 +74,18 @@ int32_t offmoe_linear(void* handle, const offmoe::Linear* call) {
     Kernels& kernels = *static_cast<Kernels*>(handle);
     std::lock_guard<std::mutex> lock(kernels.pool.calls());
     return offmoe::run_linear(kernels.pool, kernels.level, kernels.space, *call);
+}
+
+int32_t offmoe_norm(void* handle, const offmoe::Norm* call) {
+    Kernels& kernels = *static_cast<Kernels*>(handle);
+    std::lock_guard<std::mutex> lock(kernels.pool.calls());
+    return offmoe::run_norm(kernels.level, kernels.space, *call);
+}
+
+int32_t offmoe_attend(void* handle, const offmoe::Attend* call) {
+    Kernels& kernels = *static_cast<Kernels*>(handle);
+    std::lock_guard<std::mutex> lock(kernels.pool.calls());
+    return offmoe::run_attend(kernels.pool, kernels.level, kernels.space, *call);
 }
 
 }  // extern "C"

@@ -1,0 +1,135 @@
+"""One token's norms and attention by the library. Shapes: H heads, G groups of heads that share keys and values.
+
+Calls fill a struct that is made once: a decode step makes some hundred of them, and each costs a few microseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from offmoe.kernels.cpu import structs
+from offmoe.kernels.cpu.kernels import CpuKernels
+from offmoe.kernels.cpu.matrices import describe
+
+NormKind = Literal["weight_last", "weight_first", "one_plus_weight"]
+NORM_KINDS: dict[NormKind, int] = {"weight_last": 0, "weight_first": 1, "one_plus_weight": 2}
+
+
+class CpuNorm:
+    """RMS norm over the last dimension, rounded to x's type where `kind` says:
+
+    weight_last: round(x / rms) * weight; weight_first: x / rms * weight; one_plus_weight: x / rms * (1 + weight).
+    """
+
+    def __init__(self, kernels: CpuKernels, weight_D: torch.Tensor, *, eps: float, kind: NormKind) -> None:
+        assert weight_D.is_contiguous() and weight_D.device.type == "cpu", f"{weight_D.shape=}"
+        self.weight_D, self.eps, self.kind = weight_D, eps, kind
+        self._kernels = kernels
+        self._call = structs.Norm(
+            weight=weight_D.data_ptr(), width=weight_D.numel(), eps=eps, kind=NORM_KINDS[kind],
+            type=structs.TYPES[weight_D.dtype],
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._call)
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Contiguous rows of the weight's type and width."""
+        return x.dtype == self.weight_D.dtype and x.shape[-1] == self._call.width and x.is_contiguous()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Normed rows, of x's shape. `takes` said True. Raises MemoryError."""
+        y, call = torch.empty_like(x), self._call
+        call.x, call.y, call.rows = x.data_ptr(), y.data_ptr(), x.numel() // call.width
+        self._kernels.run_norm(self._address)
+        return y
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """What stays the same from token to token. `scale` multiplies scores."""
+
+    num_heads: int
+    num_groups: int
+    width: int
+    value_width: int
+    scale: float
+    dtype: torch.dtype
+
+
+class CpuAttention:
+    """Attention of one token of one layer. `sinks_H`: a logit a head that attends to nothing."""
+
+    def __init__(
+        self, kernels: CpuKernels, shape: AttentionShape, *, query_norm: CpuNorm | None = None,
+        key_norm: CpuNorm | None = None, sinks_H: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Norms are of one head's width, or of all heads' together; both alike."""
+        self._kernels, self._shape = kernels, shape
+        self._keep = (query_norm, key_norm, sinks_H)
+        norm = query_norm
+        self._call = structs.Attend(
+            query_norm=None if query_norm is None else query_norm.weight_D.data_ptr(),
+            key_norm=None if key_norm is None else key_norm.weight_D.data_ptr(),
+            sinks=None if sinks_H is None else sinks_H.data_ptr(),
+            num_heads=shape.num_heads, num_groups=shape.num_groups, width=shape.width, value_width=shape.value_width,
+            norm_width=shape.width if norm is None else norm.weight_D.numel(), eps=0.0 if norm is None else norm.eps,
+            norm_kind=0 if norm is None else NORM_KINDS[norm.kind], scale=shape.scale,
+            type=structs.TYPES[shape.dtype],
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._call)
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor | None,
+        sin: torch.Tensor | None, keys_GSW: torch.Tensor, values_GSW: torch.Tensor, *, half_angles: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        """The heads' outputs, (H * value width), of one token.
+
+        `query`, `key` and `value` are the projections' contiguous outputs; `cos` and `sin` the angles of its position,
+        a number for each that turns, or (`half_angles`) for each pair. The caches (G, S, width) hold S rows, the last
+        of which is written here. Their last dimension has stride 1, and all is of one type. Raises MemoryError.
+        """
+        call, size = self._call, value.element_size()
+        output = value.new_empty(call.num_heads * call.value_width)
+        call.query, call.key, call.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        call.output, call.keys, call.values = output.data_ptr(), keys_GSW.data_ptr(), values_GSW.data_ptr()
+        if cos is None or sin is None:
+            call.cos, call.sin, call.num_angles = None, None, 0
+        else:
+            call.cos, call.sin, call.num_angles = cos.data_ptr(), sin.data_ptr(), cos.numel()
+            call.rotary = call.num_angles * (2 if half_angles else 1)
+        group, row, _ = keys_GSW.stride()
+        call.key_group_bytes, call.key_row_bytes = group * size, row * size
+        group, row, _ = values_GSW.stride()
+        call.value_group_bytes, call.value_row_bytes, call.num_rows = group * size, row * size, keys_GSW.shape[1]
+        self._kernels.run_attend(self._address)
+        return output
+
+
+class CpuLinear:
+    """x @ weight.T + bias for a few rows, rounded once to x's type, which is the weight's and the bias's."""
+
+    def __init__(self, kernels: CpuKernels, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
+        """`unreadable(weight_NK, its type)` is None."""
+        assert bias_N is None or (bias_N.dtype == weight_NK.dtype and bias_N.is_contiguous()), f"{bias_N=}"
+        self._kernels, self._keep = kernels, (describe(weight_NK), bias_N)
+        self._dtype, (self.num_outputs, self.num_inputs) = weight_NK.dtype, weight_NK.shape
+        type_idx, size = structs.TYPES[weight_NK.dtype], weight_NK.element_size()
+        self._call = structs.Linear(
+            matrix=ctypes.addressof(self._keep[0].struct), bias=None if bias_N is None else bias_N.data_ptr(),
+            x_row_bytes=self.num_inputs * size, y_row_bytes=self.num_outputs * size, type=type_idx, x_type=type_idx,
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._call)
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Contiguous rows of the weight's type and width."""
+        return x.dtype == self._dtype and x.shape[-1] == self.num_inputs and x.is_contiguous()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., N) of x (..., K). `takes` said True. Raises MemoryError."""
+        y, call = x.new_empty(*x.shape[:-1], self.num_outputs), self._call
+        call.x, call.y, call.num_x = x.data_ptr(), y.data_ptr(), x.numel() // self.num_inputs
+        self._kernels.run_linear(self._address)
+        return y

@@ -1,0 +1,189 @@
+"""Attention of one token by the CPU kernels, in place of some forty operations of torch.
+
+A module is taken where its own code does nothing but project, norm, rotate, append to the cache, attend and project:
+its `forward` is read, and one that calls anything else, or computes, is left alone. So what depends on the position,
+the configuration or an argument cannot be overlooked. What the code does not say (which rotation, which scale) is seen
+by comparing: the first tokens are computed both ways, and the module's own result is used.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from offmoe.kernels.cpu.decode import AttentionShape, CpuAttention, CpuNorm
+from offmoe.models.kv_cache import PreallocatedLayer, SlidingLayer
+from offmoe.models.native import NativeModules, agree, find_norm
+
+_KIND = "attentions"
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_KNOWN_CALLS = {
+    *_PROJECTIONS, "q_norm", "k_norm", "view", "transpose", "reshape", "contiguous", "update", "get_interface",
+    "attention_interface", "apply_rotary_pos_emb", "getattr",
+}  # fmt: skip
+# Tokens that are computed both ways.
+_NUM_CHECKS = 2
+
+
+def swap_attention(native: NativeModules, model: nn.Module) -> None:
+    """Swap the attention of every layer that is understood."""
+    for module in model.modules():
+        if all(isinstance(getattr(module, name, None), nn.Linear) for name in _PROJECTIONS):
+            step = _make_step(native, module)
+            if step is not None:
+                native.swap(module, step, _KIND)
+
+
+@cache
+def _is_plain(attention: type[nn.Module]) -> bool:
+    """Its forward calls only what is known, and computes nothing by itself."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(attention.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    function = tree.body[0]
+    assert isinstance(function, ast.FunctionDef)
+    nodes = [node for statement in function.body for node in ast.walk(statement)]
+    called = {
+        node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "?")
+        for node in nodes
+        if isinstance(node, ast.Call)
+    }
+    computes = any(isinstance(node, (ast.BinOp, ast.AugAssign)) for node in nodes)
+    return "apply_rotary_pos_emb" in called and called <= _KNOWN_CALLS and not computes
+
+
+def _make_step(native: NativeModules, module: Any) -> Callable[..., Any] | None:
+    shape = _shape_of(module) if _is_plain(type(module)) else None
+    norms = [_norm_of(native, module, name) for name in ("q_norm", "k_norm")]
+    if shape is None or None in norms or (norms[0] is False) != (norms[1] is False):
+        return None
+    query_norm, key_norm = (norm or None for norm in norms)
+    if query_norm is not None and key_norm is not None and not _alike(query_norm, key_norm, shape):
+        return None
+    sinks = getattr(module, "sinks", None)
+    if sinks is not None and (sinks.dtype != shape.dtype or sinks.numel() != shape.num_heads):
+        return None
+    attention = CpuAttention(
+        native.kernels, shape, query_norm=query_norm, key_norm=key_norm,
+        sinks_H=None if sinks is None else sinks.detach().contiguous(),
+    )  # fmt: skip
+    return _Step(native, module, attention, shape.width).forward
+
+
+def _shape_of(module: Any) -> AttentionShape | None:
+    """None where a parameter, a size or the scale is of another kind than is known."""
+    width, scale = getattr(module, "head_dim", None), getattr(module, "scaling", None)
+    params = {name for name, _ in module.named_parameters()}
+    known = {f"{name}.{kind}" for name in (*_PROJECTIONS, "q_norm", "k_norm") for kind in ("weight", "bias")}
+    sizes = [getattr(module, name).out_features for name in _PROJECTIONS[:3]]
+    if not isinstance(width, int) or not isinstance(scale, float) or params - known - {"sinks"}:
+        return None
+    if any(size % width for size in sizes) or sizes[1] != sizes[2] or sizes[0] % sizes[1]:
+        return None
+    return AttentionShape(
+        num_heads=sizes[0] // width, num_groups=sizes[1] // width, width=width, value_width=width, scale=scale,
+        dtype=module.q_proj.weight.dtype,
+    )  # fmt: skip
+
+
+def _norm_of(native: NativeModules, module: nn.Module, name: str) -> CpuNorm | bool | None:
+    """False: there is none. None: there is one that is not understood."""
+    norm = getattr(module, name, None)
+    if norm is None or isinstance(norm, nn.Identity):
+        return False
+    return find_norm(native.kernels, norm)
+
+
+def _alike(query_norm: CpuNorm, key_norm: CpuNorm, shape: AttentionShape) -> bool:
+    """Both by the same rule, over one head each or over all heads together."""
+    widths = (query_norm.weight_D.numel(), key_norm.weight_D.numel())
+    all_heads = (shape.num_heads * shape.width, shape.num_groups * shape.width)
+    same = (query_norm.eps, query_norm.kind) == (key_norm.eps, key_norm.kind)
+    return same and widths in ((shape.width, shape.width), all_heads)
+
+
+class _Step:
+    """The `forward` of one attention module."""
+
+    def __init__(self, native: NativeModules, module: Any, attention: CpuAttention, width: int) -> None:
+        self._native, self._module, self._attention, self._width = native, module, attention, width
+        self._original = type(module).forward
+        self._checks_left = _NUM_CHECKS
+        self._half_angles: bool | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own; (output, None) for one token whose cache is ours."""
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        layer = self._cache_layer(hidden, args, kwargs)
+        if layer is None:
+            return self._original(self._module, *args, **kwargs)
+        if self._checks_left:
+            return self._check(hidden, layer, args, kwargs)
+        keys, values = layer.open_row()
+        return self._run(hidden, kwargs["position_embeddings"], keys, values), None
+
+    def _cache_layer(self, hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Where the token's keys and values go; None where this is no step for the kernels."""
+        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or len(args) > 1:
+            return None
+        angles, past = kwargs.get("position_embeddings"), kwargs.get("past_key_values")
+        if not isinstance(hidden, torch.Tensor) or hidden.shape[:-1] != (1, 1) or past is None or angles is None:
+            return None
+        layers, layer_idx = past.layers, self._module.layer_idx
+        layer = layers[layer_idx] if layer_idx < len(layers) else None
+        if not isinstance(layer, (PreallocatedLayer, SlidingLayer)) or not layer.can_open:
+            return None
+        return layer if _sees_all(kwargs.get("attention_mask")) and not kwargs.get("output_attentions") else None
+
+    def _run(self, hidden: torch.Tensor, angles: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        module, (cos, sin) = self._module, angles
+        query, key, value = module.q_proj(hidden), module.k_proj(hidden), module.v_proj(hidden)
+        heads = self._attention(query, key, value, cos, sin, keys[0], values[0], half_angles=bool(self._half_angles))
+        output: torch.Tensor = module.o_proj(heads.view(1, 1, -1))
+        return output
+
+    def _check(self, hidden: torch.Tensor, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's own result, and whether ours agrees; if not, the module keeps its own code."""
+        theirs = self._original(self._module, *args, **kwargs)
+        cos, sin = kwargs["position_embeddings"]
+        rows = layer.last_rows()
+        before = [states[..., -1, :].clone() for states in rows]
+        fitting = (
+            all(
+                angle.dtype == hidden.dtype and angle.is_contiguous() and angle.dim() == 3 and angle.shape[:2] == (1, 1)
+                for angle in (cos, sin)
+            )
+            and rows[0].dtype == hidden.dtype
+            and rows[0].stride(-1) == rows[1].stride(-1) == 1
+        )
+        agreed = False
+        for half in (False, True) if self._half_angles is None else (self._half_angles,):
+            if not fitting or cos.shape[-1] * (2 if half else 1) > self._width:
+                continue
+            self._half_angles = half
+            agreed = agree(self._run(hidden, (cos, sin), *rows), theirs[0])
+            if agreed:
+                break
+        for states, own in zip(rows, before, strict=True):
+            states[..., -1, :] = own
+        self._checks_left -= 1
+        if not agreed:
+            self._native.put_back(self._module, _KIND)
+        return theirs
+
+
+def _sees_all(mask: Any) -> bool:
+    """The one token sees every row that the cache gives it. Masks are of one sequence: a row is one number."""
+    if mask is None:
+        return True
+    if not isinstance(mask, torch.Tensor) or mask.shape[:-1] != (1, 1, 1):
+        return False
+    return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
