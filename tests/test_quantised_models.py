@@ -138,7 +138,7 @@ def test_resident_weights_are_transformers_to_the_bit(scales: torch.dtype, dtype
 def test_weights_only_quantisation_needs_no_note(tmp_path: Path) -> None:
     save_mxfp4(tmp_path)
     with offmoe.load(tmp_path, ram="4GiB", experts=4) as engine:
-        assert "notes" not in engine.stats()
+        assert not any("activations" in note for note in engine.stats().get("notes", ()))
 
 
 @pytest.mark.parametrize("direct", ["direct", "buffered"])
