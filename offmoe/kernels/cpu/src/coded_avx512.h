@@ -132,8 +132,8 @@ struct Inner {
         OFFMOE_UNROLL
         for (int r = 0; r < R; ++r) {
             unpacker.unpack(code[r], w[r]);
-            scale[r] = _mm512_permutexvar_ps(lanes, load_floats(of_rows[r].scales + group));
-            if constexpr (ZEROS) zero[r] = _mm512_permutexvar_ps(lanes, load_floats(of_rows[r].zeros + group));
+            scale[r] = spread(of_rows[r].scales + group);
+            if constexpr (ZEROS) zero[r] = spread(of_rows[r].zeros + group);
         }
         OFFMOE_UNROLL
         for (int t = 0; t < T; ++t) {
@@ -152,6 +152,11 @@ struct Inner {
                 sums[r][t] = _mm512_fmadd_ps(part[r], scale[r], sums[r][t]);
             }
         }
+    }
+
+    // At most four groups in a step, each in the lanes of its columns.
+    inline __m512 spread(const float* of_groups) const {
+        return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(of_groups)));
     }
 
     Unpacker unpacker;
@@ -174,12 +179,11 @@ struct Coded {
         OFFMOE_UNROLL
         for (int r = 0; r < R; ++r) {
             codes[r] = matrix.codes + (row + r) * matrix.row_bytes;
-            load_scales(matrix, row + r, groups[r]);
-            if constexpr (ZEROS) load_zeros(matrix, row + r, Unpacker::zero_bias(matrix), groups[r]);
             clear(sums[r]);
         }
         OFFMOE_UNROLL
         for (int t = 0; t < T; ++t) xs[t] = static_cast<const uint8_t*>(x[t]);
+        const RowGroups* groups = groups_of(row, R);
         const Inner<Unpacker, ZEROS> here = inner;  // in registers
         const int64_t columns = matrix.columns, chunks_a_group = (matrix.group + kColumns - 1) / kColumns;
         const int64_t groups_a_chunk = matrix.group < kColumns ? kColumns / matrix.group : 1;
@@ -208,9 +212,30 @@ struct Coded {
         for (int r = 0; r < R; ++r) store(sums[r], out + r, stride);
     }
 
+private:
+    // Those of rows [row, row + count). The next rows' are made too: what was just stored cannot be loaded at once.
+    const RowGroups* groups_of(int64_t row, int count) {
+        if (row != next_row || count != next_count) make_groups(row, count);
+        const RowGroups* found = groups[turn];
+        turn ^= 1;
+        make_groups(row + count, count);
+        return found;
+    }
+
+    void make_groups(int64_t row, int count) {
+        for (int r = 0; r < count && row + r < matrix.rows; ++r) {
+            load_scales(matrix, row + r, groups[turn][r]);
+            if constexpr (ZEROS) load_zeros(matrix, row + r, Unpacker::zero_bias(matrix), groups[turn][r]);
+        }
+        next_row = row;
+        next_count = count;
+    }
+
     const Matrix& matrix;
-    Inner<Unpacker, ZEROS> inner;
-    RowGroups groups[2];
+    const Inner<Unpacker, ZEROS> inner;
+    int64_t next_row = -1;
+    int next_count = 0, turn = 0;
+    RowGroups groups[2][2];
 };
 
 }  // namespace

@@ -7,7 +7,7 @@
 namespace offmoe {
 namespace {
 
-constexpr int64_t kTaskBytes = 64 << 10;  // of weights: some microseconds
+constexpr int64_t kTaskBytes = 256 << 10;  // of weights: about ten microseconds
 constexpr int64_t kTaskTokens = 32;       // rows of x that are multiplied before the weights are read again
 constexpr int64_t kMostOutputs = 512;
 
