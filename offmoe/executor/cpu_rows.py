@@ -13,6 +13,7 @@ import torch
 from offmoe.executor.dispatch import num_rows
 from offmoe.executor.rows import Computed, ReferenceRows
 from offmoe.formats.dense import ExpertWeights
+from offmoe.kernels.cpu.decode import CpuTokenExperts
 from offmoe.kernels.cpu.kernels import CpuKernels, CpuLayer, ExpertRows
 from offmoe.kernels.reference import ExpertMath
 
@@ -30,6 +31,7 @@ class CpuRows:
         self.kernels = kernels
         self.reasons: dict[int, str] = {}
         self._layers: dict[int, tuple[ExpertMath, CpuLayer | None]] = {}
+        self._tokens: dict[int, CpuTokenExperts] = {}
         self._reference = ReferenceRows()
 
     def compute(
@@ -49,23 +51,17 @@ class CpuRows:
             self._reference.compute(layer_idx, math, many, x_TD, y_SD)
 
     def token_sum(
-        self,
-        layer: CpuLayer,
-        expert_ids: Sequence[int],
-        weights: Sequence[ExpertWeights],
-        x_1D: torch.Tensor,
-        weights_1K: torch.Tensor,
-    ) -> torch.Tensor:
+        self, layer_idx: int, layer: CpuLayer, expert_ids: Sequence[int], experts: Sequence[ExpertWeights],
+        x_1D: torch.Tensor, weights_1K: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """The weighted sum over one token's experts, (1, D) in x's type: to the bit what `compute`, then `combine_rows`
         give.
         """
-        rows = [
-            (idx, each, (0,), (choice,)) for choice, (idx, each) in enumerate(zip(expert_ids, weights, strict=True))
-        ]
-        y_KD = torch.empty(len(rows), layer.width, dtype=layer.math.dtype)
-        y_1D = self.kernels.experts(layer, rows, _by_rows(x_1D), y_KD, weights_1K.contiguous())
-        assert y_1D is not None, "weights were given"
-        return y_1D
+        x_1D, weights_1K = x_1D.contiguous(), weights_1K.contiguous()
+        known = self._tokens.get(layer_idx)
+        if known is None or known.layer is not layer or not known.takes(x_1D, weights_1K):
+            known = self._tokens[layer_idx] = CpuTokenExperts(self.kernels, layer, len(experts), x_1D, weights_1K)
+        return known(expert_ids, experts, x_1D, weights_1K)
 
     def layer(self, layer_idx: int, math: ExpertMath, weights: ExpertWeights) -> CpuLayer | None:
         """What the kernels need to know of a layer, None where they do not serve it. Experts of a layer are all stored

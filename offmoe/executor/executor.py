@@ -81,7 +81,7 @@ class Executor:
         if ahead is not None:
             ahead.router_spoke(layer_idx, ids, 1)
         begin = self.clock_ns()
-        y_1D = rows.token_sum(layer, ids, weights, x_1D, weights_1K)
+        y_1D = rows.token_sum(layer_idx, layer, ids, weights, x_1D, weights_1K)
         self.cache.touch(keys)
         self._counters.hits += len(set(ids))
         self._counters.compute_ns += self.clock_ns() - begin

@@ -12,8 +12,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,14 +33,18 @@ _NUM_CHECKS = 2
 
 def swap_attention(native: NativeModules, model: nn.Module) -> None:
     """Swap the attention of every layer that is understood."""
+    plain: dict[type[nn.Module], bool] = {}
     for module in model.modules():
-        if all(isinstance(getattr(module, name, None), nn.Linear) for name in _PROJECTIONS):
+        if not all(isinstance(getattr(module, name, None), nn.Linear) for name in _PROJECTIONS):
+            continue
+        if type(module) not in plain:
+            plain[type(module)] = _is_plain(type(module))
+        if plain[type(module)]:
             step = _make_step(native, module)
             if step is not None:
                 native.swap(module, step, _KIND)
 
 
-@cache
 def _is_plain(attention: type[nn.Module]) -> bool:
     """Its forward calls only what is known, and computes nothing by itself."""
     try:
@@ -61,7 +64,7 @@ def _is_plain(attention: type[nn.Module]) -> bool:
 
 
 def _make_step(native: NativeModules, module: Any) -> Callable[..., Any] | None:
-    shape = _shape_of(module) if _is_plain(type(module)) else None
+    shape = _shape_of(module)
     norms = [_norm_of(native, module, name) for name in ("q_norm", "k_norm")]
     if shape is None or None in norms or (norms[0] is False) != (norms[1] is False):
         return None
@@ -94,7 +97,7 @@ def _shape_of(module: Any) -> AttentionShape | None:
     )  # fmt: skip
 
 
-def _norm_of(native: NativeModules, module: nn.Module, name: str) -> CpuNorm | bool | None:
+def _norm_of(native: NativeModules, module: nn.Module, name: str) -> CpuNorm | Literal[False] | None:
     """False: there is none. None: there is one that is not understood."""
     norm = getattr(module, name, None)
     if norm is None or isinstance(norm, nn.Identity):
@@ -121,7 +124,7 @@ class _Step:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own; (output, None) for one token whose cache is ours."""
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        hidden: Any = kwargs.get("hidden_states", args[0] if args else None)
         layer = self._cache_layer(hidden, args, kwargs)
         if layer is None:
             return self._original(self._module, *args, **kwargs)

@@ -1,18 +1,21 @@
-"""One token's norms and attention by the library. Shapes: H heads, G groups of heads that share keys and values.
+"""One token's norms, attention and experts by the library.
 
+Shapes: H heads, G groups of heads that share keys and values, S rows of a cache, K experts, D model width.
 Calls fill a struct that is made once: a decode step makes some hundred of them, and each costs a few microseconds.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from offmoe.formats.dense import ExpertWeights
 from offmoe.kernels.cpu import structs
-from offmoe.kernels.cpu.kernels import CpuKernels
+from offmoe.kernels.cpu.kernels import CpuKernels, CpuLayer
 from offmoe.kernels.cpu.matrices import describe
 
 NormKind = Literal["weight_last", "weight_first", "one_plus_weight"]
@@ -133,3 +136,48 @@ class CpuLinear:
         call.x, call.y, call.num_x = x.data_ptr(), y.data_ptr(), x.numel() // self.num_inputs
         self._kernels.run_linear(self._address)
         return y
+
+
+class CpuTokenExperts:
+    """The weighted sum over one token's experts, of a layer where each token has K. The same numbers as `experts`."""
+
+    def __init__(
+        self, kernels: CpuKernels, layer: CpuLayer, top_k: int, x: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """`x` and `weights` stand for all that follow, by their types."""
+        self._kernels, self.layer = kernels, layer
+        self._dtypes = (x.dtype, weights.dtype)
+        self._y_KD = torch.empty(top_k, layer.width, dtype=layer.math.dtype)
+        self._addresses = (ctypes.c_void_p * top_k)()
+        self._numbers = (ctypes.c_int32 * (top_k + 1))(*range(top_k + 1))
+        self._tokens = (ctypes.c_int32 * top_k)()
+        x_bytes, numbers = layer.width * x.element_size(), ctypes.addressof(self._numbers)
+        self._call = structs.Call(
+            activation=ctypes.addressof(layer.activation), experts=ctypes.addressof(self._addresses), begin=numbers,
+            token=ctypes.addressof(self._tokens), choice=numbers, y=self._y_KD.data_ptr(), x_row_bytes=x_bytes,
+            y_row_bytes=layer.width * self._y_KD.element_size(), total_row_bytes=x_bytes, num_experts=top_k,
+            num_tokens=1, top_k=top_k, type=structs.TYPES[layer.math.dtype], x_type=structs.TYPES[x.dtype],
+            weights_type=structs.TYPES[weights.dtype], total_type=structs.TYPES[x.dtype], width=layer.width,
+            hidden=layer.hidden,
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._call)
+
+    def takes(self, x_1D: torch.Tensor, weights_1K: torch.Tensor) -> bool:
+        """They are of the types that were shown, and as many; contiguous."""
+        return (
+            (x_1D.dtype, weights_1K.dtype) == self._dtypes
+            and weights_1K.numel() == len(self._tokens)
+            and x_1D.is_contiguous()
+            and weights_1K.is_contiguous()
+        )
+
+    def __call__(
+        self, expert_ids: Sequence[int], experts: Sequence[ExpertWeights], x_1D: torch.Tensor, weights_1K: torch.Tensor
+    ) -> torch.Tensor:
+        """(1, D) in x's type. `takes` said True; the experts are not evicted meanwhile. Raises MemoryError."""
+        y_1D, call, layer = torch.empty_like(x_1D), self._call, self.layer
+        for choice, (expert_idx, weights) in enumerate(zip(expert_ids, experts, strict=True)):
+            self._addresses[choice] = layer.expert_address(expert_idx, weights)
+        call.x, call.weights, call.total = x_1D.data_ptr(), weights_1K.data_ptr(), y_1D.data_ptr()
+        self._kernels.run_experts(self._address)
+        return y_1D

@@ -177,6 +177,11 @@ class CpuKernels:
             raise MemoryError(f"no memory for {x_TK.shape[0]} rows of a linear")
         return y_TN
 
+    def run_experts(self, address: int) -> None:
+        """A `structs.Call`; see decode.py. Raises MemoryError."""
+        if self._library.offmoe_experts(self._handle, address):
+            raise MemoryError("no memory for a token's experts")
+
     def run_linear(self, address: int) -> None:
         """A `structs.Linear`; see decode.py. Raises MemoryError."""
         if self._library.offmoe_linear(self._handle, address):
