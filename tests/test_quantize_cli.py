@@ -140,7 +140,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     limit = time.monotonic() + TIMEOUT_S
-    while not list(target.glob("*.writing")) and process.poll() is None and time.monotonic() < limit:
+    while not list(target.glob("model-*.writing")) and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()

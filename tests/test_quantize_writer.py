@@ -138,6 +138,12 @@ def test_what_is_there_is_not_touched(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_run_goes_on_after_one_that_only_began_its_record(tmp_path: Path) -> None:
+    (tmp_path / f"{RECORD_NAME}.writing").write_bytes(b"{")
+    assert finish_all(writer(tmp_path)) == [0, 1, 2]
+    assert len(list(tmp_path.iterdir())) == 5
+
+
 def test_too_little_space_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(OutputError, match=r"64\.0 MiB are still to be written and .* has 1\.0 MiB free") as caught:

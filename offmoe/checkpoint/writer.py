@@ -85,7 +85,8 @@ def refuse_target(source: Path, target: Path) -> None:
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; name a folder that does not exist yet")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD_NAME).is_file():
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if RECORD_NAME not in names and names - {RECORD_NAME + _WRITING}:  # that may be all that a killed run left
         raise UsageError(f"{folder} is not empty; name a folder that does not exist yet, or remove it")
 
 
