@@ -171,71 +171,55 @@ struct Coded {
 
     explicit Coded(const Matrix& matrix) : matrix(matrix), inner(matrix) {}
 
+    void start(int64_t row, int count) {
+        codes_of_first = matrix.codes + row * matrix.row_bytes;
+        for (int r = 0; r < count; ++r) {
+            load_scales(matrix, row + r, groups[r]);
+            if constexpr (ZEROS) load_zeros(matrix, row + r, Unpacker::zero_bias(matrix), groups[r]);
+        }
+    }
+
+    // Adds columns [first, last) of rows [r, r + R) of those that were started; `sums`: T a row.
     template <int R, int T>
-    void rows(int64_t row, const void* const* x, float* out, int64_t stride) {
+    void block(int r, const void* const* x, int64_t first, int64_t last, __m512* sums_of_rows) const {
         const uint8_t* codes[R];
         const uint8_t* xs[T];
         __m512 sums[R][T];
-        OFFMOE_UNROLL
-        for (int r = 0; r < R; ++r) {
-            codes[r] = matrix.codes + (row + r) * matrix.row_bytes;
-            clear(sums[r]);
-        }
-        OFFMOE_UNROLL
-        for (int t = 0; t < T; ++t) xs[t] = static_cast<const uint8_t*>(x[t]);
-        const RowGroups* groups = groups_of(row, R);
+        begin_block(codes_of_first + r * matrix.row_bytes, matrix.row_bytes, x, sums_of_rows, codes, xs, sums);
         const Inner<Unpacker, ZEROS> here = inner;  // in registers
-        const int64_t columns = matrix.columns, chunks_a_group = (matrix.group + kColumns - 1) / kColumns;
+        const int64_t ahead = ahead_bytes(matrix, R, T);
+        const int64_t chunks_a_group = (matrix.group + kColumns - 1) / kColumns;
         const int64_t groups_a_chunk = matrix.group < kColumns ? kColumns / matrix.group : 1;
-        int64_t at = 0, group = 0, left = chunks_a_group, column = 0;
-        for (; column + kColumns <= columns; column += kColumns, at += 64) {
+        int64_t column = first, at = first / kColumns * 64, group = first / matrix.group;
+        int64_t left = chunks_a_group - first / kColumns % chunks_a_group;
+        for (; column + kColumns <= last; column += kColumns, at += 64) {
             __m512i code[R];
             OFFMOE_UNROLL
-            for (int r = 0; r < R; ++r) {
-                code[r] = load_512(codes[r] + at);
-                prefetch(codes[r] + at);
+            for (int i = 0; i < R; ++i) {
+                code[i] = load_512(codes[i] + at);
+                prefetch(codes[i] + at + ahead);
             }
-            here.template add<R, T>(sums, code, groups, group, xs, column);
+            here.template add<R, T>(sums, code, groups + r, group, xs, column);
             if (--left == 0) {
                 group += groups_a_chunk;
                 left = chunks_a_group;
             }
         }
-        if (column < columns) {
+        if (column < last) {
             __m512i code[R];
-            const __mmask64 rest = first_bytes((columns - column) * 64 / kColumns);
+            const __mmask64 rest = first_bytes((last - column) * 64 / kColumns);
             OFFMOE_UNROLL
-            for (int r = 0; r < R; ++r) code[r] = _mm512_maskz_loadu_epi8(rest, codes[r] + at);
-            here.template add<R, T>(sums, code, groups, group, xs, column);
+            for (int i = 0; i < R; ++i) code[i] = _mm512_maskz_loadu_epi8(rest, codes[i] + at);
+            here.template add<R, T>(sums, code, groups + r, group, xs, column);
         }
-        OFFMOE_UNROLL
-        for (int r = 0; r < R; ++r) store(sums[r], out + r, stride);
+        end_block(sums, sums_of_rows);
     }
 
 private:
-    // Those of rows [row, row + count). The next rows' are made too: what was just stored cannot be loaded at once.
-    const RowGroups* groups_of(int64_t row, int count) {
-        if (row != next_row || count != next_count) make_groups(row, count);
-        const RowGroups* found = groups[turn];
-        turn ^= 1;
-        make_groups(row + count, count);
-        return found;
-    }
-
-    void make_groups(int64_t row, int count) {
-        for (int r = 0; r < count && row + r < matrix.rows; ++r) {
-            load_scales(matrix, row + r, groups[turn][r]);
-            if constexpr (ZEROS) load_zeros(matrix, row + r, Unpacker::zero_bias(matrix), groups[turn][r]);
-        }
-        next_row = row;
-        next_count = count;
-    }
-
     const Matrix& matrix;
     const Inner<Unpacker, ZEROS> inner;
-    int64_t next_row = -1;
-    int next_count = 0, turn = 0;
-    RowGroups groups[2][2];
+    const uint8_t* codes_of_first = nullptr;
+    RowGroups groups[kBlockRows];
 };
 
 }  // namespace

@@ -10,37 +10,33 @@ struct Dense {
 
     explicit Dense(const Matrix& matrix) : matrix(matrix) {}
 
+    void start(int64_t row, int) { codes_of_first = matrix.codes + row * matrix.row_bytes; }
+
+    // Adds columns [first, last) of rows [r, r + R) of those that were started; `sums`: T a row.
     template <int R, int T>
-    void rows(int64_t row, const void* const* x, float* out, int64_t stride) {
+    void block(int r, const void* const* x, int64_t first, int64_t last, __m512* sums_of_rows) const {
         const uint8_t* codes[R];
         const uint8_t* xs[T];
         __m512 sums[R][T];
-        OFFMOE_UNROLL
-        for (int r = 0; r < R; ++r) {
-            codes[r] = matrix.codes + (row + r) * matrix.row_bytes;
-            clear(sums[r]);
-        }
-        OFFMOE_UNROLL
-        for (int t = 0; t < T; ++t) xs[t] = static_cast<const uint8_t*>(x[t]);
-        const int64_t num_bytes = 2 * matrix.columns;
-        int64_t at = 0;
-        for (; at + 64 <= num_bytes; at += 64) {
+        begin_block(codes_of_first + r * matrix.row_bytes, matrix.row_bytes, x, sums_of_rows, codes, xs, sums);
+        const int64_t ahead = ahead_bytes(matrix, R, T), end = 2 * last;
+        int64_t at = 2 * first;
+        for (; at + 64 <= end; at += 64) {
             __m512i w[R];
             OFFMOE_UNROLL
-            for (int r = 0; r < R; ++r) {
-                w[r] = load_512(codes[r] + at);
-                prefetch(codes[r] + at);
+            for (int i = 0; i < R; ++i) {
+                w[i] = load_512(codes[i] + at);
+                prefetch(codes[i] + at + ahead);
             }
             add<R, T>(sums, w, xs, at);
         }
-        if (at < num_bytes) {
+        if (at < end) {
             __m512i w[R];
             OFFMOE_UNROLL
-            for (int r = 0; r < R; ++r) w[r] = _mm512_maskz_loadu_epi8(first_bytes(num_bytes - at), codes[r] + at);
+            for (int i = 0; i < R; ++i) w[i] = _mm512_maskz_loadu_epi8(first_bytes(end - at), codes[i] + at);
             add<R, T>(sums, w, xs, at);
         }
-        OFFMOE_UNROLL
-        for (int r = 0; r < R; ++r) store(sums[r], out + r, stride);
+        end_block(sums, sums_of_rows);
     }
 
     template <int R, int T>
@@ -54,6 +50,7 @@ struct Dense {
     }
 
     const Matrix& matrix;
+    const uint8_t* codes_of_first = nullptr;
 };
 
 }  // namespace

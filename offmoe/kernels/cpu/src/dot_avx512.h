@@ -3,8 +3,9 @@
 // of 16 float32 sums. Codes are unpacked to small numbers that bfloat16 or float32 hold exactly, and the scale is
 // applied to the float32 sum of each group.
 //
-// Rows are read one after the other, as they lie: several at a time, a page apart, share a set of the first cache and
-// come at little more than half the speed (measured, AMD Zen 4).
+// For one or two rows of x, weights are read as they lie, one row after the other: several at a time, a page apart, share
+// a set of the first cache and come at little more than half the speed (measured, AMD Zen 4). For more, what is read
+// again and again is x: it is taken in blocks of columns that stay in that cache, each for sixteen rows of weights.
 #pragma once
 #include <immintrin.h>
 
@@ -15,8 +16,12 @@ namespace {
 
 // How many rows of x one pass over the weights multiplies; with more, the weights come from the cache again.
 constexpr int kMostX = 8;
-// How far ahead weights are asked for.
-constexpr int64_t kAheadBytes = 2048;
+// Rows of weights that a block of columns serves.
+constexpr int kBlockRows = 16;
+// Columns of a block, over all rows of x: 8 KiB of bfloat16.
+constexpr int64_t kBlockColumns = 4096;
+
+constexpr bool in_blocks(int num_x) { return num_x > 2; }
 
 inline __m512i load_512(const void* from) { return _mm512_loadu_si512(from); }
 inline __m512 load_floats(const void* from) { return _mm512_loadu_ps(from); }
@@ -27,8 +32,11 @@ inline __m512 dot(__m512 sums, __m512i weights, __m512i x) {
 // The first `count` of 64 bytes.
 inline __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1ull; }
 
-inline void prefetch(const void* from) {
-    _mm_prefetch(static_cast<const char*>(from) + kAheadBytes, _MM_HINT_T0);
+inline void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+
+// How far ahead weights are asked for: further on, or in blocks the same columns of the next rows.
+inline int64_t ahead_bytes(const Matrix& matrix, int rows, int num_x) {
+    return in_blocks(num_x) ? rows * matrix.row_bytes : 2048;
 }
 
 template <int T>
@@ -37,10 +45,26 @@ inline void clear(__m512 (&sums)[T]) {
     for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
 }
 
-template <int T>
-inline void store(const __m512 (&sums)[T], float* out, int64_t stride) {
+template <int R, int T>
+inline void begin_block(const uint8_t* first, int64_t row_bytes, const void* const* x, const __m512* kept,
+                        const uint8_t* (&codes)[R], const uint8_t* (&xs)[T], __m512 (&sums)[R][T]) {
     OFFMOE_UNROLL
-    for (int t = 0; t < T; ++t) out[t * stride] = _mm512_reduce_add_ps(sums[t]);
+    for (int t = 0; t < T; ++t) xs[t] = static_cast<const uint8_t*>(x[t]);
+    OFFMOE_UNROLL
+    for (int i = 0; i < R; ++i) {
+        codes[i] = first + i * row_bytes;
+        OFFMOE_UNROLL
+        for (int t = 0; t < T; ++t) sums[i][t] = kept[i * T + t];
+    }
+}
+
+template <int R, int T>
+inline void end_block(const __m512 (&sums)[R][T], __m512* kept) {
+    OFFMOE_UNROLL
+    for (int i = 0; i < R; ++i) {
+        OFFMOE_UNROLL
+        for (int t = 0; t < T; ++t) kept[i * T + t] = sums[i][t];
+    }
 }
 
 }  // namespace

@@ -11,6 +11,9 @@ constexpr int64_t kTaskBytes = 256 << 10;  // of weights: about ten microseconds
 constexpr int64_t kTaskTokens = 32;       // rows of x that are multiplied before the weights are read again
 constexpr int64_t kMostOutputs = 512;
 
+// Prepared rows must not lie a page apart: they would share one set of the first cache.
+constexpr int64_t kApart = 192;
+
 int64_t value_bytes(int32_t type) { return type == F32 ? 4 : 2; }
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return std::min(std::max(value, low), high); }
@@ -56,8 +59,8 @@ public:
         const Matrix &up = *call.experts[0]->up, &down = *call.experts[0]->down;
         up_outputs_ = task_outputs(up, kMostOutputs) / (gated_ ? 2 : 1);
         down_outputs_ = task_outputs(down, kMostOutputs);
-        input_bytes_ = level.prepared_bytes(up, call.type);
-        hidden_bytes_ = level.prepared_bytes(down, call.type);
+        input_bytes_ = level.prepared_bytes(up, call.type) + kApart;
+        hidden_bytes_ = level.prepared_bytes(down, call.type) + kApart;
         const int64_t worker_floats = kTaskTokens * kMostOutputs + std::max(call.width, call.hidden) + kMostOutputs;
         worker_bytes_ = (4 * worker_floats + 63) / 64 * 64;
         inputs_ = space.inputs.reserve(input_bytes_ * call.num_tokens);
@@ -222,7 +225,7 @@ class LinearJob final : public Job {
 public:
     LinearJob(Pool& pool, const Level& level, Workspace& space, const Linear& call)
         : level_(level), space_(space), call_(call), outputs_(task_outputs(*call.matrix, kMostOutputs)),
-          input_bytes_(level.prepared_bytes(*call.matrix, call.type)) {
+          input_bytes_(level.prepared_bytes(*call.matrix, call.type) + kApart) {
         worker_bytes_ = (4 * (kTaskTokens * kMostOutputs + call.matrix->columns) + 63) / 64 * 64;
         inputs_ = space.inputs.reserve(input_bytes_ * call.num_x);
         workers_ = space.outputs.reserve(worker_bytes_ * pool.num_threads());

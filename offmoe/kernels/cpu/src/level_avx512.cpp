@@ -56,31 +56,39 @@ void prepare(const Matrix& matrix, int32_t type, const float* x, void* prepared)
 }
 
 template <class Kernel, int R, int T>
-void run_rows(Kernel& kernel, int64_t begin, int64_t end, const void* const* x, float* out, int64_t stride) {
-    int64_t row = begin;
-    for (; row + R <= end; row += R, out += R) kernel.template rows<R, T>(row, x, out, stride);
-    for (; row < end; ++row, ++out) kernel.template rows<1, T>(row, x, out, stride);
+void run_rows(Kernel& kernel, int64_t columns, int count, const void* const* x, float* out, int64_t stride) {
+    const int64_t step = in_blocks(T) ? kBlockColumns / T / kChunk * kChunk : columns;
+    __m512 sums[kBlockRows * T];
+    for (int i = 0; i < count * T; ++i) sums[i] = _mm512_setzero_ps();
+    for (int64_t first = 0; first < columns; first += step) {
+        const int64_t last = first + step < columns ? first + step : columns;
+        int r = 0;
+        for (; r + R <= count; r += R) kernel.template block<R, T>(r, x, first, last, sums + r * T);
+        for (; r < count; ++r) kernel.template block<1, T>(r, x, first, last, sums + r * T);
+    }
+    for (int r = 0; r < count; ++r)
+        for (int t = 0; t < T; ++t) out[t * stride + r] = _mm512_reduce_add_ps(sums[r * T + t]);
 }
 
 template <class Kernel>
 void run_kernel(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, int32_t num_x, float* out,
                 int64_t stride) {
     Kernel kernel(matrix);
-    // Few rows at a time, so that a second pass finds them in the cache.
-    for (const int64_t step = num_x > kMostX ? 16 : end - begin; begin < end; begin += step, out += step) {
-        const int64_t stop = begin + step < end ? begin + step : end;
-        float* to = out;
+    for (; begin < end; begin += kBlockRows, out += kBlockRows) {
+        const int count = static_cast<int>(begin + kBlockRows < end ? kBlockRows : end - begin);
+        kernel.start(begin, count);
         const void* const* from = x;
+        float* to = out;
         for (int32_t left = num_x; left > 0; left -= kMostX, from += kMostX, to += kMostX * stride) {
             switch (left) {
-                case 1: run_rows<Kernel, 1, 1>(kernel, begin, stop, from, to, stride); break;
-                case 2: run_rows<Kernel, 1, 2>(kernel, begin, stop, from, to, stride); break;
-                case 3: run_rows<Kernel, Kernel::kRowsForFew, 3>(kernel, begin, stop, from, to, stride); break;
-                case 4: run_rows<Kernel, Kernel::kRowsForFew, 4>(kernel, begin, stop, from, to, stride); break;
-                case 5: run_rows<Kernel, 2, 5>(kernel, begin, stop, from, to, stride); break;
-                case 6: run_rows<Kernel, 2, 6>(kernel, begin, stop, from, to, stride); break;
-                case 7: run_rows<Kernel, 2, 7>(kernel, begin, stop, from, to, stride); break;
-                default: run_rows<Kernel, 2, kMostX>(kernel, begin, stop, from, to, stride); break;
+                case 1: run_rows<Kernel, 1, 1>(kernel, matrix.columns, count, from, to, stride); break;
+                case 2: run_rows<Kernel, 1, 2>(kernel, matrix.columns, count, from, to, stride); break;
+                case 3: run_rows<Kernel, Kernel::kRowsForFew, 3>(kernel, matrix.columns, count, from, to, stride); break;
+                case 4: run_rows<Kernel, Kernel::kRowsForFew, 4>(kernel, matrix.columns, count, from, to, stride); break;
+                case 5: run_rows<Kernel, 2, 5>(kernel, matrix.columns, count, from, to, stride); break;
+                case 6: run_rows<Kernel, 2, 6>(kernel, matrix.columns, count, from, to, stride); break;
+                case 7: run_rows<Kernel, 2, 7>(kernel, matrix.columns, count, from, to, stride); break;
+                default: run_rows<Kernel, 2, kMostX>(kernel, matrix.columns, count, from, to, stride); break;
             }
         }
     }
