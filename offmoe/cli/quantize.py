@@ -63,9 +63,7 @@ def _perplexity(folder: Path, text: str, *, quiet: bool) -> Any:
         ProgressReporter(quiet=quiet) as progress,
     ):
         ids = encode(text, engine.tokenizer, vocab_size=engine.vocab_size)
-        return perplexity(
-            engine, ids, lambda done, total: progress(f"reading {folder.name}", done, total)
-        )
+        return perplexity(engine, ids, lambda done, total: progress(f"reading {folder.name}", done, total))
 
 
 def _read_text(path: Path) -> str:
