@@ -13,4 +13,10 @@ if [ "$(cat .venv/.stamp 2>/dev/null || true)" != "$stamp" ]; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
   echo "$stamp" >.venv/.stamp
 fi
+kernels="$(cat setup.py offmoe/kernels/cpu/src/* | cksum)"
+if [ "$(cat .venv/.kernels 2>/dev/null || true)" != "$kernels" ]; then
+  echo "building the CPU kernels (a minute)" >&2
+  .venv/bin/python setup.py -q build_ext --inplace >.venv/kernels.log 2>&1 || echo "not built, see .venv/kernels.log" >&2
+  echo "$kernels" >.venv/.kernels
+fi
 export PATH="$PWD/.venv/bin:$PATH"
