@@ -169,13 +169,16 @@ struct Coded {
     static constexpr int64_t kColumns = Unpacker::kColumns;
     static constexpr int kRowsForFew = 2;
 
-    explicit Coded(const Matrix& matrix) : matrix(matrix), inner(matrix) {}
+    explicit Coded(const Matrix& matrix)
+        : matrix(matrix), inner(matrix), chunks_a_group((matrix.group + kColumns - 1) / kColumns),
+          groups_a_chunk(matrix.group < kColumns ? kColumns / matrix.group : 1) {}
 
     void start(int64_t row, int count) {
         codes_of_first = matrix.codes + row * matrix.row_bytes;
+        const int64_t num = num_groups(matrix);
         for (int r = 0; r < count; ++r) {
-            load_scales(matrix, row + r, groups[r]);
-            if constexpr (ZEROS) load_zeros(matrix, row + r, Unpacker::zero_bias(matrix), groups[r]);
+            load_scales(matrix, row + r, num, groups[r]);
+            if constexpr (ZEROS) load_zeros(matrix, row + r, num, Unpacker::zero_bias(matrix), groups[r]);
         }
     }
 
@@ -188,10 +191,11 @@ struct Coded {
         begin_block(codes_of_first + r * matrix.row_bytes, matrix.row_bytes, x, sums_of_rows, codes, xs, sums);
         const Inner<Unpacker, ZEROS> here = inner;  // in registers
         const int64_t ahead = ahead_bytes(matrix, R, T);
-        const int64_t chunks_a_group = (matrix.group + kColumns - 1) / kColumns;
-        const int64_t groups_a_chunk = matrix.group < kColumns ? kColumns / matrix.group : 1;
-        int64_t column = first, at = first / kColumns * 64, group = first / matrix.group;
-        int64_t left = chunks_a_group - first / kColumns % chunks_a_group;
+        int64_t column = first, at = first / kColumns * 64, group = 0, left = chunks_a_group;
+        if (first > 0) {
+            group = first / matrix.group;
+            left -= first / kColumns % chunks_a_group;
+        }
         for (; column + kColumns <= last; column += kColumns, at += 64) {
             __m512i code[R];
             OFFMOE_UNROLL
@@ -218,6 +222,7 @@ struct Coded {
 private:
     const Matrix& matrix;
     const Inner<Unpacker, ZEROS> inner;
+    const int64_t chunks_a_group, groups_a_chunk;
     const uint8_t* codes_of_first = nullptr;
     RowGroups groups[kBlockRows];
 };

@@ -36,7 +36,8 @@ inline float scale_at(const Matrix& matrix, const uint8_t* scales, int64_t group
 }
 
 inline const uint8_t* scales_of(const Matrix& matrix, int64_t row) {
-    return matrix.scales + row / matrix.group_rows * matrix.scale_row_bytes;
+    const int64_t scale_row = matrix.group_rows == 1 ? row : row / matrix.group_rows;  // a division costs a row dearly
+    return matrix.scales + scale_row * matrix.scale_row_bytes;
 }
 
 // The stored code that means nothing: subtracted from every code of the group.

@@ -16,9 +16,8 @@ struct RowGroups {
 
 inline int64_t num_groups(const Matrix& matrix) { return (matrix.columns + matrix.group - 1) / matrix.group; }
 
-inline void load_scales(const Matrix& matrix, int64_t row, RowGroups& groups) {
+inline void load_scales(const Matrix& matrix, int64_t row, int64_t count, RowGroups& groups) {
     const uint8_t* from = scales_of(matrix, row);
-    const int64_t count = num_groups(matrix);
     for (int64_t i = 0; i < count; i += kLanes) {
         const __mmask16 lanes = static_cast<__mmask16>(count - i < kLanes ? (1 << (count - i)) - 1 : 0xffff);
         __m512 values;
@@ -39,8 +38,7 @@ inline void load_scales(const Matrix& matrix, int64_t row, RowGroups& groups) {
 }
 
 // Zero points less `bias`.
-inline void load_zeros(const Matrix& matrix, int64_t row, int64_t bias, RowGroups& groups) {
-    const int64_t count = num_groups(matrix);
+inline void load_zeros(const Matrix& matrix, int64_t row, int64_t count, int64_t bias, RowGroups& groups) {
     if (!matrix.zeros_packed) {
         for (int64_t i = 0; i < count; ++i) groups.zeros[i] = static_cast<float>(zero_at(matrix, row, i) - bias);
         return;
