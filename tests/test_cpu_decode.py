@@ -60,7 +60,7 @@ def test_norms(kernels: CpuKernels, dtype: torch.dtype, kind: NormKind, width: i
 def test_linears(kernels: CpuKernels, dtype: torch.dtype, has_bias: bool) -> None:
     weight, x = draw(37, 100, dtype=dtype), draw(1, 5, 100, dtype=dtype)
     bias = draw(37, dtype=dtype) if has_bias else None
-    linear = CpuLinear(kernels, weight, bias)
+    linear = CpuLinear(kernels, weight, bias, dtype=dtype)
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     assert linear(x).shape == (1, 5, 37)
     assert_near(linear(x), exact)

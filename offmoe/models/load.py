@@ -20,6 +20,7 @@ from offmoe.cache.expert_cache import ExpertCache
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.executor.uncached import UncachedExecutor
+from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.models.budgets import Budgets, fit_to_free, shrink
 from offmoe.models.build import build_on_meta, read_model_config
@@ -28,6 +29,7 @@ from offmoe.models.expert_map import map_experts, streamed_parameters
 from offmoe.models.native import NativeModules
 from offmoe.models.native_attention import swap_attention
 from offmoe.models.probe import probe_model
+from offmoe.models.quantised_linears import QuantisedLinears
 from offmoe.models.resident import load_peak_bytes, load_resident
 from offmoe.models.seam import ClosedExecutor, ExpertsExecutor, LayerBinding, attach, bind
 from offmoe.models.serving import Serving, build_serving
@@ -131,6 +133,10 @@ def load_model(
         tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
         if device is None and (device := choose_device(config)) is not None:
             opened.callback(device.close)
+        kept = None
+        if device is None and cpu_kernels is not None:
+            kept = QuantisedLinears(model, index, targets, cpu_kernels)
+            expert_keys |= kept.keys
         with explained(device):
             budgets = Budgets(
                 model, experts, config, context_length, slot_bytes=experts.slot_bytes(direct=disk.direct),
@@ -138,6 +144,8 @@ def load_model(
                 device=device,
             )  # fmt: skip
             budgets.refuse_hopeless()
+            if kept is not None:
+                kept.read(index)
             load_resident(
                 model, index, mapping, targets, expert_keys,
                 lambda done, total: progress("resident weights", done, total),
@@ -165,12 +173,7 @@ def load_model(
         if cpu_kernels is not None:
             serving.closing.callback(cpu_kernels.close)
         _attach_all(model, serving.executor)
-        native = None
-        if cpu_kernels is not None and device is None:
-            native = NativeModules(cpu_kernels)
-            serving.closing.callback(native.remove)
-            native.swap_simple(model)
-            swap_attention(native, model)
+        native = _swap_modules(model, serving, cpu_kernels if device is None else None)
         opened.pop_all()
     return LoadedModel(
         model=model, tokenizer=tokenizer, index=index, experts=experts, disk=disk, pools=(pool, device_pool),
@@ -202,6 +205,17 @@ def _make_device_pool(plan: MemoryPlan, device: Device, *, top_k: int) -> tuple[
     if pool.num_slots >= plan.num_experts:  # RAM is then only passed through
         num_slots = min(num_slots, PASSING_SLOTS)
     return dataclasses.replace(plan, device=fitting, num_slots=num_slots), pool
+
+
+def _swap_modules(model: PreTrainedModel, serving: Serving, kernels: CpuKernels | None) -> NativeModules | None:
+    """Resident modules by the CPU kernels, until the engine is closed."""
+    if kernels is None:
+        return None
+    native = NativeModules(kernels)
+    serving.closing.callback(native.remove)
+    native.swap_simple(model)
+    swap_attention(native, model)
+    return native
 
 
 def _attach_all(model: PreTrainedModel, executor: ExpertsExecutor) -> None:

@@ -86,11 +86,11 @@ class NativeModules:
 def make_linear(kernels: CpuKernels, module: nn.Linear) -> CpuLinear | None:
     """The linear's weights as the kernels read them; None where they do not."""
     weight, bias = module.weight.detach(), module.bias
-    if unreadable(weight, weight.dtype) is not None or not weight.is_contiguous():
+    if weight.is_meta or unreadable(weight, weight.dtype) is not None or not weight.is_contiguous():
         return None
     if bias is not None and (bias.dtype != weight.dtype or bias.device.type != "cpu" or not bias.is_contiguous()):
         return None
-    return CpuLinear(kernels, weight, None if bias is None else bias.detach())
+    return CpuLinear(kernels, weight, None if bias is None else bias.detach(), dtype=weight.dtype)
 
 
 def find_norm(kernels: CpuKernels, module: nn.Module) -> CpuNorm | None:

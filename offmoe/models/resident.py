@@ -34,31 +34,39 @@ class LazyTensor:
 
     def __getitem__(self, item: EllipsisType) -> torch.Tensor:
         if isinstance(self._entry, QuantEntry):
-            return self._dequantised(self._entry)
-        return self._read(self._entry)
+            return values_of(read_matrix(self._index, self._entry), self._dtype)
+        return read_tensor(self._index, self._entry)
 
-    def _dequantised(self, entry: QuantEntry) -> torch.Tensor:
-        if len(entry.shape) != 2:
-            raise UnsupportedModelError(
-                f"{entry.name!r} is quantised ({entry.dtype}) and has shape {list(entry.shape)}; stacked matrices are "
-                "read for routed experts only"
-            )
-        codes, scales, *zeros = [self._read(stored) for stored in entry.stored]
-        shape = (entry.shape[0], entry.shape[1])
-        matrix = QuantMatrix(entry.format, shape, codes.flatten(1), scales, zeros[0] if zeros else None)
-        values = torch.empty(shape, dtype=self._dtype)
-        for rows in matrix.row_blocks():
-            values[rows] = matrix.dequantise(self._dtype, rows)
-        return values
 
-    def _read(self, entry: TensorEntry) -> torch.Tensor:
-        dtype = _DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise CheckpointError(f"tensor {entry.name!r} is stored as {entry.dtype}; known: {', '.join(_DTYPES)}")
-        raw = torch.empty(math.prod(entry.shape), dtype=dtype)
-        if entry.num_bytes:
-            self._index.read_bytes_into(entry, writable_bytes(raw))
-        return raw.view(entry.shape)
+def read_tensor(index: CheckpointIndex, entry: TensorEntry) -> torch.Tensor:
+    """A tensor as it is stored. Raises CheckpointError for a type that is not known."""
+    dtype = _DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise CheckpointError(f"tensor {entry.name!r} is stored as {entry.dtype}; known: {', '.join(_DTYPES)}")
+    raw = torch.empty(math.prod(entry.shape), dtype=dtype)
+    if entry.num_bytes:
+        index.read_bytes_into(entry, writable_bytes(raw))
+    return raw.view(entry.shape)
+
+
+def read_matrix(index: CheckpointIndex, entry: QuantEntry) -> QuantMatrix:
+    """A quantised matrix as it is stored. Raises UnsupportedModelError for stacked ones."""
+    if len(entry.shape) != 2:
+        raise UnsupportedModelError(
+            f"{entry.name!r} is quantised ({entry.dtype}) and has shape {list(entry.shape)}; stacked matrices are "
+            "read for routed experts only"
+        )
+    codes, scales, *zeros = [read_tensor(index, stored) for stored in entry.stored]
+    shape = (entry.shape[0], entry.shape[1])
+    return QuantMatrix(entry.format, shape, codes.flatten(1), scales, zeros[0] if zeros else None)
+
+
+def values_of(matrix: QuantMatrix, dtype: torch.dtype) -> torch.Tensor:
+    """All values, (N, K); what is needed on the way is bounded."""
+    values = torch.empty(matrix.shape, dtype=dtype)
+    for rows in matrix.row_blocks():
+        values[rows] = matrix.dequantise(dtype, rows)
+    return values
 
 
 def resident_bytes(model: PreTrainedModel) -> int:
@@ -73,13 +81,14 @@ def load_resident(
     model: PreTrainedModel, index: CheckpointIndex, mapping: KeyMapping, targets: dict[str, Target],
     expert_keys: set[str], progress: Callable[[int, int], None], device: torch.device | None = None,
 ) -> None:  # fmt: skip
-    """Read everything but the experts. `progress(done_bytes, total_bytes)` is called after each batch.
+    """Read everything but `expert_keys`. `progress(done_bytes, total_bytes)` is called after each batch.
 
     With a `device` each batch goes there before the next one is read, so that RAM never holds more than one
     (`load_peak_bytes`); buffers that are in no file go there last. Tied weights are one tensor wherever they are.
     Raises CheckpointError when parameters stay without weights, or shapes differ from config.json.
     """
     dtype = model.dtype
+    given = {name for name, param in model.named_parameters() if not param.is_meta}
     loader = ResidentLoader(model, mapping, dtype)
     keys = [key for key in targets if key not in expert_keys]
     total, done = sum(index.tensors[key].num_bytes for key in keys), 0
@@ -94,7 +103,7 @@ def load_resident(
         first = " ".join((report.mismatched + report.errors)[0].split())
         raise CheckpointError(f"{first}; config and tensors are of different models")
     # A buffer that no tensor was for has a value all the same: the one that training starts from.
-    empty = sorted({name for name, param in model.named_parameters() if param.is_meta} | report.missing)
+    empty = sorted({name for name, param in model.named_parameters() if param.is_meta} | (report.missing - given))
     if empty:
         raise CheckpointError(
             f"the checkpoint has no tensor for {len(empty)} weights that config.json asks for, first {empty[0]!r}; "

@@ -16,7 +16,7 @@ import torch
 from offmoe.formats.dense import ExpertWeights
 from offmoe.kernels.cpu import structs
 from offmoe.kernels.cpu.kernels import CpuKernels, CpuLayer
-from offmoe.kernels.cpu.matrices import describe
+from offmoe.kernels.cpu.matrices import Weight, describe
 
 NormKind = Literal["weight_last", "weight_first", "one_plus_weight"]
 NORM_KINDS: dict[NormKind, int] = {"weight_last": 0, "weight_first": 1, "one_plus_weight": 2}
@@ -112,14 +112,16 @@ class CpuAttention:
 
 
 class CpuLinear:
-    """x @ weight.T + bias for a few rows, rounded once to x's type, which is the weight's and the bias's."""
+    """x @ weight.T + bias for a few rows of type `dtype`, which is the bias's, too; rounded once."""
 
-    def __init__(self, kernels: CpuKernels, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
-        """`unreadable(weight_NK, its type)` is None."""
-        assert bias_N is None or (bias_N.dtype == weight_NK.dtype and bias_N.is_contiguous()), f"{bias_N=}"
+    def __init__(
+        self, kernels: CpuKernels, weight_NK: Weight, bias_N: torch.Tensor | None, *, dtype: torch.dtype
+    ) -> None:
+        """`unreadable(weight_NK, dtype)` is None."""
+        assert bias_N is None or (bias_N.dtype == dtype and bias_N.is_contiguous()), f"{bias_N=}"
         self._kernels, self._keep = kernels, (describe(weight_NK), bias_N)
-        self._dtype, (self.num_outputs, self.num_inputs) = weight_NK.dtype, weight_NK.shape
-        type_idx, size = structs.TYPES[weight_NK.dtype], weight_NK.element_size()
+        self._dtype, (self.num_outputs, self.num_inputs) = dtype, weight_NK.shape
+        type_idx, size = structs.TYPES[dtype], dtype.itemsize
         self._call = structs.Linear(
             matrix=ctypes.addressof(self._keep[0].struct), bias=None if bias_N is None else bias_N.data_ptr(),
             x_row_bytes=self.num_inputs * size, y_row_bytes=self.num_outputs * size, type=type_idx, x_type=type_idx,
@@ -127,7 +129,7 @@ class CpuLinear:
         self._address = ctypes.addressof(self._call)
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Contiguous rows of the weight's type and width."""
+        """Contiguous rows of that type and the weight's width."""
         return x.dtype == self._dtype and x.shape[-1] == self.num_inputs and x.is_contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

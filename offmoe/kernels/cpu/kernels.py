@@ -14,11 +14,12 @@ import ctypes
 import itertools
 import math as numbers
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from offmoe.base.errors import EngineBusyError
 from offmoe.formats.dense import ExpertWeights
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.activations import Activation, find_activation
@@ -82,12 +83,19 @@ class CpuLayer:
         return _Described(place, struct, ctypes.addressof(struct), (ups, downs))
 
 
+class _Closed:
+    """In the library's place."""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        raise EngineBusyError("the engine is closed; load the model again")
+
+
 class CpuKernels:
     """An open library. Made by `load_cpu_kernels`; `close` ends its threads, as does the last reference going."""
 
     def __init__(self, library: ctypes.CDLL, level: str, level_idx: int, num_threads: int, spin_us: int) -> None:
         self.level, self.num_threads = level, num_threads
-        self._library = library
+        self._library: ctypes.CDLL | _Closed = library
         self._handle = library.offmoe_open(level_idx, num_threads, spin_us)
         if not self._handle:
             raise MemoryError("no memory for the CPU kernels")
@@ -98,7 +106,8 @@ class CpuKernels:
         return f"<CpuKernels {self.level}, {self.num_threads} threads>"
 
     def close(self) -> None:
-        """End the threads. No call is running, and none follows."""
+        """End the threads. No call is running; one that follows raises EngineBusyError."""
+        self._library = _Closed()
         self._finish()
 
     def supports(self, math: ExpertMath, weights: ExpertWeights) -> str | None:
