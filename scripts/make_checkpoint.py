@@ -52,6 +52,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must be empty or absent")
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES), help="(default: bfloat16)")
     parser.add_argument("--vocab", type=int, default=None, help="vocabulary entries (default: 32000)")
+    parser.add_argument("--expert-width", type=int, default=None, help="of qwen3-30b-a3b (default: as published)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--max-shard-size", default="2GB", help="such as 500MB or 2GB (default: 2GB)")
     parser.add_argument("--tiny", action="store_true", help="small widths and few experts, for tests")
@@ -65,6 +66,11 @@ def make_checkpoint(args: argparse.Namespace) -> None:
     vocab_size = args.vocab or (TINY_VOCAB if args.tiny else 32_000)
     if vocab_size < 257:
         raise ScriptError(f"--vocab must be at least 257 (256 bytes and the end of text), not {vocab_size}")
+    overrides = FAMILIES[args.like].tiny if args.tiny else {}
+    if args.expert_width is not None:
+        if args.like != "qwen3-30b-a3b" or args.expert_width < 1:
+            raise ScriptError(f"--expert-width {args.expert_width} is for qwen3-30b-a3b, and positive")
+        overrides = {**overrides, "moe_intermediate_size": args.expert_width}
     max_shard_bytes = parse_bytes(args.max_shard_size)
     started_s = time.perf_counter()
     config = build_config(
@@ -72,7 +78,7 @@ def make_checkpoint(args: argparse.Namespace) -> None:
         num_layers=args.layers,
         vocab_size=vocab_size,
         dtype=args.dtype,
-        overrides=FAMILIES[args.like].tiny if args.tiny else None,
+        overrides=overrides or None,
     )
     specs = list(tensor_specs(args.like, config))
     prepare_folder(args.out, specs, item_bytes=DTYPES[args.dtype][0].itemsize)

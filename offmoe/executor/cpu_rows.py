@@ -13,12 +13,14 @@ import torch
 from offmoe.executor.dispatch import num_rows
 from offmoe.executor.rows import Computed, ReferenceRows
 from offmoe.formats.dense import ExpertWeights
+from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu.decode import CpuTokenExperts
 from offmoe.kernels.cpu.kernels import CpuKernels, CpuLayer, ExpertRows
 from offmoe.kernels.reference import ExpertMath
 
-# Rows of one expert that go through the kernels; more are a matrix product for torch.
-MAX_ROWS = 32
+# Rows of one expert that go through the kernels; more are a product for torch, which turns quantised weights into
+# values first. Bfloat16, one thread: 16 rows 16.6 ms against 17.0 of torch, 32 rows 27.5 against 20.7.
+MAX_ROWS, MAX_QUANTISED_ROWS = 16, 64
 
 
 class CpuRows:
@@ -42,11 +44,13 @@ class CpuRows:
         if layer is None:
             self._reference.compute(layer_idx, math, experts, x_TD, y_SD)
             return
-        few = [expert for expert in experts if num_rows(expert.assigned) <= MAX_ROWS]
+        is_quantised = isinstance(experts[0].weights.up[0], QuantMatrix)
+        most = MAX_QUANTISED_ROWS if is_quantised else MAX_ROWS
+        few = [expert for expert in experts if num_rows(expert.assigned) <= most]
         if few:
             rows = [_rows_of(expert) for expert in few]
             self.kernels.experts(layer, rows, _by_rows(x_TD), y_SD)
-        many = [expert for expert in experts if num_rows(expert.assigned) > MAX_ROWS]
+        many = [expert for expert in experts if num_rows(expert.assigned) > most]
         if many:
             self._reference.compute(layer_idx, math, many, x_TD, y_SD)
 

@@ -81,8 +81,10 @@ class Serving:
             found |= {"miss": arbiter.mode.value, "miss_chosen": arbiter.trial.choice.value}
         if self.kernels is not None:
             found["kernels"] = sorted(set(self.kernels.reasons.values())) or "triton"
-        if self.cpu_rows is not None:
-            found["cpu_kernels"] = [repr(self.cpu_rows.kernels), *sorted(set(self.cpu_rows.reasons.values()))]
+        if self.cpu_rows is None:
+            found["cpu_kernels"] = ["torch"]
+        else:
+            found["cpu_kernels"] = [str(self.cpu_rows.kernels), *sorted(set(self.cpu_rows.reasons.values()))]
         return found | ({"notes": self.notes} if self.notes else {})
 
     def close(self) -> None:

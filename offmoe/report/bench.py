@@ -87,6 +87,7 @@ def _record(engine: Engine) -> dict[str, Any]:
             "prefill_chunk_used": engine.plan.prefill_chunk,
             "dtype": str(engine.model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            "cpu_kernels": totals["cpu_kernels"],
             "cores": num_cores(),
             "machine": platform.machine(),
             "python": platform.python_version(),

@@ -56,15 +56,23 @@ def build_systems(names: list[str], options: Options) -> list[System]:
 
 
 def _offmoe(name: str, options: Options) -> list[System]:
-    """One system for each pair of a `--ram` and a `--prefetch` value."""
-    command = [sys.executable, "-m", "offmoe", "bench", str(options.model), "--ids", str(options.ids)]
+    """One system for each pair of a `--ram` and a `--prefetch` value.
+
+    "offmoe-int4" is the folder beside the model that `offmoe quantize` has written, with `-int4` added to its name.
+    """
+    folder, weights, bits = options.model, "as published", 16.0
+    if name == "offmoe-int4":
+        folder, weights, bits = folder.with_name(folder.name + "-int4"), "int4, group 32", 4.5
+        if not folder.exists():
+            raise ScriptError(f"{name} needs {folder}: offmoe quantize {options.model} {folder} --experts int4")
+    command = [sys.executable, "-m", "offmoe", "bench", str(folder), "--ids", str(options.ids)]
     command += ["--prefill", str(options.prefill), "--json"]
     systems = []
     for ram in options.rams or ("",):
         for prefetch in options.prefetches or ("",):
             flags = [*(["--ram", ram] if ram else []), *(["--prefetch", prefetch] if prefetch else [])]
             label = " ".join([name, *([ram] if ram else []), *([f"prefetch {prefetch}"] if prefetch else [])])
-            systems.append(System(name=label, weights="as published", weight_bits=16, command=[*command, *flags]))
+            systems.append(System(name=label, weights=weights, weight_bits=bits, command=[*command, *flags]))
     return systems
 
 
@@ -125,6 +133,7 @@ def _llama(name: str, options: Options, weights: str, bits: float, *flags: str) 
 
 BUILDERS: dict[str, Callable[[str, Options], list[System]]] = {
     "offmoe": _offmoe,
+    "offmoe-int4": _offmoe,
     "transformers": lambda name, options: _hugging_face(name, options, "--experts", "grouped_mm"),
     "transformers-batched": lambda name, options: _hugging_face(name, options, "--experts", "batched_mm"),
     "transformers-eager": lambda name, options: _hugging_face(name, options, "--experts", "eager"),

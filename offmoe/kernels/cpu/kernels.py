@@ -103,7 +103,10 @@ class CpuKernels:
         self._finish.atexit = False  # the threads end with the process
 
     def __repr__(self) -> str:
-        return f"<CpuKernels {self.level}, {self.num_threads} threads>"
+        return f"<CpuKernels {self}>"
+
+    def __str__(self) -> str:
+        return f"{self.level}, {self.num_threads} threads"
 
     def close(self) -> None:
         """End the threads. No call is running; one that follows raises EngineBusyError."""
