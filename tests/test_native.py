@@ -52,6 +52,7 @@ def test_ids_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         native = engine._parts.native
         assert native is not None
         assert native.counts["linears"] > 0
+        assert native.counts["routers"] > 0
         reply = engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
         assert native.counts["attentions"] == FAMILIES[name]
         assert list(reply.token_ids) == greedy(plain_model(folder))
