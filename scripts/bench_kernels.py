@@ -15,6 +15,7 @@ A table goes to stderr, one JSON object to stdout, last.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import shlex
@@ -35,6 +36,8 @@ from offmoe.formats.dense import ExpertWeights
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu import CpuKernels, load_cpu_kernels
 from offmoe.kernels.reference import ExpertMath, experts_forward
+from offmoe.tiers.host import HostPool
+from offmoe.tiers.huge_pages import in_huge_pages
 
 ROOT = Path(__file__).parents[1]
 EXPERTS_A_CALL = 8
@@ -80,10 +83,22 @@ class Experts:
         first = ExpertWeights((make((2 * hidden, width)),), (make((width, hidden)),))
         self.expert_bytes = sum(num_bytes(part) for part in (*first.up, *first.down))
         calls = max(2, -(-working_set // (EXPERTS_A_CALL * self.expert_bytes)))
-        self.weights = [first] + [
-            ExpertWeights((make((2 * hidden, width)),), (make((width, hidden)),))
-            for _ in range(calls * EXPERTS_A_CALL - 1)
+        # As in the engine: slots of a pool.
+        self.pool = HostPool(num_slots=calls * EXPERTS_A_CALL, slot_bytes=(-(-self.expert_bytes // 4096) + 1) * 4096)
+        self.weights = [
+            self._placed(slot, make((2 * hidden, width)), make((width, hidden))) for slot in range(self.pool.num_slots)
         ]
+
+    def _placed(self, slot: int, up: Weight, down: Weight) -> ExpertWeights:
+        begin, memory = 0, self.pool.tensor(slot)
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal begin
+            there = memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            begin += -(-tensor.nbytes // 64) * 64
+            return there.copy_(tensor)
+
+        return ExpertWeights(*((map_weight(weight, place),) for weight in (up, down)))
 
     def calls(self) -> list[range]:
         """The experts of every call."""
@@ -124,6 +139,14 @@ class Experts:
 def swiglu(up: torch.Tensor) -> torch.Tensor:
     gate, value = up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * value
+
+
+def map_weight(weight: Weight, change: Callable[[torch.Tensor], torch.Tensor]) -> Weight:
+    """The same of changed tensors."""
+    if isinstance(weight, torch.Tensor):
+        return change(weight)
+    zeros = None if weight.zeros is None else change(weight.zeros)
+    return dataclasses.replace(weight, codes=change(weight.codes), scales=change(weight.scales), zeros=zeros)
 
 
 def num_bytes(weight: Weight) -> int:
@@ -176,7 +199,7 @@ def bench_format(
     name: str, experts: Experts, kernels: CpuKernels, tokens: Sequence[int], rounds: int, clock: Clock
 ) -> list[Timed]:
     """Every number of rows: a read, the kernels and torch, `rounds` times in turn after one round that is not kept."""
-    to_read, found = torch.ones(READ_BYTES // 8, dtype=torch.int64), []
+    to_read, found = in_huge_pages(torch.ones(READ_BYTES // 8, dtype=torch.int64)), []
     num_calls = len(experts.calls())
     for num_tokens in tokens:
         run, plain = experts.by_kernels(kernels, num_tokens), experts.by_torch(num_tokens)

@@ -16,6 +16,7 @@ from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.formats.dense import TORCH_DTYPES, writable_bytes
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.models.transformers_internals import KeyMapping, ResidentLoader, Target
+from offmoe.tiers.huge_pages import in_huge_pages
 
 # Tensors handed to transformers' loader at once: bounds what is read ahead of conversion.
 BATCH_BYTES = 256 << 20
@@ -56,7 +57,7 @@ def read_matrix(index: CheckpointIndex, entry: QuantEntry) -> QuantMatrix:
             f"{entry.name!r} is quantised ({entry.dtype}) and has shape {list(entry.shape)}; stacked matrices are "
             "read for routed experts only"
         )
-    codes, scales, *zeros = [read_tensor(index, stored) for stored in entry.stored]
+    codes, scales, *zeros = [in_huge_pages(read_tensor(index, stored)) for stored in entry.stored]
     shape = (entry.shape[0], entry.shape[1])
     return QuantMatrix(entry.format, shape, codes.flatten(1), scales, zeros[0] if zeros else None)
 
@@ -112,6 +113,9 @@ def load_resident(
     assert not any(buffer.is_meta for buffer in model.buffers()), "a buffer was left on the meta device"
     if device is not None:
         model.to(device)
+        return
+    for param in model.parameters():  # one at a time: the largest is there twice for a moment
+        param.data = in_huge_pages(param.data)
 
 
 def load_peak_bytes(
