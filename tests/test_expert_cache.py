@@ -283,18 +283,23 @@ def test_a_guess_is_kept_until_its_layer_has_run_and_then_goes_first(opened: Ope
 
 
 def test_an_expert_fetched_to_stay_is_no_guess(opened: Opened) -> None:
-    """Its layer may run without it: it waits for a later use, and ages as others do."""
+    """Its layer may run without it: it waits for a later use, and stays after one. Until then it goes first."""
     cache = opened.cache
     load(cache, A, B)
     assert cache.start_ahead(C, keep=(), to_stay=True)
     arrive(cache)
     cache.expire_ahead(C.layer_idx, needed=[A])
     assert cache.counters.ahead_wasted_bytes == 0
-    load(cache, D, E)  # A and B go, the oldest
-    assert opened.cached() == {C, D, E}
     cache.use(C, touch=True)
     cache.release([C])
     assert cache.counters.ahead_used_bytes == cache.num_bytes(C)
+    load(cache, D)  # A goes, the oldest
+    assert opened.cached() == {B, C, D}
+    assert cache.start_ahead(E, keep=(), to_stay=True)  # B goes
+    arrive(cache)
+    load(cache, A)  # E goes, which nobody has used
+    assert opened.cached() == {C, D, A}
+    assert cache.counters.ahead_wasted_bytes == cache.num_bytes(E)
 
 
 class FilledDisk(RecordingDisk):

@@ -152,8 +152,8 @@ class ExpertCache:
     def start_ahead(self, key: ExpertKey, *, keep: Collection[ExpertKey], to_stay: bool = False) -> bool:
         """Begin fetching `key` before anybody needs it, into a free slot or a victim's that is not in `keep`.
 
-        A guess for the next call of its layer is inserted cold: unless used then, it is the first to go. One `to_stay`
-        is inserted as if it had just been used. False when there is no such slot.
+        It is inserted cold: until it is used it is the first to go. A guess is kept until the next call of its layer,
+        and is then right or wrong; one `to_stay` may be right at any later time. False when there is no such slot.
         """
         if self.slots.find(key) is not None:
             return False
@@ -162,7 +162,7 @@ class ExpertCache:
         def victim() -> ExpertKey | None:
             return self._policy.victim(lambda k: k not in keep and k not in guesses and self.slots.is_evictable(k))
 
-        fetch = self._begin(key, victim, cold=not to_stay, urgent=False)
+        fetch = self._begin(key, victim, cold=True, urgent=False)
         if fetch is None:
             return False
         fetch.ahead = fetch.was_ahead = True
