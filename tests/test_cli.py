@@ -174,6 +174,10 @@ def test_bench_goes_through_the_ids_that_are_given(tiny: Path, tmp_path: Path, m
     assert (record_all["prompt_tokens"], record_all["new_tokens"]) == (8, 12)
     assert seen == ids[:19], "the last id is only predicted"
     seen.clear()
+    record_warm = last_json(succeed("bench", tiny, "--ids", path, "--prefill", 8, "--warm", *RAM).stdout)
+    assert record_warm["settings"]["warm"]
+    assert seen == [*ids[:19], *ids[:19]]
+    seen.clear()
     record_some = last_json(succeed("bench", tiny, "--ids", path, "--prefill", 8, "--decode", 4, *RAM).stdout)
     assert (record_some["new_tokens"], seen) == (4, ids[:11])
 

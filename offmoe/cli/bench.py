@@ -17,7 +17,7 @@ DEFAULT_TEXT = "Return a list of the lines of the file, without their ends. "
 
 def run_bench_command(
     model: str | None, options: dict[str, Any], ids: list[int] | None, prompt: str | None, prefill: int,
-    decode: int | None, *, quiet: bool,
+    decode: int | None, *, warm: bool, quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The record of one run."""
     if ids is not None and prompt is not None:
@@ -37,7 +37,7 @@ def run_bench_command(
         return given if decode is None else given[: prefill + decode]
 
     with ProgressReporter(quiet=quiet) as progress:
-        return run_bench(make_engine, choose_ids, prefill=prefill, progress=progress)
+        return run_bench(make_engine, choose_ids, prefill=prefill, warm=warm, progress=progress)
 
 
 def _text_ids(engine: Engine, prompt: str | None, count: int) -> list[int]:

@@ -152,19 +152,20 @@ def verify(model: str | None, prompt: str, max_new_tokens: int, as_json: bool, *
 @click.option("--prompt", help="Text to go through instead of --ids.")
 @click.option("--prefill", type=click.IntRange(1), default=128, show_default=True, help="Ids read at once, first.")
 @click.option("--decode", type=click.IntRange(2), help="Ids decoded one at a time; default: all that are left.")
+@click.option("--warm", is_flag=True, help="Go through the ids once before they are timed: experts are then in RAM.")
 @engine_options
 @json_option
 @user_errors
 def bench(
-    model: str | None, ids_file: Path | None, prompt: str | None, prefill: int, decode: int | None, as_json: bool,
-    **options: Any,
+    model: str | None, ids_file: Path | None, prompt: str | None, prefill: int, decode: int | None, warm: bool,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Time load, prompt and decoding on given ids. The last line of standard output is one JSON object."""
     from offmoe.cli.bench import run_bench_command
 
     engine_given, _ = split_engine_options(options)
     ids = None if ids_file is None else read_ids(ids_file)
-    record = run_bench_command(model, engine_given, ids, prompt, prefill, decode, quiet=as_json)
+    record = run_bench_command(model, engine_given, ids, prompt, prefill, decode, warm=warm, quiet=as_json)
     print_json(record)
 
 

@@ -31,6 +31,7 @@ class Options:
     cap_bytes: int | None
     rams: tuple[str, ...]
     prefetches: tuple[str, ...]
+    warm: bool
     accelerate_bytes: int | None
     llama_python: Path | None
     gguf_dir: Path
@@ -66,7 +67,7 @@ def _offmoe(name: str, options: Options) -> list[System]:
         if not folder.exists():
             raise ScriptError(f"{name} needs {folder}: offmoe quantize {options.model} {folder} --experts int4")
     command = [sys.executable, "-m", "offmoe", "bench", str(folder), "--ids", str(options.ids)]
-    command += ["--prefill", str(options.prefill), "--json"]
+    command += ["--prefill", str(options.prefill), "--json", *(["--warm"] if options.warm else [])]
     systems = []
     for ram in options.rams or ("",):
         for prefetch in options.prefetches or ("",):
