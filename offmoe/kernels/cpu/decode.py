@@ -1,8 +1,8 @@
 """One token's norms, attention and experts by the library.
 
 Shapes: H heads, G groups of heads that share keys and values, S rows of a cache, K experts, D model width.
-Calls fill a struct that is made once: a decode step makes some hundred of them, and each costs a few microseconds. So an
-object here serves one thread at a time, as a model whose experts come through a cache does.
+Calls fill a struct that is made once: a decode step makes some hundred of them, and each costs a few microseconds. So
+an object here serves one thread at a time, as a model whose experts come through a cache does.
 """
 
 from __future__ import annotations
