@@ -60,6 +60,24 @@ def test_ids_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         assert list(reply.token_ids) == greedy(engine.model)
 
 
+def test_the_first_reply_comes_again(tmp_path: Path) -> None:
+    """The tokens on which modules are compared are computed as all others are, to the bit."""
+    logits: list[list[torch.Tensor]] = [[], []]
+    with open_tiny(save_tiny(tmp_path), compile="off") as engine:
+        for seen in logits:
+            engine.generate(PROMPT, max_new_tokens=NUM_NEW, choose=collect(seen), ignore_end=True)
+    assert len(logits[0]) == NUM_NEW
+    assert all(torch.equal(*pair) for pair in zip(*logits, strict=True))
+
+
+def collect(logits: list[torch.Tensor]) -> Any:
+    def choose(_: torch.Tensor, last: torch.Tensor) -> int:
+        logits.append(last.clone())
+        return int(last.argmax())
+
+    return choose
+
+
 def test_removing_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     with open_tiny(save_tiny(tmp_path), compile="off") as engine:
         native, model = engine._parts.native, engine.model

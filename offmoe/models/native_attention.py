@@ -3,7 +3,7 @@
 A module is taken where its own code does nothing but project, norm, rotate, append to the cache, attend and project:
 its `forward` is read, and one that calls anything else, or computes, is left alone. So what depends on the position,
 the configuration or an argument cannot be overlooked. What the code does not say (which rotation, which scale) is seen
-by comparing: the first tokens are computed both ways, and the module's own result is used.
+by comparing: the first tokens are computed both ways, and where the results differ the module keeps its own code.
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ class _Step:
         return output
 
     def _check(self, hidden: torch.Tensor, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's own result, and whether ours agrees; if not, the module keeps its own code."""
+        """Both ways: ours if it agrees, as for all tokens after this one, or the same text would not come out the next
+        time. If not, the module's own, and its own code from now on.
+        """
         theirs = self._original(self._module, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
         rows = layer.last_rows()
@@ -167,19 +169,17 @@ class _Step:
             and rows[0].dtype == hidden.dtype
             and rows[0].stride(-1) == rows[1].stride(-1) == 1
         )
-        agreed = False
+        self._checks_left -= 1
         for half in (False, True) if self._half_angles is None else (self._half_angles,):
             if not fitting or cos.shape[-1] * (2 if half else 1) > self._width:
                 continue
             self._half_angles = half
-            agreed = agree(self._run(hidden, (cos, sin), *rows), theirs[0])
-            if agreed:
-                break
+            ours = self._run(hidden, (cos, sin), *rows)
+            if agree(ours, theirs[0]):
+                return ours, None
         for states, own in zip(rows, before, strict=True):
             states[..., -1, :] = own
-        self._checks_left -= 1
-        if not agreed:
-            self._native.put_back(self._module, _KIND)
+        self._native.put_back(self._module, _KIND)
         return theirs
 
 
