@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
-from torch.library import custom_op
+from torch import library as operators
 
 from offmoe.base.errors import EngineBusyError
 from offmoe.kernels.reference import ExpertMath
@@ -171,7 +171,7 @@ def define_experts_operator() -> Callable[..., torch.Tensor]:
 
     Its tag ends a CUDA graph before it and begins another behind it: it reads the ids on the host and waits for copies.
     """
-    operator = custom_op(
+    operator = operators.custom_op(
         "offmoe::experts",
         _experts_operator,
         mutates_args=(),
