@@ -8,6 +8,7 @@ OffmoeError                     a user can mend it: one line and exit code 2 in 
 |-- DeviceError                 the GPU cannot be used, or was lost
 |-- ContextLengthError          the prompt is longer than the context
 |-- OutputError                 a file cannot be written (no space, no permission)
+|-- TraceError                  a routing trace is empty, damaged, or of another model
 |-- EngineBusyError             a second call while one is running, or a call on a closed engine
 `-- CheckpointError             the files are damaged or contradict each other
     |-- DiskReadError           the operating system failed a read
@@ -47,6 +48,10 @@ class ContextLengthError(OffmoeError):
 
 class OutputError(OffmoeError):
     """The operating system refused to write a file; the message says which folder and why."""
+
+
+class TraceError(OffmoeError):
+    """A trace file cannot be used: damaged from the beginning, empty, or of another model."""
 
 
 class EngineBusyError(OffmoeError):

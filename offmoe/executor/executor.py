@@ -13,6 +13,7 @@ import torch
 
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
+from offmoe.base.trace import Recorder, flat_ids
 from offmoe.cache.expert_cache import ExpertCache, Fetch
 from offmoe.executor.cpu_experts import CpuExperts, CpuJob
 from offmoe.executor.cpu_rows import CpuRows
@@ -31,9 +32,10 @@ class Executor:
 
     def __init__(
         self, cache: ExpertCache, *, rows: Rows | None = None, ahead: AheadOfTime | None = None,
-        cpu: CpuExperts | None = None, placer: MissPlacer | None = None,
+        cpu: CpuExperts | None = None, placer: MissPlacer | None = None, recorder: Recorder | None = None,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
+        self.recorder = recorder or Recorder()
         self.cache, self.rows, self.ahead = cache, rows or ReferenceRows(), ahead
         self.cpu, self.placer, self.clock_ns = cpu, placer, clock_ns
         self._counters: Counters = cache.counters
@@ -55,7 +57,9 @@ class Executor:
                 return y_1D
         # Queued before the ids are waited for, so that the wait is for both.
         host_x_TD = self.cpu.take_along(x_TD) if self.cpu is not None else None
-        assignments = dispatch(self._to_host(expert_ids_TK), num_experts, device=x_TD.device)
+        host_ids_TK = self._to_host(expert_ids_TK)
+        self.recorder.record(layer_idx, top_k, flat_ids(host_ids_TK.flatten().tolist(), num_experts), weights_TK)
+        assignments = dispatch(host_ids_TK, num_experts, device=x_TD.device)
         y_SD = torch.zeros(num_tokens * top_k, x_TD.shape[-1], dtype=math.dtype, device=x_TD.device)
         _LayerRun(self, layer_idx, math, x_TD, y_SD, host_x_TD).run(assignments)
         y_TD = combine_rows(y_SD, weights_TK, x_TD.dtype)
@@ -80,6 +84,7 @@ class Executor:
             return None
         if ahead is not None:
             ahead.router_spoke(layer_idx, ids, 1)
+        self.recorder.record(layer_idx, len(ids), ids, weights_1K)
         begin = self.clock_ns()
         y_1D = rows.token_sum(layer_idx, layer, ids, weights, x_1D, weights_1K)
         self.cache.touch(keys)
@@ -107,6 +112,7 @@ class Executor:
         if self.cpu is not None:
             self.cpu.restart()
         self.cache.recover()
+        self.recorder.forget_guesses()
         if self.ahead is not None:
             self.ahead.reset()
 

@@ -17,6 +17,8 @@ from offmoe.base.budget import MemoryPlan
 from offmoe.base.config import EngineConfig, refuse_unknown
 from offmoe.base.errors import DeviceError, EngineBusyError, OffmoeError, UsageError
 from offmoe.base.machine import peak_rss_bytes
+from offmoe.base.trace import TraceEvent
+from offmoe.base.trace_file import TraceWriter
 from offmoe.generation.chat import Message, chat_ids
 from offmoe.generation.compiled import DecodeCompiler
 from offmoe.generation.prefill_chunk import PrefillChunk
@@ -25,6 +27,7 @@ from offmoe.generation.sampling import Chooser, Sampling, make_chooser, resolve_
 from offmoe.generation.stats import GenerationStats
 from offmoe.generation.step import generate_step
 from offmoe.generation.stream import Piece, stream_text
+from offmoe.generation.tracing import note_phases, record_trace
 from offmoe.models.device_failures import explain, peak_bytes
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.load import LoadedModel, Progress, load_model
@@ -110,6 +113,23 @@ class Engine:
         with self._parts.uncached():
             yield
 
+    @contextmanager
+    def trace(
+        self, path: str | Path, *, prompts: dict[str, Any] | None = None, guesses: bool = True
+    ) -> Iterator[TraceWriter]:
+        """Within: what every layer's router chooses is written to `path`, for `offmoe tune` and `offmoe replay`.
+
+        The file is in its place at the end; after Ctrl-C with what there is, marked as incomplete. `prompts` is kept in
+        its header. `guesses`: what the routers would have said one to three layers before, too, which costs time.
+        Raises OutputError, and UsageError where all experts are on a device: there nobody sees the choices.
+        """
+        with record_trace(self._parts, self.folder, Path(path), prompts=prompts or {}, guesses=guesses) as writer:
+            yield writer
+
+    def recent_routing(self) -> list[TraceEvent]:
+        """The layer calls of the last tokens, the oldest first; kept always. Between two calls of the engine."""
+        return self._parts.serving.recorder.recent()
+
     def stats(self) -> dict[str, Any]:
         """Totals since load: every counter, hit rate, slots, and peak memory growth against the budget.
 
@@ -182,6 +202,7 @@ class Engine:
             chunk=halving.size if halving else parts.plan.prefill_chunk, on_prefill=on_prefill, decode=compiler,
             smaller_chunk=halving.halve if halving else None,
         )  # fmt: skip
+        steps = note_phases(steps, parts.serving.recorder, len(ids))
         pieces = stream_text(steps, self.tokenizer, rules, parts.cache.counters, num_prompt_tokens=len(ids))
         return self._exclusively(pieces, num_tokens=len(ids) + rules.max_new_tokens)
 

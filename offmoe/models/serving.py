@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from offmoe.base.budget import MemoryPlan
 from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
+from offmoe.base.trace import Recorder
 from offmoe.base.trial import Turns
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.link import LinkSource
@@ -67,6 +68,7 @@ class Serving:
     placer: MissPlacer | None = None
     kernels: SlotKernels | None = None
     cpu_rows: CpuRows | None = None
+    recorder: Recorder = field(default_factory=Recorder)
     notes: list[str] = field(default_factory=list)
     closing: ExitStack = field(default_factory=ExitStack)
 
@@ -110,7 +112,7 @@ def build_serving(
     if device is None or device_pool is None:
         cache = ExpertCache(pool.num_slots, num_layers, host_source, make_policy(config.policy), counters)
         serving = Serving(cache=cache, host=cache, executor=_NOT_YET, cpu_rows=cpu_rows)
-        executor = Executor(cache, rows=cpu_rows)
+        executor = Executor(cache, rows=cpu_rows, recorder=serving.recorder)
         _fetch_ahead(serving, executor, model, experts, config)
         serving.executor = RecoveringExecutor(executor)
         return serving
@@ -127,7 +129,7 @@ def build_serving(
         return serving
     kernels = make_slot_kernels(experts.layers, maths, device_pool.slab, device_pool.slot_bytes)
     serving.kernels = kernels
-    executor = Executor(cache, rows=_rows(kernels, experts, device_pool))
+    executor = Executor(cache, rows=_rows(kernels, experts, device_pool), recorder=serving.recorder)
     _place_misses(serving, executor, link, experts, maths, config, device, device_pool)
     _fetch_ahead(serving, executor, model, experts, config)
     _take_turns(serving)

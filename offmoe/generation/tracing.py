@@ -1,0 +1,83 @@
+"""Writes an engine's routing to a file while it generates."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from offmoe.base.errors import EngineBusyError, UsageError
+from offmoe.base.trace import Recorder
+from offmoe.base.trace_file import TraceHeader, TraceWriter
+from offmoe.checkpoint.identity import model_hash
+from offmoe.executor.resident import ResidentExecutor
+from offmoe.models.load import LoadedModel
+from offmoe.models.routing import map_routing
+from offmoe.models.seam import find_binding
+from offmoe.models.transformers_internals import experts_modules
+from offmoe.prefetch.guesses import GuessWriter
+
+
+def trace_header(loaded: LoadedModel, folder: Path, prompts: dict[str, Any]) -> TraceHeader:
+    """The header of a trace of this model, made now."""
+    layers = loaded.experts.layers
+    return TraceHeader(
+        model=folder.name, model_hash=model_hash(folder, loaded.index.stored),
+        experts_per_layer=tuple(layer.num_experts for layer in layers), top_k=loaded.experts.top_k,
+        expert_bytes=tuple(layer.expert_bytes for layer in layers),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), prompts=prompts,
+    )  # fmt: skip
+
+
+@contextmanager
+def record_trace(
+    loaded: LoadedModel, folder: Path, path: Path, *, prompts: dict[str, Any], guesses: bool
+) -> Iterator[TraceWriter]:
+    """Within: every layer call is written to `path`. See Engine.trace."""
+    recorder = loaded.serving.recorder
+    if isinstance(loaded.serving.executor, ResidentExecutor):
+        raise UsageError(
+            f"all {loaded.plan.num_experts} experts are on the device, where routers are not listened to; "
+            f"use experts={loaded.plan.num_experts - 1} (--experts) to trace this model"
+        )
+    if recorder.sink is not None:
+        raise EngineBusyError("a trace is being recorded already; end that one first")
+    with ExitStack() as last_to_first:
+        if guesses:
+            last_to_first.enter_context(_guessing(loaded, recorder))
+        writer = last_to_first.enter_context(TraceWriter(path, trace_header(loaded, folder, prompts)))
+        recorder.forget_guesses()
+        recorder.sink = writer
+        try:
+            yield writer
+        finally:
+            recorder.sink = None
+
+
+@contextmanager
+def _guessing(loaded: LoadedModel, recorder: Recorder) -> Iterator[None]:
+    """Within: routers are asked ahead of time, beside whatever else looks ahead."""
+    with loaded.uncached():  # looking through the model runs it, which is no business of the cache
+        routing = map_routing(loaded.model)
+    bindings = [binding for _, module in experts_modules(loaded.model) if (binding := find_binding(module))]
+    observers = [binding.observer for binding in bindings]
+    hooks = routing.install(GuessWriter(routing.predictors, routing.order, recorder))
+    try:
+        yield
+    finally:
+        hooks.remove()
+        for binding, observer in zip(bindings, observers, strict=True):
+            binding.observer = observer
+
+
+def note_phases(steps: Iterator[int], recorder: Recorder, num_prompt_tokens: int) -> Iterator[int]:
+    """The ids of `steps`; what comes before the first of them is told to be the prompt."""
+    recorder.begin_prompt(num_prompt_tokens)
+    try:
+        for token_id in steps:
+            recorder.reading_prompt = False
+            yield token_id
+    finally:
+        recorder.reading_prompt = False
