@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from offmoe.api import load as load
     from offmoe.base.errors import OffmoeError as OffmoeError
     from offmoe.generation.engine import Engine as Engine
-    from offmoe.generation.engine import Reply as Reply
+    from offmoe.generation.reply import Reply as Reply
     from offmoe.generation.stream import Piece as Piece
 
 _HOMES = {
     "load": "offmoe.api", "OffmoeError": "offmoe.base.errors", "Engine": "offmoe.generation.engine",
-    "Reply": "offmoe.generation.engine", "Piece": "offmoe.generation.stream",
+    "Reply": "offmoe.generation.reply", "Piece": "offmoe.generation.stream",
 }  # fmt: skip
 __all__ = ["Engine", "OffmoeError", "Piece", "Reply", "__version__", "load"]
 

@@ -140,7 +140,9 @@ def test_a_longer_sequence_takes_a_larger_bucket(
         assert ids_of(engine, 4) == expected[:4]
         assert list(compiler._steps) == [16]
         begin = compiler.begin
-        monkeypatch.setattr(compiler, "begin", lambda num_tokens: begin(1))  # so that the reply grows out of buckets
+        monkeypatch.setattr(
+            compiler, "begin", lambda num_tokens, **held: begin(1, **held)
+        )  # so that the reply grows out of buckets
         assert ids_of(engine) == expected
         assert sorted(compiler._steps) == [16, 32, 64]
         assert {step.static.position.data_ptr() for step in compiler._steps.values()}

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.base.errors import OffmoeError
 from offmoe.generation.compiled_step import CompiledStep, Lowering, lower_with_inductor
@@ -74,11 +74,21 @@ class DecodeCompiler:
             self._fail("the model brings its own KV cache")
 
     @torch.inference_mode()
-    def begin(self, num_tokens: int) -> None:
-        """A new sequence, of up to `num_tokens` tokens of prompt and reply: the cache is empty again."""
+    def begin(self, num_tokens: int, *, num_held: int) -> None:
+        """A new sequence, of up to `num_tokens` tokens of prompt and reply; the cache holds `num_held` of the last one.
+
+        The eager cache takes over: its owner drops what the new sequence does not begin with.
+        """
+        if self._active is not None and self.cache is not None:
+            self._active.static.hand_back(num_held)
         self._num_tokens, self._active = num_tokens, None
+
+    @torch.inference_mode()
+    def empty_cache(self) -> DynamicCache | None:
+        """The cache, with nothing in it: steps are compiled for its memory, so there is never another."""
         for layer in self.cache.layers if self.cache is not None else ():
             layer.reset()
+        return self.cache
 
     def close(self) -> None:
         """Let go of the model. A compilation under way ends at its next stage."""

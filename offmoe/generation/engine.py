@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,30 +22,21 @@ from offmoe.generation.chat import Message, chat_ids
 from offmoe.generation.compiled import DecodeCompiler
 from offmoe.generation.prefill_chunk import PrefillChunk
 from offmoe.generation.prompt import encode, stop_rules
+from offmoe.generation.reply import Reply, collect
 from offmoe.generation.sampling import Chooser, Sampling, make_chooser, resolve_sampling
-from offmoe.generation.stats import GenerationStats
 from offmoe.generation.step import generate_step
 from offmoe.generation.stream import Piece, stream_text
 from offmoe.generation.tracing import note_phases, record_trace
 from offmoe.models.device_failures import explain, peak_bytes
 from offmoe.models.kv_cache import make_kv_cache
+from offmoe.models.kv_prefix import KeptCache
 from offmoe.models.load import LoadedModel, Progress, load_model
 
 if TYPE_CHECKING:
     from offmoe.tiers.device import Device
 
-_OPTIONS = ("max_new_tokens", "stop", "on_prefill", "ignore_end", "choose", *Sampling.__dataclass_fields__)
+_OPTIONS = ("max_new_tokens", "stop", "on_prefill", "ignore_end", "choose", "reuse", *Sampling.__dataclass_fields__)
 _BUSY = "the engine is generating; finish or close that stream first"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """A finished generation. `finish_reason` and `stats` as in the last Piece of a stream."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    stats: GenerationStats
 
 
 class Engine:
@@ -69,7 +59,12 @@ class Engine:
         )  # fmt: skip
         self.tokenizer = loaded.tokenizer
         self._running = threading.Lock()
-        self._compiler = _make_compiler(loaded, config, progress)
+        self._compiler = compiler = _make_compiler(loaded, config, progress)
+        self._kept = KeptCache(
+            loaded.model,
+            compiler.empty_cache if compiler else lambda: make_kv_cache(loaded.model, loaded.context_length),
+            divisible=loaded.chunkable,
+        )
 
     def __repr__(self) -> str:
         if self._loaded is None:
@@ -142,6 +137,8 @@ class Engine:
             "experts_cached": cache.num_slots,
             "experts_total": self.plan.num_experts,
             "io": "direct" if self._parts.disk.direct else "buffered",
+            "prefilled_tokens": self._kept.num_prefilled,
+            "reused_tokens": self._kept.num_reused,
             "compile": self._compiler.state if self._compiler else "off",
             **self._parts.serving.stats(),
             "ram_bytes": self.plan.ram_bytes,
@@ -158,29 +155,35 @@ class Engine:
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Reply:
         """The whole reply to `prompt` (text or token ids). Options as in `stream`."""
-        return _collect(self.stream(prompt, **options))
+        return collect(self.stream(prompt, **options))
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Reply:
         """The model's next turn, through the tokenizer's chat template. Options as in `stream`."""
-        return _collect(self.stream_chat(messages, **options))
+        return collect(self.stream_chat(messages, **options))
 
     def stream_chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Piece]:
-        """As `chat`, piece by piece."""
+        """As `chat`, piece by piece. `reuse` is on unless it is given, or placement_invariant is set."""
         if self.tokenizer is None:
             raise UsageError(f"{self.folder} has no tokenizer, which a conversation needs; use generate with token ids")
-        return self.stream(chat_ids(self.tokenizer, messages), **options)
+        reuse = not self.config.placement_invariant
+        return self.stream(chat_ids(self.tokenizer, messages), **{"reuse": reuse, **options})
 
     def stream(
         self, prompt: str | Sequence[int], *, max_new_tokens: int = 256, stop: str | Sequence[str] | None = None,
         on_prefill: Callable[[int, int], None] = lambda done, total: None, ignore_end: bool = False,
-        choose: Chooser | None = None, **sampling: Any,
+        choose: Chooser | None = None, reuse: bool | None = None, **sampling: Any,
     ) -> Iterator[Piece]:  # fmt: skip
         """Pieces of the reply as they come; the last one says why it ended and what it cost.
 
         `prompt` is text or token ids. `stop`: strings that end the reply and are not part of it. `on_prefill(done,
-        total)` is told of the prompt's progress. `sampling`: temperature (0 is greedy), top_k, top_p, min_p,
-        repetition_penalty, seed; what is not given comes from the model's generation_config. `ignore_end` goes on after
-        the end token. `choose` replaces sampling by a function (ids, logits) -> id.
+        total)` is told of the prompt's progress, in tokens that have to be read. `sampling`: temperature (0 is greedy),
+        top_k, top_p, min_p, repetition_penalty, seed; what is not given comes from the model's generation_config.
+        `ignore_end` goes on after the end token. `choose` replaces sampling by a function (ids, logits) -> id.
+
+        `reuse`: what the KV cache holds of the prompt from the last call is not read again. True: the longest common
+        prefix. False: nothing. Default: when the prompt goes on where the last one ended, and not with
+        placement_invariant. It cuts the prompt in other places than a fresh reading does, which in 16 bits rounds
+        differently.
 
         Raises UsageError (unknown or impossible option), ContextLengthError (the prompt leaves no room for a token) and
         EngineBusyError at the call. At any step CheckpointError from a failed read and BudgetError from a full device,
@@ -189,32 +192,42 @@ class Engine:
         parts = self._parts
         if self._running.locked():
             raise EngineBusyError(_BUSY)
+        if reuse not in {None, True, False}:
+            raise UsageError(f"reuse is {reuse!r}; use True, False, or leave it out")
         settings = self._sampling(sampling)
         ids = encode(prompt, self.tokenizer, vocab_size=self.vocab_size)
         rules = stop_rules(
             num_prompt=len(ids), context_length=parts.context_length, max_new_tokens=max_new_tokens, stop=stop,
             end_ids=frozenset() if ignore_end else self._end_ids(), has_text=self.tokenizer is not None,
         )  # fmt: skip
-        compiler, halving = self._compiler, self._halving_chunk
-        cache = compiler.cache if compiler else make_kv_cache(parts.model, parts.context_length)
-        steps = generate_step(
-            parts.model, ids, choose or make_chooser(settings, parts.model.device), cache=cache,
-            chunk=halving.size if halving else parts.plan.prefill_chunk, on_prefill=on_prefill, decode=compiler,
-            smaller_chunk=halving.halve if halving else None,
-        )  # fmt: skip
-        steps = note_phases(steps, parts.serving.recorder, len(ids))
-        pieces = stream_text(steps, self.tokenizer, rules, parts.cache.counters, num_prompt_tokens=len(ids))
-        return self._exclusively(pieces, num_tokens=len(ids) + rules.max_new_tokens)
+        kept, compiler, halving = self._kept, self._compiler, self._halving_chunk
+        reuse = False if reuse is None and self.config.placement_invariant else reuse
 
-    def _exclusively(self, pieces: Iterator[Piece], *, num_tokens: int) -> Iterator[Piece]:
-        """Hold the engine from the first piece to the last, or to the generator's end. For up to `num_tokens`."""
+        def pieces() -> Iterator[Piece]:
+            if compiler is not None:
+                compiler.begin(len(ids) + rules.max_new_tokens, num_held=len(kept.ids))
+            num_reused = kept.begin(ids, reuse=reuse)
+            steps = generate_step(
+                parts.model, ids, choose or make_chooser(settings, parts.model.device), kept=kept,
+                chunk=halving.size if halving else parts.plan.prefill_chunk, on_prefill=on_prefill, decode=compiler,
+                smaller_chunk=halving.halve if halving else None,
+            )  # fmt: skip
+            steps = note_phases(steps, parts.serving.recorder, len(ids) - num_reused)
+            counters = parts.cache.counters
+            with kept.guarded():
+                yield from stream_text(
+                    steps, self.tokenizer, rules, counters, num_prompt_tokens=len(ids), num_reused=num_reused
+                )
+
+        return self._exclusively(pieces())
+
+    def _exclusively(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Hold the engine from the first piece to the last, or to the generator's end."""
         device = self._parts.device  # raises when the engine was closed since the call
         if not self._running.acquire(blocking=False):
             raise EngineBusyError(_BUSY)
         better: OffmoeError | None = None
         try:
-            if self._compiler is not None:
-                self._compiler.begin(num_tokens)
             yield from pieces
         except Exception as error:
             if self._loaded is None:  # whatever a close in another thread broke off, the user should hear of the close
@@ -244,6 +257,7 @@ class Engine:
         """Release threads, files and memory. A second close does nothing."""
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
+            self._kept.forget()
             if self._compiler is not None:
                 self._compiler.close()
             loaded.close()
@@ -272,14 +286,3 @@ def _make_compiler(loaded: LoadedModel, config: EngineConfig, progress: Progress
         loaded.model, loaded.context_length, background=config.compile == "auto",
         on_compile=lambda done, total: progress("compiling", done, total),
     )  # fmt: skip
-
-
-def _collect(pieces: Iterator[Piece]) -> Reply:
-    texts, ids = [], []
-    last = Piece("")
-    for last in pieces:
-        texts.append(last.text)
-        if last.token_id is not None:
-            ids.append(last.token_id)
-    assert last.stats is not None and last.finish_reason is not None, f"{last=}"
-    return Reply(text="".join(texts), token_ids=tuple(ids), finish_reason=last.finish_reason, stats=last.stats)

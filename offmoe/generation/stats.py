@@ -14,10 +14,12 @@ from offmoe.base.units import format_percent, format_traffic
 class GenerationStats:
     """Times in seconds. `prefill` and `decode` are the counters of the two phases.
 
-    `prefill_s` runs to the first token, `step_s` has the time of every later token.
+    `prefill_s` runs to the first token, `step_s` has the time of every later token. `reused_tokens` of the prompt were
+    in the KV cache already.
     """
 
     prompt_tokens: int
+    reused_tokens: int = 0
     new_tokens: int
     prefill_s: float
     step_s: tuple[float, ...]
@@ -26,8 +28,8 @@ class GenerationStats:
 
     @property
     def prefill_tok_per_s(self) -> float:
-        """Prompt tokens a second."""
-        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+        """Prompt tokens read a second."""
+        return (self.prompt_tokens - self.reused_tokens) / self.prefill_s if self.prefill_s else 0.0
 
     @property
     def decode_tok_per_s(self) -> float:
@@ -48,6 +50,7 @@ class GenerationStats:
         """For JSON."""
         return {
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
             "new_tokens": self.new_tokens,
             "ttft_s": round(self.prefill_s, 4),
             "prefill_tok_per_s": round(self.prefill_tok_per_s, 3),
@@ -72,8 +75,10 @@ class GenerationStats:
                 f" | link {format_traffic(self.link_bytes_per_token)}/token, "
                 f"{format_traffic(self.prefill.link_bytes)} for the prompt; {self.decode.cpu_experts} misses on the CPU"
             )
+        reused = f" ({self.reused_tokens} reused)" if self.reused_tokens else ""
+        per_token, prompt = format_traffic(self.disk_bytes_per_token), format_traffic(self.prefill.disk_bytes)
         return (
             f"{self.new_tokens} tokens, {decode} | first token {self.prefill_s:.2f} s for {self.prompt_tokens} prompt "
-            f"tokens | hits {format_percent(self.decode.hit_rate)} | disk {format_traffic(self.disk_bytes_per_token)}"
-            f"/token, {format_traffic(self.prefill.disk_bytes)} for the prompt{link}"
+            f"tokens{reused} | hits {format_percent(self.decode.hit_rate)} | disk {per_token}/token, {prompt} for the "
+            f"prompt{link}"
         )

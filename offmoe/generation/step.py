@@ -10,43 +10,49 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.generation.sampling import Chooser
+from offmoe.models.kv_prefix import KeptCache
 from offmoe.models.kv_rewind import remember
 from offmoe.models.transformers_internals import experts_modules
 
 
 def generate_step(
-    model: PreTrainedModel, prompt_ids: Sequence[int], choose: Chooser, *, cache: DynamicCache | None, chunk: int,
+    model: PreTrainedModel, prompt_ids: Sequence[int], choose: Chooser, *, kept: KeptCache, chunk: int,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
     decode: Callable[[Forward, torch.Tensor], torch.Tensor] | None = None,
     smaller_chunk: Callable[[int], int] | None = None,
 ) -> Iterator[int]:  # fmt: skip
     """Yield token ids without end; the caller stops. The first id comes after the whole prompt was read.
 
-    `cache` is empty or holds a prefix that `prompt_ids` continue, and receives every id but the one last yielded; with
-    None the model makes its own.
+    `kept` has begun with `prompt_ids`; what it lacks of them is read, and it receives all ids but the last one yielded.
     The prompt goes through in pieces of `chunk`; `on_prefill(done, total)` is called after each layer of each piece,
-    with `done` in tokens. `choose` sees all ids of this call, (1, S), and the last logits, (1, V). For ids after the
-    prompt, `decode(forward, ids)` takes the place of `forward(ids)`. When the device has no memory for a piece of N
+    in tokens that were not kept. `choose` sees all ids of this call, (1, S), and the last logits, (1, V). For ids after
+    the prompt, `decode(forward, ids)` takes the place of `forward(ids)`. When the device has no memory for a piece of N
     tokens, `smaller_chunk(N)` says in what pieces to go on, or raises; without it the prompt fails.
     """
-    forward = Forward(model, cache)
+    forward = Forward(model, kept.cache, position=len(kept.ids))
     ids = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.device)
-    logits = _read_prompt(model, forward, ids, chunk, on_prefill, smaller_chunk)
+    logits = kept.logits
+    if logits is None:
+        logits = _read_prompt(model, forward, prompt_ids, kept, chunk, on_prefill, smaller_chunk)
+        kept.prompt_ends(logits)
     while True:
         token_id = choose(ids, logits)
         yield token_id
         new = ids.new_full((1, 1), token_id)  # filled by the device: nothing to wait for
         ids = torch.cat([ids, new], dim=1)
         logits = decode(forward, new) if decode else forward(new)
+        kept.hold([token_id])
 
 
 def _read_prompt(
-    model: PreTrainedModel, forward: Forward, ids: torch.Tensor, chunk: int, on_prefill: Callable[[int, int], None],
-    smaller_chunk: Callable[[int], int] | None,
+    model: PreTrainedModel, forward: Forward, prompt_ids: Sequence[int], kept: KeptCache, chunk: int,
+    on_prefill: Callable[[int, int], None], smaller_chunk: Callable[[int], int] | None,
 ) -> torch.Tensor:  # fmt: skip
     """The last logits, (1, V). One piece may take a minute on a large model, so layers are reported, not pieces."""
     layers = [module for _, module in experts_modules(model)]
-    total, begin, size, layers_done = ids.shape[1], 0, 0, 0
+    new_ids = list(prompt_ids[len(kept.ids) :])
+    ids = torch.tensor([new_ids], dtype=torch.long, device=model.device)
+    total, begin, size, layers_done = len(new_ids), 0, 0, 0
 
     def layer_done(*_: object) -> None:
         nonlocal layers_done
@@ -64,6 +70,7 @@ def _read_prompt(
                 assert smaller_chunk is not None
                 chunk = smaller_chunk(size)
                 continue
+            kept.hold(new_ids[begin : begin + size])
             logits, begin, size = result, begin + size, 0
             on_prefill(begin, total)
     finally:
@@ -78,9 +85,8 @@ class Forward:
     `position` is the number of tokens in the cache.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: DynamicCache | None) -> None:
-        self._model, self._cache = model, cache
-        self.position = cache.get_seq_length() if cache is not None else 0
+    def __init__(self, model: PreTrainedModel, cache: DynamicCache | None, *, position: int = 0) -> None:
+        self._model, self._cache, self.position = model, cache, position
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}

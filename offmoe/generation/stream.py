@@ -39,12 +39,15 @@ class StopRules:
 
 def stream_text(
     steps: Iterator[int], tokenizer: PreTrainedTokenizerBase | None, rules: StopRules, counters: Counters,
-    *, num_prompt_tokens: int, clock: Callable[[], float] = time.perf_counter,
+    *, num_prompt_tokens: int, num_reused: int = 0, clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Piece]:  # fmt: skip
-    """Pieces of text for the ids of `steps`, until a rule ends them. Without a tokenizer, pieces have ids only."""
+    """Pieces of text for the ids of `steps`, until a rule ends them. Without a tokenizer, pieces have ids only.
+
+    `num_reused` of the prompt's tokens were in the KV cache already.
+    """
     decoder = TextDecoder(tokenizer) if tokenizer is not None else None
     stops = StopMatcher(rules.stop_strings)
-    meter = Meter(counters, num_prompt_tokens, clock)
+    meter = Meter(counters, num_prompt_tokens, num_reused, clock)
     reason = rules.limit_reason
     for token_id in steps:
         meter.token()
@@ -64,8 +67,9 @@ def stream_text(
 class Meter:
     """Times of tokens and the counters of the two phases. Made when the prompt starts."""
 
-    def __init__(self, counters: Counters, num_prompt_tokens: int, clock: Callable[[], float]) -> None:
+    def __init__(self, counters: Counters, num_prompt_tokens: int, num_reused: int, clock: Callable[[], float]) -> None:
         self._counters, self._num_prompt_tokens, self._clock = counters, num_prompt_tokens, clock
+        self._num_reused = num_reused
         self._times = [clock()]
         self._at_start = counters.copy()
         self._at_first = self._at_start
@@ -86,6 +90,7 @@ class Meter:
         times = self._times
         return GenerationStats(
             prompt_tokens=self._num_prompt_tokens,
+            reused_tokens=self._num_reused,
             new_tokens=self.num_tokens,
             prefill_s=times[1] - times[0] if self.num_tokens else 0.0,
             step_s=tuple(after - before for before, after in zip(times[1:-1], times[2:], strict=True)),
