@@ -20,14 +20,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
     Without a template (base models) the turns are joined by newlines. Raises UsageError for malformed messages and for
     what the template itself refuses.
     """
-    for message in messages:
-        if (
-            not isinstance(message, dict)
-            or message.get("role") not in ROLES
-            or not isinstance(message.get("content"), str)
-        ):
-            raise UsageError(f"{message!r} is no message; use {{'role': one of {', '.join(ROLES)}, 'content': text}}")
-        check_text(message["content"], "the message")
+    check_messages(messages)
     if not messages:
         raise UsageError("the conversation is empty; give at least one message")
     if tokenizer.chat_template is None:
@@ -37,3 +30,15 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
     except TemplateError as error:
         raise UsageError(f"the model's chat template refuses this conversation: {error}") from None
     return list(encoded["input_ids"])
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise UsageError for what is no message, or has text that is none."""
+    for message in messages:
+        if (
+            not isinstance(message, dict)
+            or message.get("role") not in ROLES
+            or not isinstance(message.get("content"), str)
+        ):
+            raise UsageError(f"{message!r} is no message; use {{'role': one of {', '.join(ROLES)}, 'content': text}}")
+        check_text(message["content"], "the message")

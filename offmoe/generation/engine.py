@@ -20,8 +20,10 @@ from offmoe.base.trace import TraceEvent
 from offmoe.base.trace_file import TraceWriter
 from offmoe.generation.chat import Message, chat_ids
 from offmoe.generation.compiled import DecodeCompiler
+from offmoe.generation.conversation import Conversation
 from offmoe.generation.prefill_chunk import PrefillChunk
 from offmoe.generation.prompt import encode, stop_rules
+from offmoe.generation.reasoning import split_reasoning
 from offmoe.generation.reply import Reply, collect
 from offmoe.generation.sampling import Chooser, Sampling, make_chooser, resolve_sampling
 from offmoe.generation.step import generate_step
@@ -162,11 +164,19 @@ class Engine:
         return collect(self.stream_chat(messages, **options))
 
     def stream_chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Piece]:
-        """As `chat`, piece by piece. `reuse` is on unless it is given, or placement_invariant is set."""
+        """As `chat`, piece by piece; `piece.reasoning` tells what the model thinks from what it says.
+
+        `reuse` is True unless it is given, or placement_invariant is set.
+        """
         if self.tokenizer is None:
             raise UsageError(f"{self.folder} has no tokenizer, which a conversation needs; use generate with token ids")
-        reuse = not self.config.placement_invariant
-        return self.stream(chat_ids(self.tokenizer, messages), **{"reuse": reuse, **options})
+        ids = chat_ids(self.tokenizer, messages)
+        pieces = self.stream(ids, **{"reuse": not self.config.placement_invariant, **options})
+        return split_reasoning(pieces, self.tokenizer, ids)
+
+    def conversation(self, *, system: str | None = None) -> Conversation:
+        """A chat that remembers what was said. Raises UsageError without a tokenizer."""
+        return Conversation(self, system=system)
 
     def stream(
         self, prompt: str | Sequence[int], *, max_new_tokens: int = 256, stop: str | Sequence[str] | None = None,

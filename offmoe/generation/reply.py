@@ -11,9 +11,13 @@ from offmoe.generation.stream import Piece
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A finished generation. `finish_reason` and `stats` as in the last Piece of a stream."""
+    """A finished generation. `finish_reason` and `stats` as in the last Piece of a stream.
+
+    In a chat `text` is the answer and `reasoning` what the model wrote before it, without its marks.
+    """
 
     text: str
+    reasoning: str = ""
     token_ids: tuple[int, ...]
     finish_reason: str
     stats: GenerationStats
@@ -21,11 +25,15 @@ class Reply:
 
 def collect(pieces: Iterable[Piece]) -> Reply:
     """All of a stream."""
-    texts, ids = [], []
+    texts: dict[bool, list[str]] = {False: [], True: []}
+    ids = []
     last = Piece("")
     for last in pieces:
-        texts.append(last.text)
+        texts[last.reasoning].append(last.text)
         if last.token_id is not None:
             ids.append(last.token_id)
     assert last.stats is not None and last.finish_reason is not None, f"{last=}"
-    return Reply(text="".join(texts), token_ids=tuple(ids), finish_reason=last.finish_reason, stats=last.stats)
+    return Reply(
+        text="".join(texts[False]), reasoning="".join(texts[True]), token_ids=tuple(ids),
+        finish_reason=last.finish_reason, stats=last.stats,
+    )  # fmt: skip

@@ -17,7 +17,8 @@ from offmoe.generation.text import StopMatcher, TextDecoder
 class Piece:
     """One step of a stream. `text` may be empty (an incomplete character, a stop string that may be beginning).
 
-    `token_id` is None for the text that only the end released. The last piece, and only it, has `finish_reason`
+    `token_id` is None for the text that only the end released, and for the first part of a token's text that goes from
+    reasoning to answer. `reasoning`: not yet the answer (chats only). The last piece, and only it, has `finish_reason`
     ("stop": end token or stop string, "length": max_new_tokens, "context": the context is full) and `stats`.
     """
 
@@ -25,6 +26,7 @@ class Piece:
     token_id: int | None = None
     finish_reason: str | None = None
     stats: GenerationStats | None = None
+    reasoning: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,61 @@
+"""Conversations as files: JSON with the messages, and the name of the model that they were held with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from offmoe.base.errors import OutputError, UsageError
+from offmoe.generation.chat import Message, check_messages
+
+_MARK, _VERSION = "offmoe_conversation", 1
+# Far above any context; a larger file is something else.
+_MOST_BYTES = 64 << 20
+
+
+def save_messages(path: Path, messages: Sequence[Message], *, model: str) -> None:
+    """Write, or replace a file that was written so. It is whole or not there.
+
+    Raises UsageError for a file that is something else, OutputError where the system refuses.
+    """
+    if path.exists() and not _is_saved(path):
+        raise UsageError(f"{path} exists and is no saved conversation; choose another name")
+    record = {_MARK: _VERSION, "model": model, "messages": list(messages)}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def read_messages(path: Path) -> list[Message]:
+    """The messages of a saved conversation. Raises UsageError for anything that is none."""
+    try:
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise UsageError(f"{path} has {size} bytes, too many for a conversation")
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{path} is no saved conversation: not JSON text") from None
+    if not isinstance(record, dict) or record.get(_MARK) != _VERSION or not isinstance(record.get("messages"), list):
+        raise UsageError(f"{path} is no saved conversation: it lacks {_MARK!r}: {_VERSION} or a list of 'messages'")
+    messages: list[Message] = record["messages"]
+    check_messages(messages)
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _is_saved(path: Path) -> bool:
+    try:
+        read_messages(path)
+    except UsageError:
+        return False
+    return True
