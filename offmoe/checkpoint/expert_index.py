@@ -46,13 +46,13 @@ class Part:
 class QuantPart:
     """A quantised part: views of its codes, scales and zero points as stored (`quant_format.py` has the layouts).
 
-    `shape` is the logical one, always (outputs, inputs), in transposed layers too.
+    `shape` is the logical one, always (outputs, inputs), in transposed layers too. GGUF's blocks have no scales apart.
     """
 
     format: QuantFormat
     shape: tuple[int, int]
     codes: Part
-    scales: Part
+    scales: Part | None
     zeros: Part | None = None
 
 
@@ -61,7 +61,8 @@ class MoeLayer:
     """One experts module. `spans[expert][source]` are the bytes; `up` and `down` the parts, the same for all experts.
 
     Parts of a matrix are concatenated along the output dimension, in order. `transposed`: a plain part is (in, out)
-    rather than (out, in). Biases are per-expert vectors that stay resident.
+    rather than (out, in). `halves`: gate and up lie one after the other, where the module's own parameter has their
+    outputs take turns. Biases are per-expert vectors that stay resident.
     """
 
     name: str
@@ -71,6 +72,7 @@ class MoeLayer:
     down: tuple[Part | QuantPart, ...]
     transposed: bool
     spans: tuple[tuple[Span, ...], ...]
+    halves: bool = False
 
     @property
     def expert_bytes(self) -> int:
@@ -102,7 +104,7 @@ def stored_parts(part: Part | QuantPart) -> tuple[Part, ...]:
     """What `part` is stored as: itself, or its codes, scales and zero points."""
     if isinstance(part, Part):
         return (part,)
-    return (part.codes, part.scales) if part.zeros is None else (part.codes, part.scales, part.zeros)
+    return tuple(stored for stored in (part.codes, part.scales, part.zeros) if stored is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

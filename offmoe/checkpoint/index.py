@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from offmoe.base.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from offmoe.checkpoint.derived import StoredTensor
+from offmoe.checkpoint.gguf import GgufHeader, GgufTensor, read_gguf_header, split_paths
+from offmoe.checkpoint.gguf_config import gguf_config
+from offmoe.checkpoint.gguf_tensors import gguf_tensors
 from offmoe.checkpoint.header import read_header
 from offmoe.checkpoint.quant_config import Quantisation
-from offmoe.checkpoint.quantised import StoredTensor, join_quantised
+from offmoe.checkpoint.quantised import join_quantised
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.checkpoint.tensor_entry import TensorEntry
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+GGUF_SUFFIX = ".gguf"
 MAX_JSON_BYTES = 256 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -25,26 +30,31 @@ class CheckpointIndex:
     """All tensors of a checkpoint, with their files held open. Close it when the last reader is done.
 
     `tensors` are logical ones: a quantised matrix is one entry under its plain name, whatever it is stored as. `stored`
-    are the tensors of the files.
+    are the tensors of the files. `folder` is that of a GGUF file, where the checkpoint is one.
     """
 
     def __init__(
         self, folder: Path, files: list[ShardFile], stored: dict[str, TensorEntry],
-        quantisation: Quantisation | None = None,
+        quantisation: Quantisation | None = None, *, gguf: Mapping[str, StoredTensor] | None = None,
     ) -> None:  # fmt: skip
         self.folder = folder
         self.files = files
         self.stored = stored
-        self.tensors: dict[str, StoredTensor] = join_quantised(stored, quantisation, self.read_bytes)
+        self.is_gguf = gguf is not None
+        self.tensors: dict[str, StoredTensor] = (
+            dict(join_quantised(stored, quantisation, self.read_bytes)) if gguf is None else dict(gguf)
+        )
 
     @classmethod
     def open(cls, folder: Path, quantisation: Quantisation | None = None) -> CheckpointIndex:
-        """Index `folder`: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+        """Index `folder`: `model.safetensors`, or the shards that `model.safetensors.index.json` names; or a GGUF file.
 
         `quantisation` is what config.json says (`read_quantisation`). Raises ModelNotFoundError (no checkpoint there),
         UnsupportedModelError (pickle files only, which are never opened) and CheckpointError (damaged, missing or
         contradicting files).
         """
+        if folder.suffix == GGUF_SUFFIX:
+            return cls._open_gguf(folder)
         names, weight_map = _shard_names(folder)
         files: list[ShardFile] = []
         tensors: dict[str, TensorEntry] = {}
@@ -58,6 +68,18 @@ class CheckpointIndex:
                 _merge(tensors, entries, files)
             _check_weight_map(weight_map, tensors, files)
             return cls(folder, files, tensors, quantisation)
+        except BaseException:
+            for file in files:
+                file.close()
+            raise
+
+    @classmethod
+    def _open_gguf(cls, path: Path) -> CheckpointIndex:
+        files: list[ShardFile] = []
+        try:
+            header = _read_gguf(path, files)
+            stored = {name: tensor.entry for name, tensor in header.tensors.items()}
+            return cls(path.parent, files, stored, gguf=gguf_tensors(header, gguf_config(header)))
         except BaseException:
             for file in files:
                 file.close()
@@ -94,6 +116,45 @@ class CheckpointIndex:
         """Close every file."""
         for file in self.files:
             file.close()
+
+
+def read_config(model: Path) -> dict[str, Any]:
+    """config.json of a folder, or what a GGUF file's metadata say in its place. Raises as `CheckpointIndex.open`."""
+    return gguf_config(_header(model)) if model.suffix == GGUF_SUFFIX else read_json(model / "config.json")
+
+
+def holds_tokenizer(path: Path) -> bool:
+    """True for a GGUF file with a vocabulary."""
+    return "tokenizer.ggml.tokens" in _header(path).metadata
+
+
+def _header(path: Path) -> GgufHeader:
+    files: list[ShardFile] = []
+    try:
+        return _read_gguf(path, files)
+    finally:
+        for file in files:
+            file.close()
+
+
+def _read_gguf(path: Path, files: list[ShardFile]) -> GgufHeader:
+    """The header of a file, or of all parts of a split one; the files are opened and added to `files`."""
+    metadata: dict[str, Any] = {}
+    tensors: dict[str, GgufTensor] = {}
+    for file_idx, part in enumerate(split_paths(path)):
+        files.append(ShardFile(part))
+        header = read_gguf_header(files[-1], file_idx=file_idx)
+        twice = tensors.keys() & header.tensors.keys()
+        if twice:
+            raise CheckpointError(f"tensor {min(twice)!r} is in two parts of {path}; download them again")
+        metadata = header.metadata | metadata
+        tensors |= header.tensors
+    expected = metadata.get("split.tensors.count", len(tensors))
+    if expected != len(tensors):
+        raise CheckpointError(
+            f"{path} says {expected} tensors in all its parts, there are {len(tensors)}; download it again"
+        )
+    return GgufHeader(metadata=metadata, tensors=tensors)
 
 
 def read_json(path: Path) -> dict[str, Any]:

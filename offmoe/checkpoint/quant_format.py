@@ -9,6 +9,8 @@ int8    codes I32 (N, K/4): byte i of word j is column 4j+i; or I8 (N, K)
 mxfp4   codes U8 (N, K/2): e2m1, low nibble first; scales U8 (N, K/32): exponents of two, 127 added
 fp8     codes F8_E4M3 (N, K); scales float (ceil(N/group_rows), ceil(K/group))
 
+q4_k... codes U8 (N, K/columns * bytes): GGUF's blocks (`BLOCK_KINDS`), which hold their scales themselves
+
 The first two are compressed-tensors' `pack-quantized` and `int-quantized`, mxfp4 is gpt-oss as published (the OCP
 microscaling format), fp8 DeepSeek-V3 as published and compressed-tensors' `float-quantized`. Integers are stored with
 `offset` added, zeros with the same: w = ((code - offset) - (zero - offset)) * scale.
@@ -19,7 +21,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-QuantKind = Literal["int8", "int4", "mxfp4", "fp8"]
+QuantKind = Literal[
+    "int8", "int4", "mxfp4", "fp8",
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "mxfp4_gguf",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKind:
+    """A GGUF type: ggml's number for it, the columns of a block, and the block's bytes."""
+
+    type_number: int
+    num_columns: int
+    num_bytes: int
+
+
+# Source: ggml's block structs, https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
+BLOCK_KINDS: dict[QuantKind, BlockKind] = {
+    "q4_0": BlockKind(2, 32, 18), "q4_1": BlockKind(3, 32, 20), "q5_0": BlockKind(6, 32, 22),
+    "q5_1": BlockKind(7, 32, 24), "q8_0": BlockKind(8, 32, 34), "q2_k": BlockKind(10, 256, 84),
+    "q3_k": BlockKind(11, 256, 110), "q4_k": BlockKind(12, 256, 144), "q5_k": BlockKind(13, 256, 176),
+    "q6_k": BlockKind(14, 256, 210), "mxfp4_gguf": BlockKind(39, 32, 17),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +61,15 @@ class QuantFormat:
     scale_dtype: str = "BF16"
 
     @property
+    def is_blocks(self) -> bool:
+        """True for GGUF's: codes and scales lie together, block by block."""
+        return self.kind in BLOCK_KINDS
+
+    @property
     def name(self) -> str:
         """For people: `int4, groups of 32`."""
-        if self.kind == "mxfp4":
-            return "mxfp4"
+        if self.kind == "mxfp4" or self.is_blocks:
+            return self.kind.removesuffix("_gguf")
         if self.group_rows > 1:
             return f"{self.kind}, blocks of {self.group_rows} x {self.group}"
         return f"{self.kind}, groups of {self.group}" + ("" if self.symmetric else ", with zero points")

@@ -34,13 +34,13 @@ class QuantEntry:
     shape: tuple[int, ...]
     format: QuantFormat
     codes: TensorEntry
-    scales: TensorEntry
+    scales: TensorEntry | None
     zeros: TensorEntry | None = None
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
         """The tensors that it is stored as."""
-        return (self.codes, self.scales) if self.zeros is None else (self.codes, self.scales, self.zeros)
+        return tuple(entry for entry in (self.codes, self.scales, self.zeros) if entry is not None)
 
     @property
     def num_bytes(self) -> int:
@@ -53,12 +53,9 @@ class QuantEntry:
         return self.format.name
 
 
-StoredTensor = TensorEntry | QuantEntry
-
-
 def join_quantised(
     tensors: Mapping[str, TensorEntry], quantisation: Quantisation | None, read: ReadBytes
-) -> dict[str, StoredTensor]:
+) -> dict[str, TensorEntry | QuantEntry]:
     """The logical tensors. `read` gives a small tensor's bytes, where shapes alone leave the number of bits open.
 
     Raises CheckpointError, naming tensors and numbers, when parts are missing or contradict each other.
@@ -107,7 +104,8 @@ def quant_part(
     return QuantPart(
         format=form, shape=(num_rows, entry.shape[-1]),
         codes=_rows(entry.codes, sources[0], rows, _code_columns(entry), 1),
-        scales=_rows(entry.scales, sources[1], rows, entry.scales.shape[-1], form.group_rows),
+        scales=None if entry.scales is None
+        else _rows(entry.scales, sources[1], rows, entry.scales.shape[-1], form.group_rows),
         zeros=None if entry.zeros is None
         else _rows(entry.zeros, sources[2], rows, entry.zeros.shape[-1], zeros_per_row),
     )  # fmt: skip

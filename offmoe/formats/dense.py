@@ -79,7 +79,7 @@ def _matrix(part: Part | QuantPart, slot: torch.Tensor, source_offsets: tuple[in
         part.format,
         part.shape,
         _view(part.codes, slot, source_offsets),
-        _view(part.scales, slot, source_offsets),
+        None if part.scales is None else _view(part.scales, slot, source_offsets),
         None if part.zeros is None else _view(part.zeros, slot, source_offsets),
     )
 

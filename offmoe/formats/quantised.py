@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 from offmoe.checkpoint.quant_format import QuantFormat
+from offmoe.formats.blocks import block_values
 
 # The sixteen values of e2m1: 1 sign bit, 2 exponent bits, 1 mantissa bit. And of four bits with 8 added.
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -22,13 +23,14 @@ BLOCK_VALUES, BLOCK_ROWS = 1 << 19, 128
 class QuantMatrix:
     """A matrix of `shape` (N outputs, K inputs), always that way round. `quant_format.py` has the layouts.
 
-    The tensors may be strided views of a slot; they are as stored, and valid as long as the slot is held.
+    GGUF's blocks are codes alone. The tensors may be strided views of a slot; they are as stored, and valid as long as
+    the slot is held.
     """
 
     format: QuantFormat
     shape: tuple[int, int]
     codes: torch.Tensor
-    scales: torch.Tensor
+    scales: torch.Tensor | None
     zeros: torch.Tensor | None
 
     def dequantise(self, dtype: torch.dtype, rows: slice = ALL_ROWS) -> torch.Tensor:
@@ -39,6 +41,8 @@ class QuantMatrix:
         """
         begin, end, step = rows.indices(self.shape[0])
         assert step == 1, f"{rows=}"
+        if self.format.is_blocks:
+            return block_values(self.format.kind, self.codes[begin:end]).to(dtype)
         values = _VALUES[self.format.kind](self, slice(begin, end))
         first = begin // self.format.group_rows
         last = -(-end // self.format.group_rows)
@@ -59,6 +63,7 @@ class QuantMatrix:
         return (slice(begin, begin + step) for begin in range(0, num_rows, step))
 
     def _scale_values(self, rows: slice) -> torch.Tensor:
+        assert self.scales is not None, f"{self.format=}"
         scales = self.scales[rows]
         if self.format.scale_dtype == "U8":
             exponents = scales.to(torch.int32)  # as a float32's own; 2**-127 alone is one of its small numbers

@@ -70,13 +70,14 @@ class Codes:
 
 def codes_of(part: QuantPart, offsets: tuple[int, ...]) -> Codes:
     """The numbers for a part whose sources begin at `offsets`, bytes from the slot's start. Ask `obstacle` first."""
-    format_, zeros = part.format, part.zeros
-    scale_bytes, bits = _itemsize(part.scales), _bits(part)
+    format_, scales, zeros = part.format, part.scales, part.zeros
+    assert scales is not None, f"{part=}"
+    scale_bytes, bits = _itemsize(scales), _bits(part)
     found = Codes(
         bits=bits, is_integer=format_.kind in ("int4", "int8"), is_signed=part.codes.dtype == "I8",
         group=format_.group, group_rows=format_.group_rows, is_exponent=format_.scale_dtype == "U8",
-        scale_bytes=scale_bytes, scale_base=offsets[part.scales.source_idx] // scale_bytes + part.scales.offset,
-        scale_out_stride=part.scales.strides[0], scale_in_stride=part.scales.strides[1], scale_type=part.scales.dtype,
+        scale_bytes=scale_bytes, scale_base=offsets[scales.source_idx] // scale_bytes + scales.offset,
+        scale_out_stride=scales.strides[0], scale_in_stride=scales.strides[1], scale_type=scales.dtype,
     )  # fmt: skip
     if zeros is None:
         return found
@@ -98,6 +99,8 @@ def first_word(part: QuantPart, offsets: tuple[int, ...]) -> tuple[int, int]:
 def obstacle(part: QuantPart) -> str | None:
     """Why the kernels cannot read a part, None if they can: a reason for people."""
     format_, (_, num_in) = part.format, part.shape
+    if part.scales is None:
+        return f"{format_.name} has codes and scales side by side"
     itemsize, per_word = _itemsize(part.codes), 32 // _bits(part)
     span = SPAN_WORDS * per_word
     row_bytes, begin = part.codes.strides[0] * itemsize, part.codes.offset * itemsize

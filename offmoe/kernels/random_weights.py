@@ -20,6 +20,7 @@ def fill_at_random(part: torch.Tensor | QuantMatrix, num_in: int, generator: tor
     _fill_codes(part.codes, generator)
     if part.zeros is not None:
         _fill_codes(part.zeros, generator)
+    assert part.scales is not None, f"{part.format=}"
     scale = num_in**-0.5 / _SPREAD[part.format.kind]
     if part.format.scale_dtype == "U8":
         exponent = 127 + round(math.log2(scale))

@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
-from offmoe.checkpoint.index import CheckpointIndex, read_json
+from offmoe.checkpoint.index import GGUF_SUFFIX, CheckpointIndex, read_config, read_json
 from offmoe.checkpoint.quant_config import Quantisation, read_quantisation
 from offmoe.formats.dense import TORCH_DTYPES
 from offmoe.models.transformers_internals import experts_modules, served_families
@@ -33,6 +33,8 @@ def read_model_config(folder: Path, *, trust_remote_code: bool) -> tuple[PreTrai
     So the model is built of plain modules, whatever its weights are stored as. Raises UnsupportedModelError naming the
     nearest supported type, or the quantisation that is not read.
     """
+    if folder.suffix == GGUF_SUFFIX:
+        return _gguf_config(folder), None
     raw = read_json(folder / "config.json")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
@@ -61,6 +63,16 @@ def read_model_config(folder: Path, *, trust_remote_code: bool) -> tuple[PreTrai
         raise
 
 
+def _gguf_config(path: Path) -> PreTrainedConfig:
+    values = read_config(path)
+    try:
+        config = AutoConfig.for_model(**values)
+    except _CONFIG_ERRORS as error:
+        raise CheckpointError(f"{path} has metadata that make no {values['model_type']}: {_one_line(error)}") from None
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
 def _bad_config(folder: Path, model_type: str, error: Exception) -> CheckpointError:
     return CheckpointError(f"{folder / 'config.json'} is no valid {model_type} config: {_one_line(error)}")
 
@@ -87,7 +99,7 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
         )
     model.eval()
     path = index.folder / "generation_config.json"
-    if path.is_file():
+    if path.is_file() and not index.is_gguf:
         try:
             model.generation_config = GenerationConfig.from_pretrained(index.folder)
         except (OSError, ValueError, TypeError) as error:
@@ -128,8 +140,16 @@ def _is_generator(found: Any) -> bool:
 
 
 def _stored_dtype(index: CheckpointIndex) -> torch.dtype:
+    if index.is_gguf:
+        return _gguf_dtype(index)
     found = (TORCH_DTYPES[entry.dtype] for entry in index.tensors.values() if entry.dtype in TORCH_DTYPES)
     return next(found, torch.float32)
+
+
+def _gguf_dtype(index: CheckpointIndex) -> torch.dtype:
+    """What most of the weights are stored as; bfloat16 for blocks, whose values need its range."""
+    most = next(iter(index.formats))
+    return TORCH_DTYPES.get(most, torch.bfloat16)
 
 
 def _looks_moe(index: CheckpointIndex) -> bool:

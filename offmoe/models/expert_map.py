@@ -8,13 +8,15 @@ import torch
 from transformers import PreTrainedModel
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
 from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part, QuantPart, Span
 from offmoe.checkpoint.index import CheckpointIndex
-from offmoe.checkpoint.quantised import QuantEntry, StoredTensor, quant_part
+from offmoe.checkpoint.quantised import QuantEntry, quant_part
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.formats.dense import torch_dtype
 from offmoe.models.transformers_internals import (
     KeyMapping,
+    Matrix,
     Piece,
     Target,
     expert_matrix,
@@ -61,7 +63,7 @@ def map_experts(
         layers.append(
             MoeLayer(
                 name=module_name, num_experts=params[up_name].shape[0], top_k=_top_k(model, params[up_name].shape[0]),
-                up=up, down=down, transposed=bool(module.is_transposed),
+                up=up, down=down, transposed=bool(module.is_transposed), halves=builder.halves,
                 spans=tuple(tuple(source[e] for source in builder.spans) for e in range(params[up_name].shape[0])),
             )
         )  # fmt: skip
@@ -89,6 +91,7 @@ class _LayerBuilder:
         self._index, self._mapping, self._targets = index, mapping, targets
         self.spans: list[list[Span]] = []
         self.used_keys: set[str] = set()
+        self.halves = False
 
     def add(
         self, param_name: str, param: torch.nn.Parameter, by_param: dict[str, list[str]]
@@ -96,6 +99,9 @@ class _LayerBuilder:
         """Find the tensors of one parameter; returns the parts of an expert's matrix."""
         where = f"{self._module_name}.{param_name}"
         keys = by_param.get(where, [])
+        halves = [f"{self._module_name}.{half}_proj" for half in ("gate", "up")]
+        if not keys and param_name == "gate_up_proj" and all(half in by_param for half in halves):
+            return self._add_halves(halves, param, where)
         if not keys:
             raise CheckpointError(
                 f"the checkpoint has no tensor for {where} of shape {list(param.shape)}, which config.json asks for; "
@@ -114,8 +120,30 @@ class _LayerBuilder:
         shapes = {name: source.shape for name, source in sources.items()}
         expected = (param.shape[1], param.shape[2])
         matrix = expert_matrix(shapes, order, operations, expected, where=where)
-        if self._transposed and not operations and all(_is_mxfp4(source.entry) for source in sources.values()):
-            matrix = transpose(matrix)  # published as (experts, out, in), whatever the module's parameter is
+        if self._transposed and not operations and all(self._is_turned(source.entry) for source in sources.values()):
+            matrix = transpose(matrix)
+        return self._cut(matrix, sources, expected, where)
+
+    def _add_halves(self, halves: list[str], param: torch.nn.Parameter, where: str) -> tuple[Part | QuantPart, ...]:
+        """Gate and up stacked apart where the module has them in one parameter: two parts, one after the other."""
+        self.halves = True
+        self.used_keys.update(halves)
+        sources = {half: self._source([self._index.tensors[half]], param, where) for half in halves}
+        shapes = {half: source.shape for half, source in sources.items()}
+        pieces: list[Piece] = []
+        for half in halves:
+            matrix = expert_matrix({half: shapes[half]}, [half], [], (0, 0), where=where)
+            pieces += (transpose(matrix) if self._transposed else matrix).pieces
+        matrix = Matrix(tuple(pieces), 1 if self._transposed else 0)
+        return self._cut(matrix, sources, (param.shape[1], param.shape[2]), where)
+
+    def _is_turned(self, entry: StoredTensor) -> bool:
+        """Published as (experts, out, in), whatever the module's parameter is."""
+        return self._index.is_gguf or (isinstance(entry, QuantEntry) and entry.format.kind == "mxfp4")
+
+    def _cut(
+        self, matrix: Matrix, sources: dict[str, _Source], expected: tuple[int, int], where: str
+    ) -> tuple[Part | QuantPart, ...]:
         if matrix.shape != expected:
             raise CheckpointError(
                 f"{where}: config.json says {list(expected)} an expert, the checkpoint holds {list(matrix.shape)}; "
@@ -165,6 +193,7 @@ class _Source:
 
 
 def _stored(entry: StoredTensor) -> tuple[TensorEntry, ...]:
+    assert not isinstance(entry, DerivedEntry), f"{entry=}: experts are read as they are"
     return entry.stored if isinstance(entry, QuantEntry) else (entry,)
 
 
@@ -174,10 +203,6 @@ def _kind(entry: StoredTensor) -> tuple[object, ...]:
         return (entry.format, *(stored.dtype for stored in entry.stored))
     torch_dtype(entry.dtype, where=f"tensor {entry.name!r}")
     return (entry.dtype,)
-
-
-def _is_mxfp4(entry: StoredTensor) -> bool:
-    return isinstance(entry, QuantEntry) and entry.format.kind == "mxfp4"
 
 
 def _span(entry: TensorEntry) -> Span:

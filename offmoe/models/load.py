@@ -129,7 +129,7 @@ def load_model(
         counters = Counters()
         disk = DiskTier(index.files, io=config.io, counters=counters)
         opened.callback(disk.close)
-        _take_experts_out(model)
+        _take_experts_out(model, experts)
         tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
         if device is None and (device := choose_device(config)) is not None:
             opened.callback(device.close)
@@ -223,14 +223,14 @@ def _attach_all(model: PreTrainedModel, executor: ExpertsExecutor) -> None:
         attach(module, executor)
 
 
-def _take_experts_out(model: PreTrainedModel) -> None:
+def _take_experts_out(model: PreTrainedModel, experts: ExpertIndex) -> None:
     """Remove the streamed parameters and bind each experts module to its number."""
     for layer_idx, (_, module) in enumerate(experts_modules(model)):
         params = streamed_parameters(module)
         first = next(iter(params.values()))
         for name in params:
             del module._parameters[name]
-        bind(module, LayerBinding(layer_idx, first.shape[0], first.dtype))
+        bind(module, LayerBinding(layer_idx, first.shape[0], first.dtype, halves=experts.layers[layer_idx].halves))
     model.set_experts_implementation(SEAM_NAME)
 
 

@@ -190,6 +190,7 @@ def _encoded(matrix: Matrix, index: CheckpointIndex, count: Callable[[int], None
         start = matrix.start + begin * matrix.row_bytes
         index.files[matrix.file_idx].read_into(writable_bytes(values), start, need_bytes=values.nbytes)
         encoded = encode(values, matrix.format, name=f"{matrix.name}.weight")
+        assert encoded.scales is not None, f"{matrix.format=}"
         scales.append(encoded.scales)
         yield writable_bytes(encoded.codes)
         count(values.nbytes)

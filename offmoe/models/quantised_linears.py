@@ -18,9 +18,9 @@ from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu.decode import CpuLinear
 from offmoe.kernels.cpu.kernels import CpuKernels
-from offmoe.kernels.cpu.matrices import unreadable
+from offmoe.kernels.cpu.matrices import knows, unreadable
 from offmoe.models.native import MAX_ROWS
-from offmoe.models.resident import read_matrix, values_of
+from offmoe.models.stored import read_matrix, values_of
 from offmoe.models.transformers_internals import Target
 
 _BUFFERS = ("offmoe_codes", "offmoe_scales", "offmoe_zeros")
@@ -43,7 +43,7 @@ class QuantisedLinears:
             keys = keys_of.get(f"{name}.weight", [])
             entry = index.tensors[keys[0]] if len(keys) == 1 else None
             tied = f"{name}.weight" in model.all_tied_weights_keys
-            if type(module) is not nn.Linear or not isinstance(entry, QuantEntry) or tied:
+            if type(module) is not nn.Linear or not isinstance(entry, QuantEntry) or tied or not knows(entry.format):
                 continue
             if targets[keys[0]].pattern is None and entry.shape == module.weight.shape:
                 self._take(module, entry)

@@ -9,22 +9,18 @@ from types import EllipsisType
 import torch
 from transformers import PreTrainedModel
 
-from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.base.errors import CheckpointError
+from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
 from offmoe.checkpoint.index import CheckpointIndex
-from offmoe.checkpoint.quantised import QuantEntry, StoredTensor
+from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.checkpoint.tensor_entry import TensorEntry
-from offmoe.formats.dense import TORCH_DTYPES, writable_bytes
-from offmoe.formats.quantised import QuantMatrix
+from offmoe.models.derived import derive
+from offmoe.models.stored import read_matrix, read_tensor, values_of
 from offmoe.models.transformers_internals import KeyMapping, ResidentLoader, Target
 from offmoe.tiers.huge_pages import in_huge_pages
 
 # Tensors handed to transformers' loader at once: bounds what is read ahead of conversion.
 BATCH_BYTES = 256 << 20
-
-_DTYPES = TORCH_DTYPES | {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 
 class LazyTensor:
@@ -34,40 +30,11 @@ class LazyTensor:
         self._index, self._entry, self._dtype = index, entry, dtype
 
     def __getitem__(self, item: EllipsisType) -> torch.Tensor:
+        if isinstance(self._entry, DerivedEntry):
+            return derive(self._index, self._entry, self._dtype)
         if isinstance(self._entry, QuantEntry):
             return values_of(read_matrix(self._index, self._entry), self._dtype)
         return read_tensor(self._index, self._entry)
-
-
-def read_tensor(index: CheckpointIndex, entry: TensorEntry) -> torch.Tensor:
-    """A tensor as it is stored. Raises CheckpointError for a type that is not known."""
-    dtype = _DTYPES.get(entry.dtype)
-    if dtype is None:
-        raise CheckpointError(f"tensor {entry.name!r} is stored as {entry.dtype}; known: {', '.join(_DTYPES)}")
-    raw = torch.empty(math.prod(entry.shape), dtype=dtype)
-    if entry.num_bytes:
-        index.read_bytes_into(entry, writable_bytes(raw))
-    return raw.view(entry.shape)
-
-
-def read_matrix(index: CheckpointIndex, entry: QuantEntry) -> QuantMatrix:
-    """A quantised matrix as it is stored. Raises UnsupportedModelError for stacked ones."""
-    if len(entry.shape) != 2:
-        raise UnsupportedModelError(
-            f"{entry.name!r} is quantised ({entry.dtype}) and has shape {list(entry.shape)}; stacked matrices are "
-            "read for routed experts only"
-        )
-    codes, scales, *zeros = [in_huge_pages(read_tensor(index, stored)) for stored in entry.stored]
-    shape = (entry.shape[0], entry.shape[1])
-    return QuantMatrix(entry.format, shape, codes.flatten(1), scales, zeros[0] if zeros else None)
-
-
-def values_of(matrix: QuantMatrix, dtype: torch.dtype) -> torch.Tensor:
-    """All values, (N, K); what is needed on the way is bounded."""
-    values = torch.empty(matrix.shape, dtype=dtype)
-    for rows in matrix.row_blocks():
-        values[rows] = matrix.dequantise(dtype, rows)
-    return values
 
 
 def resident_bytes(model: PreTrainedModel) -> int:
@@ -138,7 +105,7 @@ def _move_parameters(model: PreTrainedModel, device: torch.device) -> None:
 def _read_bytes(keys: list[str], index: CheckpointIndex, dtype: torch.dtype) -> int:
     """What these tensors take in RAM once they are read: quantised ones as they are stored, and as values."""
     entries = [index.tensors[key] for key in keys]
-    values = sum(math.prod(entry.shape) for entry in entries if isinstance(entry, QuantEntry))
+    values = sum(math.prod(entry.shape) for entry in entries if not isinstance(entry, TensorEntry))
     return sum(entry.num_bytes for entry in entries) + values * dtype.itemsize
 
 

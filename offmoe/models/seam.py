@@ -48,12 +48,14 @@ class StateObserver(Protocol):
 class LayerBinding:
     """What an experts module needs to be served: its number, its arithmetic, and who runs it (None: not yet).
 
-    `handle` names the binding within this process. It is not used again. `observer`: see models/routing.py.
+    `halves`: see MoeLayer. `handle` names the binding within this process. It is not used again. `observer`: see
+    models/routing.py.
     """
 
     layer_idx: int
     num_experts: int
     dtype: torch.dtype
+    halves: bool = False
     math: ExpertMath | None = None
     executor: ExpertsExecutor | None = None
     observer: StateObserver | None = None
@@ -120,15 +122,25 @@ def math_of(module: torch.nn.Module) -> ExpertMath:
     """The module's own arithmetic, as the decorator's attributes and its resident parts describe it."""
     experts: Any = module
     up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    activate = experts._apply_gate if experts.has_gate else experts.act_fn
+    up_bias_EF = getattr(experts, up_name + "_bias") if experts.has_bias else None
+    if _binding_of(module).halves:
+        activate = _after_taking_turns(activate)
+        up_bias_EF = None if up_bias_EF is None else torch.cat([up_bias_EF[:, ::2], up_bias_EF[:, 1::2]], dim=1)
     return ExpertMath(
-        activate=experts._apply_gate if experts.has_gate else experts.act_fn,
-        up_bias_EF=getattr(experts, up_name + "_bias") if experts.has_bias else None,
+        activate=activate,
+        up_bias_EF=up_bias_EF,
         down_bias_ED=experts.down_proj_bias if experts.has_bias else None,
         # transformers 5.17 has no such attribute, and no experts with a norm of their own.
         post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
         transposed=bool(experts.is_transposed),
         dtype=_binding_of(module).dtype,
     )
+
+
+def _after_taking_turns(activate: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`activate` for gate and up in halves, where it wants [gate 0, up 0, gate 1, up 1, ...]."""
+    return lambda up_NF: activate(torch.stack(up_NF.chunk(2, dim=-1), dim=-1).flatten(-2))
 
 
 def serve_experts(

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
-from offmoe.checkpoint.index import read_json
+from offmoe.checkpoint.index import GGUF_SUFFIX, holds_tokenizer, read_json
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the checkpoint in `folder`; None when it has no tokenizer files.
+    """The tokenizer of the checkpoint in `folder`, or of a GGUF file; None when there is none.
 
     Raises CheckpointError for files that cannot be read, UnsupportedModelError for a tokenizer that is Python code.
     """
+    if folder.suffix == GGUF_SUFFIX:
+        return _checked(folder, _from_gguf(folder)) if holds_tokenizer(folder) else None
     if not any((folder / name).is_file() for name in _FILES):
         return None
     if not trust_remote_code and _is_own_code(folder):
@@ -27,8 +30,23 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for a damaged tokenizer.json
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder} has a tokenizer that cannot be read: {reason}") from None
+        raise _unreadable(folder, error) from None
+    return _checked(folder, tokenizer)
+
+
+def _from_gguf(path: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # noqa: BLE001 - likewise
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:200]
+    return CheckpointError(f"{path} has a tokenizer that cannot be read: {reason}")
+
+
+def _checked(folder: Path, tokenizer: Any) -> PreTrainedTokenizerBase:
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if not tokenizer("one 2 three")["input_ids"]:  # transformers makes an empty one when the vocabulary is missing
         raise CheckpointError(f"{folder} has a tokenizer without a vocabulary; download tokenizer.json again")

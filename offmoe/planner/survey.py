@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
-from offmoe.checkpoint.index import CheckpointIndex, read_json
+from offmoe.checkpoint.derived import StoredTensor
+from offmoe.checkpoint.index import CheckpointIndex, read_config
 from offmoe.checkpoint.quant_config import read_quantisation
-from offmoe.checkpoint.quantised import StoredTensor
 
 _EXPERT_COUNTS = (
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts",
@@ -62,7 +62,7 @@ class Survey:
 
 def survey(folder: Path) -> Survey:
     """Describe the checkpoint in `folder`. Raises CheckpointError, or UnsupportedModelError for a dense model."""
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     index = CheckpointIndex.open(folder, read_quantisation(config))
     index.close()
     counts = _numbers(config, _EXPERT_COUNTS)

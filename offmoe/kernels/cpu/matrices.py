@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu import structs
 
@@ -21,6 +22,11 @@ class CpuMatrix:
 
     struct: structs.Matrix
     weight: Weight
+
+
+def knows(form: QuantFormat) -> bool:
+    """True when the library multiplies with codes of this kind."""
+    return form.kind in structs.QUANT_KINDS
 
 
 def unreadable(weight: Weight, dtype: torch.dtype) -> str | None:
@@ -59,6 +65,8 @@ def describe(weight: Weight, *, transposed: bool = False) -> CpuMatrix:
 
 
 def _unreadable_codes(weight: QuantMatrix) -> str | None:
+    if not knows(weight.format):
+        return f"the CPU kernels do not read {weight.format.name}"
     group, num_columns = weight.format.group, weight.shape[1]
     if group % GROUP_COLUMNS and group < num_columns:
         return f"groups of {group} columns are no multiple of {GROUP_COLUMNS}"
@@ -74,6 +82,7 @@ def _unreadable_codes(weight: QuantMatrix) -> str | None:
 
 def _codes(weight: QuantMatrix) -> structs.Matrix:
     form, zeros = weight.format, weight.zeros
+    assert weight.scales is not None, f"{form=}"
     return structs.Matrix(
         codes=weight.codes.data_ptr(),
         scales=weight.scales.data_ptr(),

@@ -1,0 +1,200 @@
+"""A GGUF file's metadata as the config.json that transformers expects. No torch, no transformers.
+
+transformers' own reader knows few MoE architectures, and of those it leaves the experts' width to a default that is one
+model's (5.23: qwen2_moe, qwen3_moe); so the table for all of them is here. Sizes come from the tensors where they say
+them. Source of the keys: llama.cpp's converters, https://github.com/ggml-org/llama.cpp/tree/master/conversion
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.checkpoint.gguf import GgufHeader
+
+_SIGMOID = 2  # llama.cpp's expert_gating_func
+_MAX_SIZE = 1 << 40
+
+
+def gguf_config(header: GgufHeader) -> dict[str, Any]:
+    """The config, as config.json has it. Raises UnsupportedModelError naming the known architectures for another one,
+    and CheckpointError for metadata that lack what is needed.
+    """
+    make = ARCHITECTURES.get(header.architecture)
+    if make is None:
+        raise UnsupportedModelError(
+            f"the GGUF file holds the architecture {header.architecture!r}, which is not read yet (known: "
+            f"{', '.join(ARCHITECTURES)}); use the safetensors version of the model"
+        )
+    facts = _Facts(header)
+    return _common(facts) | make(facts)
+
+
+class _Facts:
+    """Metadata under the architecture's prefix, and shapes."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self.header = header
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """A whole number from 0; a list that says one number for every layer counts as that number."""
+        value = self.header.metadata.get(f"{self.header.architecture}.{key}", default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if type(value) is not int or not 0 <= value < _MAX_SIZE:
+            raise CheckpointError(f"the GGUF file says {key} {value!r}; a whole number is needed")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self.header.metadata.get(f"{self.header.architecture}.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+            raise CheckpointError(f"the GGUF file says {key} {value!r}; a number is needed")
+        return float(value)
+
+    def get(self, key: str) -> Any:
+        """Whatever is there, or None."""
+        return self.header.metadata.get(f"{self.header.architecture}.{key}")
+
+    def rows(self, name: str) -> int:
+        """Rows of a tensor, or of one expert's matrix."""
+        for layer_idx in range(self.number("block_count")):
+            tensor = self.header.tensors.get(name.replace("*", str(layer_idx)))
+            if tensor is not None and len(tensor.shape) > 1:
+                return tensor.shape[-2]
+        raise CheckpointError(f"the GGUF file has no tensor {name}; download it again")
+
+
+def _common(facts: _Facts) -> dict[str, Any]:
+    tensors, metadata = facts.header.tensors, facts.header.metadata
+    heads = facts.number("attention.head_count")
+    width = facts.number("embedding_length")
+    config: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": facts.number("block_count") - facts.number("nextn_predict_layers", 0),
+        "num_attention_heads": heads,
+        "num_key_value_heads": facts.number("attention.head_count_kv", heads),
+        "head_dim": facts.number("attention.key_length", width // max(1, heads)),
+        "max_position_embeddings": facts.number("context_length"),
+        "rms_norm_eps": facts.real("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(facts),
+        "vocab_size": facts.rows("token_embd.weight"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "num_experts_per_tok": facts.number("expert_used_count"),
+        "intermediate_size": facts.number("feed_forward_length", 0) or facts.rows("blk.*.ffn_gate_exps.weight"),
+    }
+    for name in ("bos", "eos"):
+        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if isinstance(token, int):
+            config[f"{name}_token_id"] = token
+    return config
+
+
+def _rope(facts: _Facts) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": facts.real("rope.freq_base", 10000.0)}
+    kind = facts.get("rope.scaling.type")
+    if kind in (None, "none"):
+        return rope
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedModelError(
+            f"the GGUF file scales positions by {kind!r}, which is not read yet (linear, yarn are)"
+        )
+    rope |= {"rope_type": kind, "factor": facts.real("rope.scaling.factor")}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = facts.number("rope.scaling.original_context_length")
+        rope["beta_fast"] = facts.real("rope.scaling.yarn_beta_fast", 32.0)
+        rope["beta_slow"] = facts.real("rope.scaling.yarn_beta_slow", 1.0)
+    return rope
+
+
+def _mixtral(facts: _Facts) -> dict[str, Any]:
+    if not facts.number("expert_count", 0):
+        raise UnsupportedModelError(
+            "the GGUF file holds a dense model (llama): it has no experts to stream; use transformers or llama.cpp"
+        )
+    return {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": facts.number("expert_count"), "sliding_window": None,
+        "intermediate_size": facts.rows("blk.*.ffn_gate_exps.weight"),
+    }  # fmt: skip
+
+
+def _qwen2_moe(facts: _Facts) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": facts.number("expert_count"),
+        "moe_intermediate_size": facts.rows("blk.*.ffn_gate_exps.weight"),
+        "shared_expert_intermediate_size": facts.rows("blk.*.ffn_gate_shexp.weight"), "norm_topk_prob": False,
+        "qkv_bias": "blk.0.attn_q.bias" in facts.header.tensors,
+    }  # fmt: skip
+
+
+def _qwen3_moe(facts: _Facts) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": facts.number("expert_count"),
+        "moe_intermediate_size": facts.rows("blk.*.ffn_gate_exps.weight"), "norm_topk_prob": True,
+    }  # fmt: skip
+
+
+def _olmoe(facts: _Facts) -> dict[str, Any]:
+    if facts.get("attention.clamp_kqv") is not None:
+        raise UnsupportedModelError("the GGUF file limits queries, keys and values (clamp_kqv), which is not read yet")
+    return {
+        "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": facts.number("expert_count"),
+        "intermediate_size": facts.rows("blk.*.ffn_gate_exps.weight"), "norm_topk_prob": False,
+    }  # fmt: skip
+
+
+def _deepseek(facts: _Facts) -> dict[str, Any]:
+    """DeepSeek-V2 where experts are scored by a softmax, V3 where they are by a sigmoid. Without a number of groups
+    there is one, as in llama.cpp.
+    """
+    rotary = facts.number("rope.dimension_count")
+    head = facts.number("attention.key_length_mla", facts.number("attention.key_length"))
+    is_v3 = facts.number("expert_gating_func", 1) == _SIGMOID
+    groups, used = facts.number("expert_group_count", 0), facts.number("expert_group_used_count", 0)
+    multiplier = facts.real("rope.scaling.yarn_log_multiplier", 0.0) * 10.0
+    rope = _rope(facts)
+    if rope["rope_type"] == "yarn" and multiplier:
+        rope |= {"mscale": multiplier, "mscale_all_dim": multiplier}
+    heads = facts.number("attention.head_count")
+    config = {
+        "num_key_value_heads": heads, "head_dim": rotary, "rope_parameters": rope,
+        "n_routed_experts": facts.number("expert_count"),
+        "moe_intermediate_size": facts.rows("blk.*.ffn_gate_exps.weight"),
+        "n_shared_experts": facts.number("expert_shared_count"), "kv_lora_rank": facts.number("attention.kv_lora_rank"),
+        "q_lora_rank": facts.number("attention.q_lora_rank", 0) or None, "qk_rope_head_dim": rotary,
+        "qk_nope_head_dim": head - rotary,
+        "v_head_dim": facts.number("attention.value_length_mla", facts.number("attention.value_length")),
+        "first_k_dense_replace": facts.number("leading_dense_block_count", 0),
+        "routed_scaling_factor": facts.real("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": bool(facts.get("expert_weights_norm")),
+    }  # fmt: skip
+    if is_v3:
+        return config | {
+            "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "n_group": max(1, groups),
+            "topk_group": max(1, used), "num_nextn_predict_layers": 0,
+        }  # fmt: skip
+    grouped = {"topk_method": "group_limited_greedy", "n_group": groups, "topk_group": used} if groups > 1 else {}
+    return config | {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], **grouped}
+
+
+def _gpt_oss(facts: _Facts) -> dict[str, Any]:
+    rope = _rope(facts)
+    if rope["rope_type"] == "yarn":
+        rope["truncate"] = False
+    return {
+        "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"],
+        "num_local_experts": facts.number("expert_count"),
+        "intermediate_size": facts.rows("blk.*.ffn_gate_exps.weight"), "rope_parameters": rope,
+        "sliding_window": facts.number("attention.sliding_window"),
+    }  # fmt: skip
+
+
+# llama.cpp's name -> the part of the config that is its own.
+ARCHITECTURES: dict[str, Callable[[_Facts], dict[str, Any]]] = {
+    "llama": _mixtral, "qwen2moe": _qwen2_moe, "qwen3moe": _qwen3_moe, "olmoe": _olmoe, "deepseek2": _deepseek,
+    "gpt-oss": _gpt_oss,
+}  # fmt: skip
