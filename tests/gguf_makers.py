@@ -7,7 +7,9 @@ codes are drawn at random: every block is a valid one.
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from families import build
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 # Wide enough for blocks of 256.
@@ -64,14 +66,18 @@ def make_model(name: str) -> PreTrainedModel:
     return build(made.family, overrides=WIDTHS | made.overrides)
 
 
-def save_gguf(path: Path, name: str, model: PreTrainedModel, kinds: dict[str, Type]) -> None:
+def save_gguf(
+    path: Path, name: str, model: PreTrainedModel, kinds: dict[str, Type], *, tokenizer: Path | None = None
+) -> None:
     """Write `model` with the types that `kinds` gives for "gate", "up", "down" experts and "dense" matrices (float32
-    where it gives none), and put the values that the file then has into `model`.
+    where it gives none), and put the values that the file then has into `model`. `tokenizer`: the folder of a
+    byte-level BPE that goes into the file.
     """
     arch = MODELS[name].arch
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     _write_settings(writer, model)
+    _write_tokenizer(writer, tokenizer)
     values: dict[str, torch.Tensor] = {}
     for key, tensor in _converted(name, model).items():
         target = names.get_name(key, try_suffixes=(".weight", ".bias"))
@@ -190,18 +196,12 @@ def _put_back(name: str, model: PreTrainedModel, values: dict[str, torch.Tensor]
 
 
 def _published(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_file(Path(folder) / "model.safetensors")
 
 
 def _load_published(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
-    import tempfile
-
-    from safetensors.torch import save_file
-
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
         model.config.save_pretrained(folder)
@@ -209,6 +209,23 @@ def _load_published(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) ->
             folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
         )
     model.load_state_dict(again.state_dict())
+
+
+def _write_tokenizer(writer: gguf.GGUFWriter, folder: Path | None) -> None:
+    if folder is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokens = {idx: token for token, idx in described["model"]["vocab"].items()}
+    special = {token["id"]: token["content"] for token in described["added_tokens"]}
+    tokens |= special
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([tokens[idx] for idx in range(len(tokens))])
+    writer.add_token_types([
+        gguf.TokenType.CONTROL if idx in special else gguf.TokenType.NORMAL for idx in range(len(tokens))
+    ])  # fmt: skip
+    gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
 
 
 def _write_settings(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
@@ -257,3 +274,30 @@ def _write_latent(writer: gguf.GGUFWriter, config: Any) -> None:
     if is_v3:
         writer.add_expert_group_count(config.n_group)
         writer.add_expert_group_used_count(config.topk_group)
+
+
+def split_gguf(whole: Path, first: Path, *, num_parts: int) -> None:
+    """The file cut as llama.cpp's gguf-split does: metadata in the first part, tensors in all."""
+    reader = gguf.GGUFReader(whole)
+    count = len(reader.tensors)
+    for part in range(num_parts):
+        path = first.with_name(first.name.replace("00001-of", f"{part + 1:05}-of"))
+        field = reader.fields["general.architecture"]
+        writer = gguf.GGUFWriter(path, str(field.contents()))
+        if part == 0:
+            _copy_numbers(reader, writer)
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", num_parts)
+        writer.add_int32("split.tensors.count", count)
+        for tensor in reader.tensors[part * count // num_parts : (part + 1) * count // num_parts]:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _copy_numbers(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.")):
+            writer.add_key_value(name, field.contents(), field.types[0])

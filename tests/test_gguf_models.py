@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf_makers import MODELS, make_model, save_gguf
+from gguf_makers import MODELS, make_model, save_gguf, split_gguf
+from transformers import AutoTokenizer
 
 import offmoe
+from offmoe.base.errors import CheckpointError
+from offmoe.checkpoint.locate import demo_model_folder
+from offmoe.models.tokenizer import load_tokenizer
 from offmoe.planner.survey import survey
 
 NUM_PROMPT, NUM_NEW = 12, 24
@@ -48,3 +53,56 @@ def test_logits_and_ids_are_those_of_the_same_values(
         assert list(reply.token_ids) == wanted_ids
         assert engine.stats()["misses"] > 0
         assert survey(path).experts_total_bytes == engine._parts.experts.num_bytes
+
+
+def test_the_tokenizer_and_its_chat_template_come_from_the_file(tmp_path: Path) -> None:
+    path, folder = tmp_path / "model.gguf", demo_model_folder()
+    save_gguf(path, "qwen3moe", make_model("qwen3moe"), {}, tokenizer=folder)
+    ours, published = load_tokenizer(path, trust_remote_code=False), AutoTokenizer.from_pretrained(folder)
+    assert ours is not None
+    text = "def main() -> None:\n    '''Grüße, 12345 tabs\t'''<|end|>\n"
+    assert ours(text)["input_ids"] == published(text)["input_ids"]
+    assert ours.decode(ours(text)["input_ids"]) == text
+    messages = [{"role": "user", "content": "hi"}]
+    options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
+    assert ours.apply_chat_template(messages, **options) == published.apply_chat_template(messages, **options)
+
+
+def test_without_a_vocabulary_there_is_no_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    save_gguf(path, "qwen3moe", make_model("qwen3moe"), {})
+    assert load_tokenizer(path, trust_remote_code=False) is None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype"),
+    [
+        ({}, torch.float32),
+        (dict.fromkeys(("gate", "up", "down", "dense"), Type.F16), torch.float16),
+        (ALL_Q8, torch.bfloat16),
+    ],
+)
+def test_it_computes_in_the_type_that_most_weights_have(
+    kinds: dict[str, Type], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    save_gguf(path, "qwen3moe", make_model("qwen3moe"), kinds)
+    with offmoe.load(path, ram="4GiB", experts=4) as engine:
+        assert engine.model.dtype == dtype
+
+
+def test_parts_of_a_split_file_are_one_model(tmp_path: Path) -> None:
+    whole, first = tmp_path / "model.gguf", tmp_path / "parts-00001-of-00003.gguf"
+    save_gguf(whole, "llama", make_model("llama"), ALL_Q8)
+    split_gguf(whole, first, num_parts=3)
+    prompt = [5, 6, 7]
+    replies = []
+    for path in (whole, first):
+        with offmoe.load(path, ram="4GiB", experts=4) as engine:
+            replies.append(engine.generate(prompt, max_new_tokens=8, temperature=0, ignore_end=True).token_ids)
+    assert replies[0] == replies[1]
+    (tmp_path / "parts-00002-of-00003.gguf").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1 of 3 parts, first parts-00002-of-00003.gguf; download the rest"
+    ):
+        offmoe.load(first, ram="4GiB")

@@ -53,7 +53,7 @@ def test_no_such_folder(name: str) -> None:
 def test_a_file_is_no_folder(good: Path, tmp_path: Path) -> None:
     refuse(good / "model.safetensors", ModelNotFoundError, "is a file", "model's folder")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    refuse(tmp_path / "model.gguf", UnsupportedModelError, "GGUF", "safetensors")
+    refuse(tmp_path / "model.gguf", CheckpointError, "GGUF", "download it again")
 
 
 @pytest.mark.parametrize("failure", ["offline", "unknown", "odd name"])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from offmoe.base.errors import UsageError
-from offmoe.checkpoint.index import CheckpointIndex, read_json
+from offmoe.checkpoint.index import GGUF_SUFFIX, CheckpointIndex, read_json
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.checkpoint.writer import CONFIG_NAME, CheckpointWriter, refuse_target
 from offmoe.formats.dense import TORCH_DTYPES, writable_bytes
@@ -70,6 +70,8 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
     call goes on after anything but the first.
     """
     refuse_target(source, target)
+    if source.suffix == GGUF_SUFFIX:
+        raise UsageError(f"{source} is a GGUF file; start from the model as it was published in bfloat16")
     with ExitStack() as opened:
         config, quantisation = read_model_config(source, trust_remote_code=options.trust_remote_code)
         if quantisation is not None:
