@@ -145,8 +145,8 @@ def map_weight(weight: Weight, change: Callable[[torch.Tensor], torch.Tensor]) -
     """The same of changed tensors."""
     if isinstance(weight, torch.Tensor):
         return change(weight)
-    zeros = None if weight.zeros is None else change(weight.zeros)
-    return dataclasses.replace(weight, codes=change(weight.codes), scales=change(weight.scales), zeros=zeros)
+    scales, zeros = (None if part is None else change(part) for part in (weight.scales, weight.zeros))
+    return dataclasses.replace(weight, codes=change(weight.codes), scales=scales, zeros=zeros)
 
 
 def num_bytes(weight: Weight) -> int:
