@@ -71,11 +71,24 @@ def stats_of(decode: Counters, prefill: Counters | None = None) -> GenerationSta
 
 def test_the_link_is_in_the_line_where_there_is_one() -> None:
     plain = stats_of(Counters(hits=3, misses=1, disk_bytes=4_000_000)).line()
-    assert plain.endswith("hits 75.0% | disk 2.0 MB/token, 0.0 kB for the prompt")
+    assert plain.endswith("hits 75.0% | disk 2.0 MB/token, 0.0 ms stall, 0.0 kB for the prompt")
     with_link = stats_of(
-        Counters(hits=3, misses=1, disk_bytes=4_000_000, link_bytes=6_000_000, cpu_experts=2),
+        Counters(
+            hits=3,
+            misses=1,
+            ram_hits=1,
+            ram_misses=3,
+            disk_bytes=4_000_000,
+            link_bytes=6_000_000,
+            cpu_experts=2,
+            disk_stall_ns=3_000_000,
+            link_stall_ns=5_000_000,
+        ),
         Counters(link_bytes=9_000_000),
     )
-    assert with_link.line() == plain + " | link 3.0 MB/token, 9.0 MB for the prompt; 2 misses on the CPU"
+    assert with_link.line().endswith(
+        "hits 75.0% on the device, 25.0% of the rest in RAM | disk 2.0 MB/token, 1.5 ms stall, 0.0 kB for the prompt"
+        " | link 3.0 MB/token, 2.5 ms stall, 9.0 MB for the prompt; 2 misses on the CPU"
+    )
     record = with_link.as_dict()
     assert (record["link_bytes_per_token"], record["cpu_experts"], record["prefill_link_bytes"]) == (3e6, 2, 9e6)

@@ -10,17 +10,22 @@ class Counters:
     """Totals since the engine was loaded. Bytes are bytes, times are nanoseconds.
 
     One hit, late hit or miss is counted for each expert that one layer call needs, however many tokens chose it, in the
-    tier that computes. `ahead`: fetched before a router had asked for it. `cpu_experts`: misses computed where they lie
-    in RAM. `syncs`: times that the host waited for the device to learn what the routers said.
+    tier that computes; `ram_hits` and `ram_misses` are those of RAM when it feeds a device. `stall`: the model waited
+    for experts from disk, or for their copies over the link. `ahead`: fetched before a router had asked for it.
+    `cpu_experts`: misses computed where they lie in RAM. `syncs`: times that the host waited for the device to learn
+    what the routers said.
     """
 
     hits: int = 0
     late_hits: int = 0
     misses: int = 0
+    ram_hits: int = 0
+    ram_misses: int = 0
     evictions: int = 0
     disk_reads: int = 0
     disk_bytes: int = 0
     disk_stall_ns: int = 0
+    link_stall_ns: int = 0
     link_copies: int = 0
     link_bytes: int = 0
     cpu_experts: int = 0
@@ -38,6 +43,10 @@ class Counters:
     def minus(self, earlier: Counters) -> Counters:
         """What happened since the snapshot `earlier`."""
         return Counters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
+
+    def plus(self, other: Counters) -> Counters:
+        """Both together."""
+        return Counters(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     @property
     def lookups(self) -> int:

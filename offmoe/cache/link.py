@@ -62,12 +62,18 @@ class LinkSource:
 
     def _host_hit(self) -> None:
         self.host.counters.hits += 1
+        self._counters.ram_hits += 1
 
     def _host_miss(self, *, late: bool) -> None:
         if late:
             self.host.counters.late_hits += 1
         else:
             self.host.counters.misses += 1
+            self._counters.ram_misses += 1
+
+    def waited_for_disk(self, wait_ns: int) -> None:
+        """A copy could not begin: RAM did not have the expert yet. For `_Move`."""
+        self._counters.disk_stall_ns += wait_ns
 
     def copy(self, key: ExpertKey, slot: int, *, urgent: bool) -> Ticket:
         """Start the copy of an expert that is READY and held in RAM. For `_Move`."""
@@ -158,7 +164,9 @@ class _Move:
     def wait(self) -> None:
         """As Ticket.wait; blocks for the disk, then for the link as its copier says."""
         if self._copy is None and self._error is None:
+            begin = time.perf_counter_ns()
             self._start_copy()
+            self._source.waited_for_disk(time.perf_counter_ns() - begin)
         if self._error is not None:
             raise self._error
         assert self._copy is not None, f"{self._key=}"

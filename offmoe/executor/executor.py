@@ -33,9 +33,10 @@ class Executor:
     def __init__(
         self, cache: ExpertCache, *, rows: Rows | None = None, ahead: AheadOfTime | None = None,
         cpu: CpuExperts | None = None, placer: MissPlacer | None = None, recorder: Recorder | None = None,
+        over_link: bool = False,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
-        self.recorder = recorder or Recorder()
+        self.recorder, self.over_link = recorder or Recorder(), over_link
         self.cache, self.rows, self.ahead = cache, rows or ReferenceRows(), ahead
         self.cpu, self.placer, self.clock_ns = cpu, placer, clock_ns
         self._counters: Counters = cache.counters
@@ -133,6 +134,7 @@ class _LayerRun:
         self._job: CpuJob | None = None
         self._on_cpu: list[ExpertKey] = []
         self._demanded_bytes = self._stall_ns = 0
+        self._disk_stall_ns = self._counters.disk_stall_ns
 
     def run(self, assignments: list[Assignment]) -> None:
         by_expert: dict[int, list[Assignment]] = {}
@@ -253,11 +255,19 @@ class _LayerRun:
             self._demanded_bytes += 0 if fetch.was_ahead else self._cache.num_bytes(fetch.key)
         self._stall_ns += self._executor.clock_ns() - begin
         if is_last and not self._in_flight:
-            self._counters.disk_stall_ns += self._stall_ns
+            self._count_stall()
             if self._ahead is not None:
                 self._ahead.demand_ends(self._demanded_bytes, self._stall_ns)
                 self._ahead.pump()
         self._compute(arrived)
+
+    def _count_stall(self) -> None:
+        """Over a link, what was waited for the disk is counted already, by who waited."""
+        if self._executor.over_link:
+            from_disk_ns = self._counters.disk_stall_ns - self._disk_stall_ns
+            self._counters.link_stall_ns += max(0, self._stall_ns - from_disk_ns)
+        else:
+            self._counters.disk_stall_ns += self._stall_ns
 
     def _compute(self, experts: list[Computed]) -> None:
         """y of the experts' rows; then nothing holds them."""

@@ -26,6 +26,7 @@ from offmoe.generation.prompt import encode, stop_rules
 from offmoe.generation.reasoning import split_reasoning
 from offmoe.generation.reply import Reply, collect
 from offmoe.generation.sampling import Chooser, Sampling, make_chooser, resolve_sampling
+from offmoe.generation.stats import Totals
 from offmoe.generation.step import generate_step
 from offmoe.generation.stream import Piece, stream_text
 from offmoe.generation.tracing import note_phases, record_trace
@@ -61,6 +62,7 @@ class Engine:
         )  # fmt: skip
         self.tokenizer = loaded.tokenizer
         self._running = threading.Lock()
+        self._totals = Totals()
         self._compiler = compiler = _make_compiler(loaded, config, progress)
         self._kept = KeptCache(
             loaded.model,
@@ -128,13 +130,15 @@ class Engine:
         return self._parts.serving.recorder.recent()
 
     def stats(self) -> dict[str, Any]:
-        """Totals since load: every counter, hit rate, slots, and peak memory growth against the budget.
+        """Totals since load: every counter, hit rate, slots, and peak memory growth against the budget. What ends in
+        `_per_token`, the prefetch's shares and `decode_...`: means over all tokens decoded (`per_token`).
 
         With a device also its name, slots and memory; its peak is what torch allocated, None where that is not counted.
         """
         cache = self._parts.cache
         totals: dict[str, Any] = {
             **cache.counters.as_dict(),
+            **self._totals.as_dict(),
             "hit_rate": cache.counters.hit_rate,
             "experts_cached": cache.num_slots,
             "experts_total": self.plan.num_experts,
@@ -226,8 +230,9 @@ class Engine:
             counters = parts.cache.counters
             with kept.guarded():
                 yield from stream_text(
-                    steps, self.tokenizer, rules, counters, num_prompt_tokens=len(ids), num_reused=num_reused
-                )
+                    steps, self.tokenizer, rules, counters, num_prompt_tokens=len(ids), num_reused=num_reused,
+                    on_end=self._totals.add,
+                )  # fmt: skip
 
         return self._exclusively(pieces())
 

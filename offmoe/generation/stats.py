@@ -1,9 +1,9 @@
-"""What one generation cost, from the clock and the engine's counters."""
+"""What generating cost, from the clock and the engine's counters: one reply, or all since the engine was loaded."""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from offmoe.base.counters import Counters
@@ -36,16 +36,6 @@ class GenerationStats:
         """One over the median time of a token after the first; 0 when there was none."""
         return 1 / statistics.median(self.step_s) if self.step_s else 0.0
 
-    @property
-    def disk_bytes_per_token(self) -> float:
-        """Mean bytes read from disk for a token after the first."""
-        return self.decode.disk_bytes / len(self.step_s) if self.step_s else 0.0
-
-    @property
-    def link_bytes_per_token(self) -> float:
-        """Mean bytes copied to the device for a token after the first; 0 without a device."""
-        return self.decode.link_bytes / len(self.step_s) if self.step_s else 0.0
-
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -57,9 +47,9 @@ class GenerationStats:
             "decode_tok_per_s": round(self.decode_tok_per_s, 3),
             "hit_rate": round(self.decode.hit_rate, 4),
             "hits": self.decode.hits,
+            "late_hits": self.decode.late_hits,
             "misses": self.decode.misses,
-            "disk_bytes_per_token": round(self.disk_bytes_per_token),
-            "link_bytes_per_token": round(self.link_bytes_per_token),
+            **per_token(self.decode, len(self.step_s)),
             "cpu_experts": self.decode.cpu_experts,
             "disk_stall_s": round(self.decode.disk_stall_ns / 1e9, 4),
             "prefill_disk_bytes": self.prefill.disk_bytes,
@@ -68,17 +58,80 @@ class GenerationStats:
 
     def line(self) -> str:
         """One line for people."""
-        decode = f"{self.decode_tok_per_s:.1f} tok/s" if self.step_s else "-"
-        link = ""
-        if self.prefill.link_bytes or self.decode.link_bytes or self.decode.cpu_experts:
-            link = (
-                f" | link {format_traffic(self.link_bytes_per_token)}/token, "
-                f"{format_traffic(self.prefill.link_bytes)} for the prompt; {self.decode.cpu_experts} misses on the CPU"
-            )
-        reused = f" ({self.reused_tokens} reused)" if self.reused_tokens else ""
-        per_token, prompt = format_traffic(self.disk_bytes_per_token), format_traffic(self.prefill.disk_bytes)
-        return (
-            f"{self.new_tokens} tokens, {decode} | first token {self.prefill_s:.2f} s for {self.prompt_tokens} prompt "
-            f"tokens{reused} | hits {format_percent(self.decode.hit_rate)} | disk {per_token}/token, {prompt} for the "
-            f"prompt{link}"
+        return stats_line(self)
+
+
+@dataclass
+class Totals:
+    """All decoding since the engine was loaded: tokens after each reply's first, their seconds, and what they cost."""
+
+    num_tokens: int = 0
+    decode_s: float = 0.0
+    decode: Counters = field(default_factory=Counters)
+
+    def add(self, stats: GenerationStats) -> None:
+        """One generation, ended in any way."""
+        self.num_tokens += len(stats.step_s)
+        self.decode_s += sum(stats.step_s)
+        self.decode = self.decode.plus(stats.decode)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `Engine.stats`. The speed is the mean of all tokens."""
+        return {
+            "decoded_tokens": self.num_tokens,
+            "decode_tok_per_s": round(self.num_tokens / self.decode_s, 3) if self.decode_s else 0.0,
+            "decode_hit_rate": round(self.decode.hit_rate, 4),
+            **per_token(self.decode, self.num_tokens),
+        }
+
+
+def per_token(decode: Counters, num_tokens: int) -> dict[str, Any]:
+    """Means of a decoded token: bytes by link, stall by tier, bytes fetched ahead; and what became of those.
+
+    `prefetch_useful` and `prefetch_wasted` are shares of the bytes fetched ahead, None where there were none; what is
+    neither was not decided yet.
+    """
+    tokens, ahead = max(1, num_tokens), decode.ahead_bytes
+    return {
+        "disk_bytes_per_token": round(decode.disk_bytes / tokens),
+        "link_bytes_per_token": round(decode.link_bytes / tokens),
+        "disk_stall_ms_per_token": round(decode.disk_stall_ns / 1e6 / tokens, 3),
+        "link_stall_ms_per_token": round(decode.link_stall_ns / 1e6 / tokens, 3),
+        "ahead_bytes_per_token": round(ahead / tokens),
+        "prefetch_useful": round(min(1.0, decode.ahead_used_bytes / ahead), 4) if ahead else None,
+        "prefetch_wasted": round(min(1.0, decode.ahead_wasted_bytes / ahead), 4) if ahead else None,
+    }
+
+
+def stats_line(stats: GenerationStats) -> str:
+    """What a reply cost, in one line: speed, first token, hits by tier, bytes and stall by link, prefetching."""
+    decode, prefill = stats.decode, stats.prefill
+    mean = per_token(decode, len(stats.step_s))
+    speed = f"{stats.decode_tok_per_s:.1f} tok/s" if stats.step_s else "-"
+    reused = f" ({stats.reused_tokens} reused)" if stats.reused_tokens else ""
+    has_link = bool(prefill.link_bytes or decode.link_bytes or decode.cpu_experts)
+    hits = format_percent(decode.hit_rate)
+    if has_link:
+        looked = decode.ram_hits + decode.ram_misses
+        hits += " on the device" + (
+            f", {format_percent(decode.ram_hits / looked)} of the rest in RAM" if looked else ""
         )
+    parts = [
+        f"{stats.new_tokens} tokens, {speed}",
+        f"first token {stats.prefill_s:.2f} s for {stats.prompt_tokens} prompt tokens{reused}",
+        f"hits {hits}",
+        _tier("disk", mean, prefill.disk_bytes),
+    ]
+    if has_link:
+        parts.append(f"{_tier('link', mean, prefill.link_bytes)}; {decode.cpu_experts} misses on the CPU")
+    if decode.ahead_bytes:
+        parts.append(
+            f"prefetch {format_traffic(mean['ahead_bytes_per_token'])}/token, {mean['prefetch_useful']:.0%} useful, "
+            f"{mean['prefetch_wasted']:.0%} wasted"
+        )
+    return " | ".join(parts)
+
+
+def _tier(name: str, mean: dict[str, Any], prompt_bytes: int) -> str:
+    traffic, stall_ms = format_traffic(mean[f"{name}_bytes_per_token"]), mean[f"{name}_stall_ms_per_token"]
+    return f"{name} {traffic}/token, {stall_ms:.1f} ms stall, {format_traffic(prompt_bytes)} for the prompt"

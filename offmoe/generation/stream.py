@@ -42,26 +42,31 @@ class StopRules:
 def stream_text(
     steps: Iterator[int], tokenizer: PreTrainedTokenizerBase | None, rules: StopRules, counters: Counters,
     *, num_prompt_tokens: int, num_reused: int = 0, clock: Callable[[], float] = time.perf_counter,
+    on_end: Callable[[GenerationStats], None] = lambda stats: None,
 ) -> Iterator[Piece]:  # fmt: skip
     """Pieces of text for the ids of `steps`, until a rule ends them. Without a tokenizer, pieces have ids only.
 
-    `num_reused` of the prompt's tokens were in the KV cache already.
+    `num_reused` of the prompt's tokens were in the KV cache already. `on_end` is told what it cost, also when it is
+    broken off.
     """
     decoder = TextDecoder(tokenizer) if tokenizer is not None else None
     stops = StopMatcher(rules.stop_strings)
     meter = Meter(counters, num_prompt_tokens, num_reused, clock)
     reason = rules.limit_reason
-    for token_id in steps:
-        meter.token()
-        if token_id in rules.end_ids:
-            reason = "stop"
-            break
-        text = stops.add(decoder.add(token_id)) if decoder else ""
-        yield Piece(text, token_id)
-        if stops.stopped:
-            break
-        if meter.num_tokens >= rules.max_new_tokens:
-            break
+    try:
+        for token_id in steps:
+            meter.token()
+            if token_id in rules.end_ids:
+                reason = "stop"
+                break
+            text = stops.add(decoder.add(token_id)) if decoder else ""
+            yield Piece(text, token_id)
+            if stops.stopped:
+                break
+            if meter.num_tokens >= rules.max_new_tokens:
+                break
+    finally:
+        on_end(meter.stats())
     rest = "" if stops.stopped or decoder is None else stops.add(decoder.flush())
     yield Piece(rest + stops.flush(), None, "stop" if stops.stopped else reason, meter.stats())
 

@@ -129,7 +129,7 @@ def build_serving(
         return serving
     kernels = make_slot_kernels(experts.layers, maths, device_pool.slab, device_pool.slot_bytes)
     serving.kernels = kernels
-    executor = Executor(cache, rows=_rows(kernels, experts, device_pool), recorder=serving.recorder)
+    executor = Executor(cache, rows=_rows(kernels, experts, device_pool), recorder=serving.recorder, over_link=True)
     _place_misses(serving, executor, link, experts, maths, config, device, device_pool)
     _fetch_ahead(serving, executor, model, experts, config)
     _take_turns(serving)
