@@ -55,6 +55,8 @@ def test_generate_says_where_everything_is() -> None:
     result = succeed("generate", "--prompt", "import os", "--max-new-tokens", 3, "--json", *flags)
     engine = last_json(result.stdout)["engine"]
     assert (engine["device"], engine["device_slots"], engine["vram_bytes"]) == ("simulated", 48, 256 << 20)
+    assert engine["link_stall_ns"] > 0 and engine["disk_stall_ns"] > 0
+    assert engine["ram_hits"] + engine["ram_misses"] == engine["link_copies"]
 
 
 def test_verify_goes_through_sizes_of_the_device(tiny: Path) -> None:
