@@ -60,7 +60,7 @@ def test_counts_are_whole_numbers_of_at_least_one(name: str, value: Any) -> None
 @pytest.mark.parametrize(
     ("name", "known"),
     [
-        ("policy", POLICY_NAMES), ("io", IO_MODES), ("device", ("auto", "cpu", "cuda", "cuda:N")),
+        ("policy", ("auto", *POLICY_NAMES)), ("io", IO_MODES), ("device", ("auto", "cpu", "cuda", "cuda:N")),
         ("miss", ("auto", "stream", "cpu")), ("compile", ("auto", "off", "on")),
     ],
 )  # fmt: skip

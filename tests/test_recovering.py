@@ -24,7 +24,7 @@ PACKAGE = Path(offmoe.__file__).parent
 INTERRUPTED_FILES = {
     str(PACKAGE / name)
     for name in (
-        "cache/expert_cache.py", "cache/slots.py", "cache/policy.py", "executor/executor.py", "executor/dispatch.py",
+        "cache/expert_cache.py", "cache/slots.py", "cache/ranking.py", "executor/executor.py", "executor/dispatch.py",
         "tiers/work_queue.py", "kernels/reference.py", "formats/dense.py",
     )
 }  # fmt: skip
@@ -44,16 +44,24 @@ def start(opened: Opened) -> tuple[RecoveringExecutor, Call]:
     return executor, Call(0, 2, top_k=4).choosing([0, 1, 2, 3], [3, 2, 1, 0])
 
 
-def test_ctrl_c_at_every_line(tiny: TinyExperts) -> None:
-    with open_cache(tiny, num_slots=4) as opened:
+@pytest.mark.parametrize(
+    ("policy", "files"),
+    [
+        ("lru", INTERRUPTED_FILES),
+        *((name, {str(PACKAGE / "cache/frequency.py")}) for name in ("lfru", "decayed", "static")),
+        ("s3fifo", {str(PACKAGE / "cache/s3fifo.py")}),
+    ],
+)
+def test_ctrl_c_at_every_line(tiny: TinyExperts, policy: str, files: set[str]) -> None:
+    with open_cache(tiny, num_slots=4, policy=policy) as opened:
         executor, call = start(opened)
-        with Interrupt(INTERRUPTED_FILES) as watch:
+        with Interrupt(files) as watch:
             call.run(executor)
-    assert {name for name, _ in watch.ran} == INTERRUPTED_FILES
+    assert {name for name, _ in watch.ran} == files
     for line in watch.ran:
-        with open_cache(tiny, num_slots=4) as opened:
+        with open_cache(tiny, num_slots=4, policy=policy) as opened:
             executor, call = start(opened)
-            with contextlib.suppress(KeyboardInterrupt), Interrupt(INTERRUPTED_FILES, line=line):
+            with contextlib.suppress(KeyboardInterrupt), Interrupt(files, line=line):
                 call.run(executor)
             opened.assert_at_rest()
             for later in (call, Call(1, 1).choosing([0, 5])):

@@ -22,7 +22,7 @@ class EngineConfig:
     context_length      tokens of prompt plus reply that memory is set aside for
     experts             expert slots where experts are computed, instead of what `vram` (or `ram`) leaves room for
     prefill_chunk       prompt tokens that go through the model at once
-    policy              who is evicted: "auto" or "lru"
+    policy              who is evicted: "auto", "lru", "lfru", "decayed", "s3fifo" or "static"
     io                  "auto" (direct where possible), "direct" or "buffered"
     device              "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"
     miss                an expert that is not on the device is copied there ("stream"), computed in RAM ("cpu"), or
@@ -58,7 +58,8 @@ _SIZES = ("ram", "vram")
 _COUNTS = ("context_length", "experts", "prefill_chunk")
 _SWITCHES = ("placement_invariant", "trust_remote_code")
 _CHOICES = {
-    "policy": ("auto", "lru"), "io": ("auto", "direct", "buffered"), "miss": ("auto", "stream", "cpu"),
+    "policy": ("auto", "lru", "lfru", "decayed", "s3fifo", "static"), "io": ("auto", "direct", "buffered"),
+    "miss": ("auto", "stream", "cpu"),
     "compile": ("auto", "off", "on"),
 }  # fmt: skip
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")

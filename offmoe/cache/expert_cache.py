@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.ahead_books import AheadBooks
-from offmoe.cache.policy import Policy
+from offmoe.cache.policy import Policy, hand_over
 from offmoe.cache.slots import SlotState, SlotTable
 from offmoe.cache.sources import Source
 from offmoe.formats.dense import ExpertWeights
@@ -55,6 +55,7 @@ class ExpertCache:
         self._num_layers, self._clock_ns = num_layers, clock_ns
         self._weights: list[ExpertWeights | None] = [None] * num_slots
         self._coming: dict[ExpertKey, Fetch] = {}
+        self._layer_idx = num_layers
 
     def __repr__(self) -> str:
         table = repr(self.slots).removeprefix("<SlotTable [").removesuffix("]>")
@@ -74,6 +75,13 @@ class ExpertCache:
     def ahead_bytes(self) -> int:
         """Bytes of fetches ahead of time that are under way."""
         return self.books.under_way_bytes
+
+    def begin_layer(self, layer_idx: int) -> None:
+        """A layer call begins, here and in the tier below. Where the layers begin again, so does a token pass."""
+        if layer_idx <= self._layer_idx:
+            self._policy.token_pass()
+        self._layer_idx = layer_idx
+        self._source.begin_layer(layer_idx)
 
     def num_bytes(self, key: ExpertKey) -> int:
         """Bytes that fetching `key` moves."""
@@ -147,7 +155,7 @@ class ExpertCache:
             if not cold:
                 self._policy.touched(key)
             return fetch
-        return self._begin(key, self._victim_on_demand, cold=cold, urgent=urgent)
+        return self._begin(key, lambda: self._victim_on_demand(key.layer_idx), cold=cold, urgent=urgent)
 
     def start_ahead(self, key: ExpertKey, *, keep: Collection[ExpertKey], to_stay: bool = False) -> bool:
         """Begin fetching `key` before anybody needs it, into a free slot or a victim's that is not in `keep`.
@@ -160,7 +168,9 @@ class ExpertCache:
         guesses = self.books.guesses
 
         def victim() -> ExpertKey | None:
-            return self._policy.victim(lambda k: k not in keep and k not in guesses and self.slots.is_evictable(k))
+            return self._policy.victim(
+                lambda k: k not in keep and k not in guesses and self.slots.is_evictable(k), key.layer_idx
+            )
 
         fetch = self._begin(key, victim, cold=True, urgent=False)
         if fetch is None:
@@ -169,15 +179,15 @@ class ExpertCache:
         self.books.began(key, is_guess=not to_stay)
         return True
 
-    def _victim_on_demand(self) -> ExpertKey | None:
+    def _victim_on_demand(self, layer_idx: int) -> ExpertKey | None:
         """A guess whose layer has not run yet goes only when nothing else can."""
         evictable = self.slots.is_evictable
         guesses = self.books.guesses
         if guesses:
-            victim = self._policy.victim(lambda key: key not in guesses and evictable(key))
+            victim = self._policy.victim(lambda key: key not in guesses and evictable(key), layer_idx)
             if victim is not None:
                 return victim
-        return self._policy.victim(evictable)
+        return self._policy.victim(evictable, layer_idx)
 
     def _begin(
         self, key: ExpertKey, choose_victim: Callable[[], ExpertKey | None], *, cold: bool, urgent: bool
@@ -304,13 +314,7 @@ class ExpertCache:
         self._source.restart()
         self._coming.clear()
         self.books.recover()
-        order: list[ExpertKey] = []
-        while (key := self._policy.victim(lambda key: True)) is not None:
-            order.append(key)
-            self._policy.removed(key)
-        kept = set(self.slots.recover(lambda slot: self._weights[slot] is not None))
-        for key in [*(key for key in order if key in kept), *sorted(kept - set(order))]:
-            self._policy.inserted(key, cold=False)
+        hand_over(self._policy, self._policy, set(self.slots.recover(lambda slot: self._weights[slot] is not None)))
         for slot in range(len(self.slots)):
             if self.slots.state(slot) is not SlotState.READY:
                 self._weights[slot] = None

@@ -1,69 +1,55 @@
-"""Eviction policies: whom to forget. Keys only; no bytes, no torch.
-
-A policy is told of every use and answers one question, `victim`. Adding one: a class with these five methods, an entry
-in `_POLICIES`, and the contract tests run on it.
-"""
+"""The policies by name, and how slots pass from one to another."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Collection
 
 from offmoe.base.errors import UsageError
 from offmoe.base.keys import ExpertKey
+from offmoe.cache.frequency import DecayedPolicy, LfruPolicy, StaticPolicy
+from offmoe.cache.per_layer import PerLayerPolicy, fair_shares
+from offmoe.cache.ranking import LruPolicy, Policy
+from offmoe.cache.s3fifo import S3FifoPolicy
+from offmoe.cache.usage import Usage
+
+__all__ = ["POLICY_NAMES", "LruPolicy", "Policy", "hand_over", "make_policy", "needs_quota"]
+
+_POLICIES: dict[str, Callable[[Usage | None], Policy]] = {
+    "lru": LruPolicy, "lfru": LfruPolicy, "decayed": DecayedPolicy, "s3fifo": S3FifoPolicy, "static": StaticPolicy,
+}  # fmt: skip
+POLICY_NAMES = tuple(_POLICIES)
 
 
-class Policy(Protocol):
-    """The contract. Every key is inserted once, then touched any number of times, then removed."""
+def make_policy(
+    name: str, usage: Usage | None = None, *, num_slots: int = 0, num_layers: int = 0, quota: bool = False
+) -> Policy:
+    """The policy called `name`; with `quota` one for each layer's fair share of `num_slots`.
 
-    def inserted(self, key: ExpertKey, *, cold: bool) -> None:
-        """`key` was given a slot. `cold`: it serves one use and should be the next to go."""
-
-    def touched(self, key: ExpertKey) -> None:
-        """`key` was found in its slot and used."""
-
-    def removed(self, key: ExpertKey) -> None:
-        """`key` lost its slot."""
-
-    def victim(self, is_evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        """The key to forget, or None when `is_evictable` refuses all."""
-
-
-class LruPolicy:
-    """Least recently used, over all layers together. Cold keys go before every other, the newest cold key first."""
-
-    def __init__(self) -> None:
-        self._order: OrderedDict[ExpertKey, None] = OrderedDict()
-
-    def __repr__(self) -> str:
-        return f"<LruPolicy [{len(self._order)} keys]>"
-
-    def inserted(self, key: ExpertKey, *, cold: bool) -> None:
-        """Newest, or with `cold` the oldest."""
-        self._order[key] = None
-        self._order.move_to_end(key, last=not cold)
-
-    def touched(self, key: ExpertKey) -> None:
-        """Newest."""
-        self._order.move_to_end(key)
-
-    def removed(self, key: ExpertKey) -> None:
-        """Forget its place."""
-        del self._order[key]
-
-    def victim(self, is_evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        """The oldest that may go; O(held) beyond the first."""
-        return next((key for key in self._order if is_evictable(key)), None)
-
-
-_POLICIES: dict[str, Callable[[], Policy]] = {"lru": LruPolicy}
-POLICY_NAMES = ("auto", *_POLICIES)
-
-
-def make_policy(name: str) -> Policy:
-    """The policy called `name`; "auto" is LRU. An unknown name lists the known ones (UsageError)."""
-    factory = _POLICIES.get("lru" if name == "auto" else name)
-    if factory is None:
+    `usage`: what is known of earlier uses; it is kept up to date. An unknown name lists the known ones (UsageError).
+    """
+    make = _POLICIES.get(name)
+    if make is None:
         raise UsageError(f"policy is {name!r}; known: {', '.join(POLICY_NAMES)}")
-    return factory()
+    return PerLayerPolicy(make, fair_shares(num_slots, num_layers), usage) if quota else make(usage)
+
+
+def needs_quota(num_slots: int, num_layers: int, top_k: int) -> bool:
+    """Where a share for each layer is better than one pool: one token needs more experts than there are slots."""
+    return num_slots < num_layers * top_k
+
+
+def hand_over(old: Policy, new: Policy, kept: Collection[ExpertKey] | None = None) -> None:
+    """`new`, made with the usage of `old`, takes over its keys. They may be the same policy.
+
+    `kept`: the keys that there are in truth, after a call was broken off; others are dropped, unknown ones taken up.
+    """
+    cold, ranked = old.drain()
+    if kept is not None:
+        unknown = set(kept).difference(cold, ranked)
+        cold, ranked = ([key for key in keys if key in kept] for keys in (cold, ranked))
+        ranked += sorted(unknown)
+    ranked.sort(key=lambda key: old.usage.last.get(key, 0))
+    for key in cold:
+        new.restored(key, cold=True)
+    for key in ranked:
+        new.restored(key, cold=False)

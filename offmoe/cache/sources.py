@@ -35,6 +35,9 @@ class Source(Protocol):
     def used(self, slots: Sequence[int]) -> None:
         """Work that reads `slots` has been submitted; no later move may write to them before it has ended."""
 
+    def begin_layer(self, layer_idx: int) -> None:
+        """A layer call begins."""
+
     def poll(self) -> None:
         """Drive what is under way on the tier below. Never blocks."""
 
@@ -75,6 +78,9 @@ class DiskSource:
 
     def used(self, slots: Sequence[int]) -> None:
         """Computations on RAM slots have ended when they are released."""
+
+    def begin_layer(self, layer_idx: int) -> None:
+        """There is no cache below."""
 
     def poll(self) -> None:
         """Reads need no help."""

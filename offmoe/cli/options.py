@@ -28,7 +28,7 @@ _ENGINE_FLAGS = [
     click.option("--context-length", metavar="N", help="Tokens of prompt plus reply to set memory aside for."),
     click.option("--experts", metavar="N", help="Expert slots, instead of what --vram or --ram leaves room for."),
     click.option("--prefill-chunk", metavar="N", help="Prompt tokens that go through the model at once."),
-    click.option("--policy", metavar="auto|lru", help="Which experts are evicted."),
+    click.option("--policy", metavar="auto|lru|lfru|decayed|s3fifo|static", help="Which experts are evicted."),
     click.option("--io", metavar="auto|direct|buffered", help="How experts are read from disk."),
     click.option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute."),
     click.option(

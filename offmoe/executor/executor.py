@@ -15,6 +15,7 @@ from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
 from offmoe.base.trace import Recorder, flat_ids
 from offmoe.cache.expert_cache import ExpertCache, Fetch
+from offmoe.cache.keeping import MAX_READS_IN_FLIGHT, experts_to_keep
 from offmoe.executor.cpu_experts import CpuExperts, CpuJob
 from offmoe.executor.cpu_rows import CpuRows
 from offmoe.executor.dispatch import Assignment, dispatch, num_rows
@@ -22,9 +23,6 @@ from offmoe.executor.misses import MissPlacer
 from offmoe.executor.rows import Computed, ReferenceRows, Rows
 from offmoe.kernels.reference import ExpertMath, combine_rows
 from offmoe.prefetch.ahead import AheadOfTime
-
-# Moves in flight at once: enough to keep a drive busy; more only lengthens the wait for the first.
-MAX_READS_IN_FLIGHT = 8
 
 
 class Executor:
@@ -51,6 +49,7 @@ class Executor:
         the result does not depend on which experts were cached or arrived first.
         """
         self._counters.layer_calls += 1
+        self.cache.begin_layer(layer_idx)
         num_tokens, top_k = expert_ids_TK.shape
         if num_tokens == 1 and isinstance(self.rows, CpuRows):
             y_1D = self._run_ready(self.rows, layer_idx, math, num_experts, x_TD, expert_ids_TK, weights_TK)
@@ -140,7 +139,8 @@ class _LayerRun:
         by_expert: dict[int, list[Assignment]] = {}
         for assignment in assignments:
             by_expert.setdefault(assignment.expert_idx, []).append(assignment)
-        keep = self._experts_to_keep(by_expert)
+        rows_by_expert = {idx: num_rows(assigned) for idx, assigned in by_expert.items()}
+        keep = experts_to_keep(rows_by_expert, self._cache.slots_per_layer)
         hits, late, missing = self._look_up(by_expert)
         try:
             ready = [self._use(idx, by_expert[idx], touch=idx in keep) for idx in hits]
@@ -150,6 +150,7 @@ class _LayerRun:
             if self._ahead is not None:
                 self._ahead.look(self._layer_idx, is_waiting=bool(self._in_flight))
             self._compute(ready)
+            self._release()
             while self._in_flight or missing:
                 self._start_fetches(missing, by_expert, keep)
                 if not self._in_flight:
@@ -157,6 +158,7 @@ class _LayerRun:
                     self._start_fetches(missing, by_expert, keep)
                 assert self._in_flight, f"{self._cache!r} has no slot to free, and nothing is under way"
                 self._compute_arrivals(is_last=not missing)
+                self._release_in_turn(missing, by_expert, keep)
             if self._job is not None:
                 self._job.collect(self._y_SD)
         finally:
@@ -181,20 +183,6 @@ class _LayerRun:
         self._counters.late_hits += len(late)
         self._counters.misses += len(missing)
         return hits, late, missing
-
-    def _experts_to_keep(self, by_expert: dict[int, list[Assignment]]) -> set[int]:
-        """A call that touches more than the layer's share of slots (prefill) keeps only the busiest experts.
-
-        The others serve this call and go first, so that one long prompt neither fills the cache with one layer nor
-        drives out what decoding uses.
-        """
-        share = max(1, self._cache.slots_per_layer)
-        if len(by_expert) <= share:
-            return set(by_expert)
-        rows = {idx: num_rows(assigned) for idx, assigned in by_expert.items()}
-        if max(rows.values()) == 1:  # one token: all its experts are equally recent
-            return set(by_expert)
-        return set(sorted(rows, key=lambda idx: (-rows[idx], idx))[:share])
 
     def _use(self, idx: int, assigned: list[Assignment], *, touch: bool) -> Computed:
         key = ExpertKey(self._layer_idx, idx)
@@ -270,11 +258,19 @@ class _LayerRun:
             self._counters.disk_stall_ns += self._stall_ns
 
     def _compute(self, experts: list[Computed]) -> None:
-        """y of the experts' rows; then nothing holds them."""
+        """y of the experts' rows."""
         begin = self._executor.clock_ns()
         if experts:
             self._executor.rows.compute(self._layer_idx, self._math, experts, self._x_TD, self._y_SD)
         self._counters.compute_ns += self._executor.clock_ns() - begin
+
+    def _release_in_turn(self, missing: deque[int], by_expert: dict[int, list[Assignment]], keep: set[int]) -> None:
+        """The arrivals go one by one, and each lets the next fetch begin: who is evicted does not depend on how many
+        arrived together, so that replays can tell it (cache/ghost.py).
+        """
+        while self._held and missing:
+            self._cache.release([self._held.pop(0)])
+            self._start_fetches(missing, by_expert, keep)
         self._release()
 
     def _release(self) -> None:

@@ -17,7 +17,7 @@ from offmoe.base.trace import Recorder
 from offmoe.base.trial import Turns
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.link import LinkSource
-from offmoe.cache.policy import make_policy
+from offmoe.cache.policy import Policy, make_policy
 from offmoe.cache.sources import DiskSource
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.executor.admission import Admission
@@ -109,17 +109,21 @@ def build_serving(
     host_source = DiskSource(experts, pool, disk)
     cpu_rows = None if cpu_kernels is None else CpuRows(cpu_kernels)
     num_layers = len(experts.layers)
+
+    def policy() -> Policy:
+        return make_policy("lru" if config.policy == "auto" else config.policy)
+
     if device is None or device_pool is None:
-        cache = ExpertCache(pool.num_slots, num_layers, host_source, make_policy(config.policy), counters)
+        cache = ExpertCache(pool.num_slots, num_layers, host_source, policy(), counters)
         serving = Serving(cache=cache, host=cache, executor=_NOT_YET, cpu_rows=cpu_rows)
         executor = Executor(cache, rows=cpu_rows, recorder=serving.recorder)
         _fetch_ahead(serving, executor, model, experts, config)
         serving.executor = RecoveringExecutor(executor)
         return serving
-    host = ExpertCache(pool.num_slots, num_layers, host_source, make_policy(config.policy), Counters())
+    host = ExpertCache(pool.num_slots, num_layers, host_source, policy(), Counters())
     layouts = [layout_of(layer) for layer in experts.layers]
     link = LinkSource(experts, layouts, host, host_source, device_pool, device.copier, counters)
-    cache = ExpertCache(device_pool.num_slots, num_layers, link, make_policy(config.policy), counters)
+    cache = ExpertCache(device_pool.num_slots, num_layers, link, policy(), counters)
     serving = Serving(cache=cache, host=host, executor=_NOT_YET, cpu_rows=cpu_rows)
     if (refused := device.pin(pool.slab)) is not None:
         serving.notes.append(f"RAM slots are not pinned ({refused}): copies go through a staging ring")
