@@ -35,7 +35,7 @@ def folder(good: Path, tmp_path: Path) -> Path:
     [
         ({"model_type": "qwen9_moe"}, ("'qwen9_moe'", "nearest that offmoe runs: qwen3_moe")),
         ({"model_type": "zzz"}, ("'zzz'", "offmoe runs mixtral")),
-        ({"quantization_config": {"quant_method": "gptq"}}, ("quantised", "gptq", "bfloat16")),
+        ({"quantization_config": {"quant_method": "gptq"}}, ("quantised", "gptq", "offmoe quantize")),
     ],
 )
 def test_architectures_and_formats_that_are_not_run(

@@ -133,8 +133,8 @@ def _groups(**weights: Any) -> dict[str, Any]:
 
 
 CONFIGS: list[tuple[dict[str, Any], type[OffmoeError], tuple[str, ...]]] = [
-    ({"quant_method": "gptq"}, UnsupportedModelError, ("'gptq'", "not read yet", "bfloat16", "mxfp4")),
-    ({"quant_method": "awq"}, UnsupportedModelError, ("'awq'", "not read yet")),
+    ({"quant_method": "gptq"}, UnsupportedModelError, ("'gptq'", "offmoe quantize SOURCE TARGET --experts int4")),
+    ({"quant_method": "awq"}, UnsupportedModelError, ("'awq'", "offmoe quantize")),
     ({"quant_method": "bitsandbytes"}, UnsupportedModelError, ("bitsandbytes", "bfloat16")),
     ({"quant_method": "\x1b[2Jwhat"}, UnsupportedModelError, ("what", "not read yet")),
     ({"quant_method": 3}, CheckpointError, ("quant_method",)),

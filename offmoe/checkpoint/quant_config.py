@@ -55,6 +55,11 @@ def read_quantisation(config: dict[str, Any]) -> Quantisation | None:
             return _fp8(found)
         case "mxfp4":
             return Quantisation(method="mxfp4")
+        case "gptq" | "awq":
+            raise UnsupportedModelError(
+                f"the checkpoint is quantised by {method!r}, whose matrices are turned; write it anew once, with "
+                f"the same values: offmoe quantize SOURCE TARGET --experts int{found.get('bits', 4)}"
+            )
         case "bitsandbytes":
             raise UnsupportedModelError(
                 "the checkpoint is quantised by bitsandbytes, whose format no other engine reads from disk either; "

@@ -32,14 +32,19 @@ def run_quantize(
         result = quantise(folder, target, QuantiseOptions(**options), progress)
     record = {"target": str(target), **result.as_dict()}
     if not quiet:
+        what = f"{result.repacked} matrices repacked, with the same values" if result.repacked else (
+            f"{result.num_experts} experts in {options['experts']}, groups of {options['group']}; {result.num_dense} "
+            "other linear layers quantised"
+        )  # fmt: skip
         click.echo(
             f"{target}: {format_bytes(result.source_bytes)} -> {format_bytes(result.written_bytes)} "
-            f"({format_percent(result.written_bytes / result.source_bytes)}): {result.num_experts} experts in "
-            f"{options['experts']}, groups of {options['group']}; {result.num_dense} other linear layers quantised"
+            f"({format_percent(result.written_bytes / result.source_bytes)}): {what}"
         )
         if result.resumed:
             click.echo(f"{result.resumed} of {result.num_shards} files were there from a run before")
-    if text is not None:
+    if text is not None and result.repacked:
+        click.echo("the values are the same, and so is the perplexity: --eval has nothing to compare", err=True)
+    elif text is not None:
         record |= _compare(folder, target, text, quiet=quiet)
     return record
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from offmoe.base.errors import UsageError
-from offmoe.checkpoint.index import GGUF_SUFFIX, CheckpointIndex, read_json
+from offmoe.checkpoint.copies import PIECE_BYTES, copied, small_files, source_identity
+from offmoe.checkpoint.index import GGUF_SUFFIX, CheckpointIndex, read_config, read_json
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.checkpoint.writer import CONFIG_NAME, CheckpointWriter, refuse_target
 from offmoe.formats.dense import TORCH_DTYPES, writable_bytes
@@ -23,14 +24,9 @@ from offmoe.formats.encode import encode
 from offmoe.models.build import build_on_meta, read_model_config
 from offmoe.models.expert_map import map_experts
 from offmoe.models.quantise_plan import SHARD_BYTES, Kind, Matrix, QuantisePlan, ShardPlan, make_plan
+from offmoe.models.repack import Scheme, find_scheme, repack_checkpoint
 from offmoe.models.transformers_internals import KeyMapping
 
-# Read at once of a tensor that is copied, or of a matrix that is encoded.
-PIECE_BYTES = 16 << 20
-# Files beside the weights that the result needs as well: tokenizer, chat template, generation config, the model's code.
-_COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-_COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
-_MAX_COPIED_BYTES = 256 << 20
 _BITS = {"int4": 4, "int8": 8}
 Progress = Callable[[str, int, int], None]
 
@@ -48,7 +44,9 @@ class QuantiseOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantiseResult:
-    """Sizes are bytes of all tensors; `num_dense` counts the linear layers besides experts, `resumed` shards kept."""
+    """Sizes are bytes of all tensors; `num_dense` counts the linear layers besides experts, `resumed` shards kept.
+    `repacked` counts matrices that were quantised before, and keep their values.
+    """
 
     source_bytes: int
     written_bytes: int
@@ -56,6 +54,7 @@ class QuantiseResult:
     num_dense: int
     num_shards: int
     resumed: int
+    repacked: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -63,7 +62,8 @@ class QuantiseResult:
 
 
 def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Progress) -> QuantiseResult:
-    """Write `source`, quantised, to `target`, or go on with a run of the same that was cut off.
+    """Write `source`, quantised, to `target`, or go on with a run of the same that was cut off. A GPTQ or AWQ
+    checkpoint keeps its values and becomes one that is read.
 
     `progress("quantising", done_bytes, total_bytes)` counts bytes of the source. Raises UsageError (a group that does
     not divide, a quantised source, a target that is something else), UnsupportedModelError and OutputError; a second
@@ -72,6 +72,9 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
     refuse_target(source, target)
     if source.suffix == GGUF_SUFFIX:
         raise UsageError(f"{source} is a GGUF file; start from the model as it was published in bfloat16")
+    scheme = find_scheme(read_config(source))
+    if scheme is not None:
+        return _repacked(source, target, scheme, options, progress)
     with ExitStack() as opened:
         config, quantisation = read_model_config(source, trust_remote_code=options.trust_remote_code)
         if quantisation is not None:
@@ -93,10 +96,24 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
         writer.begin()
         resumed = _write_shards(writer, plan, index, progress)
         raw = read_json(source / CONFIG_NAME)
-        writer.finish({**raw, "quantization_config": quantization_config(plan, options)}, _small_files(source))
+        writer.finish({**raw, "quantization_config": quantization_config(plan, options)}, small_files(source))
     return QuantiseResult(
         source_bytes=plan.source_bytes, written_bytes=plan.written_bytes, num_experts=plan.num_experts,
         num_dense=plan.num_dense, num_shards=len(plan.shards), resumed=resumed,
+    )  # fmt: skip
+
+
+def _repacked(
+    source: Path, target: Path, scheme: Scheme, options: QuantiseOptions, progress: Progress
+) -> QuantiseResult:
+    if _BITS[options.experts] != scheme.bits:
+        raise UsageError(
+            f"{source} is {scheme.packing} of {scheme.bits} bits and keeps its values; use --experts int{scheme.bits}"
+        )
+    found = repack_checkpoint(source, target, scheme, progress)
+    return QuantiseResult(
+        source_bytes=found.source_bytes, written_bytes=found.written_bytes, num_experts=0, num_dense=0,
+        num_shards=found.num_shards, resumed=found.resumed, repacked=found.num_matrices,
     )  # fmt: skip
 
 
@@ -124,24 +141,10 @@ def quantization_config(plan: QuantisePlan, options: QuantiseOptions) -> dict[st
 
 def _identity(index: CheckpointIndex, options: QuantiseOptions) -> dict[str, Any]:
     """What two runs must have in common for one to go on where the other stopped."""
-    status = {file.name: file.path.stat() for file in index.files}
     return {
-        "source": {name: [found.st_size, found.st_mtime_ns] for name, found in status.items()},
-        "experts": options.experts, "dense": options.dense, "group": options.group, "encoder": 1,
+        "source": source_identity(index), "experts": options.experts, "dense": options.dense,
+        "group": options.group, "encoder": 1,
     }  # fmt: skip
-
-
-def _small_files(source: Path) -> list[Path]:
-    """Tokenizer, templates and the like; never weights, nor what is written anew."""
-    return [
-        path
-        for path in sorted(source.iterdir())
-        if path.is_file()
-        and path.name != CONFIG_NAME
-        and not path.name.endswith(".index.json")
-        and (path.suffix in _COPIED or path.name.startswith(_COPIED_NAMES))
-        and path.stat().st_size <= _MAX_COPIED_BYTES
-    ]
 
 
 def _write_shards(writer: CheckpointWriter, plan: QuantisePlan, index: CheckpointIndex, progress: Progress) -> int:
@@ -169,16 +172,7 @@ def _shard_bytes(
     for matrix in shard.matrices:
         yield b"".join(size.to_bytes(8, "little") for size in matrix.shape)
     for item in shard.items:
-        yield from _copied(item, index, count) if isinstance(item, TensorEntry) else _encoded(item, index, count)
-
-
-def _copied(entry: TensorEntry, index: CheckpointIndex, count: Callable[[int], None]) -> Iterator[memoryview]:
-    for begin in range(0, entry.num_bytes, PIECE_BYTES):
-        size = min(PIECE_BYTES, entry.num_bytes - begin)
-        piece = memoryview(bytearray(size))
-        index.files[entry.file_idx].read_into(piece, entry.start + begin, need_bytes=size)
-        yield piece
-        count(size)
+        yield from copied(item, index, count) if isinstance(item, TensorEntry) else _encoded(item, index, count)
 
 
 def _encoded(matrix: Matrix, index: CheckpointIndex, count: Callable[[int], None]) -> Iterator[memoryview]:

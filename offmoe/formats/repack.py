@@ -1,0 +1,106 @@
+"""GPTQ's and AWQ's words as compressed-tensors' `pack-quantized`: the same integers, scales and zero points, turned.
+
+N outputs, K inputs, G groups of columns, P codes a word. Both store inputs x outputs: GPTQ packs down the inputs, AWQ
+along the outputs and in an order of its own. Values do not change: w = (code - zero) * scale on both sides.
+Sources: `pack_original` of https://github.com/ModelCloud/GPTQModel, and `AutoAWQConverter` of compressed-tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from offmoe.base.errors import CheckpointError, UnsupportedModelError
+
+WORD_BITS = 32
+# AWQ: nibble i of a word is output 8 j + _AWQ_ORDER[i].
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+Packing = Literal["gptq", "gptq_v2", "awq"]
+
+
+@dataclass(frozen=True, slots=True)
+class Repacked:
+    """`codes` I32 (N, K/P), `scales` (N, G), `zeros` I32 (ceil(N/P), G); None where all are the middle of the codes."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+
+def repack(
+    packing: Packing, bits: int, qweight: torch.Tensor, scales_GN: torch.Tensor, qzeros: torch.Tensor | None,
+    columns: torch.Tensor | None, *, symmetric: bool, name: str,
+) -> Repacked:  # fmt: skip
+    """One matrix. `columns` is GPTQ's `g_idx`, the group of each input. `symmetric`: no zero points are wanted.
+
+    Raises UnsupportedModelError for columns in the order of activations, and CheckpointError where zero points are not
+    what `symmetric` says.
+    """
+    codes_KN = _unpack_down(qweight, bits) if packing != "awq" else _unpack_along(qweight, bits, _AWQ_ORDER)
+    num_inputs, num_groups = len(codes_KN), len(scales_GN)
+    if num_groups < 1 or num_inputs % num_groups or scales_GN.shape[1] != codes_KN.shape[1]:
+        raise CheckpointError(
+            f"{name!r} has codes for {list(codes_KN.shape)} and scales for {list(scales_GN.shape)} inputs and outputs; "
+            "download the checkpoint again"
+        )
+    if columns is not None and not torch.equal(columns.long(), torch.arange(num_inputs) // (num_inputs // num_groups)):
+        raise UnsupportedModelError(
+            f"{name!r} has its columns in the order of activations (desc_act), which no integer format that offmoe "
+            "reads can say; use a version quantised without it"
+        )
+    middle = 1 << (bits - 1)
+    if qzeros is None:
+        zeros_GN = torch.full_like(scales_GN, middle, dtype=torch.int32)
+    elif packing == "awq":
+        zeros_GN = _unpack_along(qzeros, bits, _AWQ_ORDER)
+    else:
+        zeros_GN = _unpack_along(_more_by_one(qzeros, bits) if packing == "gptq" else qzeros, bits)
+    zeros_GN = zeros_GN[:, : codes_KN.shape[1]]
+    if zeros_GN.shape != scales_GN.shape:
+        raise CheckpointError(
+            f"{name!r} has zero points for {list(zeros_GN.shape)} and scales for {list(scales_GN.shape)} groups and "
+            "outputs; download the checkpoint again"
+        )
+    if symmetric and not bool((zeros_GN == middle).all()):
+        raise CheckpointError(
+            f"config.json says that the codes are symmetric, {name!r} has zero points other than {middle}; config and "
+            "tensors are of different models"
+        )
+    return Repacked(
+        codes=_pack(codes_KN.t(), bits), scales=scales_GN.t().contiguous(),
+        zeros=None if symmetric else _pack(zeros_GN, bits).t().contiguous(),
+    )  # fmt: skip
+
+
+def _more_by_one(qzeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """The first format's zero points were stored less by one, whole words at a time: what was borrowed comes back."""
+    ones = sum(1 << shift for shift in range(0, WORD_BITS, bits))
+    return qzeros + ones  # int32 wraps around
+
+
+def _shifts(bits: int) -> torch.Tensor:
+    return torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
+
+
+def _unpack_down(words_RN: torch.Tensor, bits: int) -> torch.Tensor:
+    """Code i of word j is row P j + i."""
+    codes = (words_RN[:, None, :] >> _shifts(bits)[None, :, None]) & ((1 << bits) - 1)
+    return codes.reshape(-1, words_RN.shape[1])
+
+
+def _unpack_along(words_RC: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Code i of word j is column P j + order[i]."""
+    codes = (words_RC[:, :, None] >> _shifts(bits)) & ((1 << bits) - 1)
+    if order is not None:
+        codes = codes[:, :, torch.tensor(order).argsort()]
+    return codes.reshape(len(words_RC), -1)
+
+
+def _pack(codes_RC: torch.Tensor, bits: int) -> torch.Tensor:
+    """Code i of word j is column P j + i, lowest bits first; the last word of a row is filled up with zeros."""
+    per_word = WORD_BITS // bits
+    codes = torch.nn.functional.pad(codes_RC.int(), (0, -codes_RC.shape[1] % per_word))
+    words = (codes.view(len(codes), -1, per_word).long() << _shifts(bits).long()).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
