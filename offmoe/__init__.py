@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from offmoe.generation.stream import Piece as Piece
 
 _HOMES = {
-    "load": "offmoe.api", "Conversation": "offmoe.generation.conversation", "OffmoeError": "offmoe.base.errors", "Engine": "offmoe.generation.engine",
-    "Reply": "offmoe.generation.reply", "Piece": "offmoe.generation.stream",
+    "load": "offmoe.api", "Conversation": "offmoe.generation.conversation", "OffmoeError": "offmoe.base.errors",
+    "Engine": "offmoe.generation.engine", "Reply": "offmoe.generation.reply", "Piece": "offmoe.generation.stream",
 }  # fmt: skip
 __all__ = ["Conversation", "Engine", "OffmoeError", "Piece", "Reply", "__version__", "load"]
 

@@ -110,7 +110,7 @@ def test_logits_are_those_of_the_same_values(case: str, tmp_path: Path) -> None:
     plain = save(tmp_path / "published", form)
     done = succeed("quantize", tmp_path / "published", tmp_path / "out", "--experts", f"int{form.bits}", "--json")
     result = last_json(done.stdout)
-    assert result["repacked"] == 3 * (4 + 3 * 8)
+    assert result["repacked"] == 3 * 4 + 3 + 2 * 3 * 8  # attention, one dense layer, experts of two
     ids = torch.randint(3, 100, (1, 12), generator=torch.Generator().manual_seed(1))
     expected: Any = AutoModelForCausalLM.from_pretrained(plain, attn_implementation="eager")
     with torch.no_grad():
