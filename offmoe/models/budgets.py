@@ -8,27 +8,17 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from offmoe.base.budget import (
-    CUDA_CONTEXT_BYTES,
-    CUDA_SLACK_BYTES,
-    SLACK_BYTES,
-    STAGING_BYTES,
-    DevicePlan,
-    MemoryPlan,
-    allowed_vram,
-    auto_ram,
-    plan_device,
-    plan_memory,
-)
+from offmoe.base.budget import DevicePlan, MemoryPlan, auto_ram
 from offmoe.base.config import EngineConfig
+from offmoe.base.division import Division, Machine, ModelSizes
 from offmoe.base.errors import BudgetError
 from offmoe.base.machine import available_ram_bytes, rss_bytes
+from offmoe.base.shape import ModelShape, shape_of
 from offmoe.base.units import format_bytes
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.formats.layout import device_slot_bytes
 from offmoe.models.probe import ModelProbe, foresee_kv_bytes
 from offmoe.models.resident import resident_bytes
-from offmoe.models.workspace import choose_chunk, host_workspace_bytes, workspace_bytes
 
 if TYPE_CHECKING:
     from offmoe.tiers.device import Device
@@ -38,47 +28,43 @@ FIRST_RUN_BYTES = 24 << 20
 
 
 class Budgets:
-    """Plans RAM, and the device where there is one. Made when the model is built and no weight is read."""
+    """Measures what `Division` divides. Made when the model is built and no weight is read."""
 
     def __init__(
         self, model: PreTrainedModel, experts: ExpertIndex, config: EngineConfig, context_length: int, *,
         slot_bytes: int, load_bytes: int, baseline_bytes: int, device: Device | None,
     ) -> None:  # fmt: skip
         """`slot_bytes` of a RAM slot; `load_bytes` pass through RAM at once on their way to `device`."""
-        self._model, self._experts, self._config = model, experts, config
-        self._context_length, self._slot_bytes, self._load_bytes = context_length, slot_bytes, load_bytes
+        self._model, self._config, self._context_length = model, config, context_length
         self._baseline_bytes, self._device = baseline_bytes, device
         self._ram = config.ram if config.ram is not None else baseline_room(baseline_bytes)
-        self._resident_bytes = resident_bytes(model)
+        self._sizes = ModelSizes(
+            shape=model_shape(model), resident_bytes=resident_bytes(model), load_bytes=load_bytes,
+            slot_bytes=slot_bytes, device_slot_bytes=device_slot_bytes(experts), num_experts=experts.num_experts,
+            top_k=experts.top_k,
+        )  # fmt: skip
         self._runtime_bytes = max(0, rss_bytes() - baseline_bytes)
         self._free_bytes = device.free_bytes() if device is not None else 0
-        on_cuda = device is not None and device.torch_device.type == "cuda"
-        self._context_bytes = CUDA_CONTEXT_BYTES if on_cuda else 0
-        self._slack_bytes = CUDA_SLACK_BYTES if on_cuda else 0
 
     def refuse_hopeless(self) -> None:
         """Raise BudgetError before gigabytes are read when the model cannot fit at its most modest."""
-        chunk = min(self._context_length, self._config.prefill_chunk or self._choose_chunk(0))
-        kv_bytes = foresee_kv_bytes(self._model, self._context_length)
+        division = self._division(foresee_kv_bytes(self._model, self._context_length))
         try:
-            self._divide(kv_bytes, chunk)
-        except BudgetError:
-            self._runtime_bytes += FIRST_RUN_BYTES  # so that the budget in the message is one that works
-            self._divide(kv_bytes, chunk)
+            division.plan_most_modest()
+        except BudgetError:  # once more, so that the budget in the message is one that works
+            division.with_runtime(self._runtime_bytes + FIRST_RUN_BYTES).plan_most_modest()
 
     def plan(self, probe: ModelProbe) -> MemoryPlan:
         """The plan, now that the weights are loaded and the model has run once. Raises BudgetError.
 
         What others have taken of the device meanwhile is not planned with.
         """
+        resident = self._sizes.resident_bytes
         if self._device is not None:
-            self._free_bytes = min(self._free_bytes, self._device.free_bytes() + self._resident_bytes)
-        chunk = self._context_length
-        if probe.chunkable:
-            chunk = min(chunk, self._config.prefill_chunk or self._choose_chunk(self._room(probe.kv_bytes)))
+            self._free_bytes = min(self._free_bytes, self._device.free_bytes() + resident)
         in_ram = self._device is None or self._device.torch_device.type == "cpu"  # a simulated device is in RAM
-        self._runtime_bytes = max(0, rss_bytes() - self._baseline_bytes - (self._resident_bytes if in_ram else 0))
-        plan = self._divide(probe.kv_bytes, chunk)
+        self._runtime_bytes = max(0, rss_bytes() - self._baseline_bytes - (resident if in_ram else 0))
+        plan = self._division(probe.kv_bytes, chunkable=probe.chunkable).plan()
         if plan.device is not None and self._config.vram is not None and plan.device.vram_bytes < self._config.vram:
             warnings.warn(
                 f"vram is {format_bytes(self._config.vram)}, the device has {format_bytes(plan.device.vram_bytes)} to "
@@ -87,47 +73,28 @@ class Budgets:
             )
         return plan
 
-    def _room(self, kv_bytes: int) -> int:
-        """Bytes left, where the model computes, for a prefill chunk's workspace and more slots than the fewest."""
-        slots = min(self._config.experts or self._experts.top_k, self._experts.num_experts)
-        if self._device is None:
-            taken = self._runtime_bytes + self._resident_bytes + SLACK_BYTES + kv_bytes + slots * self._slot_bytes
-            return self._ram - taken
-        allowed = allowed_vram(self._config.vram, self._free_bytes + self._context_bytes)
-        taken = self._context_bytes + self._resident_bytes + self._slack_bytes + kv_bytes
-        return allowed - taken - slots * device_slot_bytes(self._experts)
-
-    def _choose_chunk(self, room_bytes: int) -> int:
-        return choose_chunk(
-            self._model, context_length=self._context_length, room_bytes=room_bytes, on_device=self._device is not None
-        )
-
-    def _divide(self, kv_bytes: int, chunk: int) -> MemoryPlan:
-        if self._device is None:
-            return plan_memory(
-                ram_bytes=self._ram, runtime_bytes=self._runtime_bytes, resident_bytes=self._resident_bytes,
-                kv_bytes=kv_bytes,
-                workspace_bytes=workspace_bytes(self._model, chunk=chunk, context_length=self._context_length),
-                slot_bytes=self._slot_bytes, num_experts=self._experts.num_experts, top_k=self._experts.top_k,
-                experts=self._config.experts, prefill_chunk=chunk,
-            )  # fmt: skip
-        return plan_memory(
-            ram_bytes=self._ram, runtime_bytes=self._runtime_bytes, resident_bytes=0, kv_bytes=0,
-            workspace_bytes=host_workspace_bytes(self._model, chunk=chunk), slot_bytes=self._slot_bytes,
-            num_experts=self._experts.num_experts, top_k=self._experts.top_k, experts=None, prefill_chunk=chunk,
-            staging_bytes=STAGING_BYTES, load_bytes=self._load_bytes, device=self._divide_device(kv_bytes, chunk),
+    def _division(self, kv_bytes: int, *, chunkable: bool = True) -> Division:
+        machine = Machine(
+            ram_bytes=self._ram, runtime_bytes=self._runtime_bytes,
+            vram_free_bytes=None if self._device is None else self._free_bytes,
+            is_cuda=self._device is not None and self._device.torch_device.type == "cuda",
+        )  # fmt: skip
+        return Division(
+            sizes=self._sizes, machine=machine, config=self._config, context_length=self._context_length,
+            kv_bytes=kv_bytes, chunkable=chunkable,
         )  # fmt: skip
 
-    def _divide_device(self, kv_bytes: int, chunk: int) -> DevicePlan:
-        return plan_device(
-            vram_bytes=self._config.vram, free_bytes=self._free_bytes, context_bytes=self._context_bytes,
-            resident_bytes=self._resident_bytes, kv_bytes=kv_bytes,
-            workspace_bytes=workspace_bytes(
-                self._model, chunk=chunk, context_length=self._context_length, on_device=True
-            ),
-            slack_bytes=self._slack_bytes, slot_bytes=device_slot_bytes(self._experts),
-            num_experts=self._experts.num_experts, top_k=self._experts.top_k, experts=self._config.experts,
-        )  # fmt: skip
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """The shape of a model that was built, with or without weights."""
+    config = model.config.get_text_config()
+    vocab = int(config.vocab_size)
+    matrices = [p.nbytes for p in model.parameters() if p.dim() == 2 and vocab not in p.shape]
+    return shape_of(
+        config.to_dict(), item_bytes=model.dtype.itemsize,
+        eager_attention=getattr(config, "_attn_implementation", "sdpa") == "eager",
+        largest_matrix_bytes=max(matrices, default=0),
+    )  # fmt: skip
 
 
 def fit_to_free(plan: DevicePlan, device: Device, *, top_k: int) -> DevicePlan:

@@ -1,0 +1,99 @@
+"""A model's widths and counts, from the numbers of its config: what the loader and the planner size memory with.
+
+The loader hands in transformers' config as a dict, the planner config.json as it was published. Both have the same
+names; where a published config leaves one out, its default here is that of the families that leave it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Kinds of layers whose keys and values are kept and attended to.
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
+_TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Widths in numbers, `item_bytes` of one number.
+
+    `scores_in_memory`: attention scores of a chunk against the whole context are written out, head by head.
+    `has_recurrence`: some layers keep a running state, and compute in float32. `largest_matrix_bytes` is that of the
+    resident matrices but embedding and head.
+    """
+
+    width: int
+    num_heads: int
+    head_width: int
+    dense_width: int
+    expert_width: int
+    top_k: int
+    vocab_size: int
+    item_bytes: int
+    scores_in_memory: bool
+    has_recurrence: bool
+    largest_matrix_bytes: int
+
+
+def shape_of(
+    config: Mapping[str, Any], *, item_bytes: int, eager_attention: bool, largest_matrix_bytes: int
+) -> ModelShape:
+    """The shape of the text model that `config` (with `text_config` or without) describes."""
+    text = text_config(config)
+    width = largest_number(text, "hidden_size", 1)
+    heads = largest_number(text, "num_attention_heads", 1)
+    latent_width = largest_number(text, "qk_nope_head_dim", 0) + largest_number(text, "qk_rope_head_dim", 0)
+    dense = max(
+        largest_number(text, "intermediate_size", width), largest_number(text, "shared_expert_intermediate_size", 0)
+    )
+    return ModelShape(
+        width=width,
+        num_heads=heads,
+        head_width=max(largest_number(text, "head_dim", width // heads), latent_width),
+        dense_width=dense,
+        expert_width=largest_number(text, "moe_intermediate_size", dense),
+        top_k=max(largest_number(text, name, 1) for name in _TOP_K),
+        vocab_size=largest_number(text, "vocab_size", 1),
+        item_bytes=item_bytes,
+        # Where keys and values differ in width, torch's fused attention on the CPU does not take them (measured on
+        # DeepSeek-V2-Lite's shape: 350 MiB above a plan without the scores, 2,048 tokens at once).
+        scores_in_memory=eager_attention or latent_width not in (0, largest_number(text, "v_head_dim", latent_width)),
+        has_recurrence=any(kind not in ATTENTION_KINDS for kind in layer_kinds(text)),
+        largest_matrix_bytes=largest_matrix_bytes,
+    )
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model."""
+    for name in ("text_config", "llm_config", "language_config"):
+        found = config.get(name)
+        if isinstance(found, Mapping):
+            return found
+    return config
+
+
+def layer_kinds(config: Mapping[str, Any]) -> list[str]:
+    """`layer_types`, or what other keys of a published config say of them; empty: all layers alike."""
+    kinds = config.get("layer_types")
+    if isinstance(kinds, (list, tuple)) and all(isinstance(kind, str) for kind in kinds):
+        return list(kinds)
+    num_layers = largest_number(config, "num_hidden_layers", 0)
+    every = largest_number(config, "full_attention_interval", 0)
+    if every and num_layers <= 10_000:
+        return ["full_attention" if layer % every == every - 1 else "linear_attention" for layer in range(num_layers)]
+    return []
+
+
+def largest_number(config: Mapping[str, Any], name: str, default: int) -> int:
+    """The largest value that `name` has anywhere in the config (it may differ by layer), or `default`."""
+
+    def largest(value: Any, inside: bool) -> float:
+        if isinstance(value, Mapping):
+            return max((largest(item, inside or key == name) for key, item in value.items()), default=0)
+        if isinstance(value, (list, tuple)):
+            return max((largest(item, inside) for item in value), default=0)
+        return value if inside and isinstance(value, (int, float)) else 0
+
+    return int(largest(config, inside=False)) or default

@@ -1,0 +1,55 @@
+"""How much memory one forward pass needs beside weights and KV cache, from the model's shape.
+
+An upper estimate, in bytes, of what is alive at once in the widest place of a layer. Measured peaks are below it
+(benchmarks/ holds the comparison); the executor bounds its own part by computing expert by expert.
+"""
+
+from __future__ import annotations
+
+from offmoe.base.shape import ModelShape
+
+PREFILL_CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64)
+# Of what weights and KV leave, the share that a prefill chunk may take; the rest is for expert slots.
+MAX_WORKSPACE_SHARE = 0.06
+
+
+def workspace_bytes(shape: ModelShape, *, chunk: int, context_length: int, on_device: bool = False) -> int:
+    """Peak of temporaries for `chunk` tokens against `context_length` cached ones, where the model computes."""
+    item, width = shape.item_bytes, shape.width
+    heads_width = shape.num_heads * shape.head_width
+    # Hidden states: residual, normed copy in float32 and its square, block input and output.
+    hidden = chunk * width * (4 * item + 3 * 4)
+    # Queries, keys, values before and after rotary embedding, attention output.
+    attention = chunk * heads_width * item * 8
+    # The mask, as bool and as float; where they are written out also the scores, twice, and their float32 softmax.
+    mask = chunk * context_length * (1 + item)
+    if shape.scores_in_memory:
+        attention += chunk * context_length * shape.num_heads * (2 * item + 4)
+    # Experts' outputs for every choice, the sort, and one expert's own activations for at most `chunk` rows.
+    experts = chunk * shape.top_k * (width * item + 32) + chunk * (width + 4 * shape.expert_width) * item
+    mlp = chunk * shape.dense_width * item * 4
+    # Linear-attention and state-space layers run in float32 here.
+    if shape.has_recurrence:
+        attention += chunk * max(heads_width, 2 * width) * 4 * 12
+    logits = shape.vocab_size * (item + 4 * 4)
+    peak = hidden + mask + max(attention, experts, mlp) + experts // 2 + logits
+    # oneDNN reorders a matrix before a product of many rows: at most the largest resident one.
+    return peak if on_device else peak + shape.largest_matrix_bytes
+
+
+def host_workspace_bytes(shape: ModelShape, *, chunk: int) -> int:
+    """Peak of temporaries in RAM when the model is on a device: states and results of experts computed on the CPU."""
+    return chunk * (shape.top_k * shape.width + 2 * shape.width + 4 * shape.expert_width) * shape.item_bytes
+
+
+def choose_chunk(shape: ModelShape, *, context_length: int, room_bytes: int, on_device: bool = False) -> int:
+    """The largest prefill chunk whose workspace stays under its share of `room_bytes`; larger ones read fewer bytes."""
+    for chunk in PREFILL_CHUNKS:
+        if chunk >= 2 * context_length:
+            continue
+        need = workspace_bytes(
+            shape, chunk=min(chunk, context_length), context_length=context_length, on_device=on_device
+        )
+        if need <= MAX_WORKSPACE_SHARE * room_bytes:
+            return min(chunk, context_length)
+    return min(PREFILL_CHUNKS[-1], context_length)
