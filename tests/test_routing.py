@@ -130,12 +130,12 @@ def test_every_layer_is_found_and_predicts_itself(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_the_block_run_up_to_its_experts_predicts_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routers that answer with scores only, their block choosing: no family's router is a module of use here."""
-    candidates = routing._candidates
+    candidates = routing.candidates
 
     def only_the_block(trace: LayerTrace, call: Call, used_ids: torch.Tensor) -> Iterator[tuple[Call, int | None]]:
         return (found for found in candidates(trace, call, used_ids) if found[1] is None)
 
-    monkeypatch.setattr(routing, "_candidates", only_the_block)
+    monkeypatch.setattr(routing, "candidates", only_the_block)
     model = build(name)
     found = map_routing(model)
     if name in NO_BLOCK:

@@ -11,7 +11,6 @@ Shapes: T tokens, K experts a token, E experts, X what a state has besides (D mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,15 +19,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from offmoe.models.call_trace import Call, LayerTrace, LayerTracer, by_name, find_tensor, tensors_in
+from offmoe.models.agreement import agrees, candidates, decoder_layer_of, with_scores
+from offmoe.models.call_trace import Call, LayerTrace, LayerTracer, by_name
 from offmoe.models.kv_cache import make_kv_cache
-from offmoe.models.predictor import Form, Side, Tail, find_tail, ids_given_to_experts, layer_state_name
+from offmoe.models.predictor import Side, Tail, find_tail, ids_given_to_experts, layer_state_name
 from offmoe.models.seam import LayerBinding, StateObserver, find_binding
 from offmoe.models.transformers_internals import experts_modules
 
 _NUM_TOKENS = 8
-# What a module may raise when it is called on a state of another kind than it was made for.
-_NOT_CALLABLE = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
 NOT_REACHED = "text does not reach it"
 NOT_FOUND = "no module in it answers with the expert ids when called on a state alone"
 
@@ -202,7 +200,7 @@ class _Search:
         self._experts: dict[nn.Module, list[tuple[int, nn.Module]]] = {}
         modules = dict(model.named_modules())
         for layer_idx, (name, module) in enumerate(experts_modules(model)):
-            layer = _decoder_layer_of(modules, name)
+            layer = decoder_layer_of(modules, name)
             self.layers.append(LayerRouting(layer_idx=layer_idx, name=name, reason=NOT_REACHED, decoder_layer=layer))
             self._experts.setdefault(layer, []).append((layer_idx, module))
         self.tracers = {
@@ -229,77 +227,9 @@ class _Search:
         if input_name is None:
             return layer
         layer = replace(layer, input_name=input_name)
-        for last, output_idx in _candidates(trace, experts_call, used_ids):
+        for last, output_idx in candidates(trace, experts_call, used_ids):
             tail = find_tail(trace, last, output_idx, experts_call.module)
-            if tail is not None and _agrees(tail, trace, used_ids):
-                tail = _with_scores(tail, trace, used_ids)
+            if tail is not None and agrees(tail, trace, used_ids):
+                tail = with_scores(tail, trace, used_ids)
                 return replace(layer, predictor=Predictor(tail=tail, side=self.side), reason=None)
         return layer
-
-
-def _decoder_layer_of(modules: dict[str, nn.Module], experts_name: str) -> nn.Module:
-    """The outermost member of a ModuleList that the experts are in; without one, the module right above them."""
-    parts = experts_name.split(".")
-    for end in range(1, len(parts)):
-        if isinstance(modules[".".join(parts[: end - 1])], nn.ModuleList):
-            return modules[".".join(parts[:end])]
-    return modules[".".join(parts[:-1])]
-
-
-def _candidates(trace: LayerTrace, experts_call: Call, used_ids: torch.Tensor) -> Iterator[tuple[Call, int | None]]:
-    """Calls that may end the tail: modules that answer with the ids, then the block that calls the experts."""
-    for call in trace.producers(used_ids, experts_call):
-        yield call, find_tensor(call.output, used_ids)
-    enclosing = [call for call in trace.calls[1:] if call.encloses(experts_call)]
-    if enclosing:
-        yield enclosing[-1], None
-
-
-def _agrees(tail: Tail, trace: LayerTrace, used_ids: torch.Tensor) -> bool:
-    """The tail gives the ids that the layer used, and looks at each token for itself: in another order, or alone."""
-    everyone = torch.arange(trace.num_tokens, device=used_ids.device)
-    backwards = everyone.flip(0)
-    try:
-        return (
-            _same(_ask(tail.expert_ids, tail, trace, everyone), used_ids)
-            and _same(_ask(tail.expert_ids, tail, trace, backwards), used_ids[backwards])
-            and _ask(tail.expert_ids, tail, trace, everyone[:1]) is not None
-        )
-    except _NOT_CALLABLE:
-        return False
-
-
-@torch.no_grad()
-def _ask(
-    question: Callable[[torch.Tensor, Side], torch.Tensor | None], tail: Tail, trace: LayerTrace, tokens: torch.Tensor
-) -> torch.Tensor | None:
-    """What the tail says about some tokens of its own layer's state."""
-    first = tail.steps[0]
-    state = trace.call_of(first.module).arguments()[first.state_name].reshape(trace.num_tokens, *first.form.rest)
-    given = {name: _select(value, tokens, trace.num_tokens) for name, value in trace.layer.arguments().items()}
-    side = Side()
-    side.see(given)
-    return question(state[tokens], side)
-
-
-def _select(value: Any, tokens: torch.Tensor, num_tokens: int) -> Any:
-    form = Form.of(value, num_tokens) if isinstance(value, torch.Tensor) else None
-    if form is None:
-        return value
-    return value[:, tokens] if form.batched else value[tokens]
-
-
-def _same(answer: torch.Tensor | None, expected: torch.Tensor) -> bool:
-    return answer is not None and torch.equal(answer, expected)
-
-
-def _with_scores(tail: Tail, trace: LayerTrace, used_ids: torch.Tensor) -> Tail:
-    """The same tail with the tensor by which its router ranks, if it answers with one whose best K are the ids."""
-    output = trace.call_of(tail.steps[-1].module).output
-    for idx, tensor in enumerate(tensors_in(output)):
-        form = Form.of(tensor, trace.num_tokens)
-        if tensor.is_floating_point() and form is not None and len(form.rest) == 1 and form.rest[0] > used_ids.shape[1]:
-            best = tensor.reshape(trace.num_tokens, -1).topk(used_ids.shape[1]).indices
-            if torch.equal(best.sort().values, used_ids.sort().values):
-                return replace(tail, scores_idx=idx)
-    return tail
