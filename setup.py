@@ -44,7 +44,16 @@ class BuildKernels(build_ext):
                     levels.append(f"-DOFFMOE_HAS_{level.upper()}")
                 except Exception as error:  # noqa: BLE001  # whatever this compiler raises
                     self.warn(f"CPU kernels are built without {level}: {error}")
-        common = ["level_portable.cpp", "pool.cpp", "values.cpp", "experts.cpp", "decode.cpp", "library.cpp"]
+        common = [
+            "level_portable.cpp",
+            "pool.cpp",
+            "values.cpp",
+            "experts.cpp",
+            "decode.cpp",
+            "layer.cpp",
+            "route.cpp",
+            "library.cpp",
+        ]
         objects += self._compile(common, levels)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir(parents=True, exist_ok=True)

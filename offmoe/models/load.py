@@ -28,6 +28,8 @@ from offmoe.models.device_failures import explained, release_unused
 from offmoe.models.expert_map import map_experts, streamed_parameters
 from offmoe.models.native import NativeModules
 from offmoe.models.native_attention import swap_attention
+from offmoe.models.native_layer import swap_layers
+from offmoe.models.native_moe import swap_moe
 from offmoe.models.probe import probe_model
 from offmoe.models.quantised_linears import QuantisedLinears
 from offmoe.models.resident import load_peak_bytes, load_resident
@@ -215,6 +217,8 @@ def _swap_modules(model: PreTrainedModel, serving: Serving, kernels: CpuKernels 
     serving.closing.callback(native.remove)
     native.swap_simple(model)
     swap_attention(native, model)
+    swap_moe(native, model)
+    swap_layers(native, model)
     return native
 
 

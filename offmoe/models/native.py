@@ -23,13 +23,15 @@ from torch import nn
 
 from offmoe.kernels.cpu.decode import NORM_KINDS, CpuLinear, CpuNorm
 from offmoe.kernels.cpu.kernels import CpuKernels
-from offmoe.kernels.cpu.matrices import unreadable
+from offmoe.kernels.cpu.matrices import Weight, unreadable
 
 # Rows that linears are computed for; of norms, numbers. More are torch's, which uses all cores for them.
 MAX_ROWS = 16
 MAX_NORM_NUMBERS = 1 << 17
 # How far results may be apart, relative to the largest: a rounding of the output, or another order of a sum.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# Where a linear that stays quantised (quantised_linears.py) has its QuantMatrix.
+MATRIX_NAME = "offmoe_matrix"
 _NORM_EPS = ("variance_epsilon", "eps", "epsilon")
 
 Forward = Callable[..., torch.Tensor]
@@ -99,12 +101,15 @@ class NativeModules:
 
 def make_linear(kernels: CpuKernels, module: nn.Linear) -> CpuLinear | None:
     """The linear's weights as the kernels read them; None where they do not."""
-    weight, bias = module.weight.detach(), module.bias
-    if weight.is_meta or unreadable(weight, weight.dtype) is not None or not weight.is_contiguous():
+    dtype, bias = module.weight.dtype, module.bias
+    weight: Weight = module.__dict__.get(MATRIX_NAME, module.weight.detach())
+    if isinstance(weight, torch.Tensor) and (weight.is_meta or not weight.is_contiguous()):
         return None
-    if bias is not None and (bias.dtype != weight.dtype or bias.device.type != "cpu" or not bias.is_contiguous()):
+    if unreadable(weight, dtype) is not None:
         return None
-    return CpuLinear(kernels, weight, None if bias is None else bias.detach(), dtype=weight.dtype)
+    if bias is not None and (bias.dtype != dtype or bias.device.type != "cpu" or not bias.is_contiguous()):
+        return None
+    return CpuLinear(kernels, weight, None if bias is None else bias.detach(), dtype=dtype)
 
 
 class _Functional:

@@ -34,13 +34,14 @@ _NUM_CHECKS = 2
 def swap_attention(native: NativeModules, model: nn.Module) -> None:
     """Swap the attention of every layer that is understood."""
     plain: dict[type[nn.Module], bool] = {}
+    masks = _Masks()
     for module in model.modules():
         if not all(isinstance(getattr(module, name, None), nn.Linear) for name in _PROJECTIONS):
             continue
         if type(module) not in plain:
             plain[type(module)] = _is_plain(type(module))
         if plain[type(module)]:
-            step = _make_step(native, module)
+            step = _make_step(native, module, masks)
             if step is not None:
                 native.swap(module, step, _KIND)
 
@@ -63,7 +64,7 @@ def _is_plain(attention: type[nn.Module]) -> bool:
     return "apply_rotary_pos_emb" in called and called <= _KNOWN_CALLS and not computes
 
 
-def _make_step(native: NativeModules, module: Any) -> Callable[..., Any] | None:
+def _make_step(native: NativeModules, module: Any, masks: _Masks) -> Callable[..., Any] | None:
     shape = _shape_of(module)
     norms = [_norm_of(native, module, name) for name in ("q_norm", "k_norm")]
     if shape is None or None in norms or (norms[0] is False) != (norms[1] is False):
@@ -78,7 +79,7 @@ def _make_step(native: NativeModules, module: Any) -> Callable[..., Any] | None:
         native.kernels, shape, query_norm=query_norm, key_norm=key_norm,
         sinks_H=None if sinks is None else sinks.detach().contiguous(),
     )  # fmt: skip
-    return _Step(native, module, attention, shape.width).forward
+    return AttentionStep(native, module, attention, masks).forward
 
 
 def _shape_of(module: Any) -> AttentionShape | None:
@@ -113,43 +114,67 @@ def _alike(query_norm: CpuNorm, key_norm: CpuNorm, shape: AttentionShape) -> boo
     return same and widths in ((shape.width, shape.width), all_heads)
 
 
-class _Step:
-    """The `forward` of one attention module."""
+class _Masks:
+    """All layers of a kind are given the same mask: it is looked at once a token."""
 
-    def __init__(self, native: NativeModules, module: Any, attention: CpuAttention, width: int) -> None:
-        self._native, self._module, self._attention, self._width = native, module, attention, width
+    def __init__(self) -> None:
+        self._last: object = None
+        self._sees_all = True
+
+    def sees_all(self, mask: Any) -> bool:
+        """The one token sees every row that the cache gives it."""
+        if mask is not self._last:
+            self._last, self._sees_all = mask, _sees_all(mask)
+        return self._sees_all
+
+
+class AttentionStep:
+    """The `forward` of one attention module. `half_angles` is None until a token was computed both ways."""
+
+    def __init__(self, native: NativeModules, module: Any, attention: CpuAttention, masks: _Masks) -> None:
+        self._native, self.module, self.attention, self._masks = native, module, attention, masks
         self._original = type(module).forward
         self._checks_left = _NUM_CHECKS
-        self._half_angles: bool | None = None
+        self.half_angles: bool | None = None
+        self.has_failed = False
+
+    @property
+    def is_settled(self) -> bool:
+        """It was compared, and agreed."""
+        return not self._checks_left and not self.has_failed
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own; (output, None) for one token whose cache is ours."""
         hidden: Any = kwargs.get("hidden_states", args[0] if args else None)
-        layer = self._cache_layer(hidden, args, kwargs)
+        layer = None if len(args) > 1 else self.cache_layer(hidden, kwargs)
         if layer is None:
-            return self._original(self._module, *args, **kwargs)
+            return self._original(self.module, *args, **kwargs)
         if self._checks_left:
             return self._check(hidden, layer, args, kwargs)
         keys, values = layer.open_row()
         return self._run(hidden, kwargs["position_embeddings"], keys, values), None
 
-    def _cache_layer(self, hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def cache_layer(self, hidden: Any, kwargs: dict[str, Any]) -> Any:
         """Where the token's keys and values go; None where this is no step for the kernels."""
-        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or len(args) > 1:
+        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
             return None
         angles, past = kwargs.get("position_embeddings"), kwargs.get("past_key_values")
         if not isinstance(hidden, torch.Tensor) or hidden.shape[:-1] != (1, 1) or past is None or angles is None:
             return None
-        layers, layer_idx = past.layers, self._module.layer_idx
+        layers, layer_idx = past.layers, self.module.layer_idx
         layer = layers[layer_idx] if layer_idx < len(layers) else None
         if not isinstance(layer, (PreallocatedLayer, SlidingLayer)) or not layer.can_open:
             return None
-        return layer if _sees_all(kwargs.get("attention_mask")) and not kwargs.get("output_attentions") else None
+        return (
+            layer
+            if self._masks.sees_all(kwargs.get("attention_mask")) and not kwargs.get("output_attentions")
+            else None
+        )
 
     def _run(self, hidden: torch.Tensor, angles: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        module, (cos, sin) = self._module, angles
+        module, (cos, sin) = self.module, angles
         query, key, value = module.q_proj(hidden), module.k_proj(hidden), module.v_proj(hidden)
-        heads = self._attention(query, key, value, cos, sin, keys[0], values[0], half_angles=bool(self._half_angles))
+        heads = self.attention(query, key, value, cos, sin, keys[0], values[0], half_angles=bool(self.half_angles))
         output: torch.Tensor = module.o_proj(heads.view(1, 1, -1))
         return output
 
@@ -157,7 +182,7 @@ class _Step:
         """Both ways: ours if it agrees, as for all tokens after this one, or the same text would not come out the next
         time. If not, the module's own, and its own code from now on.
         """
-        theirs = self._original(self._module, *args, **kwargs)
+        theirs = self._original(self.module, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
         rows = layer.last_rows()
         before = [states[..., -1, :].clone() for states in rows]
@@ -170,16 +195,17 @@ class _Step:
             and rows[0].stride(-1) == rows[1].stride(-1) == 1
         )
         self._checks_left -= 1
-        for half in (False, True) if self._half_angles is None else (self._half_angles,):
-            if not fitting or cos.shape[-1] * (2 if half else 1) > self._width:
+        for half in (False, True) if self.half_angles is None else (self.half_angles,):
+            if not fitting or cos.shape[-1] * (2 if half else 1) > self.attention.shape.width:
                 continue
-            self._half_angles = half
+            self.half_angles = half
             ours = self._run(hidden, (cos, sin), *rows)
             if agree(ours, theirs[0]):
                 return ours, None
         for states, own in zip(rows, before, strict=True):
             states[..., -1, :] = own
-        self._native.put_back(self._module, _KIND)
+        self.has_failed = True
+        self._native.put_back(self.module, _KIND)
         return theirs
 
 

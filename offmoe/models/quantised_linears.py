@@ -19,7 +19,7 @@ from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu.decode import CpuLinear
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.matrices import knows, unreadable
-from offmoe.models.native import MAX_ROWS
+from offmoe.models.native import MATRIX_NAME, MAX_ROWS
 from offmoe.models.stored import read_matrix, values_of
 from offmoe.models.transformers_internals import Target
 
@@ -68,6 +68,7 @@ class QuantisedLinears:
             for name, tensor in zip(_BUFFERS, (matrix.codes, matrix.scales, matrix.zeros), strict=True):
                 if tensor is not None:
                     module.register_buffer(name, tensor, persistent=False)
+            module.__dict__[MATRIX_NAME] = matrix
             module.__dict__["forward"] = _forward_of(self._kernels, module, matrix)
 
 

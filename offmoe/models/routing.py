@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from offmoe.models.agreement import agrees, candidates, decoder_layer_of, with_scores
 from offmoe.models.call_trace import Call, LayerTrace, LayerTracer, by_name
 from offmoe.models.kv_cache import make_kv_cache
+from offmoe.models.native_hooks import mark_observer
 from offmoe.models.predictor import Side, Tail, find_tail, ids_given_to_experts, layer_state_name
 from offmoe.models.seam import LayerBinding, StateObserver, find_binding
 from offmoe.models.transformers_internals import experts_modules
@@ -150,16 +151,17 @@ def _hook_input(
 def _hook_state(layer_idx: int, tail: Tail, observer: RoutingObserver, binding: LayerBinding | None) -> RemovableHandle:
     name, rest = tail.steps[0].state_name, tail.steps[0].form.rest
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        is_traced = torch.compiler.is_dynamo_compiling()
-        if not is_traced and observer.is_asleep:
-            return
-        state_TX = _argument(name, args, kwargs).reshape(-1, *rest)
-        if not is_traced:
-            observer.observe_state(layer_idx, state_TX)
-        elif binding is not None:
-            binding.trace_state(state_TX)
+    def tell(state: torch.Tensor) -> None:
+        if not observer.is_asleep:
+            observer.observe_state(layer_idx, state.reshape(-1, *rest))
 
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_dynamo_compiling():
+            tell(_argument(name, args, kwargs))
+        elif binding is not None:
+            binding.trace_state(_argument(name, args, kwargs).reshape(-1, *rest))
+
+    mark_observer(hook, tell)
     return tail.steps[0].module.register_forward_pre_hook(hook, with_kwargs=True)
 
 

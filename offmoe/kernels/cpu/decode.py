@@ -71,10 +71,10 @@ class CpuAttention:
         key_norm: CpuNorm | None = None, sinks_H: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         """Norms are of one head's width, or of all heads' together; both alike."""
-        self._kernels, self._shape = kernels, shape
+        self._kernels, self.shape = kernels, shape
         self._keep = (query_norm, key_norm, sinks_H)
         norm = query_norm
-        self._call = structs.Attend(
+        self.struct = structs.Attend(
             query_norm=None if query_norm is None else query_norm.weight_D.data_ptr(),
             key_norm=None if key_norm is None else key_norm.weight_D.data_ptr(),
             sinks=None if sinks_H is None else sinks_H.data_ptr(),
@@ -83,7 +83,7 @@ class CpuAttention:
             norm_kind=0 if norm is None else NORM_KINDS[norm.kind], scale=shape.scale,
             type=structs.TYPES[shape.dtype],
         )  # fmt: skip
-        self._address = ctypes.addressof(self._call)
+        self._address = ctypes.addressof(self.struct)
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor | None,
@@ -95,21 +95,31 @@ class CpuAttention:
         a number for each that turns, or (`half_angles`) for each pair. The caches (G, S, width) hold S rows, the last
         of which is written here. Their last dimension has stride 1, and all is of one type. Raises MemoryError.
         """
-        call, size = self._call, value.element_size()
+        call = self.struct
         output = value.new_empty(call.num_heads * call.value_width)
         call.query, call.key, call.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
-        call.output, call.keys, call.values = output.data_ptr(), keys_GSW.data_ptr(), values_GSW.data_ptr()
-        if cos is None or sin is None:
-            call.cos, call.sin, call.num_angles = None, None, 0
-        else:
-            call.cos, call.sin, call.num_angles = cos.data_ptr(), sin.data_ptr(), cos.numel()
-            call.rotary = call.num_angles * (2 if half_angles else 1)
-        group, row, _ = keys_GSW.stride()
-        call.key_group_bytes, call.key_row_bytes = group * size, row * size
-        group, row, _ = values_GSW.stride()
-        call.value_group_bytes, call.value_row_bytes, call.num_rows = group * size, row * size, keys_GSW.shape[1]
+        call.output = output.data_ptr()
+        set_position(call, cos, sin, keys_GSW, values_GSW, half_angles=half_angles)
         self._kernels.run_attend(self._address)
         return output
+
+
+def set_position(
+    call: structs.Attend, cos: torch.Tensor | None, sin: torch.Tensor | None, keys_GSW: torch.Tensor,
+    values_GSW: torch.Tensor, *, half_angles: bool,
+) -> None:  # fmt: skip
+    """What changes from token to token; as of `CpuAttention`."""
+    size = keys_GSW.element_size()
+    call.keys, call.values = keys_GSW.data_ptr(), values_GSW.data_ptr()
+    if cos is None or sin is None:
+        call.cos, call.sin, call.num_angles = None, None, 0
+    else:
+        call.cos, call.sin, call.num_angles = cos.data_ptr(), sin.data_ptr(), cos.numel()
+        call.rotary = call.num_angles * (2 if half_angles else 1)
+    group, row, _ = keys_GSW.stride()
+    call.key_group_bytes, call.key_row_bytes = group * size, row * size
+    group, row, _ = values_GSW.stride()
+    call.value_group_bytes, call.value_row_bytes, call.num_rows = group * size, row * size, keys_GSW.shape[1]
 
 
 class CpuLinear:
@@ -120,18 +130,18 @@ class CpuLinear:
     ) -> None:
         """`unreadable(weight_NK, dtype)` is None."""
         assert bias_N is None or (bias_N.dtype == dtype and bias_N.is_contiguous()), f"{bias_N=}"
-        self._kernels, self._keep = kernels, (describe(weight_NK), bias_N)
-        self._dtype, (self.num_outputs, self.num_inputs) = dtype, weight_NK.shape
+        self._kernels, self.matrix, self.bias_N = kernels, describe(weight_NK), bias_N
+        self.dtype, (self.num_outputs, self.num_inputs) = dtype, weight_NK.shape
         type_idx, size = structs.TYPES[dtype], dtype.itemsize
         self._call = structs.Linear(
-            matrix=ctypes.addressof(self._keep[0].struct), bias=None if bias_N is None else bias_N.data_ptr(),
+            matrix=ctypes.addressof(self.matrix.struct), bias=None if bias_N is None else bias_N.data_ptr(),
             x_row_bytes=self.num_inputs * size, y_row_bytes=self.num_outputs * size, type=type_idx, x_type=type_idx,
         )  # fmt: skip
         self._address = ctypes.addressof(self._call)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Contiguous rows of that type and the weight's width."""
-        return x.dtype == self._dtype and x.shape[-1] == self.num_inputs and x.is_contiguous()
+        return x.dtype == self.dtype and x.shape[-1] == self.num_inputs and x.is_contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., N) of x (..., K). `takes` said True. Raises MemoryError."""

@@ -209,6 +209,15 @@ class CpuKernels:
         if self._library.offmoe_attend(self._handle, address):
             raise MemoryError("no memory for a token's attention")
 
+    def run_layer(self, address: int) -> None:
+        """A `structs.Layer`; see layer.py. Raises MemoryError."""
+        if self._library.offmoe_layer(self._handle, address):
+            raise MemoryError("no memory for a token's layer")
+
+    def run_route(self, address: int, logits: int, scores: int) -> None:
+        """A `structs.Route` on one row of float32 logits; see layer.py."""
+        self._library.offmoe_route(address, logits, scores)
+
     def _activation(self, math: ExpertMath, weights: ExpertWeights) -> Activation | None:
         hidden = _inputs(weights.down, math)
         gated = sum(_outputs((part,), math) for part in weights.up) == 2 * hidden

@@ -84,17 +84,19 @@ def _library() -> ctypes.CDLL:
     if not paths:
         raise OSError("the CPU kernels were not built; install offmoe with a C++ compiler to have them")
     library = ctypes.CDLL(str(paths[0]))
+    version = library.offmoe_abi_version()
+    if version != ABI_VERSION:
+        raise OSError(f"the CPU kernels are of version {version}, offmoe needs {ABI_VERSION}; install offmoe again")
     library.offmoe_level.restype = ctypes.c_char_p
     library.offmoe_level.argtypes = (ctypes.c_int32, ctypes.POINTER(ctypes.c_int32))
     library.offmoe_open.restype = ctypes.c_void_p
     library.offmoe_open.argtypes = (ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
     library.offmoe_close.restype = None
     library.offmoe_close.argtypes = (ctypes.c_void_p,)
-    for call in (library.offmoe_experts, library.offmoe_linear, library.offmoe_norm, library.offmoe_attend):
-        call.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    version = library.offmoe_abi_version()
-    if version != ABI_VERSION:
-        raise OSError(f"the CPU kernels are of version {version}, offmoe needs {ABI_VERSION}; install offmoe again")
+    for name in ("experts", "linear", "norm", "attend", "layer"):
+        getattr(library, f"offmoe_{name}").argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    library.offmoe_route.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    library.offmoe_route.restype = None
     return library
 
 

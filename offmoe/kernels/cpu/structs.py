@@ -7,7 +7,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
 DENSE_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -89,4 +89,26 @@ class Attend(ctypes.Structure):
         ("key_group_bytes", c_int64), ("key_row_bytes", c_int64), ("value_group_bytes", c_int64),
         ("value_row_bytes", c_int64), ("num_rows", c_int64),
         ("eps", c_float), ("scale", c_float), ("norm_kind", c_int32), ("type", c_int32),
+    )  # fmt: skip
+
+
+class Route(ctypes.Structure):
+    """From logits to experts and their weights."""
+
+    _fields_ = (
+        ("correction", c_void_p), ("ids", c_void_p), ("weights", c_void_p), ("scale", c_float), ("added", c_float),
+        ("hidden_score", c_float), ("scoring", c_int32), ("num_experts", c_int32), ("top_k", c_int32),
+        ("num_groups", c_int32), ("top_groups", c_int32), ("best_of_group", c_int32), ("normalised", c_int32),
+        ("sorted", c_int32), ("logits_type", c_int32), ("weights_type", c_int32),
+    )  # fmt: skip
+
+
+class Layer(ctypes.Structure):
+    """One token through a decoder layer up to its experts."""
+
+    _fields_ = (
+        ("attend", Attend), ("x", c_void_p), ("input_norm", c_void_p), ("output_norm", c_void_p),
+        ("projections", c_void_p * 4), ("biases", c_void_p * 4), ("state", c_void_p), ("normed", c_void_p),
+        ("router", c_void_p), ("router_bias", c_void_p), ("route", Route), ("width", c_int64),
+        ("input_eps", c_float), ("output_eps", c_float), ("input_kind", c_int32), ("output_kind", c_int32),
     )  # fmt: skip

@@ -106,4 +106,39 @@ struct Attend {
     int32_t norm_kind, type;
 };
 
+// How a router turns logits into experts and their weights: scores of all, the best top_k of them (of corrected scores,
+// where there is a correction, in the best groups), their scores divided by the sum, times `scale`. All in float32.
+enum Scoring : int32_t { SOFTMAX = 0, SIGMOID = 1, SOFTMAX_OF_CHOSEN = 2 };
+
+struct Route {
+    const float* correction;  // a number an expert, or null
+    int64_t* ids;             // (top_k)
+    void* weights;            // (top_k), of weights_type
+    float scale, added;       // `added` to the sum
+    float hidden_score;       // of experts in groups that are not among the best
+    int32_t scoring, num_experts, top_k;
+    int32_t num_groups, top_groups, best_of_group;  // a group counts as much as its best one or two together
+    int32_t normalised, sorted;
+    int32_t logits_type, weights_type;
+};
+
+// One token through a decoder layer up to its experts: norm, attention, the sum with x, norm, router. `attend` has
+// room for query, key, value and output. All of its type.
+struct Layer {
+    Attend attend;
+    const void* x;  // (width)
+    const void* input_norm;
+    const void* output_norm;
+    const Matrix* projections[4];  // query, key, value, output
+    const void* biases[4];         // or null
+    void* state;                   // (width): x and attention's output
+    void* normed;                  // (width)
+    const Matrix* router;          // or null, and then there is no route
+    const void* router_bias;       // of the logits' type, or null
+    Route route;
+    int64_t width;
+    float input_eps, output_eps;
+    int32_t input_kind, output_kind;
+};
+
 }  // namespace offmoe

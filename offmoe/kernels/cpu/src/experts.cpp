@@ -18,12 +18,22 @@ int64_t value_bytes(int32_t type) { return type == F32 ? 4 : 2; }
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return std::min(std::max(value, low), high); }
 
-// Outputs a task computes: about kTaskBytes of weights, a multiple of 16; `width` is that of a row in bytes.
+}  // namespace
+
+// `width` is that of a row in bytes.
 int64_t task_outputs(const Matrix& matrix, int64_t most) {
     const int64_t width = matrix.transposed ? matrix.columns * (matrix.kind == DENSE_F32 ? 4 : 2) : matrix.row_bytes;
     const int64_t outputs = kTaskBytes / std::max<int64_t>(width, 1) / 16 * 16;
     return clamp(outputs, matrix.transposed ? 64 : 16, most);
 }
+
+void add_bias(int32_t type, const void* bias, int64_t begin, int64_t count, float* row) {
+    float values[kMostOutputs];
+    read_row(type, static_cast<const uint8_t*>(bias) + begin * value_bytes(type), count, values);
+    for (int64_t i = 0; i < count; ++i) row[i] += values[i];
+}
+
+namespace {
 
 struct Tile {
     float* out;
@@ -43,12 +53,6 @@ void multiply_joined(const Level& level, const Matrix* parts, int32_t num_parts,
         begin -= rows;
         end -= rows;
     }
-}
-
-void add_bias(int32_t type, const void* bias, int64_t begin, int64_t count, float* row) {
-    float values[kMostOutputs];
-    read_row(type, static_cast<const uint8_t*>(bias) + begin * value_bytes(type), count, values);
-    for (int64_t i = 0; i < count; ++i) row[i] += values[i];
 }
 
 class ExpertsJob final : public Job {

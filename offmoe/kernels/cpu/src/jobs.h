@@ -20,7 +20,7 @@ private:
 
 // What one pool's jobs keep between calls. Used by one job at a time.
 struct Workspace {
-    Scratch inputs, hidden, hidden_inputs, outputs;
+    Scratch inputs, hidden, hidden_inputs, outputs, layer;
     std::vector<const void*> rows, hidden_rows;
     std::vector<int64_t> first_task[2];  // of every expert, and the end
 };
@@ -29,10 +29,18 @@ void read_row(int32_t type, const void* from, int64_t count, float* to);
 void round_row(int32_t type, float* values, int64_t count);
 void write_row(int32_t type, const float* from, int64_t count, void* to);
 
+// Outputs a task computes: about ten microseconds of weights, a multiple of 16.
+int64_t task_outputs(const Matrix& matrix, int64_t most);
+// row[i] += bias[begin + i], for up to 512 of them.
+void add_bias(int32_t type, const void* bias, int64_t begin, int64_t count, float* row);
+// Logits, as floats, to experts and weights. `scores`: room for three numbers an expert.
+void run_route(const Route& route, const float* logits, float* scores);
+
 // All return 0, or 1 where there was no memory.
 int32_t run_experts(Pool& pool, const Level& level, Workspace& space, const Call& call);
 int32_t run_linear(Pool& pool, const Level& level, Workspace& space, const Linear& call);
 int32_t run_norm(const Level& level, Workspace& space, const Norm& call);
 int32_t run_attend(Pool& pool, const Level& level, Workspace& space, const Attend& call);
+int32_t run_layer(Pool& pool, const Level& level, Workspace& space, const Layer& call);
 
 }  // namespace offmoe

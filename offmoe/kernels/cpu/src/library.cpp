@@ -43,7 +43,7 @@ bool has_instructions(const char* level) {
 extern "C" {
 
 // Changes with abi.h.
-int32_t offmoe_abi_version() { return 2; }
+int32_t offmoe_abi_version() { return 3; }
 
 // The idx-th best level that was compiled, or null; `usable`: this processor has it.
 const char* offmoe_level(int32_t idx, int32_t* usable) {
@@ -86,6 +86,17 @@ int32_t offmoe_attend(void* handle, const offmoe::Attend* call) {
     Kernels& kernels = *static_cast<Kernels*>(handle);
     std::lock_guard<std::mutex> lock(kernels.pool.calls());
     return offmoe::run_attend(kernels.pool, kernels.level, kernels.space, *call);
+}
+
+int32_t offmoe_layer(void* handle, const offmoe::Layer* call) {
+    Kernels& kernels = *static_cast<Kernels*>(handle);
+    std::lock_guard<std::mutex> lock(kernels.pool.calls());
+    return offmoe::run_layer(kernels.pool, kernels.level, kernels.space, *call);
+}
+
+// One row of logits of the route's type, to try a rule out. `scores`: room for three numbers an expert.
+void offmoe_route(const offmoe::Route* route, const float* logits, float* scores) {
+    offmoe::run_route(*route, logits, scores);
 }
 
 }  // extern "C"

@@ -38,7 +38,7 @@ public:
 
 private:
     struct State;
-    static constexpr int32_t kMaxPhases = 4;
+    static constexpr int32_t kMaxPhases = 12;
     static void help(State* state, int32_t worker, int32_t spin_us);
     static void work(State& state, Job& job, int32_t worker);
     void start();

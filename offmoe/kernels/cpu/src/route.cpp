@@ -1,0 +1,81 @@
+// A router's rule, from logits to experts. Orders and breaks ties as torch.topk on the CPU does (ATen/native/cpu,
+// topk_impl_loop: partial_sort of pairs where k is small, else nth_element), so that the experts are the same ones.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "jobs.h"
+
+namespace offmoe {
+namespace {
+
+typedef std::pair<float, int64_t> Scored;
+
+void best(const float* scores, int64_t count, int64_t k, bool sorted, std::vector<Scored>& queue) {
+    queue.resize(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) queue[i] = {scores[i], i};
+    const auto before = [](const Scored& x, const Scored& y) {
+        return (std::isnan(x.first) && !std::isnan(y.first)) || x.first > y.first;
+    };
+    if (k * 64 <= count) {
+        std::partial_sort(queue.begin(), queue.begin() + k, queue.end(), before);
+        return;
+    }
+    std::nth_element(queue.begin(), queue.begin() + k - 1, queue.end(), before);
+    if (sorted) std::sort(queue.begin(), queue.begin() + k - 1, before);
+}
+
+void soften(float* values, int64_t count) {
+    const float most = *std::max_element(values, values + count);
+    float total = 0;
+    for (int64_t i = 0; i < count; ++i) total += values[i] = std::exp(values[i] - most);
+    for (int64_t i = 0; i < count; ++i) values[i] /= total;
+}
+
+// Experts in groups that are not among the best get `hidden_score`.
+void hide_groups(const Route& route, float* scores, std::vector<Scored>& queue) {
+    const int64_t size = route.num_experts / route.num_groups;
+    std::vector<float> of_group(static_cast<size_t>(route.num_groups));
+    for (int64_t group = 0; group < route.num_groups; ++group) {
+        best(scores + group * size, size, route.best_of_group, true, queue);
+        of_group[group] = 0;
+        for (int32_t i = 0; i < route.best_of_group; ++i) of_group[group] += queue[i].first;
+    }
+    best(of_group.data(), route.num_groups, route.top_groups, false, queue);
+    std::vector<bool> kept(static_cast<size_t>(route.num_groups), false);
+    for (int32_t i = 0; i < route.top_groups; ++i) kept[queue[i].second] = true;
+    for (int64_t i = 0; i < route.num_experts; ++i)
+        if (!kept[i / size]) scores[i] = route.hidden_score;
+}
+
+}  // namespace
+
+void run_route(const Route& route, const float* logits, float* scores) {
+    const int64_t count = route.num_experts, k = route.top_k;
+    float *chosen_by = scores + count, *weights = scores + 2 * count;
+    std::copy_n(logits, count, scores);
+    if (route.scoring == SOFTMAX) soften(scores, count);
+    if (route.scoring == SIGMOID)
+        for (int64_t i = 0; i < count; ++i) scores[i] = 1.0f / (1.0f + std::exp(-scores[i]));
+    for (int64_t i = 0; i < count; ++i) chosen_by[i] = scores[i] + (route.correction ? route.correction[i] : 0.0f);
+    std::vector<Scored> queue;
+    if (route.num_groups > 1) hide_groups(route, chosen_by, queue);
+    best(chosen_by, count, k, route.sorted != 0, queue);
+    for (int64_t i = 0; i < k; ++i) {
+        route.ids[i] = queue[i].second;
+        weights[i] = scores[queue[i].second];
+    }
+    if (route.scoring == SOFTMAX_OF_CHOSEN) soften(weights, k);
+    if (route.normalised) {
+        float total = 0;
+        for (int64_t i = 0; i < k; ++i) total += weights[i];
+        total += route.added;
+        for (int64_t i = 0; i < k; ++i) weights[i] /= total;
+    }
+    for (int64_t i = 0; i < k; ++i) weights[i] *= route.scale;
+    write_row(route.weights_type, weights, k, route.weights);
+}
+
+}  // namespace offmoe
