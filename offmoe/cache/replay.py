@@ -16,6 +16,8 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from offmoe.base.trace import TraceEvent
+from offmoe.cache.ghost import ShadowCache
+from offmoe.cache.policy import make_policy, needs_quota
 
 
 class LayerCall(NamedTuple):
@@ -75,6 +77,19 @@ def layer_calls(events: Iterable[TraceEvent]) -> list[LayerCall]:
         calls.append(LayerCall(event.layer_idx, event.rows_by_expert(), event.is_prefill, starts))
         before = event.layer_idx
     return calls
+
+
+def replay(
+    calls: Sequence[LayerCall], policy: str, num_slots: int, *, top_k: int, expert_bytes: Sequence[int]
+) -> ReplayResult:
+    """What the engine does with `num_slots` slots under `policy` on the calls, from empty, without prefetching."""
+    num_layers = len(expert_bytes)
+    shadow = ShadowCache(make_policy(policy), num_slots, num_layers, quota=needs_quota(num_slots, num_layers, top_k))
+    result = ReplayResult(name=policy, num_slots=num_slots)
+    for call in calls:
+        found = shadow.call(call.layer_idx, call.rows_by_expert, starts_pass=call.starts_pass)
+        result.phase(call).add(len(found.hits), len(found.misses), expert_bytes[call.layer_idx])
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,99 @@
+"""Flags that `offmoe tune` chose for a model, kept in a JSON file that the other commands read.
+
+    {"models": {HASH: {"model": NAME, "flags": {"ram": "900MiB", "policy": "lru"}}}}
+
+Flags that the user gives win. Where the user bounds memory (`ram`, `vram`, `experts`), no saved bound applies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offmoe.base.config import OPTION_NAMES, make_config
+from offmoe.base.errors import OutputError, UsageError
+from offmoe.base.folders import config_folder
+
+FILE_NAME = "models.json"
+MAX_BYTES = 16 << 20
+_MEMORY = frozenset({"ram", "vram", "experts"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedFlags:
+    """What applies of a file: `flags` by option name, and the `path` they come from."""
+
+    path: Path
+    flags: dict[str, Any]
+
+    def line(self) -> str:
+        """One line for people."""
+        given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in self.flags.items())
+        return f"{given} from {self.path} (--config off ignores it)"
+
+
+def default_path() -> Path:
+    """The file that commands read when none is named."""
+    return config_folder() / FILE_NAME
+
+
+def read_flags(path: Path, model_hash: str, given: dict[str, Any]) -> SavedFlags | None:
+    """What `path` has for the model and `given`, the user's own flags, leave open; None where that is nothing.
+
+    Raises UsageError where the file cannot be read or has a flag that is none.
+    """
+    entry = _models(path).get(model_hash)
+    if not isinstance(entry, dict) or not isinstance(entry.get("flags"), dict):
+        return None
+    flags = {name: value for name, value in entry["flags"].items() if name not in given}
+    unknown = [name for name in flags if name not in OPTION_NAMES]
+    if unknown:
+        raise UsageError(f"{path} has the flag {unknown[0]!r}, which is none; run offmoe tune again, or --config off")
+    try:
+        make_config(**flags)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}; run offmoe tune again, or --config off") from None
+    if _MEMORY & given.keys():
+        flags = {name: value for name, value in flags.items() if name not in _MEMORY}
+    return SavedFlags(path=path, flags=flags) if flags else None
+
+
+def write_flags(path: Path, model_hash: str, model: str, flags: dict[str, Any]) -> None:
+    """Put `flags` into `path`, keeping what it has of other models. Raises OutputError, UsageError."""
+    models = {**(_models(path) if path.exists() else {}), model_hash: {"model": model, "flags": flags}}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"models": models}, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"the flags cannot be written to {path}: {error.strerror or error}; use --config") from None
+
+
+def refuse_unwritable(path: Path, what: str) -> None:
+    """Raise OutputError now, rather than after minutes, where a file `path` could not be made."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        why = "it is a folder" if path.is_dir() else f"{folder} cannot be written"
+        raise OutputError(f"{what} cannot be written to {path}: {why}; choose another place")
+
+
+def _models(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        models = json.loads(path.read_text(encoding="utf-8"))["models"]
+        if not isinstance(models, dict):
+            raise TypeError("no table of models")
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise UsageError(f"--config {path} is no file of flags ({reason}); remove it, or use --config off") from None
+    return models
