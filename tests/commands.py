@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from offmoe.cli.main import main
 
-COMMANDS = ("bench", "chat", "demo", "generate", "inspect", "quantize", "verify")
+COMMANDS = ("bench", "chat", "demo", "generate", "inspect", "quantize", "replay", "trace", "tune", "verify")
 TIMEOUT_S = 240
 
 

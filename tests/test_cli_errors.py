@@ -15,9 +15,12 @@ from commands import COMMANDS, TIMEOUT_S, command_line, environment, fail, invok
 from damage import edit_file
 from engines import leaves_nothing, save_tiny
 
-WITH_MODEL = [command for command in COMMANDS if command != "demo"]
+WITH_MODEL = [command for command in COMMANDS if command not in {"demo", "replay"}]
 # What a command needs besides a model.
-NEEDED = {"generate": ("--prompt", "x"), "quantize": ("never-written", "--experts", "int4")}
+NEEDED = {
+    "generate": ("--prompt", "x"), "quantize": ("never-written", "--experts", "int4"),
+    "trace": ("--prompts", __file__, "-o", "never-written"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

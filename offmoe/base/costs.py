@@ -6,6 +6,7 @@ A rate is measured alone and beside the other side: link and CPU share the RAM's
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,14 @@ class Costs:
         if link_slowed_s <= cpu_slowed_s:
             return cpu_s + link_slowed_s * (1 - 1 / self.cpu_slowdown)
         return link_s + cpu_slowed_s * (1 - 1 / self.link_slowdown)
+
+
+class TokenSample(NamedTuple):
+    """One decoded token: its time, how much of it was waiting for experts, and the bytes that were waited for."""
+
+    step_s: float
+    stall_s: float
+    fetched_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)

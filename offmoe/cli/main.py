@@ -23,6 +23,7 @@ from offmoe.cli.options import (
     split_engine_options,
     user_errors,
 )
+from offmoe.cli.routing import replay, trace, tune
 
 DEMO_PROMPT = "def read_lines(path):\n    "
 
@@ -210,6 +211,10 @@ def quantize(
     record = run_quantize(source, target, options, text_file, quiet=as_json)
     if as_json:
         print_json(record)
+
+
+for _command in (trace, replay, tune):
+    main.add_command(_command)
 
 
 def read_ids(path: Path) -> list[int]:

@@ -16,6 +16,12 @@ from offmoe.base.errors import OffmoeError, UsageError
 from offmoe.base.machine import rss_bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_CONFIG_KEY = "offmoe.config"
+
+
+def _keep_config(context: click.Context, _: click.Parameter, value: str | None) -> None:
+    context.meta[_CONFIG_KEY] = value
+
 
 # One for each of OPTION_NAMES.
 _ENGINE_FLAGS = [
@@ -42,6 +48,10 @@ _ENGINE_FLAGS = [
     ),
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model."),
 ]  # fmt: skip
+_CONFIG_FLAG = click.option(
+    "--config", metavar="FILE|off", expose_value=False, callback=_keep_config,
+    help="Flags that offmoe tune has chosen; by default in the user's folder of settings.",
+)  # fmt: skip
 _SAMPLING_FLAGS = [
     click.option(
         "--max-new-tokens", type=click.IntRange(1), metavar="N", default=256, show_default=True,
@@ -70,8 +80,14 @@ _SAMPLING_FLAGS = [
 
 
 def engine_options(command: Command) -> Command:
-    """The cache flags."""
-    return functools.reduce(lambda f, option: option(f), reversed(_ENGINE_FLAGS), command)
+    """The cache flags, and where flags that were saved for a model are read from."""
+    return functools.reduce(lambda f, option: option(f), reversed([*_ENGINE_FLAGS, _CONFIG_FLAG]), command)
+
+
+def named_config() -> str | None:
+    """What --config was given: a file, "off", or None for the user's own file."""
+    context = click.get_current_context(silent=True)
+    return context.meta.get(_CONFIG_KEY) if context is not None else None
 
 
 def sampling_options(command: Command) -> Command:

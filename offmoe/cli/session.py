@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offmoe.base.config import make_config
+from offmoe.base.errors import UsageError
+from offmoe.base.saved_flags import SavedFlags, default_path, read_flags
 from offmoe.base.units import format_bytes
+from offmoe.checkpoint.identity import model_hash
 from offmoe.checkpoint.locate import locate_model
-from offmoe.cli.options import process_baseline_bytes
+from offmoe.cli.options import named_config, process_baseline_bytes
 from offmoe.report.progress import ProgressReporter
 
 if TYPE_CHECKING:
@@ -27,16 +30,22 @@ def check_request(model: str | None, options: dict[str, Any]) -> Path:
 
 
 def open_engine(
-    model: str | None, options: dict[str, Any], *, quiet: bool = False, baseline_bytes: int | None = None
-) -> Engine:
+    model: str | None, options: dict[str, Any], *, quiet: bool = False, baseline_bytes: int | None = None,
+    use_saved: bool = True,
+) -> Engine:  # fmt: skip
     """Load with progress on stderr, then say what goes where (unless `quiet`).
 
-    The budget counts from `baseline_bytes`, by default from the begin of the process.
+    The budget counts from `baseline_bytes`, by default from the begin of the process. `use_saved`: with the flags that
+    `offmoe tune` chose for this model, where `options` leave them open; which ones is said.
     """
     from offmoe.api import load
 
     baseline = process_baseline_bytes() if baseline_bytes is None else baseline_bytes
     folder = check_request(model, options)
+    if use_saved and (saved := saved_flags(folder, options)) is not None:
+        options = {**options, **saved.flags}
+        if not quiet:
+            click.echo(f"flags: {saved.line()}", err=True)
     hush_libraries()
     with ProgressReporter(quiet=quiet) as progress:
         engine = load(folder, progress=progress, _baseline_bytes=baseline, **options)
@@ -45,6 +54,24 @@ def open_engine(
         for note in engine.stats().get("notes", ()):
             click.echo(note, err=True)
     return engine
+
+
+def saved_flags(folder: Path, options: dict[str, Any]) -> SavedFlags | None:
+    """What --config names, or the user's own file, has for the model in `folder`; `options` win.
+
+    An own file that cannot be used is warned of; one that the user named raises UsageError.
+    """
+    named = named_config()
+    path = default_path() if named is None else Path(named)
+    if named == "off" or (named is None and not path.is_file()):
+        return None
+    try:
+        return read_flags(path, model_hash(folder), options)
+    except UsageError as error:
+        if named is not None:
+            raise
+        click.echo(f"warning: {error}", err=True)
+        return None
 
 
 def hush_libraries() -> None:

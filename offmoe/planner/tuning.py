@@ -5,10 +5,12 @@ Plain arithmetic on plain numbers: nothing here loads a model or knows a clock.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from offmoe.base.costs import TokenSample
 from offmoe.base.errors import TraceError
 from offmoe.base.trace_file import Trace
 from offmoe.cache.policy import POLICY_NAMES
@@ -17,6 +19,7 @@ from offmoe.cache.replay import ReplayResult, layer_calls, lru_curve, replay, re
 # Of all experts: where curves are computed.
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 7 / 16, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
 BOUND = "belady"
+UNUSUAL = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +37,20 @@ class TokenCosts:
         return 1 / (self.fixed_s + missed_bytes_per_token / self.fetch_bytes_per_s)
 
 
-def measured_costs(*, num_tokens: int, decode_s: float, stall_s: float, fetched_bytes: float) -> TokenCosts | None:
-    """Costs from a run without prefetching: its decoded tokens, their time, how much of it was waiting, and for what.
+def measured_costs(samples: Sequence[TokenSample]) -> TokenCosts | None:
+    """Costs from the tokens of a run without prefetching; those of more than five times the median time are left out:
+    then the machine did something else.
 
-    None where nothing was decoded, or nothing had to be fetched: then the rate of fetching is not known.
+    None where nothing had to be fetched, or nothing was decoded: the rate of fetching is not known then.
     """
-    if not num_tokens or stall_s <= 0 or fetched_bytes <= 0 or decode_s <= stall_s:
+    if not samples:
         return None
-    return TokenCosts(fixed_s=(decode_s - stall_s) / num_tokens, fetch_bytes_per_s=fetched_bytes / stall_s)
+    longest_s = UNUSUAL * statistics.median(sample.step_s for sample in samples)
+    usual = [sample for sample in samples if sample.step_s <= longest_s]
+    step_s, stall_s, fetched_bytes = (sum(column) for column in zip(*usual, strict=True))
+    if stall_s <= 0 or fetched_bytes <= 0 or step_s <= stall_s:
+        return None
+    return TokenCosts(fixed_s=(step_s - stall_s) / len(usual), fetch_bytes_per_s=fetched_bytes / stall_s)
 
 
 @dataclass(frozen=True, kw_only=True)

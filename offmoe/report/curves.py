@@ -49,11 +49,10 @@ def _row(curves: Curves, size: int) -> dict[str, str]:
     row = {"slots": str(size), "memory": format_bytes(size * curves.slot_bytes)}
     row |= {name: format_percent(point.hit_rate) for name, point in points.items()}
     row["MB/token"] = f"{adopted.missed_bytes_per_token / 1e6:.4g}"
-    if adopted.tok_per_s is not None:
-        row |= {
-            "tok/s" if name == curves.adopted else f"{name} tok/s": f"{point.tok_per_s:.3g}"
-            for name, point in sorted(points.items(), key=lambda item: item[0] != curves.adopted)
-        }
+    for name, point in sorted(points.items(), key=lambda item: item[0] != curves.adopted):
+        if point.tok_per_s is not None:
+            speed = f"{point.tok_per_s:.1f}" if point.tok_per_s >= 10 else f"{point.tok_per_s:.2f}"
+            row["tok/s" if name == curves.adopted else f"{name} tok/s"] = speed
     row[""] = "+".join(marks)
     return row
 

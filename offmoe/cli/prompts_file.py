@@ -1,0 +1,40 @@
+"""Prompts from a file: one a line, or the whole text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from offmoe.base.errors import UsageError
+
+
+def read_prompts(path: Path, *, whole: bool) -> list[str | list[int]]:
+    """The prompts in `path`, at least one. Empty lines are left out; with `whole` the text is one prompt.
+
+    A line that is a JSON string, or a JSON list of token ids, stands for what it holds. Raises UsageError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--prompts {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompts {path} is no UTF-8 text (byte {error.start}); convert it first") from None
+    prompts = [_prompt(line) for line in text.splitlines() if line.strip()]
+    if whole and prompts:
+        prompts = [text]
+    if not prompts:
+        raise UsageError(f"--prompts {path} is empty; write one prompt a line")
+    return prompts
+
+
+def _prompt(line: str) -> str | list[int]:
+    if line.lstrip()[:1] in {'"', "["}:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            return line
+        if isinstance(value, str) or (
+            isinstance(value, list) and value and all(type(token) is int and token >= 0 for token in value)
+        ):
+            return value
+    return line
