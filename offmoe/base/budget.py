@@ -16,6 +16,8 @@ from offmoe.base.units import format_bytes
 MIN_RESERVE_BYTES = 1 << 30
 # The allocator's rounding and what Python itself grows by while generating (measured: 20-60 MiB).
 SLACK_BYTES = 96 << 20
+# Of that, what a run was seen to take (the rest is for those that were not seen): predictions count this much.
+EXPECTED_GROWTH_BYTES = 36 << 20
 # Left to the desktop and other programs when `vram` is "auto": a sixteenth of what is free, and at least this much.
 MIN_VRAM_RESERVE_BYTES = 512 << 20
 # What the driver takes for a process that uses a GPU, before it allocates: its context and torch's kernels.
@@ -115,6 +117,11 @@ class MemoryPlan:
     def total_bytes(self) -> int:
         """The peak that is expected: while running, or while loading for a device."""
         return max(self.fixed_bytes + self.pool_bytes, self.runtime_bytes + self.load_bytes + SLACK_BYTES)
+
+    @property
+    def expected_bytes(self) -> int:
+        """The peak as it was seen to be, with a prompt that fills a prefill chunk: without most of the slack."""
+        return self.total_bytes - SLACK_BYTES + EXPECTED_GROWTH_BYTES
 
     def line(self) -> str:
         """One line for people."""

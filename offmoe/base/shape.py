@@ -19,7 +19,7 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k")
 class ModelShape:
     """Widths in numbers, `item_bytes` of one number.
 
-    `scores_in_memory`: attention scores of a chunk against the whole context are written out, head by head.
+    `score_bytes`: what an attention score takes where those of a chunk against the whole context are written out.
     `has_recurrence`: some layers keep a running state, and compute in float32. `largest_matrix_bytes` is that of the
     resident matrices but embedding and head.
     """
@@ -32,7 +32,7 @@ class ModelShape:
     top_k: int
     vocab_size: int
     item_bytes: int
-    scores_in_memory: bool
+    score_bytes: int
     has_recurrence: bool
     largest_matrix_bytes: int
 
@@ -57,12 +57,19 @@ def shape_of(
         top_k=max(largest_number(text, name, 1) for name in _TOP_K),
         vocab_size=largest_number(text, "vocab_size", 1),
         item_bytes=item_bytes,
-        # Where keys and values differ in width, torch's fused attention on the CPU does not take them (measured on
-        # DeepSeek-V2-Lite's shape: 350 MiB above a plan without the scores, 2,048 tokens at once).
-        scores_in_memory=eager_attention or latent_width not in (0, largest_number(text, "v_head_dim", latent_width)),
+        score_bytes=_score_bytes(text, latent_width, item_bytes, eager=eager_attention),
         has_recurrence=any(kind not in ATTENTION_KINDS for kind in layer_kinds(text)),
         largest_matrix_bytes=largest_matrix_bytes,
     )
+
+
+def _score_bytes(text: Mapping[str, Any], latent_width: int, item_bytes: int, *, eager: bool) -> int:
+    if eager:  # the scores, masked ones, and their softmax in float32
+        return 2 * item_bytes + 4
+    # torch's fused attention takes no values that are narrower than the keys: it writes scores and their softmax.
+    if latent_width not in (0, largest_number(text, "v_head_dim", latent_width)):
+        return 2 * item_bytes + 1
+    return 0
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -21,10 +21,9 @@ def workspace_bytes(shape: ModelShape, *, chunk: int, context_length: int, on_de
     hidden = chunk * width * (4 * item + 3 * 4)
     # Queries, keys, values before and after rotary embedding, attention output.
     attention = chunk * heads_width * item * 8
-    # The mask, as bool and as float; where they are written out also the scores, twice, and their float32 softmax.
+    # The mask, as bool and as float; and the scores, where they are written out.
     mask = chunk * context_length * (1 + item)
-    if shape.scores_in_memory:
-        attention += chunk * context_length * shape.num_heads * (2 * item + 4)
+    attention += chunk * context_length * shape.num_heads * shape.score_bytes
     # Experts' outputs for every choice, the sort, and one expert's own activations for at most `chunk` rows.
     experts = chunk * shape.top_k * (width * item + 32) + chunk * (width + 4 * shape.expert_width) * item
     mlp = chunk * shape.dense_width * item * 4

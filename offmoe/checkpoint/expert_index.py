@@ -9,7 +9,7 @@ order cost nothing: they are in the strides.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -195,6 +195,11 @@ class ExpertIndex:
 
     def slot_bytes(self, *, direct: bool) -> int:
         """Bytes of a slot that any expert fits into, read direct (aligned superset) or buffered."""
-        align = DIRECT_ALIGN_BYTES if direct else BUFFERED_ALIGN_BYTES
-        need = max(plan_read(self.spans(key), align_bytes=align).slot_bytes for key in self.keys())
-        return need + -need % DIRECT_ALIGN_BYTES
+        return common_slot_bytes((self.spans(key) for key in self.keys()), direct=direct)
+
+
+def common_slot_bytes(experts: Iterable[tuple[Span, ...]], *, direct: bool) -> int:
+    """Bytes of a slot that any of `experts` fits into: their spans, aligned as they are read."""
+    align = DIRECT_ALIGN_BYTES if direct else BUFFERED_ALIGN_BYTES
+    need = max(plan_read(spans, align_bytes=align).slot_bytes for spans in experts)
+    return need + -need % DIRECT_ALIGN_BYTES

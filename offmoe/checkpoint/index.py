@@ -180,7 +180,7 @@ def _shard_names(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map; download it again")
         for tensor, name in weight_map.items():
-            if not _is_shard_name(name):
+            if not is_shard_name(name):
                 raise CheckpointError(f"{folder / INDEX_NAME} puts {tensor!r} into {name!r}, which is no shard name")
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).is_file()]
@@ -194,7 +194,7 @@ def _shard_names(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
     raise _nothing_to_load(folder)
 
 
-def _is_shard_name(name: Any) -> bool:
+def is_shard_name(name: Any) -> bool:
     """A plain file name that every file system takes: the index may come from anywhere."""
     return (
         isinstance(name, str)

@@ -14,6 +14,12 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 
 
+def is_hub_id(name: str) -> bool:
+    """True for what is no path here and looks like a name on the hub."""
+    path = Path(name).expanduser()
+    return bool(_HUB_ID.match(name)) and not path.is_absolute() and not path.exists()
+
+
 def demo_model_folder() -> Path:
     """The bundled demo model."""
     return Path(str(resources.files("offmoe"))) / "demo_model"

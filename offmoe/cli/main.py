@@ -130,6 +130,40 @@ def inspect(model: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model", required=False)
+@click.option("--for", "machine", metavar="MACHINE", help='Another machine than this one, e.g. "RTX 4060 laptop".')
+@click.option("--trace", type=click.Path(path_type=Path), help="Hit rates from this trace of the model.")
+@click.option("--prompt-tokens", type=click.IntRange(1), metavar="N", help="The prompt whose time is predicted.")
+@engine_options
+@json_option
+@user_errors
+def plan(
+    model: str | None, machine: str | None, trace: Path | None, prompt_tokens: int | None, as_json: bool, **options: Any
+) -> None:
+    """What goes where and how fast it will be, from config and headers, before anything is loaded.
+
+    A hub id needs no download of weights. --experts int4 or int8 plans for experts as `offmoe quantize` writes them.
+    """
+    from offmoe.cli.plan import run_plan
+    from offmoe.report.plan_table import plan_tables
+    from offmoe.report.progress import ProgressReporter
+    from offmoe.report.tables import print_pairs
+
+    engine_given, _ = split_engine_options(options)
+    with ProgressReporter(quiet=as_json) as progress:
+        found = run_plan(
+            model, engine_given, machine=machine, trace=trace, prompt_tokens=prompt_tokens, progress=progress
+        )
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        for title, rows in plan_tables(found):
+            print_pairs(title, rows)
+            click.echo()
+        click.echo(found.line())
+
+
+@main.command()
+@click.argument("model", required=False)
 @click.option("--prompt", default="The quick brown fox", show_default=True, help="The text to compare on.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), default=8, show_default=True, help="Greedy tokens to compare."

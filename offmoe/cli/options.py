@@ -31,7 +31,10 @@ _ENGINE_FLAGS = [
     click.option(
         "--vram", metavar="SIZE", help='Device memory to use, e.g. "6GiB". Default: most of what is free there.'
     ),
-    click.option("--context-length", metavar="N", help="Tokens of prompt plus reply to set memory aside for."),
+    click.option(
+        "--context-length", "--context", "context_length", metavar="N",
+        help="Tokens of prompt plus reply to set memory aside for.",
+    ),
     click.option("--experts", metavar="N", help="Expert slots, instead of what --vram or --ram leaves room for."),
     click.option("--prefill-chunk", metavar="N", help="Prompt tokens that go through the model at once."),
     click.option("--policy", metavar="auto|lru|lfru|decayed|s3fifo|static", help="Which experts are evicted."),

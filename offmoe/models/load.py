@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offmoe.base.auto import Facts, complete_config
 from offmoe.base.budget import DevicePlan, MemoryPlan
 from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
-from offmoe.base.errors import UsageError
+from offmoe.base.machine import give_back_freed_memory
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from offmoe.tiers.device import Device, DevicePool
 
 Progress = Callable[[str, int, int], None]
-DEFAULT_CONTEXT_LENGTH = 4096
 # RAM slots where the device has room for every expert: as many reads as are in flight, and as many copies.
 PASSING_SLOTS = 16
 
@@ -124,7 +124,9 @@ def load_model(
         index = CheckpointIndex.open(folder, quantisation)
         opened.callback(index.close)
         model = build_on_meta(model_config, index, trust_remote_code=config.trust_remote_code)
-        context_length = _context_length(config, model)
+        config = _settled(config, model, has_device=device is not None or torch.cuda.is_available())
+        context_length = config.context_length
+        assert context_length is not None, "settled"
         mapping = KeyMapping(model)
         targets = mapping.targets(index.tensors)
         experts, expert_keys = map_experts(model, index, mapping, targets)
@@ -155,6 +157,7 @@ def load_model(
             )  # fmt: skip
             probe = probe_model(model, context_length)
             release_unused(device)
+            give_back_freed_memory()
             plan = budgets.plan(probe)
             device_pool = None
             if device is not None:
@@ -238,14 +241,8 @@ def _take_experts_out(model: PreTrainedModel, experts: ExpertIndex) -> None:
     model.set_experts_implementation(SEAM_NAME)
 
 
-def _context_length(config: EngineConfig, model: PreTrainedModel) -> int:
+def _settled(config: EngineConfig, model: PreTrainedModel, *, has_device: bool) -> EngineConfig:
+    """`config` with everything settled but memory, which is divided when it is known."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = longest if isinstance(longest, int) and longest > 0 else None
-    if config.context_length is None:
-        return min(DEFAULT_CONTEXT_LENGTH, longest or DEFAULT_CONTEXT_LENGTH)
-    if longest is not None and config.context_length > longest:
-        raise UsageError(
-            f"context_length is {config.context_length}, the model was made for {longest}; "
-            f"use --context-length {longest}"
-        )
-    return config.context_length
+    return complete_config(config, Facts(has_device=has_device, longest_context=longest)).config

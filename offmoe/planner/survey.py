@@ -16,11 +16,11 @@ from offmoe.checkpoint.derived import StoredTensor
 from offmoe.checkpoint.index import CheckpointIndex, read_config
 from offmoe.checkpoint.quant_config import read_quantisation
 
-_EXPERT_COUNTS = (
+EXPERT_COUNTS = (
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts",
     "num_moe_experts", "moe_num_routed_experts", "num_local_routed_experts",
 )  # fmt: skip
-_TOP_K = (
+TOP_K = (
     "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k_experts",
     "num_selected_experts", "moe_k", "top_k",
 )  # fmt: skip
@@ -65,24 +65,24 @@ def survey(folder: Path) -> Survey:
     config = read_config(folder)
     index = CheckpointIndex.open(folder, read_quantisation(config))
     index.close()
-    counts = _numbers(config, _EXPERT_COUNTS)
-    per_expert, stacked = _experts(index.tensors.values(), counts)
+    counts = numbers(config, EXPERT_COUNTS)
+    per_expert, stacked = find_experts(index.tensors.values(), counts)
     if not per_expert and not stacked:
         raise UnsupportedModelError(
             f"{folder} is a dense model ({config.get('model_type')}): it has no experts to stream; "
             "use transformers or llama.cpp"
         )
     experts = [entry for _, _, entry in per_expert] + [entry for entry, _ in stacked]
-    layers = {prefix for prefix, _, _ in per_expert} | {_layer_of(entry.name) for entry, _ in stacked}
+    layers = {prefix for prefix, _, _ in per_expert} | {layer_of(entry.name) for entry, _ in stacked}
     num_experts = max([idx + 1 for _, idx, _ in per_expert] + [count for _, count in stacked])
     expert_total = sum(entry.num_bytes for entry in experts)
     return Survey(
         model_type=str(config.get("model_type")),
         architecture=_architecture(config),
-        num_layers=max(_numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0),
+        num_layers=max(numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0),
         num_moe_layers=len(layers),
         experts_per_layer=num_experts,
-        top_k=max(_numbers(config, _TOP_K), default=0),
+        top_k=max(numbers(config, TOP_K), default=0),
         expert_bytes=expert_total // (len(layers) * num_experts),
         experts_total_bytes=expert_total,
         resident_bytes=index.num_bytes - expert_total,
@@ -91,11 +91,11 @@ def survey(folder: Path) -> Survey:
         formats=index.formats,
         num_files=len(index.files),
         num_tensors=len(index.stored),
-        context_length=max(_numbers(config, ("max_position_embeddings",)), default=None),
+        context_length=max(numbers(config, ("max_position_embeddings",)), default=None),
     )
 
 
-def _experts(
+def find_experts(
     entries: Any, counts: set[int]
 ) -> tuple[list[tuple[str, int, StoredTensor]], list[tuple[StoredTensor, int]]]:
     """(prefix, expert, tensor) of experts with tensors of their own, and (tensor, experts) of stacked ones."""
@@ -109,17 +109,18 @@ def _experts(
     return per_expert, stacked
 
 
-def _layer_of(name: str) -> str:
+def layer_of(name: str) -> str:
+    """What is common to the names of a layer's stacked experts."""
     match = _EXPERTS.match(name) or _LAYER.match(name)
     return match.group(1) if match else name
 
 
-def _numbers(config: dict[str, Any], names: tuple[str, ...]) -> set[int]:
+def numbers(config: dict[str, Any], names: tuple[str, ...]) -> set[int]:
     """Every positive whole number under one of `names`, anywhere in the config; lists may give one a layer."""
     found: set[int] = set()
     for key, value in config.items():
         if isinstance(value, dict):
-            found |= _numbers(value, names)
+            found |= numbers(value, names)
         elif key in names:
             items = value if isinstance(value, list) else [value]
             found |= {item for item in items if type(item) is int and item > 0}

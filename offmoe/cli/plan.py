@@ -1,0 +1,89 @@
+"""`offmoe plan`: gathers what is known of model and machine, and prints the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from offmoe.base.auto import Facts
+from offmoe.base.config import make_config
+from offmoe.base.machine import available_ram_bytes, free_vram_bytes
+from offmoe.base.machine_record import DriveSpeed, MachineRecord, read_record
+from offmoe.base.trace_reader import read_trace
+from offmoe.base.units import MIB
+from offmoe.checkpoint.identity import model_hash
+from offmoe.checkpoint.index import GGUF_SUFFIX
+from offmoe.checkpoint.remote import Progress, locate_headers
+from offmoe.checkpoint.shard_file import ShardFile
+from offmoe.planner.hit_rates import published_curve, traced_curve
+from offmoe.planner.machines import find_machine
+from offmoe.planner.model_facts import QUANTISED_BYTES, read_facts
+from offmoe.planner.plan import Plan, make_plan
+
+# What libraries took where it was not measured (`offmoe probe` does): torch without CUDA on Linux.
+LIBRARIES_BYTES = 440 * MIB
+
+
+def run_plan(
+    model: str | None,
+    options: dict[str, Any],
+    *,
+    machine: str | None,
+    trace: Path | None,
+    prompt_tokens: int | None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Plan:
+    """The plan of `model` on this machine, or on the one called `machine`. Raises OffmoeError subclasses."""
+    kind = options.pop("experts", None)
+    if isinstance(kind, str) and kind in QUANTISED_BYTES:
+        config = make_config(**options)
+    else:
+        config, kind = make_config(**options, experts=kind), None
+    other = None if machine is None else find_machine(machine)
+    with locate_headers(model, progress) as folder:
+        direct = config.io != "buffered" and (other is not None or has_direct_reads(folder))
+        facts = read_facts(folder, direct=direct)
+        curve = None
+        if trace is not None:
+            curve = traced_curve(read_trace(trace, model_hash=model_hash(folder)), facts.expert_bytes)
+    if kind is not None:
+        facts = facts.with_experts_as(kind)
+    record = other or read_record()
+    known = _known(config.device, other, direct=direct, longest=facts.longest_context)
+    curve = curve or published_curve(
+        facts.model_type, num_experts=facts.sizes.num_experts, per_token=facts.num_moe_layers * facts.sizes.top_k
+    )
+    return make_plan(
+        facts, config, known, record=record, curve=curve, prompt_tokens=prompt_tokens,
+        libraries_bytes=LIBRARIES_BYTES if record is None else record.libraries_bytes,
+        drive=_drive(record, facts.path),
+    )  # fmt: skip
+
+
+def _known(device: str, other: MachineRecord | None, *, direct: bool, longest: int | None) -> Facts:
+    if other is not None:
+        return Facts(
+            has_device=other.vram_bytes is not None, longest_context=longest, ram_bytes=other.ram_bytes,
+            vram_bytes=other.vram_bytes, direct_reads=direct,
+        )  # fmt: skip
+    vram = None if device == "cpu" else free_vram_bytes()
+    return Facts(
+        has_device=vram is not None, longest_context=longest, ram_bytes=available_ram_bytes(), vram_bytes=vram,
+        direct_reads=direct,
+    )  # fmt: skip
+
+
+def _drive(record: MachineRecord | None, path: Path | None) -> DriveSpeed | None:
+    return None if record is None else record.drive(path or Path())
+
+
+def has_direct_reads(model: Path) -> bool:
+    """True when the file system that `model` lies on has reads past the page cache."""
+    path = model if model.suffix == GGUF_SUFFIX else next(iter(sorted(model.glob("*.safetensors"))), None)
+    if path is None:
+        return False
+    file = ShardFile(path)
+    try:
+        return file.open_direct()
+    finally:
+        file.close()

@@ -1,0 +1,68 @@
+"""Machines that `offmoe plan --for` knows without being on them. Figures are published ones, by arithmetic or test.
+
+Not measured here. RTX 4060 laptop: PCIe 13 GB/s, CPU experts 65 GB/s, 218 GB/s of its 256 GB/s memory, as offload
+engines report for it. The others by arithmetic: 0.85 of the memory bandwidth in NVIDIA's data sheets, pinned copies of
+12, 13, 25 or 50 GB/s by PCIe generation and lanes, 0.8 of dual-channel DDR4-3200 (51 GB/s) or DDR5-5600 (90), 0.8 of
+drives' data sheets. Integer formats on the CPU count at 0.7 of the plain rate (scripts/bench_kernels.py measured 0.7 to
+0.75), a layer's overhead at 0.3 ms there and 0.1 ms on a device, a core at 40 GFLOP/s.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+
+from offmoe.base.errors import UsageError
+from offmoe.base.machine_record import DriveSpeed, MachineRecord
+from offmoe.base.units import GIB, MIB
+
+_LIBRARIES_BYTES = 1200 * MIB  # with CUDA's own; without a GPU 430 MiB were measured
+_LIBRARIES_CPU_BYTES = 440 * MIB
+
+
+def _machine(
+    name: str, *, ram: int, cores: int, ram_rate: float, disk: float, vram: int | None = None, vram_rate: float = 0,
+    link: float = 0,
+) -> MachineRecord:  # fmt: skip
+    """Sizes in GiB, rates in GB/s. Link and CPU share the RAM's bandwidth."""
+    cpu = {kind: ram_rate * share * 1e9 for kind, share in _SHARES.items()}
+    both = min(1.0, ram_rate / (ram_rate + link)) if link else 0.0
+    record = MachineRecord(
+        name=name, ram_bytes=ram * GIB, num_cores=cores, read_bytes_per_s=ram_rate * 1e9, cpu_bytes_per_s=cpu,
+        cpu_flops_per_s=cores * 40e9, layer_s=0.3e-3, libraries_bytes=_LIBRARIES_CPU_BYTES,
+        drives={"": DriveSpeed(direct_bytes_per_s=disk * 1e9, buffered_bytes_per_s=disk * 0.7e9)},
+        source="published figures",
+    )  # fmt: skip
+    if vram is None:
+        return record
+    return replace(
+        record, libraries_bytes=_LIBRARIES_BYTES, device_name=name, vram_bytes=vram * GIB,
+        device_bytes_per_s=vram_rate * 1e9, device_layer_s=0.1e-3, link_pinned_bytes_per_s=link * 1e9,
+        link_pageable_bytes_per_s=link * 0.5e9, link_beside_cpu_bytes_per_s=link * both * 1e9,
+        cpu_beside_link_bytes_per_s=ram_rate * both * 1e9,
+    )  # fmt: skip
+
+
+_SHARES = {"bf16": 1.0, "f32": 1.0, "fp8": 0.9, "int8": 0.7, "int4": 0.7, "mxfp4": 0.7}
+_KNOWN = (
+    _machine("RTX 4060 laptop", ram=32, cores=8, ram_rate=65, disk=3.5, vram=8, vram_rate=218, link=13),
+    _machine("RTX 3060 12GB desktop", ram=32, cores=6, ram_rate=41, disk=3.0, vram=12, vram_rate=306, link=12),
+    _machine("RTX 4070 laptop", ram=32, cores=8, ram_rate=65, disk=4.0, vram=8, vram_rate=218, link=13),
+    _machine("RTX 3090 desktop", ram=64, cores=8, ram_rate=41, disk=5.0, vram=24, vram_rate=796, link=25),
+    _machine("RTX 4090 desktop", ram=64, cores=16, ram_rate=72, disk=5.5, vram=24, vram_rate=857, link=25),
+    _machine("RTX 5090 desktop", ram=96, cores=16, ram_rate=72, disk=8.0, vram=32, vram_rate=1523, link=50),
+    _machine("laptop without GPU, 16 GB", ram=16, cores=6, ram_rate=41, disk=2.5),
+    _machine("laptop without GPU, 32 GB", ram=32, cores=8, ram_rate=72, disk=3.5),
+)  # fmt: skip
+NAMES = tuple(machine.name for machine in _KNOWN)
+
+
+def find_machine(name: str) -> MachineRecord:
+    """The machine called `name`, in any case. Raises UsageError with the nearest and all that are known."""
+    for machine in _KNOWN:
+        if machine.name.lower() == name.strip().lower():
+            return machine
+    lower = {known.lower(): known for known in NAMES}
+    close = difflib.get_close_matches(name.strip().lower(), lower, n=1)
+    hint = f"; did you mean {lower[close[0]]!r}?" if close else ";"
+    raise UsageError(f"--for {name!r} is no machine that is known{hint} known: {', '.join(NAMES)}")

@@ -1,0 +1,213 @@
+"""What a plan needs to know of a model, from its config and headers alone: no torch, no transformers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from offmoe.base.division import ModelSizes
+from offmoe.base.errors import UnsupportedModelError
+from offmoe.base.shape import largest_number, shape_of, text_config
+from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
+from offmoe.checkpoint.expert_index import Span, common_slot_bytes
+from offmoe.checkpoint.index import CheckpointIndex, read_config
+from offmoe.checkpoint.quant_config import read_quantisation
+from offmoe.checkpoint.quantised import QuantEntry
+from offmoe.checkpoint.tensor_entry import FLOAT_TYPES, ITEM_BITS, TensorEntry
+from offmoe.formats.layout import aligned
+from offmoe.planner.survey import EXPERT_COUNTS, TOP_K, find_experts, layer_of, numbers
+
+_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+_KINDS = {"BF16": "bf16", "F16": "bf16", "F32": "f32", "F64": "f32"}
+_LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
+_EMBEDDING = re.compile(r"\b(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
+# Families whose attention transformers only has in its plain form, which writes scores out.
+_EAGER = (
+    "deepseek_v4",
+    "flint",
+    "gemma4",
+    "gpt_oss",
+    "granitemoe_swa",
+    "hy_v4",
+    "inkling2",
+    "mimo_v2_flash",
+    "nllb_moe",
+)
+# Bytes a weight as `offmoe quantize` writes experts in groups of 32, scales in 16 bits.
+QUANTISED_BYTES = {"int4": 0.5 + 2 / 32, "int8": 1 + 2 / 32}
+# What the loader has of one batch of resident weights at once.
+_BATCH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """Bytes on disk, except `sizes`, which are bytes in memory.
+
+    `device_resident_bytes`: on a device quantised linears are unpacked. `dense_bytes` are those of the resident weights
+    that every token reads: all but the embedding's other rows. `unused_bytes` are of tensors that are not loaded:
+    layers beyond those of the model, for guessing tokens ahead.
+    """
+
+    name: str
+    model_type: str
+    config: dict[str, Any]
+    sizes: ModelSizes
+    num_layers: int
+    num_moe_layers: int
+    experts_total_bytes: int
+    expert_bytes: int
+    num_expert_weights: int
+    resident_disk_bytes: int
+    unused_bytes: int
+    total_bytes: int
+    dense_bytes: int
+    device_resident_bytes: int
+    expert_kind: str
+    item_bytes: int
+    longest_context: int | None
+    path: Path | None = None
+
+    @property
+    def routed_bytes(self) -> int:
+        """Bytes of the experts of one token, all layers."""
+        return self.num_moe_layers * self.sizes.top_k * self.expert_bytes
+
+    def with_experts_as(self, kind: str) -> ModelFacts:
+        """The same model with its experts as `offmoe quantize` writes them."""
+        expert_bytes = round(self.num_expert_weights * QUANTISED_BYTES[kind])
+        slot = -(-expert_bytes // 4096 + -1) * 4096
+        total = expert_bytes * self.sizes.num_experts
+        return replace(
+            self, sizes=replace(self.sizes, slot_bytes=slot, device_slot_bytes=aligned(expert_bytes)),
+            expert_bytes=expert_bytes, experts_total_bytes=total, expert_kind=kind,
+            total_bytes=self.total_bytes - self.experts_total_bytes + total,
+        )  # fmt: skip
+
+
+def read_facts(folder: Path, *, direct: bool) -> ModelFacts:
+    """Of a folder or a GGUF file; `direct`: experts are read past the page cache. Raises OffmoeError subclasses."""
+    config = read_config(folder)
+    index = CheckpointIndex.open(folder, read_quantisation(config))
+    index.close()
+    return facts_of(folder.name, config, index, direct=direct, path=folder)
+
+
+def facts_of(
+    name: str, config: dict[str, Any], index: CheckpointIndex, *, direct: bool, path: Path | None = None
+) -> ModelFacts:
+    """Of a checkpoint whose headers are known."""
+    num_layers = max(numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0)
+    used = {n: e for n, e in index.tensors.items() if not _is_beyond(n, num_layers)}
+    per_expert, stacked = find_experts(used.values(), numbers(config, EXPERT_COUNTS))
+    spans, weights = _spans(per_expert, stacked)
+    if not spans:
+        raise UnsupportedModelError(
+            f"{name} is a dense model ({config.get('model_type')}): it has no experts to stream; "
+            "use transformers or llama.cpp"
+        )
+    experts = {entry.name for _, _, entry in per_expert} | {entry.name for entry, _ in stacked}
+    resident = [entry for n, entry in used.items() if n not in experts]
+    item = _item_bytes(config, resident)
+    expert_total = sum(span.num_bytes for one in spans.values() for span in one)
+    tied = bool(text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+    if tied and any(_EMBEDDING.search(entry.name) for entry in resident):
+        resident = [entry for entry in resident if not entry.name.endswith("lm_head.weight")]
+    memory = {entry.name: _memory_bytes(entry, item) for entry in resident}
+    embedding = 0 if tied else sum(size for n, size in memory.items() if _EMBEDDING.search(n))
+    vocab = largest_number(text_config(config), "vocab_size", 1)
+    matrices = [memory[e.name] for e in resident if len(e.shape) == 2 and vocab not in e.shape]
+    layers = {prefix for prefix, _ in spans}
+    first = next(iter(per_expert))[2] if per_expert else stacked[0][0]
+    model_type = str(config.get("model_type"))
+    eager = model_type in _EAGER or str(text_config(config).get("model_type")) in _EAGER
+    top_k = min(max(numbers(config, TOP_K), default=1), len(spans) // len(layers))
+    total_resident = sum(memory.values())
+    sizes = ModelSizes(
+        shape=shape_of(config, item_bytes=item, eager_attention=eager, largest_matrix_bytes=max(matrices, default=0)),
+        resident_bytes=total_resident,
+        load_bytes=min(total_resident, _BATCH_BYTES + 2 * max(memory.values(), default=0)),
+        slot_bytes=common_slot_bytes(spans.values(), direct=direct),
+        device_slot_bytes=max(sum(aligned(span.num_bytes) for span in one) for one in spans.values()),
+        num_experts=len(spans), top_k=top_k,
+    )  # fmt: skip
+    return ModelFacts(
+        name=name, model_type=model_type, config=config, sizes=sizes, num_layers=num_layers or len(layers),
+        num_moe_layers=len(layers), experts_total_bytes=expert_total, expert_bytes=expert_total // len(spans),
+        num_expert_weights=weights // len(spans), resident_disk_bytes=sum(e.num_bytes for e in resident),
+        unused_bytes=index.num_bytes - expert_total - sum(e.num_bytes for e in resident),
+        total_bytes=index.num_bytes, dense_bytes=total_resident - embedding,
+        device_resident_bytes=sum(_unpacked_bytes(entry, item) for entry in resident),
+        expert_kind=_kind(first), item_bytes=item,
+        longest_context=max(numbers(config, ("max_position_embeddings",)), default=None), path=path,
+    )  # fmt: skip
+
+
+def _is_beyond(name: str, num_layers: int) -> bool:
+    """Of a layer after the last: DeepSeek-V3 and its kin keep a block there that guesses the token after the next."""
+    found = _LAYER_NUMBER.search(name)
+    return bool(num_layers and found and int(found.group(1)) >= num_layers)
+
+
+def _spans(
+    per_expert: list[tuple[str, int, StoredTensor]], stacked: list[tuple[StoredTensor, int]]
+) -> tuple[dict[tuple[str, int], tuple[Span, ...]], int]:
+    """Where each expert lies, by layer and number; and how many weights all have."""
+    found: dict[tuple[str, int], list[Span]] = {}
+    weights = 0
+    for prefix, expert, entry in per_expert:
+        weights += math.prod(entry.shape)
+        spans = found.setdefault((prefix, expert), [])
+        spans += [Span(file_idx=t.file_idx, start=t.start, num_bytes=t.num_bytes) for t in stored_tensors(entry)]
+    for entry, count in stacked:
+        weights += math.prod(entry.shape)
+        for tensor in stored_tensors(entry):
+            size = tensor.num_bytes // count
+            for expert in range(count):
+                span = Span(file_idx=tensor.file_idx, start=tensor.start + expert * size, num_bytes=size)
+                found.setdefault((layer_of(entry.name), expert), []).append(span)
+    return {key: tuple(spans) for key, spans in found.items()}, weights
+
+
+def stored_tensors(entry: StoredTensor) -> Iterator[TensorEntry]:
+    """The tensors of the files that `entry` is made of."""
+    if isinstance(entry, TensorEntry):
+        yield entry
+        return
+    for part in entry.stored if isinstance(entry, QuantEntry) else entry.sources:
+        yield from stored_tensors(part)
+
+
+def _item_bytes(config: dict[str, Any], resident: list[StoredTensor]) -> int:
+    """Of the model's type: what the config names, or most resident weights are stored as."""
+    for where in (config, text_config(config)):
+        for key in ("dtype", "torch_dtype"):
+            if where.get(key) in _ITEM_BYTES:
+                return _ITEM_BYTES[where[key]]
+    floats = [e for e in resident if isinstance(e, TensorEntry) and e.dtype in FLOAT_TYPES]
+    largest = max(floats, key=lambda e: e.num_bytes, default=None)
+    return 2 if largest is None else ITEM_BITS[largest.dtype] // 8
+
+
+def _memory_bytes(entry: StoredTensor, item: int) -> int:
+    """In memory: floats as the model's type; codes as they are stored, where the CPU's kernels read them."""
+    if isinstance(entry, QuantEntry) and len(entry.shape) == 2:
+        return entry.num_bytes
+    return _unpacked_bytes(entry, item)
+
+
+def _unpacked_bytes(entry: StoredTensor, item: int) -> int:
+    """As values of the model's type."""
+    if isinstance(entry, (QuantEntry, DerivedEntry)) or entry.dtype in FLOAT_TYPES:
+        return math.prod(entry.shape) * item
+    return entry.num_bytes
+
+
+def _kind(entry: StoredTensor) -> str:
+    """How experts are stored, as bandwidths are named."""
+    if isinstance(entry, QuantEntry):
+        return entry.format.kind
+    return _KINDS.get(entry.dtype, entry.dtype.lower())

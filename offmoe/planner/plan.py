@@ -1,0 +1,110 @@
+"""`offmoe plan`: what goes where and how fast it will be, before anything is loaded. Imports no engine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from offmoe.base.auto import Complete, Facts, complete_config
+from offmoe.base.budget import CUDA_CONTEXT_BYTES, MemoryPlan
+from offmoe.base.config import EngineConfig
+from offmoe.base.division import Division, Machine
+from offmoe.base.errors import BudgetError, UsageError
+from offmoe.base.kv import KvEstimate, estimate_kv
+from offmoe.base.machine_record import DriveSpeed, MachineRecord
+from offmoe.planner.hit_rates import HitCurve
+from offmoe.planner.model_facts import ModelFacts
+from offmoe.planner.predict import Prediction, predict
+
+DEFAULT_PROMPT_TOKENS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`memory` and `prediction` are None where the model does not fit: `refusal` then says what it needs.
+
+    `prediction` is None as well where the machine was not measured.
+    """
+
+    facts: ModelFacts
+    complete: Complete
+    kv: KvEstimate
+    memory: MemoryPlan | None
+    refusal: str | None
+    prediction: Prediction | None
+    record: MachineRecord | None
+
+    def line(self) -> str:
+        """One line for people."""
+        if self.memory is None:
+            return f"does not fit: {self.refusal}"
+        speed = self.prediction
+        if speed is None:
+            return f"{self.memory.line()}; speed: not predicted, run `offmoe probe` once"
+        return (
+            f"{self.memory.line()}; predicted {speed.decode_tok_per_s:.1f} tok/s, first token of a prompt of "
+            f"{speed.prompt_tokens} after {speed.ttft_s:.1f} s"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON. Bytes, seconds."""
+        facts, memory = self.facts, self.memory
+        where = None
+        if memory is not None:
+            where = {**asdict(memory), "total_bytes": memory.total_bytes, "expected_bytes": memory.expected_bytes}
+            if memory.device is not None:
+                where["device"]["total_bytes"] = memory.device.total_bytes
+        return {
+            "model": facts.name, "fits": memory is not None, "refusal": self.refusal,
+            "sizes": {
+                "total_bytes": facts.total_bytes, "experts_bytes": facts.experts_total_bytes,
+                "resident_disk_bytes": facts.resident_disk_bytes, "unused_bytes": facts.unused_bytes,
+                "resident_bytes": facts.sizes.resident_bytes, "expert_bytes": facts.expert_bytes,
+                "routed_bytes_per_token": facts.routed_bytes,
+            },
+            "kv": asdict(self.kv), "config": self.complete.config.as_dict(), "reasons": self.complete.reasons,
+            "memory": where, "prediction": None if self.prediction is None else asdict(self.prediction),
+            "machine": None if self.record is None else self.record.as_dict(),
+        }  # fmt: skip
+
+
+def make_plan(
+    facts: ModelFacts, config: EngineConfig, known: Facts, *, record: MachineRecord | None, libraries_bytes: int,
+    curve: HitCurve, drive: DriveSpeed | None, prompt_tokens: int | None,
+) -> Plan:  # fmt: skip
+    """The plan for `facts` on a machine of which `known` is known; pure. Raises UsageError for impossible settings."""
+    complete = complete_config(config, known)
+    context = complete.config.context_length
+    assert context is not None, "complete_config settles the context"
+    prompt = min(DEFAULT_PROMPT_TOKENS, context) if prompt_tokens is None else prompt_tokens
+    if prompt > context:
+        raise UsageError(f"a prompt of {prompt} tokens is longer than the context of {context}; use --context {prompt}")
+    kv = estimate_kv(facts.config, item_bytes=facts.item_bytes, context_length=context)
+    on_device = complete.config.device != "cpu"
+    sizes = replace(facts.sizes, resident_bytes=facts.device_resident_bytes) if on_device else facts.sizes
+    division = Division(
+        sizes=sizes,
+        machine=Machine(
+            ram_bytes=complete.config.ram or 0, runtime_bytes=libraries_bytes,
+            vram_free_bytes=_beside_driver(known.vram_bytes, config.vram) if on_device else None, is_cuda=on_device,
+        ),
+        config=config, context_length=context, kv_bytes=kv.num_bytes,
+    )  # fmt: skip
+    try:
+        memory, refusal = division.plan(), None
+    except BudgetError as error:
+        memory, refusal = None, str(error)
+    prediction = None
+    if memory is not None and record is not None and drive is not None and (not on_device or record.device_bytes_per_s):
+        prediction = predict(
+            facts, memory, record, curve, drive=drive, direct=complete.config.io != "buffered", prompt_tokens=prompt
+        )
+    return Plan(
+        facts=facts, complete=complete, kv=kv, memory=memory, refusal=refusal, prediction=prediction, record=record
+    )
+
+
+def _beside_driver(free_bytes: int | None, allowed_bytes: int | None) -> int:
+    """What is left of the device when its driver has taken its part; as much as is allowed where it is not known."""
+    most = free_bytes if free_bytes is not None else allowed_bytes or 0
+    return max(0, most - CUDA_CONTEXT_BYTES)

@@ -1,0 +1,126 @@
+"""How fast a plan will be: bytes over measured bandwidths, step by step, so that a person can redo the arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offmoe.base.budget import MemoryPlan
+from offmoe.base.machine_record import DriveSpeed, MachineRecord
+from offmoe.planner.hit_rates import HitCurve
+from offmoe.planner.model_facts import ModelFacts
+
+# A token's multiplications are two operations a weight.
+_FLOPS_A_WEIGHT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A part of a token's or a prompt's time. `rate` in bytes (or `unit`) a second; `overlaps`: beside the next one."""
+
+    what: str
+    amount: float
+    rate: float
+    seconds: float
+    unit: str = "bytes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Of one decoded token at half of the context, and of a prompt of `prompt_tokens` on an empty cache."""
+
+    decode_steps: tuple[Step, ...]
+    decode_tok_per_s: float
+    prompt_steps: tuple[Step, ...]
+    prompt_tokens: int
+    ttft_s: float
+    hit_rate: float
+    ram_hit_rate: float
+    hit_source: str
+
+
+def predict(
+    facts: ModelFacts, plan: MemoryPlan, record: MachineRecord, curve: HitCurve, *, drive: DriveSpeed, direct: bool,
+    prompt_tokens: int,
+) -> Prediction:  # fmt: skip
+    """Decode is the sum of its steps: what overlaps is one step at the rate of both."""
+    disk = (drive.direct_bytes_per_s if direct else None) or drive.buffered_bytes_per_s or drive.direct_bytes_per_s
+    assert disk is not None, f"{drive=}"
+    hit_rate = curve.at(plan.computing_slots)
+    ram_rate = max(hit_rate, curve.at(min(plan.num_experts, plan.num_slots)))
+    if plan.device is None:
+        decode = _decode_on_cpu(facts, plan, record, hit_rate, disk)
+    else:
+        decode = _decode_on_device(facts, plan, record, hit_rate, ram_rate, disk)
+    prompt = _prompt(facts, plan, record, disk, prompt_tokens)
+    return Prediction(
+        decode_steps=decode, decode_tok_per_s=1 / sum(step.seconds for step in decode), prompt_steps=prompt,
+        prompt_tokens=prompt_tokens, ttft_s=sum(step.seconds for step in prompt), hit_rate=hit_rate,
+        ram_hit_rate=ram_rate, hit_source=curve.source,
+    )  # fmt: skip
+
+
+def _decode_on_cpu(
+    facts: ModelFacts, plan: MemoryPlan, record: MachineRecord, hit_rate: float, disk: float
+) -> tuple[Step, ...]:
+    missed = (1 - hit_rate) * facts.routed_bytes
+    steps = [
+        _read("resident weights", facts.dense_bytes, record.cpu_rate("bf16")),
+        _read(f"experts ({facts.expert_kind})", facts.routed_bytes, record.cpu_rate(facts.expert_kind)),
+        _read("KV cache, half full", plan.kv_bytes / 2, record.read_bytes_per_s),
+        _layers(facts, record.layer_s),
+    ]
+    return (*steps, _read("missed experts, from disk", missed, disk)) if missed else tuple(steps)
+
+
+def _decode_on_device(
+    facts: ModelFacts, plan: MemoryPlan, record: MachineRecord, hit_rate: float, ram_rate: float, disk: float
+) -> tuple[Step, ...]:
+    assert plan.device is not None and record.device_bytes_per_s and record.link_pinned_bytes_per_s, f"{record=}"
+    speed = record.device_bytes_per_s
+    missed = (1 - hit_rate) * facts.routed_bytes
+    steps = [
+        _read("resident weights", facts.dense_bytes, speed),
+        _read("experts in device slots", hit_rate * facts.routed_bytes, speed),
+        _read("KV cache, half full", plan.device.kv_bytes / 2, speed),
+        _layers(facts, record.device_layer_s or record.layer_s),
+    ]
+    if missed:
+        link, cpu = record.link_pinned_bytes_per_s, record.cpu_rate(facts.expert_kind)
+        both = (record.link_beside_cpu_bytes_per_s or 0) + (record.cpu_beside_link_bytes_per_s or 0)
+        best = max(link, cpu, both)
+        how = {link: "over the link", cpu: "on the CPU", both: "over the link and on the CPU"}[best]
+        steps.append(_read(f"missed experts, {how}", missed, best))
+        from_disk = (1 - ram_rate) * facts.routed_bytes
+        if from_disk:
+            steps.append(_read("of these, from disk to RAM", from_disk, disk))
+    return tuple(steps)
+
+
+def _prompt(
+    facts: ModelFacts, plan: MemoryPlan, record: MachineRecord, disk: float, num_tokens: int
+) -> tuple[Step, ...]:
+    """Every chunk reads the experts that it touches once: all of the first chunk's from disk, the cache is empty."""
+    chunk = min(num_tokens, plan.prefill_chunk)
+    per_layer = facts.sizes.num_experts / facts.num_moe_layers
+    touched = per_layer * (1 - (1 - facts.sizes.top_k / per_layer) ** chunk) * facts.num_moe_layers
+    num_chunks = -(-num_tokens // chunk)
+    kept = min(1.0, plan.num_slots / facts.sizes.num_experts)
+    from_disk = touched * facts.expert_bytes * (1 + (num_chunks - 1) * (1 - kept))
+    weights = facts.dense_bytes / facts.item_bytes + facts.num_expert_weights * facts.sizes.top_k * facts.num_moe_layers
+    flops = _FLOPS_A_WEIGHT * weights * num_tokens
+    steps = [_read("experts, from disk", from_disk, disk)]
+    if plan.device is None:
+        return (*steps, Step(what="products", amount=flops, rate=record.cpu_flops_per_s,
+                             seconds=flops / record.cpu_flops_per_s, unit="operations"))  # fmt: skip
+    link = record.link_pinned_bytes_per_s or disk
+    return (*steps, _read("experts, over the link", num_chunks * touched * facts.expert_bytes, link))
+
+
+def _read(what: str, num_bytes: float, rate: float) -> Step:
+    return Step(what=what, amount=num_bytes, rate=rate, seconds=num_bytes / rate)
+
+
+def _layers(facts: ModelFacts, layer_s: float) -> Step:
+    seconds = facts.num_layers * layer_s
+    return Step(what="layers, whatever they read", amount=facts.num_layers, rate=1 / max(layer_s, 1e-9),
+                seconds=seconds, unit="layers")  # fmt: skip
