@@ -16,6 +16,7 @@ BEGIN, END = "<!-- models table: begin -->", "<!-- models table: end -->"
 
 def make_table() -> str:
     """The markdown table: one row a family, then those left out, each with its reason."""
+    from adapted_families import ADAPTED, ENCODER_DECODERS
     from families import EXCLUDED, FAMILIES, LAYOUTS, MULTIMODAL
     from test_families_exact import REFUSED
 
@@ -26,6 +27,11 @@ def make_table() -> str:
     lines += [
         f"| {name.removesuffix('_multimodal')} | {family.model_class}, text only | published |"
         for name, family in sorted(MULTIMODAL.items())
+    ]
+    lines += [
+        f"| {family.name} | {family.model_class}{', ' + family.notes if family.notes else ''} | published, shards |"
+        for name, family in sorted(ADAPTED.items())
+        if not name.endswith("_top2") and name not in ENCODER_DECODERS
     ]
     lines += ["", "| left out | why |", "|---|---|"]
     lines += [f"| {name} | {reason} |" for name, reason in sorted(EXCLUDED.items())]

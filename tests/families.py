@@ -1054,6 +1054,7 @@ MULTIMODAL: dict[str, Family] = {f"{family.name}_multimodal": family for family 
 
 # Folder -> why no tiny causal text model of it is here.
 EXCLUDED: dict[str, str] = {
+    "doge": "an expert is one row of an embedding table, too small to stream; run its models (20M to 320M) whole",
     "diffusion_gemma": "denoises whole blocks of tokens; it has no causal language-model head and no next-token logits",
     "openai_privacy_filter": "labels tokens in both directions; it has no language-model head and does not generate",
 }

@@ -90,8 +90,9 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     config = model.config.get_text_config()
     vocab = int(config.vocab_size)
     matrices = [p.nbytes for p in model.parameters() if p.dim() == 2 and vocab not in p.shape]
+    renamed = {name: getattr(config, own, None) for name, own in config.attribute_map.items()}
     return shape_of(
-        config.to_dict(), item_bytes=model.dtype.itemsize,
+        {**renamed, **config.to_dict()}, item_bytes=model.dtype.itemsize,
         eager_attention=getattr(config, "_attn_implementation", "sdpa") == "eager",
         largest_matrix_bytes=max(matrices, default=0),
     )  # fmt: skip

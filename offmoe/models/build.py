@@ -16,6 +16,7 @@ from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.checkpoint.index import GGUF_SUFFIX, CheckpointIndex, read_config, read_json
 from offmoe.checkpoint.quant_config import Quantisation, read_quantisation
 from offmoe.formats.dense import TORCH_DTYPES
+from offmoe.models.adapters.find import adapt_experts
 from offmoe.models.transformers_internals import experts_modules, served_families
 
 # What a config of impossible numbers makes transformers' constructors raise.
@@ -83,6 +84,7 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
     Raises UnsupportedModelError for a dense model, and for an MoE whose experts are not behind transformers' door.
     """
     model = _instantiate(config, index, trust_remote_code=trust_remote_code)
+    adapt_experts(model)
     if not experts_modules(model):
         if _looks_moe(index) and config.model_type in served_families():
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.quantised import QuantEntry, quant_part
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.formats.dense import torch_dtype
+from offmoe.models.adapters.base import AdaptedExperts
 from offmoe.models.transformers_internals import (
     KeyMapping,
     Matrix,
@@ -57,20 +59,23 @@ def map_experts(
                 f"offmoe serves experts made of {up_name} and down_proj"
             )
         builder = _LayerBuilder(module_name, bool(module.is_transposed), index, mapping, targets)
+        builder.has_surplus = isinstance(module, AdaptedExperts) and module.identity_beyond
         up = builder.add(up_name, params[up_name], by_param)
         down = builder.add("down_proj", params["down_proj"], by_param)
         used |= builder.used_keys
         layers.append(
             MoeLayer(
-                name=module_name, num_experts=params[up_name].shape[0], top_k=_top_k(model, params[up_name].shape[0]),
-                up=up, down=down, transposed=bool(module.is_transposed), halves=builder.halves,
+                name=module_name, num_experts=params[up_name].shape[0],
+                top_k=_top_k(model, module, params[up_name].shape[0]), up=up, down=down, transposed=bool(module.is_transposed), halves=builder.halves,
                 spans=tuple(tuple(source[e] for source in builder.spans) for e in range(params[up_name].shape[0])),
             )
         )  # fmt: skip
     return ExpertIndex(tuple(layers)), used
 
 
-def _top_k(model: PreTrainedModel, num_experts: int) -> int:
+def _top_k(model: PreTrainedModel, module: torch.nn.Module, num_experts: int) -> int:
+    if isinstance(module, AdaptedExperts):
+        return min(module.top_k, num_experts)
     config = model.config.get_text_config()
     for name in _TOP_K_NAMES:
         value = getattr(config, name, None)
@@ -92,6 +97,8 @@ class _LayerBuilder:
         self.spans: list[list[Span]] = []
         self.used_keys: set[str] = set()
         self.halves = False
+        # transformers saves up matrices for experts that compute nothing, too; they stand last, and nobody reads them.
+        self.has_surplus = False
 
     def add(
         self, param_name: str, param: torch.nn.Parameter, by_param: dict[str, list[str]]
@@ -156,7 +163,12 @@ class _LayerBuilder:
 
     def _source(self, entries: list[StoredTensor], param: torch.nn.Parameter, where: str) -> _Source:
         """Register what one pattern found: a stacked tensor or one tensor per expert, and its scales with it."""
-        num_experts, first = param.shape[0], entries[0]
+        num_experts = param.shape[0]
+        if len(entries) == 1:
+            entries = [_stacked(entries[0], num_experts)]
+        elif self.has_surplus:
+            entries = entries[:num_experts]
+        first = entries[0]
         kind = _kind(first)
         if len(first.shape) == 3:
             if len(entries) != 1 or first.shape[0] != num_experts:
@@ -190,6 +202,13 @@ class _Source:
     entry: StoredTensor
     sources: tuple[int, ...]
     shape: tuple[int, int]
+
+
+def _stacked(entry: StoredTensor, num_experts: int) -> StoredTensor:
+    """A 2-D tensor that holds the rows of all experts, one after another (DBRX), as the 3-D tensor that it is."""
+    if not isinstance(entry, TensorEntry) or len(entry.shape) != 2 or num_experts == 1 or entry.shape[0] % num_experts:
+        return entry
+    return dataclasses.replace(entry, shape=(num_experts, entry.shape[0] // num_experts, entry.shape[1]))
 
 
 def _stored(entry: StoredTensor) -> tuple[TensorEntry, ...]:

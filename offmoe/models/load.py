@@ -23,6 +23,7 @@ from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.executor.uncached import UncachedExecutor
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels
+from offmoe.models.adapters.base import AdaptedExperts
 from offmoe.models.budgets import Budgets, fit_to_free, shrink
 from offmoe.models.build import build_on_meta, read_model_config
 from offmoe.models.device_failures import explained, release_unused
@@ -238,7 +239,8 @@ def _take_experts_out(model: PreTrainedModel, experts: ExpertIndex) -> None:
         for name in params:
             del module._parameters[name]
         bind(module, LayerBinding(layer_idx, first.shape[0], first.dtype, halves=experts.layers[layer_idx].halves))
-    model.set_experts_implementation(SEAM_NAME)
+    if not all(isinstance(module, AdaptedExperts) for _, module in experts_modules(model)):
+        model.set_experts_implementation(SEAM_NAME)
 
 
 def _settled(config: EngineConfig, model: PreTrainedModel, *, has_device: bool) -> EngineConfig:

@@ -39,6 +39,7 @@ from transformers.utils import logging as transformers_logging
 from offmoe.base.errors import UnsupportedModelError
 
 SEAM_NAME = "offmoe"
+_RULES_NAME = "_offmoe_key_rules"
 
 
 def register_experts_function(function: Callable[..., torch.Tensor]) -> None:
@@ -78,11 +79,38 @@ class Target:
     pattern: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class KeyRule:
+    """A family's published keys that transformers does not convert. `*` in a source is the expert, as in its patterns.
+
+    Several sources are rows of one parameter, one after another; `turned`: rows and columns change places.
+    """
+
+    sources: tuple[str, ...]
+    target: str
+    turned: bool = False
+
+    def transform(self) -> WeightConverter | WeightRenaming:
+        """As transformers says it."""
+        operations: list[Any] = [MergeModulelist(dim=0)] if "*" in self.sources[0] else []
+        operations += [Concatenate(dim=1)] if len(self.sources) > 1 else []
+        operations += [Transpose(1, 2)] if self.turned else []
+        if not operations:
+            return WeightRenaming(self.sources[0], self.target)
+        return WeightConverter(list(self.sources), self.target, operations=operations)
+
+
+def add_key_rules(model: torch.nn.Module, rules: Iterable[KeyRule]) -> None:
+    """Every KeyMapping of `model` made from now on applies `rules` as well."""
+    model.__dict__.setdefault(_RULES_NAME, []).extend(rules)
+
+
 class KeyMapping:
     """transformers' own table for this model: checkpoint key -> parameter, and how parts become one tensor."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.transforms = get_model_conversion_mapping(model)
+        extra = [rule.transform() for rule in getattr(model, _RULES_NAME, ())]
+        self.transforms = [*get_model_conversion_mapping(model), *extra]
         self._renamings = [t for t in self.transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in self.transforms if isinstance(t, WeightConverter)]
         self._by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}

@@ -25,7 +25,12 @@ TOP_K = (
     "num_selected_experts", "moe_k", "top_k",
 )  # fmt: skip
 # layers.3.mlp.experts.17.gate_proj.weight -> ("layers.3.mlp.experts", 17)
-_ONE_EXPERT = re.compile(r"^(.*\bexperts?)\.(\d+)\.")
+# decoder.block.1.layer.2.mlp.experts.expert_17.wi.weight -> ("decoder.block.1.layer.2.mlp.experts", 17)
+_ONE_EXPERT = re.compile(r"^(.*\bexperts?)\.(?:expert_)?(\d+)\.")
+# DBRX: the rows of all experts in one 2-D tensor.
+_ROWS_OF_ALL = re.compile(r"\bexperts\.mlp\.(w1|v1|w2)$")
+# JetMoE's attention has experts too, which stay resident.
+_RESIDENT = re.compile(r"\bself_attention\.|conv")
 _EXPERTS = re.compile(r"^(.*\bexperts?)\.")
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
@@ -104,8 +109,10 @@ def find_experts(
         match = _ONE_EXPERT.match(entry.name)
         if match and len(entry.shape) == 2:
             per_expert.append((match.group(1), int(match.group(2)), entry))
-        elif len(entry.shape) == 3 and entry.shape[0] in counts and "conv" not in entry.name:
+        elif len(entry.shape) == 3 and entry.shape[0] in counts and not _RESIDENT.search(entry.name):
             stacked.append((entry, entry.shape[0]))
+        elif len(entry.shape) == 2 and len(counts) == 1 and _ROWS_OF_ALL.search(entry.name):
+            stacked.append((entry, *counts))
     return per_expert, stacked
 
 
