@@ -33,6 +33,7 @@ def make_table() -> str:
         for name, family in sorted(ADAPTED.items())
         if not name.endswith("_top2") and name not in ENCODER_DECODERS
     ]
+    lines.append("| grok-1 | Grok1ForCausalLM, offmoe's own, against NumPy (`tests/test_grok1.py`) | published |")
     lines += ["", "| left out | why |", "|---|---|"]
     lines += [f"| {name} | {reason} |" for name, reason in sorted(EXCLUDED.items())]
     lines += [f"| {name}, {layout} | {reason} |" for (name, layout), reason in sorted(REFUSED.items())]

@@ -17,6 +17,7 @@ from offmoe.checkpoint.index import GGUF_SUFFIX, CheckpointIndex, read_config, r
 from offmoe.checkpoint.quant_config import Quantisation, read_quantisation
 from offmoe.formats.dense import TORCH_DTYPES
 from offmoe.models.adapters.find import adapt_experts
+from offmoe.models.grok1.register import register_grok1
 from offmoe.models.transformers_internals import experts_modules, served_families
 
 # What a config of impossible numbers makes transformers' constructors raise.
@@ -36,6 +37,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool) -> tuple[PreTrai
     """
     if folder.suffix == GGUF_SUFFIX:
         return _gguf_config(folder), None
+    register_grok1()
     raw = read_json(folder / "config.json")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):

@@ -66,7 +66,8 @@ def map_experts(
         layers.append(
             MoeLayer(
                 name=module_name, num_experts=params[up_name].shape[0],
-                top_k=_top_k(model, module, params[up_name].shape[0]), up=up, down=down, transposed=bool(module.is_transposed), halves=builder.halves,
+                top_k=_top_k(model, module, params[up_name].shape[0]), up=up, down=down,
+                transposed=bool(module.is_transposed), halves=builder.halves,
                 spans=tuple(tuple(source[e] for source in builder.spans) for e in range(params[up_name].shape[0])),
             )
         )  # fmt: skip

@@ -6,6 +6,8 @@ from torch import nn
 
 from offmoe.models.adapters import dbrx, jetmoe, llama4, longcat_flash, nllb_moe, step3p7, switch_transformers
 from offmoe.models.adapters.base import Adapter
+from offmoe.models.grok1.modeling import Grok1ForCausalLM
+from offmoe.models.grok1.register import KEY_RULES
 from offmoe.models.transformers_internals import add_key_rules
 
 # Folder of transformers' models -> adapter.
@@ -22,6 +24,8 @@ ADAPTERS: dict[str, Adapter] = {
 
 def adapt_experts(model: nn.Module) -> None:
     """Put the experts of every MoE block that has an adapter behind the door. `model` is without weights."""
+    if isinstance(model, Grok1ForCausalLM):
+        add_key_rules(model, KEY_RULES)
     by_block = {adapter.block: adapter for adapter in ADAPTERS.values()}
     found = [(by_block[type(block).__name__], block) for block in model.modules() if type(block).__name__ in by_block]
     for adapter, block in found:

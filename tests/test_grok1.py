@@ -1,0 +1,91 @@
+"""Grok-1 in the files of its Hugging Face conversion, against a NumPy reference of the published architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from grok1_reference import grok1_logits
+from safetensors.torch import save_file
+
+import offmoe
+from offmoe.models.grok1.configuration import Grok1Config
+from offmoe.planner.survey import survey
+
+# Four heads over two; logits reach beyond the cap of 30, and the constants are the published ones.
+CONFIG: dict[str, Any] = {
+    "model_type": "grok-1",
+    "architectures": ["Grok1ModelForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_grok1.Grok1ModelForCausalLM"},
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "attn_output_multiplier": 1.5,
+    "embedding_multiplier_scale": 78.38367176906169,
+    "output_multiplier_scale": 0.5773502691896257,
+    "max_position_embeddings": 256,
+    "torch_dtype": "float32",
+}
+
+
+def make_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """Random weights under the conversion's names."""
+    generator = torch.Generator().manual_seed(3)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+    def scale() -> torch.Tensor:
+        return 1 + 0.1 * torch.randn(48, generator=generator)
+
+    tensors = {"model.embed_tokens.weight": matrix(96, 48), "model.norm.scale": scale()}
+    for idx in range(3):
+        layer = f"model.layers.{idx}"
+        for name, rows in (("q_proj", 48), ("k_proj", 24), ("v_proj", 24), ("o_proj", 48)):
+            tensors[f"{layer}.attn.{name}.weight"] = 2 * matrix(rows, 48)
+        for name in ("pre_attn_norm", "post_attn_norm", "pre_moe_norm", "post_moe_norm"):
+            tensors[f"{layer}.{name}.scale"] = scale()
+        tensors[f"{layer}.moe_block.gate.weight"] = matrix(8, 48)
+        for expert in range(8):
+            for name, shape in (("linear", (20, 48)), ("linear_v", (20, 48)), ("linear_1", (48, 20))):
+                tensors[f"{layer}.moe_block.experts.{expert}.{name}.weight"] = matrix(*shape)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return tensors
+
+
+def test_logits_equal_the_numpy_reference(tmp_path: Path) -> None:
+    tensors = {key: t.numpy().astype(np.float64) for key, t in make_checkpoint(tmp_path).items()}
+    ids = torch.randint(3, 96, (12,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = grok1_logits(ids, tensors, CONFIG)
+    greedy = list(ids)
+    for _ in range(12):
+        greedy.append(int(grok1_logits(greedy, tensors, CONFIG)[-1].argmax()))
+    with offmoe.load(str(tmp_path), ram="4GiB", experts=6) as engine:
+        with torch.no_grad():
+            got = engine.model(input_ids=torch.tensor([ids])).logits[0].double().numpy()
+        assert np.abs(got - expected).max() / np.abs(expected).max() < 1e-5
+        reply = engine.generate(ids, max_new_tokens=12, temperature=0, ignore_end=True)
+        assert ids + list(reply.token_ids) == greedy
+        again = engine.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert again[0].tolist() == greedy
+        assert engine.stats()["misses"] > 0
+        found = survey(tmp_path)
+        assert found.experts_total_bytes == engine._parts.experts.num_bytes
+        assert (found.num_moe_layers, found.experts_per_layer, found.top_k) == (3, 8, 2)
+
+
+def test_published_numbers() -> None:
+    config = Grok1Config()
+    assert (config.num_hidden_layers, config.hidden_size, config.head_dim, config.vocab_size) == (64, 6144, 128, 131072)
+    assert config.attn_output_multiplier == 128**-0.5
+    experts = config.num_hidden_layers * config.num_experts * 3 * config.hidden_size * config.intermediate_size
+    assert 300e9 < experts < 314e9
