@@ -265,9 +265,7 @@ class CacheMachine(RuleBasedStateMachine):
     def what_is_ready_is_what_the_file_holds(self) -> None:
         for key in KEYS:
             if self.cache.is_ready(key):
-                slot = self.cache.slots.find(key)
-                assert slot is not None
-                weights = self.cache._weights[slot]
+                weights = self.cache.contents.find(key)
                 assert weights is not None
                 gate, up, down = self.tiny.matrices(key)
                 assert torch.equal(torch.cat(weights.up), torch.cat([gate, up])), key

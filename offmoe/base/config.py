@@ -23,6 +23,7 @@ class EngineConfig:
     experts             expert slots where experts are computed, instead of what `vram` (or `ram`) leaves room for
     prefill_chunk       prompt tokens that go through the model at once
     policy              who is evicted: "auto", "lru", "lfru", "decayed", "s3fifo" or "static"
+    warm_start          count experts' uses from run to run, in a small file in the user's cache folder
     io                  "auto" (direct where possible), "direct" or "buffered"
     device              "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"
     miss                an expert that is not on the device is copied there ("stream"), computed in RAM ("cpu"), or
@@ -39,6 +40,7 @@ class EngineConfig:
     experts: int | None = None
     prefill_chunk: int | None = None
     policy: str = "auto"
+    warm_start: bool = True
     io: str = "auto"
     device: str = "auto"
     miss: str = "auto"
@@ -56,7 +58,7 @@ OPTION_NAMES = tuple(field.name for field in fields(EngineConfig))
 MAX_PREFETCH_DISTANCE = 3
 _SIZES = ("ram", "vram")
 _COUNTS = ("context_length", "experts", "prefill_chunk")
-_SWITCHES = ("placement_invariant", "trust_remote_code")
+_SWITCHES = ("warm_start", "placement_invariant", "trust_remote_code")
 _CHOICES = {
     "policy": ("auto", "lru", "lfru", "decayed", "s3fifo", "static"), "io": ("auto", "direct", "buffered"),
     "miss": ("auto", "stream", "cpu"),

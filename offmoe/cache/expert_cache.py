@@ -15,31 +15,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.ahead_books import AheadBooks
-from offmoe.cache.policy import Policy, hand_over
-from offmoe.cache.slots import SlotState, SlotTable
+from offmoe.cache.contents import Contents
+from offmoe.cache.fetch import Fetch, wait_out
+from offmoe.cache.policy import Policy
 from offmoe.cache.sources import Source
 from offmoe.formats.dense import ExpertWeights
-from offmoe.tiers.copier import Ticket
-
-
-@dataclass(slots=True)
-class Fetch:
-    """A move under way. `ahead`: nobody waits for it; `was_ahead`: it was begun so; `doomed`: it will not arrive.
-
-    A fetch that is not ahead ends in `finish` or `abandon`.
-    """
-
-    key: ExpertKey
-    slot: int
-    ticket: Ticket
-    ahead: bool = False
-    was_ahead: bool = False
-    doomed: bool = False
 
 
 class ExpertCache:
@@ -49,13 +33,14 @@ class ExpertCache:
         self, num_slots: int, num_layers: int, source: Source, policy: Policy, counters: Counters, *,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
-        self._source, self._policy, self.counters = source, policy, counters
-        self.slots = SlotTable(num_slots)
+        self._source, self.policy, self.counters = source, policy, counters
+        self.contents = Contents(num_slots, policy)
+        self.slots = self.contents.slots
         self.books = AheadBooks(counters, source.num_bytes)
         self._num_layers, self._clock_ns = num_layers, clock_ns
-        self._weights: list[ExpertWeights | None] = [None] * num_slots
         self._coming: dict[ExpertKey, Fetch] = {}
         self._layer_idx = num_layers
+        self.on_layer: Callable[[int, Sequence[int] | None], None] | None = None
 
     def __repr__(self) -> str:
         table = repr(self.slots).removeprefix("<SlotTable [").removesuffix("]>")
@@ -76,11 +61,16 @@ class ExpertCache:
         """Bytes of fetches ahead of time that are under way."""
         return self.books.under_way_bytes
 
-    def begin_layer(self, layer_idx: int) -> None:
-        """A layer call begins, here and in the tier below. Where the layers begin again, so does a token pass."""
+    def begin_layer(self, layer_idx: int, ids: Sequence[int] | None = None) -> None:
+        """A layer call begins, here and in the tier below. Where the layers begin again, so does a token pass.
+
+        `ids`: what all its tokens chose, with PADDING; None where only the misses of the tier above will be heard of.
+        """
         if layer_idx <= self._layer_idx:
-            self._policy.token_pass()
+            self.policy.token_pass()
         self._layer_idx = layer_idx
+        if self.on_layer is not None:
+            self.on_layer(layer_idx, ids)
         self._source.begin_layer(layer_idx)
 
     def num_bytes(self, key: ExpertKey) -> int:
@@ -89,8 +79,7 @@ class ExpertCache:
 
     def is_ready(self, key: ExpertKey) -> bool:
         """True when `key` can be used at once."""
-        slot = self.slots.find(key)
-        return slot is not None and self.slots.state(slot) is SlotState.READY
+        return self.contents.is_ready(key)
 
     def is_coming(self, key: ExpertKey) -> bool:
         """True when `key` is on its way."""
@@ -99,22 +88,21 @@ class ExpertCache:
 
     def use(self, key: ExpertKey, *, touch: bool) -> ExpertWeights:
         """Hold a READY key and return its weights; `touch` tells the policy. Release it afterwards."""
-        slot = self.slots.find(key)
-        assert slot is not None, f"{key=} is not cached"
-        weights = self._weights[slot]
-        assert weights is not None, f"{key=} {slot=} is not ready"
-        self.slots.hold(slot)
+        weights = self.contents.find(key)
+        assert weights is not None, f"{key=} is not ready"
+        self.slots.hold(self.slot_of(key))
         if touch:
-            self._policy.touched(key)
+            self.policy.touched(key)
         self.books.used(key, late=False, waited_ns=0)
         return weights
 
     def ready(self, keys: Sequence[ExpertKey]) -> list[ExpertWeights] | None:
         """The weights of all `keys`, or None when one is not READY. Not held: use them before anything is fetched."""
         found = []
+        find, weights_of = self.slots.find, self.contents.weights
         for key in keys:
-            slot = self.slots.find(key)
-            weights = None if slot is None else self._weights[slot]
+            slot = find(key)
+            weights = None if slot is None else weights_of[slot]
             if weights is None:
                 return None
             found.append(weights)
@@ -123,14 +111,12 @@ class ExpertCache:
     def touch(self, keys: Sequence[ExpertKey]) -> None:
         """READY keys were used without being held."""
         for key in dict.fromkeys(sorted(keys)):
-            self._policy.touched(key)
+            self.policy.touched(key)
             self.books.used(key, late=False, waited_ns=0)
 
     def slot_of(self, key: ExpertKey) -> int:
         """The slot of a key that is held."""
-        slot = self.slots.find(key)
-        assert slot is not None, f"{key=} is not cached"
-        return slot
+        return self.contents.slot_of(key)
 
     def release(self, keys: Iterable[ExpertKey]) -> None:
         """Undo one `use` or `finish` of each key. Whatever was queued on the device until now may read their slots."""
@@ -153,7 +139,7 @@ class ExpertCache:
             if urgent:
                 fetch.ticket.promote()
             if not cold:
-                self._policy.touched(key)
+                self.policy.touched(key)
             return fetch
         return self._begin(key, lambda: self._victim_on_demand(key.layer_idx), cold=cold, urgent=urgent)
 
@@ -165,14 +151,8 @@ class ExpertCache:
         """
         if self.slots.find(key) is not None:
             return False
-        guesses = self.books.guesses
-
-        def victim() -> ExpertKey | None:
-            return self._policy.victim(
-                lambda k: k not in keep and k not in guesses and self.slots.is_evictable(k), key.layer_idx
-            )
-
-        fetch = self._begin(key, victim, cold=True, urgent=False)
+        refused = (keep.__contains__, self.books.guesses.__contains__)
+        fetch = self._begin(key, lambda: self.contents.victim(key.layer_idx, *refused), cold=True, urgent=False)
         if fetch is None:
             return False
         fetch.ahead = fetch.was_ahead = True
@@ -181,13 +161,9 @@ class ExpertCache:
 
     def _victim_on_demand(self, layer_idx: int) -> ExpertKey | None:
         """A guess whose layer has not run yet goes only when nothing else can."""
-        evictable = self.slots.is_evictable
+        victim = self.contents.victim
         guesses = self.books.guesses
-        if guesses:
-            victim = self._policy.victim(lambda key: key not in guesses and evictable(key), layer_idx)
-            if victim is not None:
-                return victim
-        return self._policy.victim(evictable, layer_idx)
+        return (victim(layer_idx, guesses.__contains__) if guesses else None) or victim(layer_idx)
 
     def _begin(
         self, key: ExpertKey, choose_victim: Callable[[], ExpertKey | None], *, cold: bool, urgent: bool
@@ -196,8 +172,7 @@ class ExpertCache:
             victim = choose_victim()
             if victim is None:
                 return None
-            self._policy.removed(victim)
-            self._weights[self.slots.evict(victim)] = None
+            self.contents.evict(victim)
             self.counters.evictions += 1
             self._wasted_ahead(victim)
         slot = self.slots.reserve(key)
@@ -209,7 +184,7 @@ class ExpertCache:
                 self.slots.mark_failed(slot)
         if ticket is None:
             return None
-        self._policy.inserted(key, cold=cold)
+        self.policy.inserted(key, cold=cold)
         fetch = self._coming[key] = Fetch(key, slot, ticket)
         return fetch
 
@@ -227,12 +202,12 @@ class ExpertCache:
             raise
         self.books.used(fetch.key, late=late, waited_ns=self._clock_ns() - begin)
         self.slots.hold(fetch.slot)
-        weights = self._weights[fetch.slot]
+        weights = self.contents.find(fetch.key)
         assert weights is not None, f"{fetch=}"
         return weights
 
     def _arrived(self, fetch: Fetch) -> None:
-        self._weights[fetch.slot] = self._source.contents(fetch.key, fetch.slot)
+        self.contents.weights[fetch.slot] = self._source.contents(fetch.key, fetch.slot)
         self._forget_coming(fetch)
         self.slots.mark_ready(fetch.slot)
 
@@ -293,17 +268,10 @@ class ExpertCache:
         for fetch in fetches:
             if self._coming.get(fetch.key) is not fetch:
                 continue
-            while not fetch.ticket.done():
-                try:
-                    fetch.ticket.wait()
-                except Exception:  # noqa: BLE001 - the cause is being raised by whoever abandons
-                    break
-                except BaseException as error:  # noqa: BLE001 - raised below
-                    interrupt = error
+            interrupt = wait_out(fetch) or interrupt
             self._forget_coming(fetch)
             self._wasted_ahead(fetch.key)
-            self._policy.removed(fetch.key)
-            self.slots.mark_failed(fetch.slot)
+            self.contents.fail(fetch.key, fetch.slot)
         if interrupt is not None:
             raise interrupt
 
@@ -314,11 +282,8 @@ class ExpertCache:
         self._source.restart()
         self._coming.clear()
         self.books.recover()
-        hand_over(self._policy, self._policy, set(self.slots.recover(lambda slot: self._weights[slot] is not None)))
-        for slot in range(len(self.slots)):
-            if self.slots.state(slot) is not SlotState.READY:
-                self._weights[slot] = None
+        self.contents.recover()
 
     def close(self) -> None:
         """Drop every view of the pool. No `use` or `start` afterwards."""
-        self._weights = [None] * self.num_slots
+        self.contents.clear()

@@ -22,6 +22,8 @@ class LfruPolicy(RankingPolicy):
     the smallest count on, and no further than where even the oldest key of all would not be lower.
     """
 
+    name = "lfru"
+
     def __init__(self, usage: Usage | None = None) -> None:
         super().__init__(usage)
         self._order: OrderedDict[ExpertKey, None] = OrderedDict()
@@ -167,8 +169,10 @@ class DecayedPolicy(_LazyHeapPolicy):
     have been at the beginning of time.
     """
 
+    name = "decayed"
+
     def _value(self, key: ExpertKey, old: float | None) -> float:
-        now = self.usage.now / HALF_LIFE
+        now = self.usage.last.get(key, 0) / HALF_LIFE
         if old is None:
             return now + log2(max(1, self.usage.counts.get(key, 0)))
         return now + log2(1 + 2.0 ** (old - now))
@@ -180,6 +184,8 @@ class StaticPolicy(_LazyHeapPolicy):
     What `usage` knows when it is made is all that it learns (counters of earlier runs, or of another policy); where
     that is nothing, it counts for `LEARN_PASSES` passes.
     """
+
+    name = "static"
 
     def __init__(self, usage: Usage | None = None) -> None:
         super().__init__(usage)

@@ -17,7 +17,8 @@ import torch
 
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
-from offmoe.cache.expert_cache import ExpertCache, Fetch
+from offmoe.cache.expert_cache import ExpertCache
+from offmoe.cache.fetch import Fetch
 from offmoe.cache.sources import DiskSource
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.formats.dense import ExpertWeights, view_expert

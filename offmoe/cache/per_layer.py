@@ -29,6 +29,11 @@ class PerLayerPolicy:
         self._policies = [make(self.usage) for _ in shares]
         self._num_keys = [0] * len(shares)
 
+    @property
+    def name(self) -> str:
+        """Of each layer's own."""
+        return self._policies[0].name
+
     def __repr__(self) -> str:
         kind = type(self._policies[0]).__name__
         return f"<{kind} for each of {len(self._shares)} layers [{sum(self._num_keys)} keys]>"

@@ -8,16 +8,51 @@ from offmoe.base.errors import UsageError
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.frequency import DecayedPolicy, LfruPolicy, StaticPolicy
 from offmoe.cache.per_layer import PerLayerPolicy, fair_shares
-from offmoe.cache.ranking import LruPolicy, Policy
+from offmoe.cache.ranking import IsEvictable, LruPolicy, Policy
 from offmoe.cache.s3fifo import S3FifoPolicy
 from offmoe.cache.usage import Usage
 
-__all__ = ["POLICY_NAMES", "LruPolicy", "Policy", "hand_over", "make_policy", "needs_quota"]
+__all__ = ["POLICY_NAMES", "KeepAllPolicy", "LruPolicy", "Policy", "hand_over", "make_policy", "needs_quota"]
 
 _POLICIES: dict[str, Callable[[Usage | None], Policy]] = {
     "lru": LruPolicy, "lfru": LfruPolicy, "decayed": DecayedPolicy, "s3fifo": S3FifoPolicy, "static": StaticPolicy,
 }  # fmt: skip
 POLICY_NAMES = tuple(_POLICIES)
+
+
+class KeepAllPolicy:
+    """For a cache with room for everything: nothing ever goes, so nothing is noted."""
+
+    name = "all"
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+
+    def __repr__(self) -> str:
+        return "<KeepAllPolicy>"
+
+    def inserted(self, key: ExpertKey, *, cold: bool) -> None:
+        """There is room."""
+
+    def touched(self, key: ExpertKey) -> None:
+        """Nothing to compare it with."""
+
+    def removed(self, key: ExpertKey) -> None:
+        """A fetch failed."""
+
+    def token_pass(self) -> None:
+        """Nothing ages."""
+
+    def victim(self, is_evictable: IsEvictable, layer_idx: int | None = None) -> ExpertKey | None:
+        """None: there are free slots."""
+        return None
+
+    def drain(self) -> tuple[list[ExpertKey], list[ExpertKey]]:
+        """Nothing was noted."""
+        return [], []
+
+    def restored(self, key: ExpertKey, *, cold: bool) -> None:
+        """There is room."""
 
 
 def make_policy(

@@ -23,7 +23,13 @@ class Policy(Protocol):
     `usage`: what was used how often, told by `inserted` (not cold) and `touched`; kept for keys without a slot too.
     """
 
-    usage: Usage
+    @property
+    def usage(self) -> Usage:
+        """Counts of all uses."""
+
+    @property
+    def name(self) -> str:
+        """As in the settings."""
 
     def inserted(self, key: ExpertKey, *, cold: bool) -> None:
         """`key` was given a slot. `cold`: it serves one use and should be the next to go."""
@@ -52,6 +58,8 @@ class Policy(Protocol):
 
 class RankingPolicy(ABC):
     """Cold keys go before every other, the newest first; then the lowest by the rank that a subclass defines."""
+
+    name = ""
 
     def __init__(self, usage: Usage | None = None) -> None:
         self.usage = usage if usage is not None else Usage()
@@ -136,6 +144,8 @@ class RankingPolicy(ABC):
 
 class LruPolicy(RankingPolicy):
     """Least recently used, over all layers together."""
+
+    name = "lru"
 
     def __init__(self, usage: Usage | None = None) -> None:
         super().__init__(usage)

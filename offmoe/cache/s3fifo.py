@@ -19,6 +19,8 @@ class S3FifoPolicy(RankingPolicy):
     there are keys in that queue.
     """
 
+    name = "s3fifo"
+
     def __init__(self, usage: Usage | None = None) -> None:
         super().__init__(usage)
         self._small: OrderedDict[ExpertKey, int] = OrderedDict()

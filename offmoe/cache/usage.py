@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from offmoe.base.keys import ExpertKey
 
 # Counts are halved after so many token passes, so that what mattered for another topic fades.
@@ -16,8 +18,9 @@ class Usage:
 
     __slots__ = ("counts", "halvings", "last", "now")
 
-    def __init__(self) -> None:
-        self.counts: dict[ExpertKey, int] = {}
+    def __init__(self, counts: Mapping[ExpertKey, int] | None = None) -> None:
+        """`counts`: of earlier runs."""
+        self.counts: dict[ExpertKey, int] = dict(counts or {})
         self.last: dict[ExpertKey, int] = {}
         self.now = self.halvings = 0
 

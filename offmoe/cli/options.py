@@ -38,6 +38,9 @@ _ENGINE_FLAGS = [
     click.option("--experts", metavar="N", help="Expert slots, instead of what --vram or --ram leaves room for."),
     click.option("--prefill-chunk", metavar="N", help="Prompt tokens that go through the model at once."),
     click.option("--policy", metavar="auto|lru|lfru|decayed|s3fifo|static", help="Which experts are evicted."),
+    click.option(
+        "--warm-start/--no-warm-start", default=None, help="Count experts' uses from run to run, in the cache folder."
+    ),
     click.option("--io", metavar="auto|direct|buffered", help="How experts are read from disk."),
     click.option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute."),
     click.option(

@@ -15,7 +15,8 @@ from functools import partial
 import torch
 
 from offmoe.base.keys import ExpertKey
-from offmoe.cache.expert_cache import ExpertCache, Fetch
+from offmoe.cache.expert_cache import ExpertCache
+from offmoe.cache.fetch import Fetch
 from offmoe.executor.dispatch import Assignment
 from offmoe.executor.rows import Computed, ReferenceRows, Rows
 from offmoe.formats.dense import ExpertWeights

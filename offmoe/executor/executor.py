@@ -14,7 +14,8 @@ import torch
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
 from offmoe.base.trace import Recorder, flat_ids
-from offmoe.cache.expert_cache import ExpertCache, Fetch
+from offmoe.cache.expert_cache import ExpertCache
+from offmoe.cache.fetch import Fetch
 from offmoe.cache.keeping import MAX_READS_IN_FLIGHT, experts_to_keep
 from offmoe.executor.cpu_experts import CpuExperts, CpuJob
 from offmoe.executor.cpu_rows import CpuRows
@@ -49,7 +50,6 @@ class Executor:
         the result does not depend on which experts were cached or arrived first.
         """
         self._counters.layer_calls += 1
-        self.cache.begin_layer(layer_idx)
         num_tokens, top_k = expert_ids_TK.shape
         if num_tokens == 1 and isinstance(self.rows, CpuRows):
             y_1D = self._run_ready(self.rows, layer_idx, math, num_experts, x_TD, expert_ids_TK, weights_TK)
@@ -58,7 +58,9 @@ class Executor:
         # Queued before the ids are waited for, so that the wait is for both.
         host_x_TD = self.cpu.take_along(x_TD) if self.cpu is not None else None
         host_ids_TK = self._to_host(expert_ids_TK)
-        self.recorder.record(layer_idx, top_k, flat_ids(host_ids_TK.flatten().tolist(), num_experts), weights_TK)
+        ids = flat_ids(host_ids_TK.flatten().tolist(), num_experts)
+        self.recorder.record(layer_idx, top_k, ids, weights_TK)
+        self.cache.begin_layer(layer_idx, ids)
         assignments = dispatch(host_ids_TK, num_experts, device=x_TD.device)
         y_SD = torch.zeros(num_tokens * top_k, x_TD.shape[-1], dtype=math.dtype, device=x_TD.device)
         _LayerRun(self, layer_idx, math, x_TD, y_SD, host_x_TD).run(assignments)
@@ -85,6 +87,7 @@ class Executor:
         if ahead is not None:
             ahead.router_spoke(layer_idx, ids, 1)
         self.recorder.record(layer_idx, len(ids), ids, weights_1K)
+        self.cache.begin_layer(layer_idx, ids)
         begin = self.clock_ns()
         y_1D = rows.token_sum(layer_idx, layer, ids, weights, x_1D, weights_1K)
         self.cache.touch(keys)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 
 from offmoe.base.keys import ExpertKey
-from offmoe.cache.expert_cache import ExpertCache, Fetch
+from offmoe.cache.expert_cache import ExpertCache
+from offmoe.cache.fetch import Fetch
 from offmoe.kernels.reference import ExpertMath
 from offmoe.kernels.slot_kernels import SlotKernels
 

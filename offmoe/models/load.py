@@ -18,7 +18,9 @@ from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
 from offmoe.base.machine import give_back_freed_memory
 from offmoe.cache.expert_cache import ExpertCache
+from offmoe.cache.warm_start import WarmStart
 from offmoe.checkpoint.expert_index import ExpertIndex
+from offmoe.checkpoint.identity import model_hash
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.executor.uncached import UncachedExecutor
 from offmoe.kernels.cpu.kernels import CpuKernels
@@ -166,7 +168,7 @@ def load_model(
             pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
             serving = build_serving(
                 model, experts, disk, pool, plan, config, counters, cpu_kernels=cpu_kernels, device=device,
-                device_pool=device_pool,
+                device_pool=device_pool, warm=_warm_start(folder, config, index, experts),
                 progress=lambda done, total: progress("experts to the device", done, total),
             )  # fmt: skip
         if quantisation is not None and quantisation.quantises_activations:
@@ -186,6 +188,14 @@ def load_model(
         serving=serving, native=native, device=device, plan=plan, context_length=context_length,
         chunkable=probe.chunkable,
     )  # fmt: skip
+
+
+def _warm_start(
+    folder: Path, config: EngineConfig, index: CheckpointIndex, experts: ExpertIndex
+) -> WarmStart | None:  # fmt: skip
+    if not config.warm_start:
+        return None
+    return WarmStart(model_hash(folder, index.stored), [layer.num_experts for layer in experts.layers])
 
 
 def choose_device(config: EngineConfig) -> Device | None:

@@ -15,10 +15,12 @@ from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
 from offmoe.base.trace import Recorder
 from offmoe.base.trial import Turns
+from offmoe.cache.auto import AutoPolicy, choose_policy, policy_facts
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.link import LinkSource
-from offmoe.cache.policy import Policy, make_policy
-from offmoe.cache.sources import DiskSource
+from offmoe.cache.sources import DiskSource, Source
+from offmoe.cache.usage import Usage
+from offmoe.cache.warm_start import WarmStart
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.executor.admission import Admission
 from offmoe.executor.arbiter import Arbiter
@@ -68,6 +70,7 @@ class Serving:
     placer: MissPlacer | None = None
     kernels: SlotKernels | None = None
     cpu_rows: CpuRows | None = None
+    warm: WarmStart | None = None
     recorder: Recorder = field(default_factory=Recorder)
     notes: list[str] = field(default_factory=list)
     closing: ExitStack = field(default_factory=ExitStack)
@@ -75,9 +78,11 @@ class Serving:
     def stats(self) -> dict[str, Any]:
         """What prefetching and the arbiter did and decided, for `Engine.stats`."""
         found: dict[str, Any] = {"prefetch": self.ahead.as_dict() if self.ahead is not None else "off"}
+        found |= policy_facts(self.cache.policy)
         if self.host is not self.cache:
             host = self.host.counters
             found |= {"ram_hits": host.hits, "ram_misses": host.misses, "ram_evictions": host.evictions}
+            found |= {f"ram_{name}": fact for name, fact in policy_facts(self.host.policy).items()}
         if self.placer is not None:
             arbiter = self.placer.arbiter
             found |= {"miss": arbiter.mode.value, "miss_chosen": arbiter.trial.choice.value}
@@ -90,8 +95,10 @@ class Serving:
         return found | ({"notes": self.notes} if self.notes else {})
 
     def close(self) -> None:
-        """Threads and hooks first, then the views of the pools."""
+        """Threads and hooks first, then the views of the pools. What was used how often is kept for later runs."""
         self.closing.close()
+        if self.warm is not None:
+            self.warm.save(self.cache.policy.usage, self.host.policy.usage)
         self.cache.close()
         self.host.close()
 
@@ -99,7 +106,7 @@ class Serving:
 def build_serving(
     model: PreTrainedModel, experts: ExpertIndex, disk: DiskTier, pool: HostPool, plan: MemoryPlan,
     config: EngineConfig, counters: Counters, *, cpu_kernels: CpuKernels | None = None, device: Device | None = None,
-    device_pool: DevicePool | None = None,
+    device_pool: DevicePool | None = None, warm: WarmStart | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Serving:  # fmt: skip
     """Caches and executor over the given pools. Called when the resident weights are loaded and no executor attached.
@@ -108,23 +115,21 @@ def build_serving(
     """
     host_source = DiskSource(experts, pool, disk)
     cpu_rows = None if cpu_kernels is None else CpuRows(cpu_kernels)
-    num_layers = len(experts.layers)
-
-    def policy() -> Policy:
-        return make_policy("lru" if config.policy == "auto" else config.policy)
-
+    counted = {} if warm is None else warm.load()
     if device is None or device_pool is None:
-        cache = ExpertCache(pool.num_slots, num_layers, host_source, policy(), counters)
-        serving = Serving(cache=cache, host=cache, executor=_NOT_YET, cpu_rows=cpu_rows)
+        cache = make_cache(pool.num_slots, experts, host_source, counters, policy=config.policy, usage=Usage(counted))
+        serving = Serving(cache=cache, host=cache, executor=_NOT_YET, cpu_rows=cpu_rows, warm=warm)
         executor = Executor(cache, rows=cpu_rows, recorder=serving.recorder)
         _fetch_ahead(serving, executor, model, experts, config)
         serving.executor = RecoveringExecutor(executor)
         return serving
-    host = ExpertCache(pool.num_slots, num_layers, host_source, policy(), Counters())
+    host = make_cache(
+        pool.num_slots, experts, host_source, Counters(), policy=config.policy, usage=Usage(counted), listens=True
+    )
     layouts = [layout_of(layer) for layer in experts.layers]
     link = LinkSource(experts, layouts, host, host_source, device_pool, device.copier, counters)
-    cache = ExpertCache(device_pool.num_slots, num_layers, link, policy(), counters)
-    serving = Serving(cache=cache, host=host, executor=_NOT_YET, cpu_rows=cpu_rows)
+    cache = make_cache(device_pool.num_slots, experts, link, counters, policy=config.policy, usage=Usage(counted))
+    serving = Serving(cache=cache, host=host, executor=_NOT_YET, cpu_rows=cpu_rows, warm=warm)
     if (refused := device.pin(pool.slab)) is not None:
         serving.notes.append(f"RAM slots are not pinned ({refused}): copies go through a staging ring")
     maths = [math_of(module) for _, module in experts_modules(model)]
@@ -139,6 +144,22 @@ def build_serving(
     _take_turns(serving)
     serving.executor = RecoveringExecutor(executor)
     return serving
+
+
+def make_cache(
+    num_slots: int, experts: ExpertIndex, source: Source, counters: Counters, *, policy: str,
+    usage: Usage | None = None, listens: bool = False,
+) -> ExpertCache:  # fmt: skip
+    """A cache of `num_slots` slots whose policy has the name `policy`. `listens`: only misses of a tier above come."""
+    layers = experts.layers
+    chosen = choose_policy(
+        policy, num_slots, [layer.num_experts for layer in layers], [layer.expert_bytes for layer in layers],
+        experts.top_k, usage=usage, listens=listens,
+    )  # fmt: skip
+    cache = ExpertCache(num_slots, len(layers), source, chosen, counters)
+    if isinstance(chosen, AutoPolicy):
+        cache.on_layer = chosen.layer_call
+    return cache
 
 
 def _make_resident(

@@ -1,0 +1,64 @@
+"""The slots of one tier, the weights in them, and the policy that says which of them go. Nothing is under way here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from offmoe.base.keys import ExpertKey
+from offmoe.cache.policy import Policy, hand_over
+from offmoe.cache.slots import SlotState, SlotTable
+from offmoe.formats.dense import ExpertWeights
+
+
+class Contents:
+    """What lies where. `policy` knows every key that has a slot, READY or FILLING."""
+
+    def __init__(self, num_slots: int, policy: Policy) -> None:
+        self.slots, self.policy = SlotTable(num_slots), policy
+        self.weights: list[ExpertWeights | None] = [None] * num_slots
+
+    def find(self, key: ExpertKey) -> ExpertWeights | None:
+        """The weights of a READY key."""
+        slot = self.slots.find(key)
+        return None if slot is None else self.weights[slot]
+
+    def slot_of(self, key: ExpertKey) -> int:
+        """The slot of a key that has one."""
+        slot = self.slots.find(key)
+        assert slot is not None, f"{key=} is not cached"
+        return slot
+
+    def is_ready(self, key: ExpertKey) -> bool:
+        """True when `key` can be used at once."""
+        slot = self.slots.find(key)
+        return slot is not None and self.slots.state(slot) is SlotState.READY
+
+    def victim(self, layer_idx: int, *refused: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        """Who goes for an expert of `layer_idx`: READY, not held, and nobody that one of `refused` names."""
+        is_evictable = self.slots.is_evictable
+        if not refused:
+            return self.policy.victim(is_evictable, layer_idx)
+        return self.policy.victim(lambda key: not any(no(key) for no in refused) and is_evictable(key), layer_idx)
+
+    def evict(self, key: ExpertKey) -> None:
+        """A READY key that is not held goes; its slot is free."""
+        self.policy.removed(key)
+        self.weights[self.slots.evict(key)] = None
+
+    def fail(self, key: ExpertKey, slot: int) -> None:
+        """What was to fill `slot` did not: it is free."""
+        self.policy.removed(key)
+        self.slots.mark_failed(slot)
+
+    def recover(self) -> None:
+        """After a call was broken off between any two lines: what is READY stays, in the policy's order; all else goes.
+        Nobody may be writing to a slot any more.
+        """
+        hand_over(self.policy, self.policy, set(self.slots.recover(lambda slot: self.weights[slot] is not None)))
+        for slot in range(len(self.slots)):
+            if self.slots.state(slot) is not SlotState.READY:
+                self.weights[slot] = None
+
+    def clear(self) -> None:
+        """Drop every view of the slots."""
+        self.weights = [None] * len(self.weights)
