@@ -90,6 +90,7 @@ def test_the_curve_is_lru_at_every_size(calls: list[LayerCall]) -> None:
             counted = [(call, one) for call, one in zip(calls, found, strict=True) if call.is_prefill == is_prefill]
             assert tally.hits == sum(hits for _, (hits, _) in counted)
             assert tally.misses == sum(misses for _, (_, misses) in counted)
+            assert tally.waiting_calls == sum(misses > 0 for _, (_, misses) in counted)
             assert tally.missed_bytes == sum(misses * SIZES[call.layer_idx] for call, (_, misses) in counted)
 
 

@@ -43,6 +43,7 @@ def test_the_engine_counts_what_its_replay_counts(tiny: Path, tmp_path: Path, po
         stats["hits"], stats["misses"],
     )  # fmt: skip
     assert result.decode.hit_rate == pytest.approx(stats["decode_hit_rate"], abs=1e-4)
+    assert result.prefill.waiting_calls + result.decode.waiting_calls == stats["waiting_calls"]
     assert result.prefill.misses and result.decode.lookups
     assert result.decode.missed_bytes == result.decode.misses * bytes_of_one
 

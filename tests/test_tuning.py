@@ -44,19 +44,26 @@ def made_up(num_tokens: int = 200) -> Trace:
 
 @pytest.fixture(scope="module")
 def curves() -> Curves:
-    return make_curves(made_up(), costs=TokenCosts(fixed_s=0.01, fetch_bytes_per_s=1e8), fit=12)
+    return make_curves(made_up(), costs=TokenCosts(fixed_s=0.01, fetch_bytes_per_s=1e8, waiting_call_s=0.002), fit=12)
 
 
 def test_a_token_costs_its_fixed_time_and_what_it_fetches() -> None:
-    samples = [TokenSample(0.02, 0.01, 1000), TokenSample(0.03, 0.02, 3000), TokenSample(9.0, 8.0, 7)]
-    costs = measured_costs(samples)
+    """Made of 10 ms a token, 1 ms a call that fetches, and 100 kB/s; and one token during which the machine slept."""
+    made = [(0, 0), (1000, 1), (3000, 2), (4000, 2)]
+    samples = [TokenSample(0.01 + size / 1e5 + calls / 1e3, size / 1e5, size, calls) for size, calls in made]
+    costs = measured_costs([*samples, TokenSample(9.0, 8.0, 7, 9)])
     assert costs is not None
-    assert costs.fixed_s == pytest.approx(0.01)
-    assert costs.fetch_bytes_per_s == pytest.approx(4000 / 0.03)
+    assert costs.fixed_s == pytest.approx(0.01) and costs.waiting_call_s == pytest.approx(0.001)
+    assert costs.fetch_bytes_per_s == pytest.approx(1e5)
     assert costs.tok_per_s(0) == pytest.approx(100)
-    assert costs.tok_per_s(2000) == pytest.approx(1 / (0.01 + 0.015))
+    assert costs.tok_per_s(2000, 3) == pytest.approx(1 / (0.01 + 0.02 + 0.003))
+    same = measured_costs([TokenSample(0.02, 0.01, 1000, 2)] * 3)
+    assert same == TokenCosts(fixed_s=pytest.approx(0.01), fetch_bytes_per_s=pytest.approx(1e5))
+    steep = measured_costs([TokenSample(0.02, 0.01, 1000, 3), TokenSample(0.05, 0.01, 1000, 4)])
+    assert steep is not None and steep.fixed_s == pytest.approx(0.01), "never less than the fastest token's work"
+    assert steep.tok_per_s(1000, 3.5) == pytest.approx(1 / 0.035)
     assert measured_costs([]) is None
-    assert measured_costs([TokenSample(0.02, 0.0, 0)]) is None
+    assert measured_costs([TokenSample(0.02, 0.0, 0, 0)]) is None
 
 
 def test_curves_hold_what_replays_give(curves: Curves) -> None:
@@ -67,7 +74,8 @@ def test_curves_hold_what_replays_give(curves: Curves) -> None:
         found = replay(calls, curves.adopted, size, top_k=2, expert_bytes=HEADER.expert_bytes).decode
         point = curves.at(curves.adopted, size)
         assert point.hit_rate == found.hit_rate and point.missed_bytes_per_token == found.missed_bytes / 200
-        assert point.tok_per_s == pytest.approx(1 / (0.01 + point.missed_bytes_per_token / 1e8))
+        waiting_s = found.waiting_calls / 200 * 0.002
+        assert point.tok_per_s == pytest.approx(1 / (0.01 + point.missed_bytes_per_token / 1e8 + waiting_s))
         assert curves.at("belady", size).hit_rate == replay_belady(calls, size, HEADER.expert_bytes).decode.hit_rate
     least = {name: replay(calls, name, 12, top_k=2, expert_bytes=HEADER.expert_bytes) for name in POLICY_NAMES}
     assert least[curves.adopted].decode.missed_bytes == min(one.decode.missed_bytes for one in least.values())

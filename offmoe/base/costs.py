@@ -68,11 +68,14 @@ class Costs:
 
 
 class TokenSample(NamedTuple):
-    """One decoded token: its time, how much of it was waiting for experts, and the bytes that were waited for."""
+    """One decoded token: its time, how much of it was waiting for experts, the bytes that were waited for, and how
+    many of its layer calls had to fetch something.
+    """
 
     step_s: float
     stall_s: float
     fetched_bytes: int
+    num_waiting: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ class Counters:
     tier that computes; `ram_hits` and `ram_misses` are those of RAM when it feeds a device. `stall`: the model waited
     for experts from disk, or for their copies over the link. `ahead`: fetched before a router had asked for it.
     `cpu_experts`: misses computed where they lie in RAM. `syncs`: times that the host waited for the device to learn
-    what the routers said.
+    what the routers said. `waiting_calls`: layer calls for which something was missing or late.
     """
 
     hits: int = 0
@@ -34,6 +34,7 @@ class Counters:
     ahead_wasted_bytes: int = 0
     compute_ns: int = 0
     layer_calls: int = 0
+    waiting_calls: int = 0
     syncs: int = 0
 
     def copy(self) -> Counters:

@@ -31,11 +31,12 @@ class LayerCall(NamedTuple):
 
 @dataclass(slots=True)
 class Tally:
-    """Of one phase: experts found, experts fetched, and the bytes of these."""
+    """Of one phase: experts found, experts fetched, the bytes of these, and the calls that had to fetch something."""
 
     hits: int = 0
     misses: int = 0
     missed_bytes: int = 0
+    waiting_calls: int = 0
 
     @property
     def lookups(self) -> int:
@@ -52,6 +53,7 @@ class Tally:
         self.hits += hits
         self.misses += misses
         self.missed_bytes += misses * expert_bytes
+        self.waiting_calls += misses > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +96,22 @@ def replay(
 
 @dataclass(frozen=True, kw_only=True)
 class _PhaseCurve:
-    """Of one phase: all lookups and their bytes, and at each number of slots how many were hits, and their bytes."""
+    """Of one phase: all lookups, their bytes and calls; and at each number of slots how many were hits, their bytes,
+    and the calls that found all they needed.
+    """
 
     lookups: int
     lookup_bytes: int
+    num_calls: int
     hits: list[int]
     hit_bytes: list[int]
+    served_calls: list[int]
 
     def at(self, num_slots: int) -> Tally:
         size = min(num_slots, len(self.hits) - 1)
         hits = self.hits[size]
-        return Tally(hits, self.lookups - hits, self.lookup_bytes - self.hit_bytes[size])
+        missed_bytes, waiting = self.lookup_bytes - self.hit_bytes[size], self.num_calls - self.served_calls[size]
+        return Tally(hits, self.lookups - hits, missed_bytes, waiting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +142,7 @@ def lru_curve(calls: Sequence[LayerCall], experts_per_layer: Sequence[int], expe
     first_key = [0, *accumulate(experts_per_layer)]
     num_at = [[0] * (num_experts + 1) for _ in range(2)]
     bytes_at = [[0] * (num_experts + 1) for _ in range(2)]
+    calls_at = [[0] * (num_experts + 1) for _ in range(2)]  # by the largest distance in a call
     # Last uses of all experts used so far, ascending: an expert's distance is the number of entries above its own.
     times: list[int] = []
     last: dict[int, int] = {}
@@ -151,6 +159,8 @@ def lru_curve(calls: Sequence[LayerCall], experts_per_layer: Sequence[int], expe
         # The last entry counts what was never seen before: no number of slots makes it a hit.
         num_at[phase][num_experts] += len(keys) - len(seen)
         bytes_at[phase][num_experts] += num_bytes * (len(keys) - len(seen))
+        farthest = len(times) - min(places) - 1 if places and len(seen) == len(keys) else num_experts
+        calls_at[phase][farthest] += 1
         for place in sorted(places, reverse=True):
             del times[place]
         for key in keys:
@@ -159,10 +169,11 @@ def lru_curve(calls: Sequence[LayerCall], experts_per_layer: Sequence[int], expe
             now += 1
     decode, prefill = (
         _PhaseCurve(
-            lookups=sum(num), lookup_bytes=sum(size),
+            lookups=sum(num), lookup_bytes=sum(size), num_calls=sum(calls),
             hits=list(accumulate(num[:-1], initial=0)), hit_bytes=list(accumulate(size[:-1], initial=0)),
+            served_calls=list(accumulate(calls[:-1], initial=0)),
         )
-        for num, size in zip(num_at, bytes_at, strict=True)
+        for num, size, calls in zip(num_at, bytes_at, calls_at, strict=True)
     )  # fmt: skip
     return LruCurve(prefill=prefill, decode=decode)
 

@@ -185,6 +185,7 @@ class _LayerRun:
         self._counters.hits += len(hits)
         self._counters.late_hits += len(late)
         self._counters.misses += len(missing)
+        self._counters.waiting_calls += bool(late or missing)
         return hits, late, missing
 
     def _use(self, idx: int, assigned: list[Assignment], *, touch: bool) -> Computed:

@@ -12,6 +12,8 @@ from offmoe.base.errors import ContextLengthError
 from offmoe.generation.engine import Engine
 from offmoe.generation.prompt import encode
 
+_COUNTED = ("disk_stall_ns", "disk_bytes", "waiting_calls")
+
 
 def encode_all(engine: Engine, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
     """Token ids of every prompt. Raises UsageError, or ContextLengthError naming the prompt that has no room."""
@@ -47,8 +49,8 @@ def record_prompts(
             for count, piece in enumerate(pieces):
                 step_s, before, stats = time.perf_counter() - begin, stats, engine.stats()
                 if count and piece.token_id is not None:
-                    stall_ns, fetched = (stats[name] - before[name] for name in ("disk_stall_ns", "disk_bytes"))
-                    samples.append(TokenSample(step_s, stall_ns / 1e9, fetched))
+                    stall_ns, fetched, waiting = (stats[name] - before[name] for name in _COUNTED)
+                    samples.append(TokenSample(step_s, stall_ns / 1e9, fetched, waiting))
                 progress(min(total, done + count + 1), total)
                 begin = time.perf_counter()
             done += max_new_tokens  # a full context may have ended it earlier

@@ -27,30 +27,46 @@ class TokenCosts:
     """What a decoded token costs on this machine. `fixed_s`: with all its experts in memory, in seconds.
 
     `fetch_bytes_per_s`: bytes of missing experts over the seconds that decoding stood still for them.
+    `waiting_call_s`: what a layer call that has to fetch takes besides.
     """
 
     fixed_s: float
     fetch_bytes_per_s: float
+    waiting_call_s: float = 0.0
 
-    def tok_per_s(self, missed_bytes_per_token: float) -> float:
-        """Tokens a second: one over (fixed time + bytes to fetch / rate of fetching). Without prefetching."""
-        return 1 / (self.fixed_s + missed_bytes_per_token / self.fetch_bytes_per_s)
+    def tok_per_s(self, missed_bytes_per_token: float, waiting_calls_per_token: float = 0.0) -> float:
+        """Tokens a second: one over (fixed time + bytes to fetch / rate of fetching + calls that fetch * their time).
+        Without prefetching.
+        """
+        fetch_s = missed_bytes_per_token / self.fetch_bytes_per_s + waiting_calls_per_token * self.waiting_call_s
+        return 1 / (self.fixed_s + fetch_s)
 
 
 def measured_costs(samples: Sequence[TokenSample]) -> TokenCosts | None:
     """Costs from the tokens of a run without prefetching; those of more than five times the median time are left out:
     then the machine did something else.
 
-    None where nothing had to be fetched, or nothing was decoded: the rate of fetching is not known then.
+    The time that is not waiting is split, by least squares, into what every token takes and what each call adds that
+    had to fetch. None where nothing had to be fetched, or nothing was decoded: the rate of fetching is not known then.
     """
     if not samples:
         return None
     longest_s = UNUSUAL * statistics.median(sample.step_s for sample in samples)
     usual = [sample for sample in samples if sample.step_s <= longest_s]
-    step_s, stall_s, fetched_bytes = (sum(column) for column in zip(*usual, strict=True))
-    if stall_s <= 0 or fetched_bytes <= 0 or step_s <= stall_s:
+    stall_s, fetched_bytes = sum(sample.stall_s for sample in usual), sum(sample.fetched_bytes for sample in usual)
+    work_s = [sample.step_s - sample.stall_s for sample in usual]
+    waiting = [sample.num_waiting for sample in usual]
+    mean_s, mean_waiting = statistics.fmean(work_s), statistics.fmean(waiting)
+    if stall_s <= 0 or fetched_bytes <= 0 or mean_s <= 0:
         return None
-    return TokenCosts(fixed_s=(step_s - stall_s) / len(usual), fetch_bytes_per_s=fetched_bytes / stall_s)
+    spread = sum((count - mean_waiting) ** 2 for count in waiting)
+    together = sum((count - mean_waiting) * seconds for count, seconds in zip(waiting, work_s, strict=True))
+    call_s = max(0.0, together / spread) if spread else 0.0
+    fixed_s = mean_s - call_s * mean_waiting
+    if fixed_s < min(work_s):  # no token was that fast: the slope is more than the samples can tell
+        fixed_s = min(work_s)
+        call_s = (mean_s - fixed_s) / mean_waiting if mean_waiting else 0.0
+    return TokenCosts(fixed_s=fixed_s, fetch_bytes_per_s=fetched_bytes / stall_s, waiting_call_s=call_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +127,7 @@ def make_curves(
         missed = result.decode.missed_bytes / num_tokens
         return Point(
             num_slots=result.num_slots, hit_rate=result.decode.hit_rate, missed_bytes_per_token=missed,
-            tok_per_s=costs.tok_per_s(missed) if costs else None,
+            tok_per_s=costs.tok_per_s(missed, result.decode.waiting_calls / num_tokens) if costs else None,
         )  # fmt: skip
 
     def run(policy: str, size: int) -> ReplayResult:
