@@ -173,8 +173,8 @@ def _say_choice(curves: Curves, slots: int, costs: TokenCosts | None) -> None:
     if costs is not None:
         click.echo(
             f"costs: {format_seconds(costs.fixed_s)} a token with all experts in memory, "
-            f"{format_bandwidth(costs.fetch_bytes_per_s)} of missing experts, {costs.waiting_call_s * 1e3:.2f} ms a layer "
-            "call that fetches"
+            f"{format_bandwidth(costs.fetch_bytes_per_s)} of missing experts, {costs.waiting_call_s * 1e3:.2f} ms "
+            "a layer call that fetches"
         )
     else:
         click.echo("tok/s is not predicted: " + _WHY_NO_SPEED)
