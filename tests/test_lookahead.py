@@ -30,6 +30,7 @@ class Asked:
     wants: list[tuple[int, list[int], int, bool]] = field(default_factory=list)
     spoken: list[tuple[int, set[int]]] = field(default_factory=list)
     predict_ns: list[int] = field(default_factory=list)
+    sure: list[int | None] = field(default_factory=list)
     pumps: int = 0
 
     def is_on(self, layer_idx: int, distance: int = 1) -> bool:
@@ -37,8 +38,9 @@ class Asked:
 
     def want(
         self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, predict_ns: int = 0,
-        whole_layer: bool = False,
+        whole_layer: bool = False, num_sure: int | None = None,
     ) -> None:  # fmt: skip
+        self.sure.append(num_sure)
         self.wants.append((layer_idx, list(expert_ids), distance, whole_layer))
         self.predict_ns.append(predict_ns)
 

@@ -201,6 +201,10 @@ def test_scores_rank_the_chosen_experts_first() -> None:
     assert scores_TE is not None
     assert scores_TE.shape == (9, 8)
     assert torch.equal(scores_TE.topk(2).indices, ids_TK)
+    for factor, num in ((1, 2), (3, 6), (9, 8)):
+        ranked = predictor.ranked(state_TD, factor)
+        assert ranked is not None
+        assert torch.equal(ranked[0], scores_TE.topk(num).indices) and ranked[1] == 2
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v4"])

@@ -178,6 +178,23 @@ class Tail:
         answer = self._answer(state, side)
         return None if answer is None else list(tensors_in(answer))[self.scores_idx].reshape(state.shape[0], -1)
 
+    def ranked(self, state: torch.Tensor, side: Side, factor: int) -> tuple[torch.Tensor, int] | None:
+        """(T, *X) -> (T, N), the best experts first, and how many of them, K, the router would choose.
+
+        N is `factor` * K at most, and K where the router shows no scores. None as `expert_ids`.
+        """
+        last = self.steps[-1]
+        if last.output_idx is None or self.scores_idx is None:
+            ids = self.expert_ids(state, side)
+            return None if ids is None else (ids, ids.shape[1])
+        answer = self._answer(state, side)
+        if answer is None:
+            return None
+        tensors = list(tensors_in(answer))
+        top_k = tensors[last.output_idx].reshape(state.shape[0], -1).shape[1]
+        scores_TE = tensors[self.scores_idx].reshape(state.shape[0], -1)
+        return scores_TE.topk(min(factor * top_k, scores_TE.shape[1])).indices, top_k
+
     def _answer(self, state: torch.Tensor, side: Side) -> Any | None:
         # An empty context: modules called inside must not show in outputs that transformers collects through it.
         return contextvars.Context().run(self._run, state, side)

@@ -58,6 +58,13 @@ class Predictor:
         return self.tail.expert_ids(state_TX, self.side)
 
     @torch.no_grad()
+    def ranked(self, state_TX: torch.Tensor, factor: int = 2) -> tuple[torch.Tensor, int] | None:
+        """(T, *X) -> (T, N) expert ids, best first, `factor` times as many as the router would choose, and how many it
+        would. Only the latter where it shows no scores.
+        """
+        return self.tail.ranked(state_TX, self.side, factor)
+
+    @torch.no_grad()
     def scores(self, state_TX: torch.Tensor) -> torch.Tensor | None:
         """(T, *X) state -> (T, E) by which the router ranks experts; None where it does not show it."""
         return self.tail.scores(state_TX, self.side)

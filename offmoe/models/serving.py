@@ -57,6 +57,8 @@ KERNEL_TOKENS = 16
 # half a layer only stood in the way of demand (8.4-9.2 tok/s with two layers' worth, 8.8-10.2 with half of one).
 MAX_AHEAD_SHARE, MAX_AHEAD_LAYERS, MAX_AHEAD_LAYERS_DISK = 0.25, 2, 0.5
 MIN_AHEAD = 2
+# Layers ahead that routers are asked about where misses come from a drive, which may be idle when they are answered.
+FURTHEST_DISK = 3
 
 
 @dataclass(kw_only=True)
@@ -233,13 +235,18 @@ def _fetch_ahead(
     expert_bytes = max(layer.expert_bytes for layer in experts.layers)
     num_ahead = most_ahead(cache.num_slots, experts.top_k, from_disk=cache is serving.host)
     mode = cast("PrefetchMode", config.prefetch)
-    distance = mode if isinstance(mode, int) else 1
-    prefetcher = Prefetcher(cache, budget_bytes=num_ahead * expert_bytes, switch=Switch(mode))
+    from_disk = cache is serving.host
+    furthest = FURTHEST_DISK if from_disk else 1
+    distance = mode if isinstance(mode, int) else furthest
+    switch = Switch(mode, distances=(furthest,))
+    prefetcher = Prefetcher(cache, budget_bytes=num_ahead * expert_bytes, switch=switch, far_when_idle=from_disk)
     books = cache.books
     books.listener = prefetcher if books.listener is None else AheadFates(books.listener, prefetcher)
+    wide = [None if predictor is None else predictor.ranked for predictor in routing.predictors]
     lookahead = Lookahead(
         routing.predictors, prefetcher, order=routing.order, distance=distance,
         num_experts=[layer.num_experts for layer in experts.layers],
+        wide=wide if mode == "auto" else None,
     )  # fmt: skip
     serving.closing.callback(routing.install(lookahead).remove)
     serving.ahead = AheadOfTime(lookahead, prefetcher, order=routing.order)

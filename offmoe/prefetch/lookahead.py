@@ -21,6 +21,8 @@ import torch
 WHOLE_LAYER_SHARE = 0.9
 
 Predictor = Callable[[torch.Tensor], "torch.Tensor | None"]
+# (1, *X) -> (1, N) expert ids, best first, and how many of them the router would choose.
+WidePredictor = Callable[[torch.Tensor], "tuple[torch.Tensor, int] | None"]
 
 
 class Prefetcher(Protocol):
@@ -31,9 +33,12 @@ class Prefetcher(Protocol):
 
     def want(
         self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, predict_ns: int = 0,
-        whole_layer: bool = False,
+        whole_layer: bool = False, num_sure: int | None = None,
     ) -> None:  # fmt: skip
-        """The layer will need these experts, the surest first; replaces what was wanted of it."""
+        """The layer will need these experts, the surest first; replaces what was wanted of it.
+
+        `num_sure`: one token is decoded, and its router would choose the first so many.
+        """
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         """The layer's own router has chosen."""
@@ -57,6 +62,7 @@ class _Pending:
     ids_TK: torch.Tensor
     distance: int
     predict_ns: int
+    num_chosen: int  # of the ids of a token, those that its router would choose
 
 
 class Lookahead:
@@ -83,16 +89,19 @@ class Lookahead:
     def __init__(
         self, predictors: Sequence[Predictor | None], prefetcher: Prefetcher, *, order: Sequence[int],
         num_experts: Sequence[int], distance: int = 1, rescore: bool = True,
+        wide: Sequence[WidePredictor | None] | None = None,
         predictions: Callable[[Prediction], None] | None = None,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
         """`predictors` and `num_experts`: one a layer, by its number. `order`: the numbers as the layers run.
 
-        `distance`: how many layers ahead routers are asked, 1 to 3. `predictions` is told of every one.
+        `distance`: how many layers ahead routers are asked, 1 to 3. `wide`: of one token these are asked, not the
+        `predictors`. `predictions` is told of every answer.
         """
         assert 1 <= distance <= 3, f"{distance=}"
         self._predictors, self._prefetcher, self._num_experts = predictors, prefetcher, num_experts
         self._rescore, self._predictions, self._clock_ns = rescore, predictions, clock_ns
+        self._wide = wide
         self._coming = {
             layer_idx: list(enumerate(order[place + 1 : place + 1 + distance], start=1))
             for place, layer_idx in enumerate(order)
@@ -156,7 +165,8 @@ class Lookahead:
         begin = self._clock_ns()
         ranked = rank_experts(ids_TK, self._num_experts[layer_idx])
         predict_ns = waiting.predict_ns + self._clock_ns() - begin
-        self._want(layer_idx, ranked, waiting.distance, predict_ns, whole_layer=False)
+        num_sure = waiting.num_chosen if len(ids_TK) == 1 else None
+        self._want(layer_idx, ranked, waiting.distance, predict_ns, whole_layer=False, num_sure=num_sure)
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         """The layer's router chose these distinct experts: passed on to the prefetcher, which drops the layer's wants.
@@ -185,20 +195,30 @@ class Lookahead:
         return num_tokens > 1 and num_tokens == self._num_tokens and share >= WHOLE_LAYER_SHARE
 
     def _predict(self, layer_idx: int, state_TX: torch.Tensor, distance: int) -> None:
-        predictor = self._predictors[layer_idx]
-        if predictor is None:
-            return
         begin = self._clock_ns()
-        ids_TK = predictor(state_TX)
-        if ids_TK is not None:
-            self._pending[layer_idx] = _Pending(ids_TK, distance, self._clock_ns() - begin)
+        answer = self._answer(layer_idx, state_TX)
+        if answer is not None:
+            ids_TK, num_chosen = answer
+            self._pending[layer_idx] = _Pending(ids_TK, distance, self._clock_ns() - begin, num_chosen)
             if ids_TK.device.type == "cpu":
                 self.take(layer_idx, ids_TK.tolist())
 
+    def _answer(self, layer_idx: int, state_TX: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+        """Ids, and how many of a token's are the router's choice; None where there is no answer."""
+        if self._wide is not None and state_TX.shape[0] == 1:
+            wide = self._wide[layer_idx]
+            return None if wide is None else wide(state_TX)
+        predictor = self._predictors[layer_idx]
+        ids_TK = None if predictor is None else predictor(state_TX)
+        return None if ids_TK is None else (ids_TK, ids_TK.shape[1])
+
     def _want(
-        self, layer_idx: int, expert_ids: Sequence[int], distance: int, predict_ns: int, *, whole_layer: bool
-    ) -> None:
-        self._prefetcher.want(layer_idx, expert_ids, distance=distance, predict_ns=predict_ns, whole_layer=whole_layer)
+        self, layer_idx: int, expert_ids: Sequence[int], distance: int, predict_ns: int, *, whole_layer: bool,
+        num_sure: int | None = None,
+    ) -> None:  # fmt: skip
+        self._prefetcher.want(
+            layer_idx, expert_ids, distance=distance, predict_ns=predict_ns, whole_layer=whole_layer, num_sure=num_sure
+        )
         if self._predictions is not None:
             self._predictions(Prediction(layer_idx, tuple(expert_ids), distance, whole_layer))
 

@@ -1,4 +1,5 @@
-"""Whether to prefetch: for the whole model by the time of token passes, for each layer by bytes and the time they cost.
+"""Whether to prefetch: for the whole model by the time of token passes; for each layer, and each distance from which
+it is guessed, by bytes and the time they cost.
 
 Recall decides nothing here. Predictions may be good and still not pay (the link is busy as it is, predicting takes
 longer than it hides), or be poor and pay (the link would be idle otherwise).
@@ -24,7 +25,9 @@ IDLE_WASTE_PRICE = 1 / 8
 
 
 class LayerSwitch:
-    """On or off for one layer. Starts on; a window that lost time switches it off for a while, each time for longer."""
+    """On or off for one layer at one distance. Starts on; a window that lost time switches it off for a while, each
+    time for longer.
+    """
 
     __slots__ = ("_calls", "_latest", "_next_pause", "_ns_per_byte", "_start", "pause_left")
 
@@ -81,7 +84,10 @@ class Switch:
     """How many layers ahead to prefetch now (0: not at all), and for which layers."""
 
     def __init__(self, mode: Mode, *, distances: Sequence[int] = (1,), trial: Trial[int] | None = None) -> None:
-        """`mode`: "off", a fixed distance, or "auto": `trial` chooses among 0 (not at all) and `distances`."""
+        """`mode`: "off", a fixed distance, or "auto": `trial` chooses among 0 (not at all) and `distances`.
+
+        A distance of 3 stands for 0 to 3: of these each layer keeps those that pay.
+        """
         self._mode, self._distances = mode, tuple(distances)
         self._is_observing = False
         self._trial: Trial[int] | None = None
@@ -90,10 +96,10 @@ class Switch:
             self.distance = self._trial.current
         else:
             self.distance = 0 if mode == "off" else mode
-        self._layers: dict[int, LayerSwitch] = {}
+        self._layers: dict[tuple[int, int], LayerSwitch] = {}
 
     def __repr__(self) -> str:
-        off = sum(not layer.is_on for layer in self._layers.values())
+        off = len({layer_idx for (layer_idx, _), layer in self._layers.items() if not layer.is_on})
         return f"<Switch {self._mode} [distance {self.distance}, {off} layers off]>"
 
     @property
@@ -106,9 +112,9 @@ class Switch:
         """True unless prefetching is off by the user's word: a prefill that touches all experts is no prediction."""
         return self._mode not in ("off", 0)
 
-    def layer_is_on(self, layer_idx: int) -> bool:
-        """True when prefetching for this layer pays, as far as is known."""
-        layer = self._layers.get(layer_idx)
+    def layer_is_on(self, layer_idx: int, distance: int = 1) -> bool:
+        """True when prefetching for this layer, guessed at this distance, pays as far as is known."""
+        layer = self._layers.get((layer_idx, distance))
         return layer is None or layer.is_on
 
     def layer_called(self, layer_idx: int, audit: Audit) -> None:
@@ -118,18 +124,20 @@ class Switch:
         """
         if self._trial is None:
             return
-        layer = self._layers.get(layer_idx)
-        if layer is None:
-            layer = self._layers[layer_idx] = LayerSwitch()
         is_comparing = self._trial.is_comparing
-        if layer.pause_left:
-            layer.pause_left -= not is_comparing
-        elif self.distance:
-            sums = audit.layer(layer_idx)
-            totals = (sums.hidden_ns, sums.predict_ns, sums.wasted_bytes, sums.behind_bytes)
-            layer.called(totals, audit.rate.ns_per_byte)
-            if layer.is_full and not is_comparing:
-                layer.judge()
+        for distance in range(max(self._distances) + 1):
+            layer = self._layers.get((layer_idx, distance))
+            if layer is None:
+                layer = self._layers[layer_idx, distance] = LayerSwitch()
+            if layer.pause_left:
+                layer.pause_left -= not is_comparing
+            elif self.distance >= max(distance, 1):
+                sums = audit.layer(layer_idx, distance)
+                spent_ns = sums.predict_ns - sums.predict_hidden_ns
+                totals = (sums.hidden_ns, spent_ns, sums.wasted_bytes, sums.behind_bytes)
+                layer.called(totals, audit.rate.ns_per_byte)
+                if layer.is_full and not is_comparing:
+                    layer.judge()
 
     def pass_ended(self, seconds: float, *, num_tokens: int) -> None:
         """One forward pass took `seconds`; the distance stays the same within a pass."""
@@ -159,8 +167,16 @@ class Switch:
             self.distance = self._trial.current
 
     def as_dict(self) -> dict[str, object]:
-        """The state, for `stats()`."""
-        return {
+        """The state, for `stats()`. `layers_off`: layers that are not guessed at any distance."""
+        off: dict[int, set[int]] = {}
+        for (layer_idx, distance), layer in self._layers.items():
+            if not layer.is_on:
+                off.setdefault(layer_idx, set()).add(distance)
+        far = set(range(1, max(self._distances) + 1))
+        told: dict[str, object] = {
             "mode": self._mode, "distance": self.distance,
-            "layers_off": sorted(idx for idx, layer in self._layers.items() if not layer.is_on),
+            "layers_off": sorted(layer_idx for layer_idx, distances in off.items() if far <= distances),
         }  # fmt: skip
+        if max(self._distances) > 1:
+            told["distances_off"] = {str(layer_idx): sorted(distances) for layer_idx, distances in sorted(off.items())}
+        return told

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from benchlib.errors import ScriptError
@@ -21,7 +22,9 @@ ACCELERATE_OVERHEAD_BYTES = 2_300_000_000  # Python and torch, and the staged ex
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command lines are made from. `rams`, `prefetches`: offmoe's flags as typed; empty: its defaults."""
+    """What the command lines are made from. `rams`, `prefetches`, `policies`: offmoe's flags as typed; empty:
+    its defaults.
+    """
 
     model: Path
     ids: Path
@@ -31,6 +34,7 @@ class Options:
     cap_bytes: int | None
     rams: tuple[str, ...]
     prefetches: tuple[str, ...]
+    policies: tuple[str, ...]
     warm: bool
     accelerate_bytes: int | None
     llama_python: Path | None
@@ -57,7 +61,7 @@ def build_systems(names: list[str], options: Options) -> list[System]:
 
 
 def _offmoe(name: str, options: Options) -> list[System]:
-    """One system for each pair of a `--ram` and a `--prefetch` value.
+    """One system for each `--ram`, `--prefetch` and `--policy` value with each of the others.
 
     "offmoe-int4" is the folder beside the model that `offmoe quantize` has written, with `-int4` added to its name.
     """
@@ -69,11 +73,17 @@ def _offmoe(name: str, options: Options) -> list[System]:
     command = [sys.executable, "-m", "offmoe", "bench", str(folder), "--ids", str(options.ids)]
     command += ["--prefill", str(options.prefill), "--json", *(["--warm"] if options.warm else [])]
     systems = []
-    for ram in options.rams or ("",):
-        for prefetch in options.prefetches or ("",):
-            flags = [*(["--ram", ram] if ram else []), *(["--prefetch", prefetch] if prefetch else [])]
-            label = " ".join([name, *([ram] if ram else []), *([f"prefetch {prefetch}"] if prefetch else [])])
-            systems.append(System(name=label, weights=weights, weight_bits=bits, command=[*command, *flags]))
+    for ram, prefetch, policy in product(options.rams or ("",), options.prefetches or ("",), options.policies or ("",)):
+        flags, label = list(command), [name]
+        for flag, value, word in (
+            ("--ram", ram, ""),
+            ("--prefetch", prefetch, "prefetch "),
+            ("--policy", policy, "policy "),
+        ):
+            if value:
+                flags += [flag, value]
+                label.append(f"{word}{value}")
+        systems.append(System(name=" ".join(label), weights=weights, weight_bits=bits, command=flags))
     return systems
 
 
