@@ -1,37 +1,31 @@
-"""A program in a pseudo-terminal of its own, as a person would sit before it."""
+"""The person's side of a pseudo-terminal: keys in, and what the screen shows."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import select
-import subprocess
-import sys
+import struct
+import termios
 import time
-from collections.abc import Sequence
 from types import TracebackType
 
-TIMEOUT_S = 20
+TIMEOUT_S = 25
 CTRL_C, CTRL_D = "\x03", "\x04"
-# Makes the terminal the program's own, so that Ctrl-C in it is a signal.
-_LAUNCH = """
-import fcntl, os, sys, termios
-os.setsid()
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.argv[1], sys.argv[1:])
-"""
 
 
-class Terminal:
+class Screened:
     """Keys go in by `send`; `expect` waits for what the screen shows after what was expected before."""
 
-    def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
-        self._keyboard, screen = os.openpty()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _LAUNCH, *command], stdin=screen, stdout=screen, stderr=screen, env=env
-        )
-        os.close(screen)
+    def __init__(self, keyboard: int, columns: int, rows: int) -> None:
+        """`keyboard`: the controlling end of a pseudo-terminal, closed with this."""
+        self._keyboard = keyboard
         self._shown, self._seen = "", 0
+        self.resize(columns, rows)
+
+    def resize(self, columns: int, rows: int) -> None:
+        fcntl.ioctl(self._keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def send(self, keys: str) -> None:
         os.write(self._keyboard, keys.encode())
@@ -44,16 +38,11 @@ class Terminal:
         self._seen += match.end()
         return match.string[: match.end()]
 
-    def wait(self) -> int:
-        """The exit code, once everything was shown."""
+    def drain(self) -> None:
+        """Until nobody holds the other end."""
         deadline = time.monotonic() + TIMEOUT_S
         while self._read(deadline):
             pass
-        return self._process.wait(TIMEOUT_S)
-
-    @property
-    def running(self) -> bool:
-        return self._process.poll() is None
 
     @property
     def shown(self) -> str:
@@ -71,12 +60,10 @@ class Terminal:
         self._shown += data.decode(errors="replace")
         return bool(data)
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> Screened:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.wait()
         os.close(self._keyboard)

@@ -1,114 +1,194 @@
-"""`offmoe chat`: read a line, stream the reply, one line of statistics."""
+"""`offmoe chat`: read a message, stream the reply, one line of statistics."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from offmoe.base.errors import ContextLengthError, UsageError
+from offmoe.base.errors import ContextLengthError, EngineBusyError, OffmoeError
+from offmoe.base.units import format_traffic
+from offmoe.cli.chat_commands import COMMAND_NAMES, Leave, SlashCommands
+from offmoe.cli.chat_input import make_reader
 from offmoe.cli.interrupt import StopRequest
+from offmoe.cli.options import print_json
+from offmoe.cli.say import say
+from offmoe.generation.conversation import Conversation
+from offmoe.generation.stats import stats_line
 from offmoe.report.progress import ProgressReporter
+from offmoe.report.reply_view import is_smart_terminal, make_view, no_echo
 
 if TYPE_CHECKING:
-    from offmoe.generation.chat import Message
     from offmoe.generation.engine import Engine
+    from offmoe.generation.stream import Piece
 
-_EXITS = ("/exit", "/quit")
+_NO_TEMPLATE = (
+    "This model has no chat template: the prompt is all messages, each on a line of its own, and the model goes on "
+    "from there. A base model continues text; it may not answer."
+)
+# Of the context, what may be taken before the user is told.
+_NEARLY_FULL = 0.9
 
 
-def run_chat(engine: Engine, *, system: str | None, options: dict[str, Any]) -> None:
-    """Until end of input or /exit. Ctrl-C stops the reply and keeps the conversation."""
-    if engine.tokenizer is None:
-        raise UsageError(f"{engine.folder} has no tokenizer, which a conversation needs")
-    interactive = sys.stdin.isatty()
-    if interactive:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - arrow keys and history in input()
-        click.echo("Ctrl-C stops a reply; /exit leaves.", err=True)
-        if engine.tokenizer.chat_template is None:
-            click.echo("This model has no chat template: turns are joined by newlines.", err=True)
-    chat = _Chat(engine, system, options, interactive=interactive)
-    while True:
-        try:
-            return chat.run()
-        except KeyboardInterrupt:  # at the prompt, or the second one in a reply: a new prompt
-            pass
+@dataclass(frozen=True, kw_only=True)
+class ChatStyle:
+    """How a chat looks. `markdown` False: text as the model writes it."""
+
+    markdown: bool = True
+    color: bool = True
+    as_json: bool = False
+    keep_history: bool = True
+
+
+def run_chat(
+    engine: Engine, *, system: str | None, options: dict[str, Any], style: ChatStyle, message: str | None = None
+) -> None:
+    """One `message`, or until end of input or /exit. Ctrl-C stops the reply and keeps the conversation."""
+    chat = _Chat(engine, system, options, style, interactive=message is None and sys.stdin.isatty())
+    if chat.template_is_missing:
+        say(_NO_TEMPLATE)
+    if message is not None:
+        chat.answer(message)
+        return
+    if chat.interactive:
+        say("/help lists commands; Ctrl-C stops a reply; /exit leaves.")
+    chat.run()
 
 
 class _Chat:
-    """The conversation so far; `messages` always ends with a whole exchange."""
+    """A person, or a pipe, and a conversation."""
 
-    def __init__(self, engine: Engine, system: str | None, options: dict[str, Any], *, interactive: bool) -> None:
-        self._engine, self._options, self._interactive = engine, options, interactive
-        self._messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._at_line_start = True
+    def __init__(
+        self, engine: Engine, system: str | None, options: dict[str, Any], style: ChatStyle, *, interactive: bool
+    ) -> None:
+        self._engine, self._style, self.interactive = engine, style, interactive
+        self._conversation = Conversation(engine, system=system)
+        self._commands = SlashCommands(engine, self._conversation, options, retry=self._retry)
+        self._num_retries = 0
+
+    @property
+    def template_is_missing(self) -> bool:
+        """Prompts are built without the publisher's template."""
+        return self._engine.tokenizer is not None and self._engine.tokenizer.chat_template is None
 
     def run(self) -> None:
-        """Exchange after exchange. Raises KeyboardInterrupt, after which it may be called again."""
+        """Message after message."""
+        reader = make_reader(
+            commands=COMMAND_NAMES, color=self._style.color, keep_history=self._style.keep_history
+        )  # fmt: skip
+        asked_to_leave = False
         while True:
-            if not self._at_line_start:
-                self._at_line_start = True
-                click.echo(err=True)
-            line = self._read_line()
-            if line is None or line.strip() in _EXITS:
+            try:
+                line = reader.read()
+                asked_to_leave = False
+                if line is None:
+                    return
+                self._take(line)
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                if asked_to_leave:
+                    return
+                asked_to_leave = True
+                say("Ctrl-C again, Ctrl-D or /exit leaves.")
+            except Leave:
                 return
-            if line.strip():
-                self._exchange(line)
+            except (OffmoeError, OSError) as error:
+                if not self.interactive or isinstance(error, EngineBusyError):
+                    raise
+                hint = "; /reset begins anew, /save FILE keeps this" if isinstance(error, ContextLengthError) else ""
+                say(f"error: {' '.join(str(error).split())}{hint}")
 
-    def _read_line(self) -> str | None:
-        """The next line; None at the end of input."""
-        self._at_line_start = False
-        try:
-            line = input("> " if self._interactive else "")
-        except EOFError:
-            line = None
-            if self._interactive:
-                click.echo(err=True)
-        except UnicodeDecodeError as error:
-            raise UsageError(f"the input is no {error.encoding} text ({error.reason}); convert it first") from None
-        self._at_line_start = True
-        return line
+    def _take(self, line: str) -> None:
+        if line.startswith("/"):
+            self._commands.run(line)
+        elif line.strip():
+            self.answer(line)
 
-    def _exchange(self, line: str) -> None:
-        asked: list[Message] = [*self._messages, {"role": "user", "content": line}]
-        try:
-            reply = self._answer(asked)
-        except (ContextLengthError, UsageError) as error:
-            if not self._interactive:
-                raise
-            click.echo(f"error: {error}; /exit and start again", err=True)
-            return
-        if reply:  # when nothing was said: two user turns in a row would break many templates
-            self._messages = [*asked, {"role": "assistant", "content": reply}]
+    def answer(self, text: str) -> None:
+        """Stream the reply to `text`."""
+        self._num_retries = 0
+        self._show(lambda **more: self._conversation.stream(text, **self._options(), **more))
 
-    def _answer(self, messages: list[Message]) -> str:
-        """Stream one reply; returns what was said, also when Ctrl-C cut it short."""
-        said: list[str] = []
-        line = ""
-        with StopRequest() as stop, ProgressReporter() as progress:
+    def _retry(self) -> None:
+        """With a seed, another one each time."""
+        self._num_retries += 1
+        options = self._options()
+        if options.get("seed") is not None:
+            options["seed"] += self._num_retries
+        self._show(lambda **more: self._conversation.retry(**options, **more))
+
+    def _options(self) -> dict[str, Any]:
+        return {"max_new_tokens": self._engine.context_length, **self._commands.options}
+
+    def _show(self, begin: Callable[..., Iterator[Piece]]) -> None:
+        disk_bytes = self._engine.stats()["disk_bytes"]
+        last, stopped = None, False
+        texts: dict[bool, list[str]] = {False: [], True: []}
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            progress = stack.enter_context(
+                ProgressReporter(detail=lambda: f"{format_traffic(self._read(disk_bytes))} read")
+            )
+            if self.interactive and is_smart_terminal(sys.stdout):
+                stack.enter_context(no_echo())
 
             def on_prefill(done: int, total: int) -> None:
-                progress("prompt", done, total)
+                progress(f"reading {total} tokens", done, total)
                 stop.check()
 
-            pieces = self._engine.stream_chat(messages, on_prefill=on_prefill, **self._options)
-            self._at_line_start = False
+            pieces = begin(on_prefill=on_prefill)
+            view = None if self._style.as_json else make_view(markdown=self._style.markdown, color=self._style.color)
             try:
-                for piece in pieces:
+                for last in pieces:
                     progress.close()
-                    said.append(piece.text)
-                    sys.stdout.write(piece.text)
-                    sys.stdout.flush()
-                    line = piece.stats.line() if piece.stats is not None else line
+                    texts[last.reasoning].append(last.text)
+                    if view is not None:
+                        view.add(last.text, reasoning=last.reasoning)
                     stop.check()
             except KeyboardInterrupt:
-                line = "[stopped]"
+                stopped = True
             finally:
                 pieces.close()  # type: ignore[attr-defined]
-        click.echo()
-        self._at_line_start = True
-        click.echo(line, err=True)
-        return "".join(said).strip()
+                progress.close()
+                if view is not None:
+                    view.end()
+        self._conclude(last, texts, stopped=stopped)
+
+    def _conclude(self, last: Piece | None, texts: dict[bool, list[str]], *, stopped: bool) -> None:
+        """What is said after a reply."""
+        stats = last.stats if last is not None else None
+        if self._style.as_json:
+            reason = last.finish_reason if last is not None else None
+            numbers = {} if stats is None else stats.as_dict()
+            print_json({
+                "text": "".join(texts[False]), "reasoning": "".join(texts[True]),
+                "finish_reason": reason or "stopped", **numbers,
+            })  # fmt: skip
+        elif stopped or stats is None:
+            forgotten = "" if "".join(texts[False]).strip() else "; nothing was answered, so your message is not kept"
+            say(f"[stopped]{forgotten}", dim=True)
+        else:
+            say(f"{stats_line(stats)} | {self._context_meter()}", dim=True)
+        if stopped and not self.interactive:
+            raise KeyboardInterrupt
+        if last is not None and last.finish_reason == "length":
+            most = self._commands.options["max_new_tokens"]
+            say(f"[cut at {most} tokens: /set max_new_tokens N for longer replies]", dim=True)
+        if last is not None and last.finish_reason == "context":
+            say("[the context is full: /reset begins anew, /save FILE keeps this]", dim=True)
+        elif self._used() > _NEARLY_FULL * self._engine.context_length:
+            say("[the context is nearly full: --context-length N makes more room at the next start]", dim=True)
+
+    def _read(self, since_bytes: int) -> int:
+        read: int = self._engine.stats()["disk_bytes"] - since_bytes
+        return read
+
+    def _used(self) -> int:
+        return self._conversation.num_tokens()
+
+    def _context_meter(self) -> str:
+        used, most = self._used(), self._engine.context_length
+        return f"context {used}/{most} ({100 * used // most}%)"

@@ -15,6 +15,7 @@ from offmoe.checkpoint.locate import locate_model
 from offmoe.cli.group import OneLineGroup
 from offmoe.cli.options import (
     begin_process,
+    choice_options,
     engine_options,
     json_option,
     print_json,
@@ -82,18 +83,29 @@ def generate(model: str | None, prompt: str, stop: tuple[str, ...], as_json: boo
 
 @main.command()
 @click.argument("model", required=False)
+@click.argument("dash", metavar="[-]", required=False)
 @click.option("--system", help="A system message.")
-@sampling_options
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Length of a reply. Default: as many as the context has room for.",
+)
+@click.option("--no-color", is_flag=True, help="No colors, as with NO_COLOR set in the environment.")
+@click.option("--plain", is_flag=True, help="Replies as the model writes them, no formatted Markdown.")
+@click.option("--no-history", is_flag=True, help="Do not remember the lines typed.")
+@choice_options
 @engine_options
+@click.option("--json", "as_json", is_flag=True, help="Print each reply as a line of JSON.")
 @user_errors
-def chat(model: str | None, system: str | None, stop: tuple[str, ...], **options: Any) -> None:
-    """Talk with a model; Ctrl-C stops a reply, /exit or end of input leaves."""
-    from offmoe.cli.chat import run_chat
-    from offmoe.cli.session import open_engine
+def chat(model: str | None, dash: str | None, stop: tuple[str, ...], **options: Any) -> None:
+    """Talk with a model. Ctrl-C stops a reply; /help lists commands; /exit or end of input leaves.
 
-    engine_given, sampling = split_engine_options(options)
-    with open_engine(model, engine_given) as engine:
-        run_chat(engine, system=system, options={"stop": stop, **sampling})
+    In a pipe each line is a message, and with "-" all of standard input is one.
+    """
+    from offmoe.cli.chat_start import start_chat
+
+    start_chat(model, dash, {"stop": stop, **options})
 
 
 @main.command()

@@ -58,11 +58,7 @@ _CONFIG_FLAG = click.option(
     "--config", metavar="FILE|off", expose_value=False, callback=_keep_config,
     help="Flags that offmoe tune has chosen; by default in the user's folder of settings.",
 )  # fmt: skip
-_SAMPLING_FLAGS = [
-    click.option(
-        "--max-new-tokens", type=click.IntRange(1), metavar="N", default=256, show_default=True,
-        help="Length of the reply.",
-    ),
+_CHOICE_FLAGS = [
     click.option(
         "--temperature", type=click.FloatRange(0), metavar="X",
         help="0 is greedy. Default: what the model's publisher set.",
@@ -97,8 +93,17 @@ def named_config() -> str | None:
 
 
 def sampling_options(command: Command) -> Command:
+    """The flags of how long a reply is and how its tokens are chosen."""
+    length = click.option(
+        "--max-new-tokens", type=click.IntRange(1), metavar="N", default=256, show_default=True,
+        help="Length of the reply.",
+    )  # fmt: skip
+    return length(choice_options(command))
+
+
+def choice_options(command: Command) -> Command:
     """The flags of how tokens are chosen."""
-    return functools.reduce(lambda f, option: option(f), reversed(_SAMPLING_FLAGS), command)
+    return functools.reduce(lambda f, option: option(f), reversed(_CHOICE_FLAGS), command)
 
 
 def json_option(command: Command) -> Command:

@@ -25,10 +25,12 @@ class ProgressReporter:
     """
 
     def __init__(
-        self, *, quiet: bool = False, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+        self, *, quiet: bool = False, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
+        detail: Callable[[], str] = lambda: "",
+    ) -> None:  # fmt: skip
+        """`detail()`: what else is said of the work so far, such as the bytes that were read."""
         self._stream = stream or sys.stderr
-        self._quiet, self._clock = quiet, clock
+        self._quiet, self._clock, self._detail = quiet, clock, detail
         self._stage, self._begin, self._last_line = "", clock(), 0.0
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
@@ -47,7 +49,10 @@ class ProgressReporter:
             self._last_line = now
             elapsed = now - self._begin
             eta = format_seconds(elapsed * (total - done) / done) if done else "unknown"
-            self._stream.write(f"{stage}: {100 * done // max(1, total)}%, {format_seconds(elapsed)}, ETA {eta}\n")
+            detail = f", {text}" if (text := self._detail()) else ""
+            self._stream.write(
+                f"{stage}: {100 * done // max(1, total)}%{detail}, {format_seconds(elapsed)}, ETA {eta}\n"
+            )
             self._stream.flush()
 
     def _draw(self, done: int, total: int) -> None:
@@ -56,14 +61,14 @@ class ProgressReporter:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+                TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
                 console=Console(file=self._stream), transient=True,
             )  # fmt: skip
             self._bar.start()
-            self._task = self._bar.add_task(self._stage, total=total)
+            self._task = self._bar.add_task(self._stage, total=total, detail="")
         assert self._task is not None
-        self._bar.update(self._task, completed=done, total=total)
+        self._bar.update(self._task, completed=done, total=total, detail=self._detail())
 
     def close(self) -> None:
         """Take the bar down."""
