@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from commands import invoke
+
+from offmoe.checkpoint.locate import demo_model_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -12,3 +19,40 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_models_table_is_current() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "scripts/models_table.py"), "--check"], check=False)
     assert done.returncode == 0, "run python scripts/models_table.py"
+
+
+def examples(language: str) -> list[str]:
+    """The code blocks of the README that a user may copy."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("number", range(len(examples("python"))))
+def test_python_examples_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bundled model in the place of the one they name."""
+    monkeypatch.chdir(tmp_path)
+    code = examples("python")[number].replace("path/to/Qwen3-30B-A3B", str(demo_model_folder()))
+    assert str(demo_model_folder()) in code
+    exec(compile(code, f"README.md, example {number}", "exec"), {})
+
+
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for block in examples("sh")
+    for line in block.splitlines()
+    if re.match(r"offmoe (inspect|generate|chat +path|verify)", line)
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_run(line: str) -> None:
+    args = shlex.split(line)[1:]
+    shorter = ["--max-new-tokens", "4"] if args[0] in {"chat", "verify"} else []
+    args = [str(demo_model_folder()) if arg.startswith("path/to/") else arg for arg in args]
+    result = invoke(*args, *shorter, stdin="hello\n")
+    assert result.exit_code == 0, result.output
+
+
+def test_there_are_examples() -> None:
+    assert len(examples("python")) >= 2 and {line.split()[1] for line in COMMANDS} >= {"inspect", "generate", "chat"}
