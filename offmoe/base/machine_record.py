@@ -6,6 +6,7 @@ version, or of a machine that has changed, counts as none.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -133,7 +134,8 @@ def write_record(record: MachineRecord, path: Path | None = None) -> str | None:
         part.write_text(json.dumps({"version": VERSION, **record.as_dict()}, indent=1), encoding="utf-8")
         part.replace(target)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         return f"{target.parent}: {error.strerror or error}"
     return None
 

@@ -141,6 +141,25 @@ def inspect(model: str | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--model", help="Measure the drive of this model's folder. Default: that of the bundled model.")
+@click.option("--path", type=click.Path(path_type=Path), help="Measure the drive of this file or folder. Only read.")
+@click.option("--refresh", is_flag=True, help="Measure again what was measured before.")
+@json_option
+@user_errors
+def probe(model: str | None, path: Path | None, refresh: bool, as_json: bool) -> None:
+    """Measure this machine once, in some seconds: memory, experts on the CPU, link and drive. `plan` uses it."""
+    from offmoe.cli.probe import probe_machine
+    from offmoe.report.probe_table import probe_rows
+    from offmoe.report.tables import print_pairs
+
+    record = probe_machine(model, path, refresh=refresh, quiet=as_json)
+    if as_json:
+        print_json(record.as_dict())
+    else:
+        print_pairs(record.name, probe_rows(record))
+
+
+@main.command()
 @click.argument("model", required=False)
 @click.option("--for", "machine", metavar="MACHINE", help='Another machine than this one, e.g. "RTX 4060 laptop".')
 @click.option("--trace", type=click.Path(path_type=Path), help="Hit rates from this trace of the model.")

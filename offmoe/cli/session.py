@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offmoe.base.config import make_config
-from offmoe.base.errors import UsageError
+from offmoe.base.errors import OffmoeError, UsageError
+from offmoe.base.machine_record import read_record
 from offmoe.base.saved_flags import SavedFlags, default_path, read_flags
 from offmoe.base.units import format_bytes
 from offmoe.checkpoint.identity import model_hash
@@ -21,6 +22,7 @@ from offmoe.report.progress import ProgressReporter
 if TYPE_CHECKING:
     from offmoe.generation.engine import Engine
     from offmoe.generation.stream import Piece
+    from offmoe.planner.plan import Plan
 
 
 def check_request(model: str | None, options: dict[str, Any]) -> Path:
@@ -46,14 +48,34 @@ def open_engine(
         options = {**options, **saved.flags}
         if not quiet:
             click.echo(f"flags: {saved.line()}", err=True)
+    foreseen = foresee(folder, options)
+    if foreseen is not None and not quiet:
+        click.echo(f"plan: {foreseen.line()}", err=True)
     hush_libraries()
     with ProgressReporter(quiet=quiet) as progress:
         engine = load(folder, progress=progress, _baseline_bytes=baseline, **options)
+    if foreseen is not None and foreseen.memory is not None and foreseen.prediction is not None:
+        engine.predicted = {
+            "peak_bytes": foreseen.memory.expected_bytes,
+            "decode_tok_per_s": round(foreseen.prediction.decode_tok_per_s, 2),
+        }
     if not quiet:
         click.echo(f"{engine.folder.name}: {engine.plan.line()}", err=True)
         for note in engine.stats().get("notes", ()):
             click.echo(note, err=True)
     return engine
+
+
+def foresee(folder: Path, options: dict[str, Any]) -> Plan | None:
+    """The plan before loading, on a machine that was probed; None elsewhere, and for what the loader will refuse."""
+    if read_record() is None:
+        return None
+    from offmoe.cli.plan import run_plan
+
+    try:
+        return run_plan(str(folder), dict(options), machine=None, trace=None, prompt_tokens=None)
+    except OffmoeError:
+        return None
 
 
 def saved_flags(folder: Path, options: dict[str, Any]) -> SavedFlags | None:
@@ -101,6 +123,9 @@ def peak_line(engine: Engine) -> str:
     """Measured peak against the budget, and the same of the device where there is one."""
     totals = engine.stats()
     line = f"memory: {_peak(totals, 'peak_rss_growth_bytes', 'planned_bytes', 'ram_bytes')}"
+    if "predicted" in totals:
+        foreseen = totals["predicted"]
+        line += f"; predicted peak {format_bytes(foreseen['peak_bytes'])}, {foreseen['decode_tok_per_s']:.1f} tok/s"
     if "device" in totals:
         numbers = _peak(totals, "device_peak_bytes", "device_planned_bytes", "vram_bytes")
         line += f"; {totals['device']}: {numbers}, {totals['device_slots']} expert slots"

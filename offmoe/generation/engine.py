@@ -53,6 +53,8 @@ class Engine:
         device: Device | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.config = folder, config
+        # What was predicted before loading, by who knows the machine's speeds: to be held against what is measured.
+        self.predicted: dict[str, float] | None = None
         self._baseline_bytes = baseline_bytes
         loaded = load_model(folder, config, baseline_bytes=baseline_bytes, device=device, progress=progress)
         self._loaded: LoadedModel | None = loaded
@@ -151,6 +153,8 @@ class Engine:
             "planned_bytes": self.plan.total_bytes,
             "peak_rss_growth_bytes": max(0, peak_rss_bytes() - self._baseline_bytes),
         }
+        if self.predicted is not None:
+            totals["predicted"] = dict(self.predicted)
         device, plan = self._parts.device, self._parts.device_plan
         if device is not None and plan is not None:
             totals |= {

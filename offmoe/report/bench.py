@@ -83,7 +83,7 @@ def _record(engine: Engine) -> dict[str, Any]:
         "experts_cached": totals["experts_cached"],
         "experts_total": totals["experts_total"],
         "disk_bytes": totals["disk_bytes"],
-        **{name: totals[name] for name in _DEVICE_TOTALS if name in totals},
+        **{name: totals[name] for name in (*_DEVICE_TOTALS, "predicted") if name in totals},
         "settings": {
             **engine.config.as_dict(),
             "io_used": totals["io"],

@@ -1,0 +1,39 @@
+"""`offmoe probe`: what was measured before, or a new measurement that is kept."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from offmoe.base.errors import UsageError
+from offmoe.base.machine_record import MachineRecord, drive_key, read_record, write_record
+from offmoe.checkpoint.locate import locate_model
+from offmoe.cli.options import process_baseline_bytes
+from offmoe.report.progress import ProgressReporter
+
+
+def probe_machine(model: str | None, path: Path | None, *, refresh: bool, quiet: bool) -> MachineRecord:
+    """The record of this machine, with the drive of `model` or `path`. Measures what is not known yet."""
+    if model is not None and path is not None:
+        raise UsageError("give --model or --path, not both")
+    if path is not None and not path.exists():
+        raise UsageError(f"--path {path} does not exist; give a large file, or a folder with a model")
+    where = path or locate_model(model)
+    known = None if refresh else read_record()
+    if known is not None and drive_key(where) in known.drives:
+        return known
+    from offmoe.cli.session import hush_libraries
+    from offmoe.report.probe import measure_drive, run_probe
+
+    hush_libraries()
+    if known is not None:  # another drive of a machine that is known
+        record = replace(known, drives={**known.drives, **measure_drive(where)})
+    else:
+        with ProgressReporter(quiet=quiet) as progress:
+            record = run_probe(where, baseline_bytes=process_baseline_bytes(), progress=progress)
+    if (why := write_record(record)) is not None:
+        warnings.warn(
+            f"the figures are not kept: {why}; set OFFMOE_CACHE to a folder that can be written", stacklevel=2
+        )
+    return record

@@ -1,0 +1,150 @@
+"""Probing: figures are kept, read back, and never trusted when damaged; no write access and no file are no crash."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from offmoe.base.errors import UsageError
+from offmoe.base.machine_record import DriveSpeed, MachineRecord, drive_key, read_record, record_path, write_record
+from offmoe.checkpoint.locate import demo_model_folder
+from offmoe.cli.main import main
+from offmoe.cli.probe import probe_machine
+from offmoe.executor import speeds
+from offmoe.executor.speeds import FORMATS, SampleExperts, drive_speed, link_costs
+from offmoe.kernels.cpu.loader import load_cpu_kernels
+from offmoe.report.probe import measure_drive, run_probe
+from offmoe.tiers.inline import InlineCopier
+
+RECORD = MachineRecord(
+    name="a machine", ram_bytes=1 << 34, num_cores=4, read_bytes_per_s=3e10,
+    cpu_bytes_per_s={"bf16": 2e10, "int4": 1e10}, cpu_flops_per_s=1e11, layer_s=1e-4, libraries_bytes=1 << 28,
+    drives={"fd00": DriveSpeed(direct_bytes_per_s=2e9, buffered_bytes_per_s=None, measured_on="x")},
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OFFMOE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_kept_and_read_back() -> None:
+    assert read_record() is None
+    assert write_record(RECORD) is None
+    assert read_record() == RECORD
+    assert [path.name for path in record_path().parent.iterdir()] == [record_path().name]
+    assert RECORD.cpu_rate("int4") == 1e10 and RECORD.cpu_rate("q4_k") == 1e10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 99}, {"read_bytes_per_s": -1}, {"read_bytes_per_s": "fast"}, {"cpu_bytes_per_s": {}},
+        {"cpu_bytes_per_s": [1]}, {"drives": 3}, {"layer_s": None}, {"more": 1}, {"drives": {"a": {"b": 1}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_record_counts_as_none(change: dict[str, object]) -> None:
+    write_record(RECORD)
+    held = json.loads(record_path().read_text())
+    record_path().write_text(json.dumps(held | change))
+    assert read_record() is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000])
+def test_no_record_at_all(text: str) -> None:
+    write_record(RECORD)
+    record_path().write_text(text)
+    assert read_record() is None
+
+
+def test_a_folder_that_cannot_be_written(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning, and the figures all the same."""
+    own_cache.write_text("a file where the folder should be")
+    write_why = write_record(RECORD)
+    assert write_why is not None and str(own_cache) in write_why
+    monkeypatch.setattr("offmoe.report.probe.run_probe", lambda *_, **__: RECORD)
+    monkeypatch.setattr("offmoe.cli.probe.process_baseline_bytes", lambda: 0)
+    with pytest.warns(UserWarning, match="the figures are not kept") as caught:
+        assert probe_machine(None, None, refresh=False, quiet=True) == RECORD
+    assert len(caught) == 1
+
+
+def test_what_is_known_is_not_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here = drive_key(demo_model_folder())
+    known = replace(RECORD, drives={here: RECORD.drives["fd00"]})
+    write_record(known)
+    assert probe_machine(None, None, refresh=False, quiet=True) == known
+    write_record(RECORD)  # of another drive: that one is added
+    found = probe_machine(None, None, refresh=False, quiet=True)
+    assert set(found.drives) == {"fd00", here} and read_record() == found
+    with pytest.raises(UsageError, match="not both"):
+        probe_machine("a/b", tmp_path, refresh=False, quiet=True)
+    with pytest.raises(UsageError, match="does not exist"):
+        probe_machine(None, tmp_path / "none", refresh=False, quiet=True)
+
+
+def test_all_of_it_over_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speeds, "DISK_S", 0.05)
+    told: list[str] = []
+    record = run_probe(
+        demo_model_folder(), baseline_bytes=0, progress=lambda stage, done, total: told.append(f"{done}/{total}"),
+        small=True,
+    )  # fmt: skip
+    assert write_record(record) is None and read_record() == record
+    assert told[0] == "1/9" and told[-1] == "9/9"
+    kernels, _ = load_cpu_kernels()
+    assert set(record.cpu_bytes_per_s) == (set(FORMATS) if kernels is not None else {"bf16"})
+    if kernels is not None:
+        kernels.close()
+    assert record.libraries_bytes > 50 << 20
+    assert record.device_name is None or torch.cuda.is_available()
+
+
+def test_a_drive_is_only_read(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 10_000)
+    before = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    found = drive_speed(tmp_path / "model.safetensors", most_bytes=1 << 20, most_s=0.2)
+    assert found.buffered_bytes_per_s is not None and found.buffered_bytes_per_s > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
+    (tmp_path / "empty").mkdir()
+    assert measure_drive(tmp_path / "empty") == {}
+    (tmp_path / "tiny").write_bytes(b"y")
+    assert drive_speed(tmp_path / "tiny") == DriveSpeed(
+        direct_bytes_per_s=None, buffered_bytes_per_s=None, measured_on="tiny"
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_sample_experts_are_alike_in_bytes(name: str) -> None:
+    experts = SampleExperts(FORMATS[name], width_D=256, width_F=128, working_set=1 << 18)
+    bits = {"bf16": 16, "int8": 8.5, "int4": 4.5, "fp8": 8 + 32 / 128**2, "mxfp4": 4.25}[name]
+    assert experts.expert_bytes == 3 * 256 * 128 * bits / 8
+    assert experts.bytes_per_s(None, repeats=1) > 0
+    experts.close()
+
+
+def test_the_link_beside_the_cpu() -> None:
+    """With RAM for a device: the pair that the arbiter uses."""
+    costs = link_costs(InlineCopier(), torch.device("cpu"), None, lambda: None)
+    assert 0 < costs.link_beside_cpu_bytes_per_s <= costs.link_bytes_per_s
+    assert 0 < costs.cpu_beside_link_bytes_per_s <= costs.cpu_bytes_per_s
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_record(replace(RECORD, drives={drive_key(demo_model_folder()): RECORD.drives["fd00"]}))
+    result = CliRunner().invoke(main, ["probe", "--json"], catch_exceptions=False)
+    assert json.loads(result.stdout)["cpu_bytes_per_s"] == RECORD.cpu_bytes_per_s
+    shown = CliRunner().invoke(main, ["probe"], catch_exceptions=False).stdout
+    assert "experts on the CPU, int4" in shown and "10.00 GB/s" in shown and "no CUDA device" in shown
+    plan = CliRunner().invoke(main, ["plan", "--device", "cpu", "--json"], catch_exceptions=False)
+    found = json.loads(plan.stdout)
+    assert found["machine"]["name"] == "a machine" and found["prediction"]["decode_tok_per_s"] > 0
+    assert found["memory"]["runtime_bytes"] == RECORD.libraries_bytes
