@@ -29,17 +29,17 @@ from offmoe.cache.replay import LayerCall, layer_calls, replay_belady
 
 
 def replay(calls: Sequence[LayerCall], header: TraceHeader, num_slots: int, name: str) -> dict[str, Any]:
-    """One policy at one size: bytes read for prompts and replies, and microseconds of bookkeeping a layer call."""
+    """One policy at one size: bytes read for prompts and replies, and CPU microseconds of bookkeeping a layer call."""
     policy = choose_policy(name, num_slots, header.experts_per_layer, header.expert_bytes, header.top_k)
     shadow, read = ShadowCache(policy, num_slots, header.num_layers), [0, 0]
     auto = policy if isinstance(policy, AutoPolicy) else None
-    begin = time.perf_counter()
+    begin = time.process_time()
     for call in calls:
         result = shadow.call(call.layer_idx, call.rows_by_expert, starts_pass=call.starts_pass)
         if auto is not None:
             auto.layer_call(call.layer_idx, [idx for idx, rows in call.rows_by_expert.items() for _ in range(rows)])
         read[call.is_prefill] += len(result.misses) * header.expert_bytes[call.layer_idx]
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     facts = {} if auto is None else {"chosen": auto.name, "switches": auto.race.num_switches}
     return {"decode_bytes": read[0], "prefill_bytes": read[1], "us_per_call": seconds / len(calls) * 1e6, **facts}
 
