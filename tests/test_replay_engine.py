@@ -28,7 +28,7 @@ def go_through(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
-@pytest.mark.parametrize("num_slots", [4, 5, 9, TINY_EXPERTS])
+@pytest.mark.parametrize("num_slots", [2, 3, 4, 5, 9, TINY_EXPERTS])
 def test_the_engine_counts_what_its_replay_counts(tiny: Path, tmp_path: Path, policy: str, num_slots: int) -> None:
     options = {"experts": num_slots, "policy": policy, "prefetch": "off", "prefill_chunk": 4}
     with open_tiny(tiny, **options) as engine, engine.trace(tmp_path / "a", guesses=False):
