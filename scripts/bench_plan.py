@@ -1,0 +1,138 @@
+"""Hold what `offmoe plan` predicts against what a run measures: peak RAM, and tok/s while decoding.
+
+    python scripts/bench_plan.py --models checkpoints/qwen3-6l checkpoints/olmoe --out benchmarks/2026-11-22-plan.md
+
+The machine is probed first (OFFMOE_CACHE keeps the figures). Each model then runs warm, with a prompt that fills a
+prefill chunk where the ids last, with all experts in RAM and with slots for half of them. Hit rates are those of the run's own
+counters, so that the prediction is held against bandwidths and arithmetic and not against random weights' routing; the
+prediction with the family's published hit rates is beside it. A table goes to stderr, one JSON object to stdout, last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchlib.machine import describe_machine, describe_versions
+from benchlib.report import without_folders
+
+from offmoe.base.config import make_config
+from offmoe.base.machine_record import MachineRecord, read_record
+from offmoe.checkpoint.locate import locate_model
+from offmoe.cli.plan import run_plan
+from offmoe.planner.hit_rates import HitCurve
+from offmoe.planner.model_facts import read_facts
+from offmoe.planner.predict import predict
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = ("model", "slots", "peak predicted GiB", "measured GiB", "ratio", "hits", "tok/s predicted", "measured",
+           "ratio", "tok/s with published hits")  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    command = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=[], help="folders beside the bundled model")
+    parser.add_argument("--shares", default="1.0,0.5", help="of the experts in RAM (default: %(default)s)")
+    parser.add_argument("--context-length", type=int, default=2048)
+    parser.add_argument("--prefill", type=int, default=1900)
+    parser.add_argument("--decode", type=int, default=100)
+    parser.add_argument("--no-probe", action="store_true", help="with the figures that are kept")
+    parser.add_argument("--out", type=Path, help="also write a result file")
+    args = parser.parse_args(command)
+    if not args.no_probe:
+        offmoe("probe", "--refresh", "--json", *(("--model", args.models[0]) if args.models else ()))
+    record = read_record()
+    if record is None:
+        print("error: no figures of this machine; leave out --no-probe", file=sys.stderr)
+        return 2
+    found = [
+        compare(model, float(share), args, record) for model in (None, *args.models) for share in args.shares.split(",")
+    ]
+    print("\n".join(table(found)), file=sys.stderr)
+    if args.out is not None:
+        args.out.write_text(report(found, record, command))
+    print(json.dumps({"bench": "plan", "machine": record.as_dict(), "records": found}))
+    return 0
+
+
+def compare(model: str | None, share: float, args: argparse.Namespace, record: MachineRecord) -> dict[str, Any]:
+    """One run, and what was predicted of it."""
+    num_experts = read_facts(locate_model(model), direct=True).sizes.num_experts
+    options = {"experts": max(1, round(share * num_experts)), "context_length": args.context_length, "device": "cpu"}
+    plan = run_plan(
+        model, dict(options), machine=None, trace=None, prompt_tokens=min(args.prefill, args.context_length)
+    )
+    if plan.memory is None or plan.prediction is None:
+        raise SystemExit(f"error: {plan.line()}")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    ids = [] if model is None else [f"--ids={Path(model) / 'ids.json'}"]
+    run = offmoe(
+        "bench", *([model] if model else []), *flags, *ids, f"--prefill={args.prefill}", f"--decode={args.decode}",
+        "--warm", "--json",
+    )  # fmt: skip
+    hit_rate = run["hit_rate"]
+    drive = record.drive(locate_model(model))
+    assert drive is not None, "probed"
+    curve = HitCurve(at=lambda num_slots: hit_rate, source="measured")
+    by_run = predict(
+        plan.facts, plan.memory, record, curve, drive=drive, direct=make_config().io != "buffered",
+        prompt_tokens=args.prefill,
+    )  # fmt: skip
+    return {
+        "model": plan.facts.name, "slots": options["experts"], "experts": num_experts,
+        "predicted_peak_bytes": plan.memory.expected_bytes, "measured_peak_bytes": run["peak_rss_growth_bytes"],
+        "hit_rate": hit_rate, "predicted_tok_per_s": by_run.decode_tok_per_s,
+        "measured_tok_per_s": run["decode_tok_per_s"], "published_tok_per_s": plan.prediction.decode_tok_per_s,
+    }  # fmt: skip
+
+
+def offmoe(*arguments: str) -> dict[str, Any]:
+    """The JSON that a command prints last, from a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "offmoe", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"error: offmoe {arguments[0]} failed: {done.stderr.strip().splitlines()[-1:]}")
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return record
+
+
+def table(found: Sequence[dict[str, Any]]) -> list[str]:
+    """As Markdown."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for one in found:
+        peaks = one["predicted_peak_bytes"], one["measured_peak_bytes"]
+        speeds = one["predicted_tok_per_s"], one["measured_tok_per_s"]
+        lines.append(
+            f"| {one['model']} | {one['slots']} of {one['experts']} | {peaks[0] / 2**30:.3f} | "
+            f"{peaks[1] / 2**30:.3f} | {peaks[0] / peaks[1]:.3f} | {one['hit_rate']:.0%} | {speeds[0]:.1f} | {speeds[1]:.1f} | "
+            f"{speeds[0] / speeds[1]:.2f} | {one['published_tok_per_s']:.1f} |"
+        )
+    return lines
+
+
+def report(found: Sequence[dict[str, Any]], record: MachineRecord, command: Sequence[str]) -> str:
+    """The result file."""
+    rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in record.cpu_bytes_per_s.items())
+    return "\n".join([
+        "# Plans against runs",
+        "",
+        f"- command: `{shlex.join(['python', 'scripts/bench_plan.py', *without_folders(command)])}`",
+        f"- machine: {', '.join(f'{key} {value}' for key, value in describe_machine().items())}",
+        f"- versions: {', '.join(f'{name} {version}' for name, version in describe_versions(ROOT).items())}",
+        f"- probe: read {record.read_bytes_per_s / 1e9:.1f} GB/s; experts (GB/s) {rates}; a layer "
+        f"{record.layer_s * 1e3:.3f} ms",
+        "",
+        *table(found),
+        "",
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
