@@ -76,7 +76,7 @@ class Executor:
         """One token whose experts are all here, with nobody looking ahead: one call of the kernels, and no holds, since
         nothing is fetched meanwhile. None where that is not so, and then nothing was done.
         """
-        ahead, ids = self.ahead, expert_ids_1K[0].tolist()
+        ahead, (ids,) = self.ahead, expert_ids_1K.tolist()
         if (ahead is not None and not ahead.is_asleep) or min(ids) < 0 or max(ids) >= num_experts:
             return None
         keys = [ExpertKey(layer_idx, idx) for idx in ids]

@@ -33,6 +33,7 @@ from offmoe.models.expert_map import map_experts, streamed_parameters
 from offmoe.models.native import NativeModules
 from offmoe.models.native_attention import swap_attention
 from offmoe.models.native_layer import swap_layers
+from offmoe.models.native_mlp import swap_mlps
 from offmoe.models.native_moe import swap_moe
 from offmoe.models.probe import probe_model
 from offmoe.models.quantised_linears import QuantisedLinears
@@ -230,6 +231,7 @@ def _swap_modules(model: PreTrainedModel, serving: Serving, kernels: CpuKernels 
     native = NativeModules(kernels)
     serving.closing.callback(native.remove)
     native.swap_simple(model)
+    swap_mlps(native, model)
     swap_attention(native, model)
     swap_moe(native, model)
     swap_layers(native, model)

@@ -182,7 +182,7 @@ class LayerStep:
             return self._original(self.layer, hidden_states, *args, **kwargs)
         keys, values = rows.open_row()
         cos, sin = kwargs["position_embeddings"]
-        state = kernel(hidden_states, cos, sin, keys[0], values[0], half_angles=bool(attention.half_angles))
+        state = kernel(hidden_states, cos, sin, keys, values, half_angles=bool(attention.half_angles))
         self._hooks.tell(0, state)
         if moe is None:
             return state + self._block(kernel.normed_1D.view(self._shape))

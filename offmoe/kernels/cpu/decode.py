@@ -108,7 +108,7 @@ def set_position(
     call: structs.Attend, cos: torch.Tensor | None, sin: torch.Tensor | None, keys_GSW: torch.Tensor,
     values_GSW: torch.Tensor, *, half_angles: bool,
 ) -> None:  # fmt: skip
-    """What changes from token to token; as of `CpuAttention`."""
+    """What changes from token to token; as of `CpuAttention`. Caches may have dimensions of size 1 before G."""
     size = keys_GSW.element_size()
     call.keys, call.values = keys_GSW.data_ptr(), values_GSW.data_ptr()
     if cos is None or sin is None:
@@ -116,10 +116,10 @@ def set_position(
     else:
         call.cos, call.sin, call.num_angles = cos.data_ptr(), sin.data_ptr(), cos.numel()
         call.rotary = call.num_angles * (2 if half_angles else 1)
-    group, row, _ = keys_GSW.stride()
+    *_, group, row, _ = keys_GSW.stride()
     call.key_group_bytes, call.key_row_bytes = group * size, row * size
-    group, row, _ = values_GSW.stride()
-    call.value_group_bytes, call.value_row_bytes, call.num_rows = group * size, row * size, keys_GSW.shape[1]
+    *_, group, row, _ = values_GSW.stride()
+    call.value_group_bytes, call.value_row_bytes, call.num_rows = group * size, row * size, keys_GSW.shape[-2]
 
 
 class CpuLinear:
