@@ -65,7 +65,7 @@ class Stopwatch:
         """Reads memory, then starts."""
         if self.cold is not None:
             begin = time.perf_counter()
-            self.cold.sum()
+            self.cold.numpy().sum()  # on this thread alone: torch's others would go on spinning for a while
             self.touching_s += time.perf_counter() - begin
         self._begin_s = time.perf_counter()
 
