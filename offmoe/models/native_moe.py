@@ -229,14 +229,15 @@ class MoeStep:
         """`gate` is the module that has the router's weight: the block itself, or a part of it."""
         self.block, self.gate, self.router, self.route = block, gate, router, route
         self._binding, self._total = binding, total
+        self._experts = next(child for child in block.children() if find_binding(child) is binding)
         self._original = type(block).forward
         self._told = [] if gate is block else [gate]
         self._hooks = Hooks((module for module in block.modules() if module is not block), self._told)
 
     @property
     def has_executor(self) -> bool:
-        """Somebody computes the experts."""
-        return self._binding.executor is not None
+        """Somebody computes the experts, and nobody stands in their module's place, as who asks for ids alone does."""
+        return self._binding.executor is not None and "forward" not in vars(self._experts)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the block's own, for one token by the kernels."""
