@@ -2,10 +2,11 @@
 
     python scripts/bench_plan.py --models checkpoints/qwen3-6l checkpoints/olmoe --out benchmarks/2026-11-22-plan.md
 
-The machine is probed first (OFFMOE_CACHE keeps the figures). Each model then runs warm, with a prompt that fills a
-prefill chunk where the ids last, with all experts in RAM and with slots for half of them. Hit rates are those of the run's own
-counters, so that the prediction is held against bandwidths and arithmetic and not against random weights' routing; the
-prediction with the family's published hit rates is beside it. A table goes to stderr, one JSON object to stdout, last.
+The machine is probed first (OFFMOE_CACHE keeps the figures). Each model then runs warm, with all experts in RAM and
+with slots for half of them; give --prefill a prompt that fills a prefill chunk, or the predicted peak is not reached.
+Hit rates are those of the run's own counters, so that the prediction is held against bandwidths and arithmetic and
+not against random weights' routing; the prediction with the family's published hit rates is beside it. A table goes
+to stderr, one JSON object to stdout, last.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
         speeds = one["predicted_tok_per_s"], one["measured_tok_per_s"]
         lines.append(
             f"| {one['model']} | {one['slots']} of {one['experts']} | {peaks[0] / 2**30:.3f} | "
-            f"{peaks[1] / 2**30:.3f} | {peaks[0] / peaks[1]:.3f} | {one['hit_rate']:.0%} | {speeds[0]:.1f} | {speeds[1]:.1f} | "
+            f"{peaks[1] / 2**30:.3f} | {peaks[0] / peaks[1]:.3f} | {one['hit_rate']:.0%} | "
+            f"{speeds[0]:.1f} | {speeds[1]:.1f} | "
             f"{speeds[0] / speeds[1]:.2f} | {one['published_tok_per_s']:.1f} |"
         )
     return lines
