@@ -20,6 +20,9 @@ def make_table() -> str:
     from families import EXCLUDED, FAMILIES, LAYOUTS, MULTIMODAL
     from test_families_exact import REFUSED
 
+    def forms(name: str) -> str:
+        return "published" if name in ENCODER_DECODERS else "published, shards"
+
     lines = ["| family | class | exact as |", "|---|---|---|"]
     for name, family in sorted(FAMILIES.items()):
         layouts = [layout for layout in LAYOUTS if (name, layout) not in REFUSED]
@@ -29,9 +32,9 @@ def make_table() -> str:
         for name, family in sorted(MULTIMODAL.items())
     ]
     lines += [
-        f"| {family.name} | {family.model_class}{', ' + family.notes if family.notes else ''} | published, shards |"
+        f"| {family.name} | {family.model_class}{', ' + family.notes if family.notes else ''} | {forms(name)} |"
         for name, family in sorted(ADAPTED.items())
-        if not name.endswith("_top2") and name not in ENCODER_DECODERS
+        if not name.endswith("_top2")
     ]
     lines.append("| grok-1 | Grok1ForCausalLM, offmoe's own, against NumPy (`tests/test_grok1.py`) | published |")
     lines += ["", "| left out | why |", "|---|---|"]

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from adapted_families import ADAPTED, ENCODER_DECODERS, build_adapted
-from families import Layout, save_layout
+from families import Layout, build, save_layout
 from safetensors.torch import load_file, save_file
+from transformers.models.nllb_moe import modeling_nllb_moe
 
 import offmoe
+from offmoe.base.errors import UsageError
+from offmoe.models.adapters.base import AdaptedExperts
 from offmoe.planner.survey import survey
 
 NUM_PROMPT, NUM_NEW = 12, 32
@@ -50,6 +54,34 @@ def test_offloaded_equals_eager(name: str, layout: Layout, tmp_path: Path) -> No
             _survey_agrees(tmp_path, engine)
 
 
+@pytest.fixture
+def dropped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many choices of an expert each experts call leaves out, because the expert is over its capacity."""
+    found: list[int] = [0]
+    forward = AdaptedExperts.forward
+
+    def count(
+        experts: AdaptedExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        found.append(int((ids_TK >= experts.num_experts).sum()))
+        return forward(experts, x_TD, ids_TK, weights_TK)
+
+    monkeypatch.setattr(AdaptedExperts, "forward", count)
+    return found
+
+
+def _as_published(
+    experts: Any, hidden_states: torch.Tensor, router_mask: torch.Tensor, router_probs: torch.Tensor
+) -> torch.Tensor:
+    """Every expert for the tokens that have a share in it (fairseq, transformers 4): 5.23 runs experts 0 and 1 only."""
+    total = torch.zeros_like(hidden_states)
+    for idx in range(experts.num_experts):
+        rows = router_probs[:, idx] > 0
+        answer = experts[f"expert_{idx}"](hidden_states[rows]) * router_probs[rows, idx, None]
+        total[rows] += answer * (1 - experts.moe_token_dropout)
+    return total
+
+
 def _drop_surplus(file: Path) -> None:
     """As published: transformers also saves matrices for LongCat's experts that compute nothing."""
     tensors = load_file(file)
@@ -63,3 +95,48 @@ def _survey_agrees(folder: Path, engine: offmoe.Engine) -> None:
     assert found.experts_total_bytes == experts.num_bytes
     assert found.num_moe_layers * found.experts_per_layer == experts.num_experts
     assert found.top_k == experts.top_k
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_encoder_decoder_equals_transformers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropped: list[int]
+) -> None:
+    monkeypatch.setattr(modeling_nllb_moe.NllbMoeExperts, "forward", _as_published)
+    model = build_adapted(name)
+    save_layout(model, tmp_path, "published")
+    ids = torch.randint(3, 100, (2, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
+    targets = torch.randint(3, 100, (2, 5), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=targets).logits
+    options: dict[str, Any] = {"max_new_tokens": NUM_NEW, "do_sample": False, "eos_token_id": None, "num_beams": 1}
+    expected_ids = model.generate(ids[:1], **options)[0, 1:].tolist()
+    assert len(set(expected_ids)) > 3
+    with offmoe.load(str(tmp_path), ram="4GiB", experts=6) as engine:
+        with torch.no_grad():
+            got = engine.model(input_ids=ids, decoder_input_ids=targets).logits
+        assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+        assert max(dropped) > 0
+        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        assert list(reply.token_ids) == expected_ids
+        assert engine.model.generate(ids[:1], **options)[0, 1:].tolist() == expected_ids
+        sampled = engine.generate(ids[0].tolist(), max_new_tokens=8, temperature=1.0, seed=5, ignore_end=True)
+        assert len(sampled.token_ids) == 8
+        totals = engine.stats()
+        assert totals["misses"] > 0
+        assert totals["experts_cached"] < totals["experts_total"]
+        assert survey(tmp_path).experts_total_bytes == engine._parts.experts.num_bytes
+        with pytest.raises(UsageError, match="holds no conversation"):
+            engine.chat([{"role": "user", "content": "hi"}])
+
+
+def test_layout_of_glam(tmp_path: Path) -> None:
+    """MoE in every second layer, 64 experts, two a token, none shared: no public weights, so a made checkpoint."""
+    model = build("qwen3_moe", overrides={"num_hidden_layers": 4, "decoder_sparse_step": 2, "num_experts": 64})
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(3, 100, (1, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
+    expected_ids = model.generate(ids, max_new_tokens=NUM_NEW, do_sample=False)[0, NUM_PROMPT:].tolist()
+    with offmoe.load(str(tmp_path), ram="4GiB", experts=32) as engine:
+        experts = engine._parts.experts
+        assert (len(experts.layers), experts.num_experts, experts.top_k) == (2, 128, 2)
+        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        assert list(reply.token_ids) == expected_ids

@@ -30,6 +30,7 @@ from offmoe.generation.stats import Totals
 from offmoe.generation.step import generate_step
 from offmoe.generation.stream import Piece, stream_text
 from offmoe.generation.tracing import note_phases, record_trace
+from offmoe.generation.translate import translate_step
 from offmoe.models.device_failures import explain, peak_bytes
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.kv_prefix import KeptCache
@@ -176,6 +177,8 @@ class Engine:
 
         `reuse` is True unless it is given, or placement_invariant is set.
         """
+        if self.model.config.is_encoder_decoder:
+            raise UsageError("an encoder-decoder model rewrites a text and holds no conversation; use generate")
         if self.tokenizer is None:
             raise UsageError(f"{self.folder} has no tokenizer, which a conversation needs; use generate with token ids")
         ids = chat_ids(self.tokenizer, messages)
@@ -221,6 +224,14 @@ class Engine:
         kept, compiler, halving = self._kept, self._compiler, self._halving_chunk
         reuse = False if reuse is None and self.config.placement_invariant else reuse
 
+        def translated() -> Iterator[Piece]:
+            steps = translate_step(
+                parts.model, ids, choose or make_chooser(settings, parts.model.device), on_prefill=on_prefill
+            )
+            yield from stream_text(
+                steps, self.tokenizer, rules, parts.cache.counters, num_prompt_tokens=len(ids), on_end=self._totals.add
+            )
+
         def pieces() -> Iterator[Piece]:
             if compiler is not None:
                 compiler.begin(len(ids) + rules.max_new_tokens, num_held=len(kept.ids))
@@ -238,7 +249,7 @@ class Engine:
                     on_end=self._totals.add,
                 )  # fmt: skip
 
-        return self._exclusively(pieces())
+        return self._exclusively(translated() if parts.model.config.is_encoder_decoder else pieces())
 
     def _exclusively(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Hold the engine from the first piece to the last, or to the generator's end."""
@@ -297,8 +308,10 @@ class Engine:
 
 def _make_compiler(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> DecodeCompiler | None:
     """ "auto" compiles on CUDA, in the background, unless rounding must not change on the way; "on" at once."""
-    if config.compile == "off" or (
-        config.compile == "auto" and (loaded.model.device.type != "cuda" or config.placement_invariant)
+    if (
+        loaded.model.config.is_encoder_decoder
+        or config.compile == "off"
+        or (config.compile == "auto" and (loaded.model.device.type != "cuda" or config.placement_invariant))
     ):
         return None
     return DecodeCompiler(

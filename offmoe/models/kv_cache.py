@@ -183,8 +183,10 @@ class SlidingLayer(DynamicSlidingWindowLayer):
 
 
 def make_kv_cache(model: PreTrainedModel, capacity: int) -> DynamicCache | None:
-    """An empty cache for sequences of up to `capacity` tokens; None for a model that must make its own kind."""
-    if brings_own_cache(model):
+    """An empty cache for sequences of up to `capacity` tokens; None for a model that must make its own kind: also any
+    encoder-decoder.
+    """
+    if model.config.is_encoder_decoder or brings_own_cache(model):
         return None
     cache = DynamicCache(config=model.config)
     cache.layers = [_in_place(layer, capacity) for layer in cache.layers]

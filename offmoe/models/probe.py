@@ -62,6 +62,12 @@ def probe_model(model: PreTrainedModel, context_length: int) -> ModelProbe:
 def _measure(model: PreTrainedModel, context_length: int) -> ModelProbe:
     num_tokens = min(_NUM_TOKENS, context_length)
     ids = torch.arange(1, num_tokens + 1).remainder(model.config.get_text_config().vocab_size)[None].to(model.device)
+    if model.config.is_encoder_decoder:  # the encoder sees its source whole
+        with torch.no_grad():
+            encoded = model.get_encoder()(input_ids=ids, return_dict=True)
+            caches = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True).past_key_values
+        halves = (caches.self_attention_cache, caches.cross_attention_cache)
+        return ModelProbe(sum(kv_bytes(half, num_tokens, context_length) for half in halves), chunkable=False)
     with torch.no_grad():
         output = model(input_ids=ids, past_key_values=make_kv_cache(model, num_tokens), use_cache=True)
         whole_cache, whole = output.past_key_values, output.logits[0, -1].float()

@@ -228,6 +228,9 @@ def _fetch_ahead(
     cache = serving.cache
     if config.prefetch == "off" or cache.num_slots >= experts.num_experts:
         return
+    if model.config.is_encoder_decoder:
+        serving.notes.append("prefetch is off: it does not look ahead in encoder-decoder models")
+        return
     routing = map_routing(model)
     if not routing.order or not any(routing.predictors):
         serving.notes.append("no router of this model could be asked ahead of time: prefetch is off")

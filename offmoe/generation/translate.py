@@ -1,0 +1,47 @@
+"""Encoder-decoder models, token by token: the source is read once, then the decoder writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from offmoe.base.errors import UsageError
+from offmoe.generation.sampling import Chooser
+
+
+def translate_step(
+    model: PreTrainedModel, source_ids: Sequence[int], choose: Chooser, *, on_prefill: Callable[[int, int], None]
+) -> Iterator[int]:
+    """Ids of the reply to `source_ids`, without end, as the model's own `generate` makes them.
+
+    The decoder begins with generation_config's `decoder_start_token_id`; `forced_bos_token_id`, where it is set (the
+    target language of NLLB), is the first token of the reply. Raises UsageError when there is nothing to begin with.
+    """
+    settings: Any = model.generation_config
+    start = settings.decoder_start_token_id
+    start = settings.bos_token_id if start is None else start
+    if start is None:
+        raise UsageError("the checkpoint names no decoder_start_token_id; set it in generation_config.json")
+    source = torch.tensor([list(source_ids)], dtype=torch.long, device=model.device)
+    encoder: Any = model.get_encoder()
+    with torch.inference_mode():
+        encoded = encoder(input_ids=source, attention_mask=torch.ones_like(source), return_dict=True)
+    on_prefill(len(source_ids), len(source_ids))
+    ids = source.new_full((1, 1), start)
+    cache, new = None, ids
+    forced = settings.forced_bos_token_id
+    while True:
+        with torch.inference_mode():
+            output = model(
+                encoder_outputs=encoded, attention_mask=torch.ones_like(source), decoder_input_ids=new,
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+        cache = output.past_key_values
+        token_id = choose(ids, output.logits[:, -1]) if forced is None else int(forced)
+        forced = None
+        yield token_id
+        new = ids.new_full((1, 1), token_id)
+        ids = torch.cat([ids, new], dim=1)
