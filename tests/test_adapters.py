@@ -131,7 +131,8 @@ def test_encoder_decoder_equals_transformers(
 
 def test_layout_of_glam(tmp_path: Path) -> None:
     """MoE in every second layer, 64 experts, two a token, none shared: no public weights, so a made checkpoint."""
-    model = build("qwen3_moe", overrides={"num_hidden_layers": 4, "decoder_sparse_step": 2, "num_experts": 64})
+    every_second = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": []}
+    model = build("qwen3_moe", overrides={**every_second, "num_experts": 64})
     model.save_pretrained(tmp_path)
     ids = torch.randint(3, 100, (1, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
     expected_ids = model.generate(ids, max_new_tokens=NUM_NEW, do_sample=False)[0, NUM_PROMPT:].tolist()
