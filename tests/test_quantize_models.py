@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from offmoe.base.errors import CheckpointError, OffmoeError, UnsupportedModelError, UsageError
 from offmoe.checkpoint.expert_index import ExpertIndex, QuantPart, plan_read
 from offmoe.checkpoint.index import CheckpointIndex
+from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.formats.dense import view_expert, writable_bytes
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.models.quantise import QuantiseOptions, QuantiseResult, quantise
@@ -99,6 +100,28 @@ def test_other_linear_layers(experts: str, dense: str | None, tmp_path: Path) ->
     expected = logits_of(theirs)
     got = logits_of(in_transformers(tmp_path / "target", dequantise=False))
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("dense", "head"), [(None, "int8"), ("int8", "int8"), ("int4", "int4")])
+def test_the_output_head(dense: str | None, head: str, tmp_path: Path) -> None:
+    source = save(tmp_path / "source", "mixtral")
+    run(source, tmp_path / "target", QuantiseOptions(experts="int4", dense=dense, head=head))  # type: ignore[arg-type]
+    theirs = check_equal(tmp_path / "target")
+    whole = plain_model(source).state_dict()
+    assert not torch.equal(theirs.state_dict()["lm_head.weight"], whole["lm_head.weight"])
+    assert torch.equal(theirs.state_dict()["model.embed_tokens.weight"], whole["model.embed_tokens.weight"])
+    got = logits_of(in_transformers(tmp_path / "target", dequantise=False))
+    assert torch.allclose(got, logits_of(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_of_another_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="dense is int8 and head is int4; transformers reads one format"):
+        run(save(tmp_path / "source"), tmp_path / "target", QuantiseOptions(experts="int4", dense="int8", head="int4"))
+
+
+def test_a_head_that_is_the_embeddings_stays(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="output head is its embeddings, which stay; leave out --head"):
+        run(demo_model_folder(), tmp_path / "target", QuantiseOptions(experts="int4", head="int8"))
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])

@@ -244,7 +244,14 @@ def bench(
     type=click.Choice(["keep", "int4", "int8"]),
     default="keep",
     show_default=True,
-    help="What other linear layers become. Routers, norms, embeddings and the output head always stay.",
+    help="What other linear layers become. Routers, norms and embeddings always stay.",
+)
+@click.option(
+    "--head",
+    type=click.Choice(["keep", "int4", "int8"]),
+    default="keep",
+    show_default=True,
+    help="What the output head becomes: it is read for every token.",
 )
 @click.option(
     "--group",
@@ -260,7 +267,7 @@ def bench(
 @json_option
 @user_errors
 def quantize(
-    source: str, target: Path, experts: str, dense: str, group: str, text_file: Path | None, trust_remote_code: bool,
+    source: str, target: Path, experts: str, dense: str, head: str, group: str, text_file: Path | None, trust_remote_code: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Write SOURCE to the new folder TARGET with integers for its experts, as compressed-tensors does.
@@ -270,7 +277,8 @@ def quantize(
     from offmoe.cli.quantize import run_quantize
 
     options = {
-        "experts": experts, "dense": None if dense == "keep" else dense, "group": int(group),
+        "experts": experts, "dense": None if dense == "keep" else dense,
+        "head": None if head == "keep" else head, "group": int(group),
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     record = run_quantize(source, target, options, text_file, quiet=as_json)

@@ -33,10 +33,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantiseOptions:
-    """`experts` and `dense` are formats, `dense` None for linear layers that stay; `group` columns share a scale."""
+    """`experts`, `dense` (other linear layers) and `head` (the output head) are formats, None for what stays; `group`
+    columns share a scale.
+    """
 
     experts: Kind
     dense: Kind | None = None
+    head: Kind | None = None
     group: int = 32
     trust_remote_code: bool = False
     shard_bytes: int = SHARD_BYTES
@@ -72,6 +75,11 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
     refuse_target(source, target)
     if source.suffix == GGUF_SUFFIX:
         raise UsageError(f"{source} is a GGUF file; start from the model as it was published in bfloat16")
+    if None not in (options.dense, options.head) and options.dense != options.head:
+        raise UsageError(
+            f"dense is {options.dense} and head is {options.head}; transformers reads one format for all linear layers "
+            "besides the experts: use the same for both"
+        )
     scheme = find_scheme(read_config(source))
     if scheme is not None:
         return _repacked(source, target, scheme, options, progress)
@@ -90,7 +98,7 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
         experts, expert_keys = map_experts(model, index, mapping, targets)
         plan = make_plan(
             model, index, mapping, targets, experts, expert_keys, kind=options.experts, dense=options.dense,
-            group=options.group, shard_bytes=options.shard_bytes,
+            head=options.head, group=options.group, shard_bytes=options.shard_bytes,
         )  # fmt: skip
         writer = CheckpointWriter(target, [shard.planned for shard in plan.shards], _identity(index, options))
         writer.begin()
@@ -119,18 +127,20 @@ def _repacked(
 
 def quantization_config(plan: QuantisePlan, options: QuantiseOptions) -> dict[str, Any]:
     """What config.json says to compressed-tensors: weights only, one group of layers or two, and what stays."""
-    kinds = [options.experts, options.dense or options.experts]
-    targets = [["Linear"]] if kinds[0] == kinds[1] else [[r"re:.*\.experts\.\d+\..*"], ["Linear"]]
+    other = options.dense or options.head or options.experts
+    given = {r"re:.*\.experts\.\d+\..*": options.experts, "Linear": other}
+    if other == options.experts:
+        given = {"Linear": other}
     groups = {
         f"group_{idx}": {
-            "targets": target,
+            "targets": [target],
             "weights": {
-                "num_bits": _BITS[kinds[idx]], "type": "int", "symmetric": True, "strategy": "group",
+                "num_bits": _BITS[kind], "type": "int", "symmetric": True, "strategy": "group",
                 "group_size": options.group, "dynamic": False,
             },
             "input_activations": None, "output_activations": None, "format": "pack-quantized",
         }
-        for idx, target in enumerate(targets)
+        for idx, (target, kind) in enumerate(given.items())
     }  # fmt: skip
     return {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
@@ -143,7 +153,7 @@ def _identity(index: CheckpointIndex, options: QuantiseOptions) -> dict[str, Any
     """What two runs must have in common for one to go on where the other stopped."""
     return {
         "source": source_identity(index), "experts": options.experts, "dense": options.dense,
-        "group": options.group, "encoder": 1,
+        "head": options.head, "group": options.group, "encoder": 1,
     }  # fmt: skip
 
 

@@ -119,9 +119,11 @@ class QuantisePlan:
 def make_plan(
     model: PreTrainedModel, index: CheckpointIndex, mapping: KeyMapping, targets: dict[str, Target],
     experts: ExpertIndex, expert_keys: set[str], *, kind: Kind, dense: Kind | None, group: int,
+    head: Kind | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantisePlan:  # fmt: skip
-    """Decide for every tensor of `index`. Nothing is read.
+    """Decide for every tensor of `index`. Nothing is read. `dense` is what other linear layers become, `head` what the
+    output head does.
 
     Raises UsageError when `group` does not divide an expert's width, naming the tensor and the groups that do, and
     UnsupportedModelError for a family whose experts have no names of their own.
@@ -130,7 +132,7 @@ def make_plan(
     for expert in _experts(experts, index, mapping):
         _refuse_group(expert, group)
         chosen.append(tuple(_matrix(named, group, kind) for named in expert))
-    linear = {} if dense is None else dict(_dense(model, index, targets, group, dense))
+    linear = dict(_dense(model, index, targets, group, dense, head))
     rest: list[tuple[Matrix | TensorEntry, ...]] = []
     ignored = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     for key, entry in index.tensors.items():
@@ -242,19 +244,25 @@ def _refused(layer: MoeLayer, why: str) -> UnsupportedModelError:
 
 
 def _dense(
-    model: PreTrainedModel, index: CheckpointIndex, targets: dict[str, Target], group: int, kind: Kind
-) -> Iterator[tuple[str, Matrix]]:
-    """Linear layers of the text model's layers: no routers, no embeddings, no output head; nor where `group` does not
-    divide the width."""
-    modules = dict(model.named_modules())
+    model: PreTrainedModel, index: CheckpointIndex, targets: dict[str, Target], group: int, dense: Kind | None,
+    head: Kind | None,
+) -> Iterator[tuple[str, Matrix]]:  # fmt: skip
+    """Linear layers of the text model's layers, but routers, as `dense`, and the output head as `head`; not where
+    `group` does not divide the width. Raises UsageError for a head that is the embeddings, which stay.
+    """
+    modules, output = dict(model.named_modules()), model.get_output_embeddings()
+    tied = {name.removesuffix(".weight") for name in model.all_tied_weights_keys}
+    if head is not None and (output is None or any(modules.get(name) is output for name in tied)):
+        raise UsageError("this model's output head is its embeddings, which stay; leave out --head")
     for key, target in targets.items():
         name, entry = target.param.removesuffix(".weight"), index.tensors[key]
         if target.pattern is not None or not isinstance(modules.get(name), torch.nn.Linear):
             continue
-        wanted = _IN_LAYER.search(name) and not _NOT_TEXT.search(name) and name.rpartition(".")[2] not in _ROUTERS
+        in_layer = _IN_LAYER.search(name) and not _NOT_TEXT.search(name) and name.rpartition(".")[2] not in _ROUTERS
+        kind = head if modules[name] is output else dense if in_layer else None
         assert isinstance(entry, TensorEntry)
         fits = len(entry.shape) == 2 and entry.shape[1] % group == 0 and entry.dtype in FLOAT_TYPES
-        if wanted and fits and key.endswith(".weight"):
+        if kind is not None and fits and key.endswith(".weight"):
             shape = (entry.shape[0], entry.shape[1])
             yield (
                 key,
