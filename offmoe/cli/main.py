@@ -267,8 +267,8 @@ def bench(
 @json_option
 @user_errors
 def quantize(
-    source: str, target: Path, experts: str, dense: str, head: str, group: str, text_file: Path | None, trust_remote_code: bool,
-    as_json: bool,
+    source: str, target: Path, experts: str, dense: str, head: str, group: str, text_file: Path | None,
+    trust_remote_code: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write SOURCE to the new folder TARGET with integers for its experts, as compressed-tensors does.
 
