@@ -13,19 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from benchlib.device_checkpoint import make_model
+from benchlib.device_exact import same_ids
+from benchlib.device_report import device_tables
+from benchlib.families import FAMILIES
+from benchlib.gpu_check import main, render, table
+from benchlib.gpu_parts import Outcome, Part, plan_parts, run_part
+from benchlib.ledger import Ledger, TimeIsUpError
 from transformers import AutoModelForCausalLM
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-from benchlib.device_checkpoint import make_model  # noqa: E402
-from benchlib.device_exact import same_ids  # noqa: E402
-from benchlib.device_report import device_tables  # noqa: E402
-from benchlib.families import FAMILIES  # noqa: E402
-from benchlib.gpu_check import main, render, table  # noqa: E402
-from benchlib.gpu_parts import Outcome, Part, plan_parts, run_part  # noqa: E402
-from benchlib.ledger import Ledger, TimeIsUpError  # noqa: E402
-
-sys.path.remove(str(SCRIPTS))
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+from benchlib.roofline import Bandwidths, TokenBytes, decode_bound, prefill_bound, streamed_share
 from hypothesis import given
 from hypothesis import strategies as st
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-from benchlib.roofline import Bandwidths, TokenBytes, decode_bound, prefill_bound, streamed_share  # noqa: E402
-
-sys.path.remove(str(SCRIPTS))
 
 # Bytes and speeds in round numbers: 100 dense, 800 routed (2 layers, 4 of 100 each).
 TOKEN = TokenBytes(dense_bytes=100, expert_bytes=100, num_layers=2, top_k=4)
