@@ -79,7 +79,8 @@ def test_every_family_with_the_experts_door_is_here_or_excluded_with_a_reason() 
         if re.search(r"^@use_experts_implementation", file.read_text(encoding="utf-8"), re.MULTILINE)
     }
     known = families.FAMILIES.keys() | families.EXCLUDED.keys()
-    assert decorated == known, f"new: {sorted(decorated - known)}, gone: {sorted(known - decorated)}"
+    gone = families.FAMILIES.keys() - decorated  # those left out may have experts elsewhere
+    assert decorated <= known and not gone, f"new: {sorted(decorated - known)}, gone: {sorted(gone)}"
     assert not families.FAMILIES.keys() & families.EXCLUDED.keys()
 
 
