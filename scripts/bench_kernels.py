@@ -35,6 +35,8 @@ from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.formats.dense import ExpertWeights
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu import CpuKernels, load_cpu_kernels
+from offmoe.kernels.cpu.decode import CpuTokenExperts
+from offmoe.kernels.cpu.kernels import CpuLayer
 from offmoe.kernels.reference import ExpertMath, experts_forward
 from offmoe.tiers.host import HostPool
 from offmoe.tiers.huge_pages import in_huge_pages
@@ -105,11 +107,12 @@ class Experts:
         return [range(at, at + EXPERTS_A_CALL) for at in range(0, len(self.weights), EXPERTS_A_CALL)]
 
     def by_kernels(self, kernels: CpuKernels, num_tokens: int) -> Callable[[], None]:
-        """All calls once; one token's rows with their weighted sum, as in decoding."""
+        """All calls once; one token's rows with their weighted sum, by the call that decoding makes."""
         layer = kernels.layer(self.math, self.weights[0])
+        if num_tokens == 1:
+            return self._decoding(kernels, layer)
         x_TD = torch.randn(num_tokens, self.width).to(torch.bfloat16)
         y_SD = torch.empty(num_tokens * EXPERTS_A_CALL, self.width, dtype=torch.bfloat16)
-        weights_TK = torch.rand(1, EXPERTS_A_CALL) if num_tokens == 1 else None
         tokens = range(num_tokens)
         calls = [
             [
@@ -121,7 +124,18 @@ class Experts:
 
         def run() -> None:
             for rows in calls:
-                kernels.experts(layer, rows, x_TD, y_SD, weights_TK)
+                kernels.experts(layer, rows, x_TD, y_SD, None)
+
+        return run
+
+    def _decoding(self, kernels: CpuKernels, layer: CpuLayer) -> Callable[[], None]:
+        x_1D, weights_1K = torch.randn(1, self.width).to(torch.bfloat16), torch.rand(1, EXPERTS_A_CALL)
+        token = CpuTokenExperts(kernels, layer, EXPERTS_A_CALL, x_1D, weights_1K)
+        calls = [(list(call), [self.weights[idx] for idx in call]) for call in self.calls()]
+
+        def run() -> None:
+            for ids, weights in calls:
+                token(ids, weights, x_1D, weights_1K)
 
         return run
 

@@ -55,7 +55,7 @@ def test_a_token_whose_experts_are_there_counts_as_any_other(tiny: TinyExperts, 
                 Call(seed % 2, 1, seed).run(executor)
             totals = opened.cache.counters
             counters.append((totals.hits, totals.misses, totals.layer_calls))
-            recency.append([opened.cache._policy.victim(lambda key, order=order: key not in order) for order in [[]]])
+            recency.append([opened.cache.policy.victim(lambda key, order=order: key not in order) for order in [[]]])
             opened.assert_at_rest()
     assert counters[0] == counters[1]
     assert recency[0] == recency[1]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from offmoe.checkpoint.index import CheckpointIndex, read_json
+from offmoe.checkpoint.index import CheckpointIndex, read_config
 from offmoe.checkpoint.quant_config import read_quantisation
 from offmoe.checkpoint.tensor_entry import TensorEntry
 
@@ -20,7 +20,7 @@ def model_hash(folder: Path, stored: Mapping[str, TensorEntry] | None = None) ->
 
     The same for a copy, and for the same tensors in other files. `stored`: the tensors, where they are known already.
     """
-    config = {name: value for name, value in read_json(folder / "config.json").items() if name not in _NOT_THE_MODEL}
+    config = {name: value for name, value in read_config(folder).items() if name not in _NOT_THE_MODEL}
     if stored is None:
         index = CheckpointIndex.open(folder, read_quantisation(config))
         index.close()

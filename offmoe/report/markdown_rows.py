@@ -99,7 +99,17 @@ def printable(text: str) -> str:
 
 
 def finished_length(text: str) -> int:
-    """Characters of `text` that are whole blocks whatever follows: all but the last block."""
+    """Characters of `text` that are whole blocks whatever follows: all but the last block.
+
+    What the last line is, is not known before it ends: "#" is a heading, "#1" belongs to the paragraph above.
+    """
+    lines_end = text.rfind("\n") + 1
+    ends = {_last_block(text), _last_block(text if lines_end == len(text) else text[:lines_end] + "x")}
+    return min(ends)
+
+
+def _last_block(text: str) -> int:
+    """Where the last block begins."""
     blocks = [token.map for token in _parse(text) if token.level == 0 and token.nesting >= 0 and token.map]
     if len(blocks) < 2:
         return 0
