@@ -170,8 +170,7 @@ class CpuKernels:
             call.weights, call.total, call.top_k = weights_TK.data_ptr(), total.data_ptr(), weights_TK.shape[1]
             call.weights_type, call.total_type = structs.TYPES[weights_TK.dtype], structs.TYPES[total.dtype]
             call.total_row_bytes = total.stride(0) * total.element_size()
-        if self._library.offmoe_experts(self._handle, ctypes.addressof(call)):
-            raise MemoryError(f"no memory for {num_rows} rows of experts")
+        self._call(self._library.offmoe_experts, ctypes.addressof(call), f"{num_rows} rows of experts")
         return total
 
     def linear(self, x_TK: torch.Tensor, matrix: CpuMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -185,38 +184,36 @@ class CpuKernels:
             y_TN.data_ptr(), x_TK.stride(0) * x_TK.element_size(), y_TN.stride(0) * y_TN.element_size(), x_TK.shape[0],
             type_idx, type_idx,
         )  # fmt: skip
-        if self._library.offmoe_linear(self._handle, ctypes.addressof(call)):
-            raise MemoryError(f"no memory for {x_TK.shape[0]} rows of a linear")
+        self._call(self._library.offmoe_linear, ctypes.addressof(call), f"{x_TK.shape[0]} rows of a linear")
         return y_TN
 
     def run_experts(self, address: int) -> None:
         """A `structs.Call`; see decode.py. Raises MemoryError."""
-        if self._library.offmoe_experts(self._handle, address):
-            raise MemoryError("no memory for a token's experts")
+        self._call(self._library.offmoe_experts, address, "a token's experts")
 
     def run_linear(self, address: int) -> None:
         """A `structs.Linear`; see decode.py. Raises MemoryError."""
-        if self._library.offmoe_linear(self._handle, address):
-            raise MemoryError("no memory for a linear")
+        self._call(self._library.offmoe_linear, address, "a linear")
 
     def run_norm(self, address: int) -> None:
         """A `structs.Norm`; see decode.py. Raises MemoryError."""
-        if self._library.offmoe_norm(self._handle, address):
-            raise MemoryError("no memory for a norm")
+        self._call(self._library.offmoe_norm, address, "a norm")
 
     def run_attend(self, address: int) -> None:
         """A `structs.Attend`; see decode.py. Raises MemoryError."""
-        if self._library.offmoe_attend(self._handle, address):
-            raise MemoryError("no memory for a token's attention")
+        self._call(self._library.offmoe_attend, address, "a token's attention")
 
     def run_layer(self, address: int) -> None:
         """A `structs.Layer`; see layer.py. Raises MemoryError."""
-        if self._library.offmoe_layer(self._handle, address):
-            raise MemoryError("no memory for a token's layer")
+        self._call(self._library.offmoe_layer, address, "a token's layer")
 
     def run_route(self, address: int, logits: int, scores: int) -> None:
         """A `structs.Route` on one row of float32 logits; see layer.py."""
         self._library.offmoe_route(address, logits, scores)
+
+    def _call(self, function: Callable[..., int], address: int, what: str) -> None:
+        if function(self._handle, address):
+            raise MemoryError(f"no memory for {what}")
 
     def _activation(self, math: ExpertMath, weights: ExpertWeights) -> Activation | None:
         hidden = _inputs(weights.down, math)
