@@ -35,6 +35,9 @@ def folder(good: Path, tmp_path: Path) -> Path:
     [
         ({"model_type": "qwen9_moe"}, ("'qwen9_moe'", "nearest that offmoe runs: qwen3_moe")),
         ({"model_type": "zzz"}, ("'zzz'", "offmoe runs mixtral")),
+        ({"model_type": "soft_moe"}, ("'soft_moe' is soft MoE", "token by token")),
+        ({"architectures": ["SoftMoEForCausalLM"]}, ("'SoftMoEForCausalLM' is soft MoE", "mixtral")),
+        ({"router_type": "expert_choice"}, ("'expert_choice' is expert choice", "tokens that come after it")),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantised", "gptq", "offmoe quantize")),
     ],
 )

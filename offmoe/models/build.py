@@ -25,6 +25,8 @@ _CONFIG_ERRORS = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError,
     ImportError,
 )  # fmt: skip
+# Routings that look at later tokens, and how configs name them.
+_NOT_CAUSAL = {"soft MoE": r"(?<!micro)soft[-_ ]?moe", "expert choice": r"experts?[-_ ]?choice"}
 # Named when no supported family has a name like the one that was asked for.
 _WELL_KNOWN = "mixtral, qwen3_moe, deepseek_v3, gpt_oss"
 
@@ -42,6 +44,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool) -> tuple[PreTrai
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{folder / 'config.json'} has no model_type; it is no Hugging Face model config")
+    _refuse_routing(raw)
     if "auto_map" in raw and model_type not in transformers.CONFIG_MAPPING and not trust_remote_code:
         raise UnsupportedModelError(
             f"{model_type!r} brings its own Python code, which offmoe does not run unasked; read it, then use "
@@ -64,6 +67,21 @@ def read_model_config(folder: Path, *, trust_remote_code: bool) -> tuple[PreTrai
         if type(error).__module__.startswith("huggingface_hub"):
             raise _bad_config(folder, model_type, error) from None
         raise
+
+
+def _refuse_routing(raw: dict[str, Any]) -> None:
+    """Raises UnsupportedModelError where the config names a routing that no next token can be generated with."""
+    architectures = raw.get("architectures")
+    names = [raw["model_type"], *(architectures if isinstance(architectures, list) else ())]
+    names += [value for key, value in raw.items() if re.search("rout|moe", key)]
+    for name in names:
+        for routing, pattern in _NOT_CAUSAL.items():
+            if isinstance(name, str) and re.search(pattern, name, re.IGNORECASE):
+                raise UnsupportedModelError(
+                    f"{name!r} is {routing}: there a token's experts depend on tokens that come after it, so "
+                    "text cannot be generated token by token; offmoe runs models whose tokens choose their experts, as "
+                    f"{_WELL_KNOWN}"
+                )
 
 
 def _gguf_config(path: Path) -> PreTrainedConfig:
