@@ -1,4 +1,4 @@
-"""Machines that `offmoe plan --for` knows without being on them. Figures are published ones, by arithmetic or test.
+"""Machines that `offmoe plan --for` knows without being on them. By published tests and data sheets.
 
 Not measured here. RTX 4060 laptop: PCIe 13 GB/s, CPU experts 65 GB/s, 218 GB/s of its 256 GB/s memory, as offload
 engines report for it. The others by arithmetic: 0.85 of the memory bandwidth in NVIDIA's data sheets, pinned copies of
@@ -22,7 +22,7 @@ _LIBRARIES_CPU_BYTES = 440 * MIB
 
 def _machine(
     name: str, *, ram: int, cores: int, ram_rate: float, disk: float, vram: int | None = None, vram_rate: float = 0,
-    link: float = 0,
+    link: float = 0, source: str = "data sheets and arithmetic",
 ) -> MachineRecord:  # fmt: skip
     """Sizes in GiB, rates in GB/s. Link and CPU share the RAM's bandwidth."""
     cpu = {kind: ram_rate * share * 1e9 for kind, share in _SHARES.items()}
@@ -31,7 +31,7 @@ def _machine(
         name=name, ram_bytes=ram * GIB, num_cores=cores, read_bytes_per_s=ram_rate * 1e9, cpu_bytes_per_s=cpu,
         cpu_flops_per_s=cores * 40e9, layer_s=0.3e-3, libraries_bytes=_LIBRARIES_CPU_BYTES,
         drives={"": DriveSpeed(direct_bytes_per_s=disk * 1e9, buffered_bytes_per_s=disk * 0.7e9)},
-        source="published figures",
+        source=source,
     )  # fmt: skip
     if vram is None:
         return record
@@ -45,7 +45,10 @@ def _machine(
 
 _SHARES = {"bf16": 1.0, "f32": 1.0, "fp8": 0.9, "int8": 0.7, "int4": 0.7, "mxfp4": 0.7}
 _KNOWN = (
-    _machine("RTX 4060 laptop", ram=32, cores=8, ram_rate=65, disk=3.5, vram=8, vram_rate=218, link=13),
+    _machine(
+        "RTX 4060 laptop", ram=32, cores=8, ram_rate=65, disk=3.5, vram=8, vram_rate=218, link=13,
+        source="published tests, data sheets and arithmetic",
+    ),
     _machine("RTX 3060 12GB desktop", ram=32, cores=6, ram_rate=41, disk=3.0, vram=12, vram_rate=306, link=12),
     _machine("RTX 4070 laptop", ram=32, cores=8, ram_rate=65, disk=4.0, vram=8, vram_rate=218, link=13),
     _machine("RTX 3090 desktop", ram=64, cores=8, ram_rate=41, disk=5.0, vram=24, vram_rate=796, link=25),
