@@ -21,6 +21,7 @@ import offmoe
 from offmoe.base.errors import UsageError
 from offmoe.models.adapters.base import AdaptedExperts
 from offmoe.planner.survey import survey
+from offmoe.report.verify import verify
 
 NUM_PROMPT, NUM_NEW = 12, 32
 DECODERS = [name for name in ADAPTED if name not in ENCODER_DECODERS]
@@ -127,6 +128,8 @@ def test_encoder_decoder_equals_transformers(
         assert survey(tmp_path).experts_total_bytes == engine._parts.experts.num_bytes
         with pytest.raises(UsageError, match="holds no conversation"):
             engine.chat([{"role": "user", "content": "hi"}])
+    with pytest.raises(UsageError, match=" is an encoder-decoder model"):
+        verify(lambda _: offmoe.load(str(tmp_path), ram="4GiB", experts=6), lambda _: [3], 2, lambda *_: None)
 
 
 def test_layout_of_glam(tmp_path: Path) -> None:

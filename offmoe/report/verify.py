@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from offmoe.base.errors import UsageError
 from offmoe.generation.engine import Engine
 
 # Largest difference of logits, relative to the largest logit, that counts as equal. The arithmetic is the same
@@ -75,8 +76,16 @@ def verify(
     open_engine: Callable[[int | None], Engine], choose_ids: Callable[[Engine], list[int]], num_new: int,
     progress: Callable[[str, int, int], None],
 ) -> list[VerifyResult]:  # fmt: skip
-    """Compare three cache sizes with no cache. `open_engine(slots)` loads with that many slots (None: what fits)."""
+    """Compare three cache sizes with no cache. `open_engine(slots)` loads with that many slots (None: what fits).
+
+    Raises UsageError for an encoder-decoder model.
+    """
     with open_engine(None) as engine:
+        if engine.model.config.is_encoder_decoder:
+            raise UsageError(
+                f"verify goes on from a prompt that the decoder itself reads; {engine.model.config.model_type} is an "
+                "encoder-decoder model, whose prompt the encoder reads; compare generate at two --experts instead"
+            )
         ids = choose_ids(engine)
         sizes = cache_sizes(engine)
         progress("uncached", 0, 1 + len(sizes))
