@@ -66,9 +66,10 @@ def shape_of(
 def _score_bytes(text: Mapping[str, Any], latent_width: int, item_bytes: int, *, eager: bool) -> int:
     if eager:  # the scores, masked ones, and their softmax in float32
         return 2 * item_bytes + 4
-    # torch's fused attention takes no values that are narrower than the keys: it writes scores and their softmax.
+    # torch's fused attention takes no values that are narrower than the keys: it writes scores and their softmax, in
+    # float32. DeepSeek-V2-Lite's shape, 1,900 tokens at once: 9 bytes a score were used, measured.
     if latent_width not in (0, largest_number(text, "v_head_dim", latent_width)):
-        return 2 * item_bytes + 1
+        return 2 * 4 + item_bytes
     return 0
 
 
