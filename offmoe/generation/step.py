@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from offmoe.base.machine import give_back_freed_memory
 from offmoe.generation.sampling import Chooser
 from offmoe.models.kv_prefix import KeptCache
 from offmoe.models.kv_rewind import remember
@@ -73,6 +74,10 @@ def _read_prompt(
             kept.hold(new_ids[begin : begin + size])
             logits, begin, size = result, begin + size, 0
             on_prefill(begin, total)
+            if (
+                begin < total or len(new_ids) > chunk
+            ):  # scores grow from piece to piece, and no freed block is large enough for the next
+                give_back_freed_memory()
     finally:
         for hook in hooks:
             hook.remove()
