@@ -64,9 +64,9 @@ _DECODERS: dict[str, Family] = {
         num_local_experts=8,
         num_experts_per_tok=2,
     ),
-    "llama4": _family("llama4", "Llama4ForCausalLM", "Llama4TextConfig", **_LLAMA4_TEXT),
+    "llama4": _family("llama4", "Llama4ForCausalLM", "Llama4TextConfig", "", **_LLAMA4_TEXT),
     "llama4_top2": _family(
-        "llama4", "Llama4ForCausalLM", "Llama4TextConfig", **{**_LLAMA4_TEXT, "num_experts_per_tok": 2}
+        "llama4", "Llama4ForCausalLM", "Llama4TextConfig", "", **{**_LLAMA4_TEXT, "num_experts_per_tok": 2}
     ),
     "llama4_multimodal": _family(
         "llama4",
