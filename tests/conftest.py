@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from makers import LAYOUTS, TinyExperts, make_tiny_experts
 settings.register_profile("offmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("offmoe")
 
+
+# pytest's worker processes are told the width of its own terminal; the terminals in tests have sizes of their own.
+for variable in ("COLUMNS", "LINES"):
+    os.environ.pop(variable, None)
 
 # A runner in the background ignores Ctrl-C, and every child would inherit that: the tests send it and mean it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
