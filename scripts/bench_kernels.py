@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -31,12 +32,13 @@ from benchlib.machine import describe_machine, describe_versions
 from benchlib.report import without_folders
 
 from offmoe.base.errors import OffmoeError
-from offmoe.checkpoint.quant_format import QuantFormat
+from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat, QuantKind
 from offmoe.formats.dense import ExpertWeights
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu import CpuKernels, load_cpu_kernels
 from offmoe.kernels.cpu.decode import CpuTokenExperts
 from offmoe.kernels.cpu.kernels import CpuLayer
+from offmoe.kernels.random_weights import fill_at_random
 from offmoe.kernels.reference import ExpertMath, experts_forward
 from offmoe.tiers.host import HostPool
 from offmoe.tiers.huge_pages import in_huge_pages
@@ -199,6 +201,16 @@ def fp8(shape: Shape) -> QuantMatrix:
     return QuantMatrix(form, shape, codes, scales, None)
 
 
+def blocks(kind: QuantKind, shape: Shape) -> QuantMatrix:
+    """GGUF's."""
+    block = BLOCK_KINDS[kind]
+    codes = torch.empty(shape[0], shape[1] // block.num_columns * block.num_bytes, dtype=torch.uint8)
+    form = QuantFormat(kind=kind, group=block.num_columns, scale_dtype="U8")
+    matrix = QuantMatrix(form, shape, codes, None, None)
+    fill_at_random(matrix, shape[1], torch.Generator().manual_seed(0))
+    return matrix
+
+
 FORMATS: dict[str, Callable[[Shape], Weight]] = {
     "bf16": lambda shape: (torch.randn(shape) * 0.02).to(torch.bfloat16),
     "int8": lambda shape: integers("int8", shape),
@@ -206,6 +218,12 @@ FORMATS: dict[str, Callable[[Shape], Weight]] = {
     "int4": lambda shape: integers("int4", shape),
     "int4-zeros": lambda shape: integers("int4", shape, symmetric=False),
     "mxfp4": mxfp4,
+    "q8_0": partial(blocks, "q8_0"),
+    "q6_k": partial(blocks, "q6_k"),
+    "q5_k": partial(blocks, "q5_k"),
+    "q4_k": partial(blocks, "q4_k"),
+    "q4_0": partial(blocks, "q4_0"),
+    "mxfp4-gguf": partial(blocks, "mxfp4_gguf"),
 }
 
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from offmoe.checkpoint.quant_format import QuantFormat
+from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat, QuantKind
 from offmoe.formats.dense import ExpertWeights
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels import cpu
 from offmoe.kernels.cpu import CpuKernels, describe, load_cpu_kernels, unreadable
+from offmoe.kernels.random_weights import fill_at_random
 from offmoe.kernels.reference import ExpertMath, experts_forward
 
 pytestmark = pytest.mark.skipif(not cpu.usable_levels(), reason="the library was not built")
@@ -21,6 +22,8 @@ SCALES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # How many bits of the sum of absolute products may be lost.
 TOLERANCES = {torch.float32: 2**-21, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 ODD = 3
+PAIRS: tuple[QuantKind, ...] = ("q4_0", "q8_0", "mxfp4_gguf")  # of 32 columns
+LARGE: tuple[QuantKind, ...] = ("q4_k", "q5_k", "q6_k")  # of 256
 
 
 def int4(shape: tuple[int, int], group: int, *, symmetric: bool, scale_dtype: str) -> QuantMatrix:
@@ -58,6 +61,15 @@ def fp8(shape: tuple[int, int], group: int) -> QuantMatrix:
     return QuantMatrix(form, shape, codes.view(torch.float8_e4m3fn), matrix_scales, None)
 
 
+def blocks(kind: QuantKind, shape: tuple[int, int]) -> QuantMatrix:
+    (rows, columns), block = shape, BLOCK_KINDS[kind]
+    codes = small(torch.uint8, rows, columns // block.num_columns * block.num_bytes)
+    form = QuantFormat(kind=kind, group=block.num_columns, scale_dtype="U8")
+    matrix = QuantMatrix(form, shape, codes, None, None)
+    fill_at_random(matrix, columns, torch.Generator().manual_seed(columns))
+    return matrix
+
+
 def words(rows: int, columns: int) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, (rows, columns + ODD), dtype=torch.int32)[:, :columns]
 
@@ -88,6 +100,12 @@ def matrices() -> Iterator[tuple[str, QuantMatrix]]:
         yield f"mxfp4-{columns}", mxfp4((21, columns))
     for columns, group in ((128, 128), (200, 128), (640, 128), (96, 32), (33, 128)):
         yield f"fp8-{columns}-{group}", fp8((37, columns), group)
+    for kind in PAIRS:
+        for columns in (32, 64, 96, 352, 1440):
+            yield f"{kind}-{columns}", blocks(kind, (37, columns))
+    for kind in LARGE:
+        for columns in (256, 768, 1792):
+            yield f"{kind}-{columns}", blocks(kind, (37, columns))
 
 
 MATRICES = dict(matrices())
@@ -151,12 +169,35 @@ def test_the_smallest_scale_of_mxfp4(kernels: CpuKernels) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8", "mxfp4", "fp8"])
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k", "q8_0"])
+def test_each_column_of_a_block_has_its_own_place(kernels: CpuKernels, kind: QuantKind) -> None:
+    matrix = blocks(kind, (37, 512))
+    for dtype in TOLERANCES:
+        got = kernels.linear(torch.eye(512).to(dtype), describe(matrix)).double()
+        values = matrix.dequantise(torch.float64).t()
+        torch.testing.assert_close(got, values, rtol=TOLERANCES[dtype], atol=2**-20)
+
+
+def test_every_exponent_of_gguf_mxfp4_but_the_infinite_one(kernels: CpuKernels) -> None:
+    codes = torch.full((255, 17), 0x31, dtype=torch.uint8)  # 0.5 and 1.5
+    codes[:, 0] = torch.arange(255, dtype=torch.int32).to(torch.uint8)
+    matrix = QuantMatrix(QuantFormat(kind="mxfp4_gguf", group=32, scale_dtype="U8"), (255, 32), codes, None, None)
+    for dtype in (torch.float32, torch.bfloat16):
+        for column, code in ((0, 0.5), (16, 1.5)):
+            x_TK = torch.zeros(1, 32, dtype=dtype)
+            x_TK[0, column] = 2.0**10
+            expected = (code * 2.0**10 * torch.exp2(torch.arange(255.0, dtype=torch.float64) - 127))[None].to(dtype)
+            assert torch.equal(kernels.linear(x_TK, describe(matrix)), expected)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "mxfp4", "fp8", *PAIRS, *LARGE])
 @pytest.mark.parametrize("split", [True, False])
-def test_experts_agree_with_the_reference(kernels: CpuKernels, kind: str, split: bool) -> None:
+def test_experts_agree_with_the_reference(kernels: CpuKernels, kind: QuantKind, split: bool) -> None:
     torch.manual_seed(5)
 
     def make(shape: tuple[int, int]) -> QuantMatrix:
+        if kind in BLOCK_KINDS:
+            return blocks(kind, shape)
         if kind == "int4":
             return int4(shape, 32, symmetric=False, scale_dtype="BF16")
         if kind == "int8":
@@ -167,7 +208,7 @@ def test_experts_agree_with_the_reference(kernels: CpuKernels, kind: str, split:
         gate, value = up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * value
 
-    width, hidden = 192, 64
+    width, hidden = (512, 256) if kind in LARGE else (192, 64)
     math = ExpertMath(
         activate=swiglu, up_bias_EF=torch.randn(4, 2 * hidden), down_bias_ED=torch.randn(4, width), post_norm=None,
         transposed=kind == "mxfp4", dtype=torch.float32,

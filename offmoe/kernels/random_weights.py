@@ -6,18 +6,32 @@ import math
 
 import torch
 
+from offmoe.checkpoint.quant_format import BLOCK_KINDS
 from offmoe.formats.quantised import QuantMatrix
 
 # The root mean square of values whose codes are as likely each.
-_SPREAD = {"int4": 4.6, "int8": 74.0, "mxfp4": 2.9, "fp8": 130.0}
+_SPREAD = {
+    "int4": 4.6, "int8": 74.0, "mxfp4": 2.9, "fp8": 130.0,
+    "q4_0": 4.6, "q8_0": 74.0, "q4_k": 260.0, "q5_k": 530.0, "q6_k": 1370.0, "mxfp4_gguf": 2.9,
+}  # fmt: skip
+# Where a GGUF block has its float16 scales, and their sizes: a minimum's is that of the mean code.
+_HALVES: dict[str, dict[int, float]] = {
+    "q4_0": {0: 1.0}, "q8_0": {0: 1.0}, "q4_k": {0: 1.0, 2: 7.5}, "q5_k": {0: 1.0, 2: 15.5}, "q6_k": {208: 1.0},
+}  # fmt: skip
 
 
 def fill_at_random(part: torch.Tensor | QuantMatrix, num_in: int, generator: torch.Generator) -> None:
-    """Fill a matrix of `num_in` inputs where it lies; no copy is made, for which there may be no room any more."""
+    """Fill a matrix of `num_in` inputs where it lies; no copy is made, for which there may be no room any more.
+
+    Of GGUF's blocks the kinds that the CPU kernels read.
+    """
     if isinstance(part, torch.Tensor):
         part.normal_(std=num_in**-0.5, generator=generator)
         return
     _fill_codes(part.codes, generator)
+    if part.format.is_blocks:
+        _scale_blocks(part, num_in**-0.5 / _SPREAD[part.format.kind], generator)
+        return
     if part.zeros is not None:
         _fill_codes(part.zeros, generator)
     assert part.scales is not None, f"{part.format=}"
@@ -38,3 +52,16 @@ def _fill_codes(codes: torch.Tensor, generator: torch.Generator) -> None:
     else:
         info = torch.iinfo(codes.dtype)
         codes.random_(info.min, info.max + 1, generator=generator)
+
+
+def _scale_blocks(part: QuantMatrix, scale: float, generator: torch.Generator) -> None:
+    kind = part.format.kind
+    blocks_NBn = part.codes.unflatten(1, (-1, BLOCK_KINDS[kind].num_bytes))
+    if kind == "mxfp4_gguf":
+        exponent = 127 + round(math.log2(scale))
+        blocks_NBn[:, :, 0].random_(exponent - 1, exponent + 2, generator=generator)
+        return
+    for at, size in _HALVES[kind].items():
+        scales_NB1 = torch.empty(*blocks_NBn.shape[:2], 1, device=part.codes.device)
+        scales_NB1.uniform_(0.5 * scale * size, 1.5 * scale * size, generator=generator)
+        blocks_NBn[:, :, at : at + 2] = scales_NB1.to(torch.float16).view(torch.uint8)

@@ -81,16 +81,16 @@ def _unreadable_codes(weight: QuantMatrix) -> str | None:
 
 
 def _codes(weight: QuantMatrix) -> structs.Matrix:
-    form, zeros = weight.format, weight.zeros
-    assert weight.scales is not None, f"{form=}"
+    form, scales, zeros = weight.format, weight.scales, weight.zeros
+    assert form.is_blocks or scales is not None, f"{form=}"
     return structs.Matrix(
         codes=weight.codes.data_ptr(),
-        scales=weight.scales.data_ptr(),
+        scales=None if scales is None else scales.data_ptr(),
         zeros=None if zeros is None else zeros.data_ptr(),
         rows=weight.shape[0],
         columns=weight.shape[1],
         row_bytes=_row_bytes(weight.codes),
-        scale_row_bytes=_row_bytes(weight.scales),
+        scale_row_bytes=0 if scales is None else _row_bytes(scales),
         zero_row_bytes=0 if zeros is None else _row_bytes(zeros),
         kind=structs.QUANT_KINDS[form.kind],
         scale_type=structs.SCALE_TYPES[form.scale_dtype],

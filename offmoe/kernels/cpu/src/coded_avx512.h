@@ -64,6 +64,18 @@ struct ByteTables {
         return _mm512_ternarylogic_epi32(magnitude, code, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
     }
 
+    // For tables of 0 to 127.
+    inline void signed_bytes(__m512i number, __m512i* w) const {
+        const __m512i magnitude = _mm512_abs_epi8(number);
+        const __m512i low = _mm512_permutex2var_epi8(lows[0], magnitude, lows[1]);
+        __m512i high = _mm512_permutex2var_epi8(highs[0], magnitude, highs[1]);
+        // -128 is the one magnitude of eight bits: 0xc300, whose low byte is that of 0.
+        high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitude), _mm512_set1_epi8(0x43));
+        high = with_sign(high, number);
+        w[0] = _mm512_unpacklo_epi8(low, high);
+        w[1] = _mm512_unpackhi_epi8(low, high);
+    }
+
     static int64_t column_at(int64_t at) { return at / 64 * 64 + at % 32 / 8 * 16 + at % 64 / 32 * 8 + at % 8; }
 
     __m512i lows[2], highs[2];
@@ -93,16 +105,7 @@ struct Int8 : ByteTables {
         : ByteTables([](int code) { return static_cast<float>(code); }),
           flip(_mm512_set1_epi8(static_cast<char>(matrix.code_signed ? 0 : 0x80))) {}
 
-    inline void unpack(__m512i code, __m512i* w) const {
-        const __m512i number = _mm512_xor_si512(code, flip), magnitude = _mm512_abs_epi8(number);
-        const __m512i low = _mm512_permutex2var_epi8(lows[0], magnitude, lows[1]);
-        __m512i high = _mm512_permutex2var_epi8(highs[0], magnitude, highs[1]);
-        // -128 is the one magnitude of eight bits: 0xc300, whose low byte is that of 0.
-        high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitude), _mm512_set1_epi8(0x43));
-        high = with_sign(high, number);
-        w[0] = _mm512_unpacklo_epi8(low, high);
-        w[1] = _mm512_unpackhi_epi8(low, high);
-    }
+    inline void unpack(__m512i code, __m512i* w) const { signed_bytes(_mm512_xor_si512(code, flip), w); }
 
     static int64_t zero_bias(const Matrix& matrix) { return matrix.code_signed ? 0 : 128; }
 
@@ -168,6 +171,7 @@ template <class Unpacker, bool ZEROS>
 struct Coded {
     static constexpr int64_t kColumns = Unpacker::kColumns;
     static constexpr int kRowsForFew = 2;
+    static constexpr int64_t kStep = kChunk;
 
     explicit Coded(const Matrix& matrix)
         : matrix(matrix), inner(matrix), chunks_a_group((matrix.group + kColumns - 1) / kColumns),

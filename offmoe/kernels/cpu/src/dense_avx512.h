@@ -7,6 +7,7 @@ namespace {
 
 struct Dense {
     static constexpr int kRowsForFew = 1;  // at a time, for three or four rows of x
+    static constexpr int64_t kStep = kChunk;  // blocks of columns begin at a multiple
 
     explicit Dense(const Matrix& matrix) : matrix(matrix) {}
 

@@ -1,13 +1,10 @@
 // Any format and type, multiplied in float32: weights are unpacked 128 columns at a time, then multiplied with every x.
 #pragma once
+#include "blocks.h"
 #include "level.h"
-#include "vectors.h"
 
 namespace offmoe {
 namespace {
-
-constexpr int64_t kChunk = 128;
-constexpr int64_t kVectors = kChunk / kLanes;
 
 inline bool in_nibbles(const Matrix& matrix) { return matrix.kind == INT4 || matrix.kind == MXFP4; }
 
@@ -20,7 +17,17 @@ inline int64_t code_bits(int32_t kind) {
     }
 }
 
-inline int64_t row_code_bytes(const Matrix& matrix) { return (matrix.columns * code_bits(matrix.kind) + 7) / 8; }
+inline int64_t row_code_bytes(const Matrix& matrix) {
+    if (!is_blocks(matrix.kind)) return (matrix.columns * code_bits(matrix.kind) + 7) / 8;
+    return matrix.columns / block_columns(matrix.kind) * block_bytes(matrix.kind);
+}
+
+// Where the chunk begins that begins with `column`; the chunks of a block of 256 columns begin with the block.
+template <int32_t KIND>
+inline int64_t chunk_at(int64_t column) {
+    if constexpr (is_blocks(KIND)) return column / block_columns(KIND) * block_bytes(KIND);
+    return column * code_bits(KIND) / 8;
+}
 
 inline float scale_at(const Matrix& matrix, const uint8_t* scales, int64_t group) {
     switch (matrix.scale_type) {
@@ -73,18 +80,10 @@ inline void group_lanes(const Matrix& matrix, int64_t row, int64_t column, int64
     zero = load<F32x16>(zero_lanes);
 }
 
-inline F32x16 e2m1(U32x16 nibble) {
-    // 0 0.5 1 1.5 2 3 4 6: exponent and mantissa moved to their places, the two smallest apart.
-    const U32x16 magnitude = nibble & 7u;
-    const F32x16 small = __builtin_convertvector(bits<I32x16>(magnitude), F32x16) * 0.5f;
-    const F32x16 normal = bits<F32x16>((magnitude << 22) + (126u << 23));
-    const F32x16 value = choose(magnitude < 2u, small, normal);
-    return bits<F32x16>(bits<U32x16>(value) | ((nibble & 8u) << 28));
-}
-
 // 128 columns of a row from `column` on; `codes` has that many, whatever the row has.
 template <int32_t KIND>
 inline void unpack(const Matrix& matrix, int64_t row, int64_t column, const uint8_t* codes, F32x16* out) {
+    if constexpr (is_blocks(KIND)) return unpack_blocks<KIND>(codes, column, out);
     F32x16 scale, zero;
     if constexpr (KIND == INT4 || KIND == MXFP4) group_lanes(matrix, row, column, 8, scale, zero);
     OFFMOE_UNROLL
@@ -118,17 +117,17 @@ inline void unpack(const Matrix& matrix, int64_t row, int64_t column, const uint
 
 template <int32_t KIND, int T>
 void multiply_rows(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, float* out, int64_t stride) {
-    const int64_t chunk_bytes = kChunk * code_bits(KIND) / 8, whole = matrix.columns / kChunk;
+    const int64_t whole = matrix.columns / kChunk;
     for (int64_t row = begin; row < end; ++row) {
         const uint8_t* codes = matrix.codes + row * matrix.row_bytes;
         F32x16 sums[T][2] = {};
         F32x16 w[kVectors];
         alignas(64) uint8_t last[kChunk * 4];
         for (int64_t chunk = 0; chunk * kChunk < matrix.columns; ++chunk) {
-            const uint8_t* from = codes + chunk * chunk_bytes;
+            const uint8_t* from = codes + chunk_at<KIND>(chunk * kChunk);
             if (chunk == whole) {
                 std::memset(last, 0, sizeof last);
-                std::memcpy(last, from, row_code_bytes(matrix) - chunk * chunk_bytes);
+                std::memcpy(last, from, row_code_bytes(matrix) - (from - codes));
                 from = last;
             }
             __builtin_prefetch(from + 2048);
@@ -202,6 +201,12 @@ inline void general_multiply(const Matrix& matrix, int32_t, int64_t begin, int64
             case INT4: multiply_kind<INT4>(matrix, begin, stop, x, num_x, out, stride); break;
             case MXFP4: multiply_kind<MXFP4>(matrix, begin, stop, x, num_x, out, stride); break;
             case FP8: multiply_kind<FP8>(matrix, begin, stop, x, num_x, out, stride); break;
+            case Q4_0: multiply_kind<Q4_0>(matrix, begin, stop, x, num_x, out, stride); break;
+            case Q8_0: multiply_kind<Q8_0>(matrix, begin, stop, x, num_x, out, stride); break;
+            case Q4_K: multiply_kind<Q4_K>(matrix, begin, stop, x, num_x, out, stride); break;
+            case Q5_K: multiply_kind<Q5_K>(matrix, begin, stop, x, num_x, out, stride); break;
+            case Q6_K: multiply_kind<Q6_K>(matrix, begin, stop, x, num_x, out, stride); break;
+            case MXFP4_BLOCKS: multiply_kind<MXFP4_BLOCKS>(matrix, begin, stop, x, num_x, out, stride); break;
             default: break;
         }
     }

@@ -1,6 +1,6 @@
 // AVX-512: bfloat16 by its own kernels, everything else as on any processor.
 #include "activate.h"
-#include "coded_avx512.h"
+#include "blocks_avx512.h"
 #include "decode.h"
 #include "dense_avx512.h"
 
@@ -10,7 +10,7 @@ namespace {
 // Whether `multiply` has a kernel of its own for it.
 bool is_fast(const Matrix& matrix, int32_t type) {
     if (type != BF16 || matrix.transposed) return false;
-    if (matrix.kind == DENSE_BF16) return true;
+    if (matrix.kind == DENSE_BF16 || is_blocks(matrix.kind)) return true;
     if (matrix.kind < INT8 || num_groups(matrix) > kMostGroups) return false;
     if (matrix.kind == INT8 && !matrix.zeros && matrix.zero != (matrix.code_signed ? 0 : 128)) return false;
     if (in_nibbles(matrix) && matrix.columns % 8 != 0) return false;
@@ -19,10 +19,12 @@ bool is_fast(const Matrix& matrix, int32_t type) {
 }
 
 bool needs_sums(const Matrix& matrix) { return matrix.zeros != nullptr; }
+bool has_minima(const Matrix& matrix) { return matrix.kind == Q4_K || matrix.kind == Q5_K; }
 
-// Sixteen sums for every 64 columns at most.
+// Sixteen sums for every 64 columns at most, or for every 256.
 int64_t prepared_bytes(const Matrix& matrix, int32_t type) {
     if (!is_fast(matrix, type)) return general_prepared_bytes(matrix, type);
+    if (has_minima(matrix)) return 2 * padded(matrix.columns) + matrix.columns / 256 * 64;
     return padded(matrix.columns) * (needs_sums(matrix) ? 3 : 2);
 }
 
@@ -45,9 +47,33 @@ void prepare_chunks(const Matrix& matrix, const float* x, uint16_t* out) {
         }
 }
 
+// For every 256 columns eight zeros, where the scales are, and the sums that the minima are multiplied with.
+void prepare_minima(const Matrix& matrix, const float* x, float* sums) {
+    for (int64_t column = 0; column < matrix.columns; column += 256, sums += kLanes)
+        for (int64_t group = 0; group < 8; ++group) {
+            F32x16 both = load<F32x16>(x + column + 32 * group);
+            both += load<F32x16>(x + column + 32 * group + kLanes);
+            sums[group] = 0.0f;
+            sums[8 + group] = sum(both);
+        }
+}
+
+void prepare_blocks(const Matrix& matrix, const float* x, uint16_t* out) {
+    switch (matrix.kind) {
+        case Q4_0: return prepare_chunks<PairNibbles<Q4_0>>(matrix, x, out);
+        case MXFP4_BLOCKS: return prepare_chunks<PairNibbles<MXFP4_BLOCKS>>(matrix, x, out);
+        case Q8_0: return prepare_chunks<PairQ8>(matrix, x, out);
+        case Q6_K: return prepare_chunks<GroupsOf16>(matrix, x, out);
+        default: break;
+    }
+    prepare_chunks<GroupsOf32<Q4_K>>(matrix, x, out);
+    prepare_minima(matrix, x, reinterpret_cast<float*>(out + padded(matrix.columns)));
+}
+
 void prepare(const Matrix& matrix, int32_t type, const float* x, void* prepared) {
     if (!is_fast(matrix, type)) return general_prepare(matrix, type, x, prepared);
     uint16_t* out = static_cast<uint16_t*>(prepared);
+    if (is_blocks(matrix.kind)) return prepare_blocks(matrix, x, out);
     if (in_nibbles(matrix)) return prepare_chunks<Nibbles>(matrix, x, out);
     if (matrix.kind != DENSE_BF16) return prepare_chunks<ByteTables>(matrix, x, out);
     for (int64_t column = 0; column < matrix.columns; ++column)
@@ -57,7 +83,7 @@ void prepare(const Matrix& matrix, int32_t type, const float* x, void* prepared)
 
 template <class Kernel, int R, int T>
 void run_rows(Kernel& kernel, int64_t columns, int count, const void* const* x, float* out, int64_t stride) {
-    const int64_t step = in_blocks(T) ? kBlockColumns / T / kChunk * kChunk : columns;
+    const int64_t step = in_blocks(T) ? kBlockColumns / T / Kernel::kStep * Kernel::kStep : columns;
     __m512 sums[kBlockRows * T];
     for (int i = 0; i < count * T; ++i) sums[i] = _mm512_setzero_ps();
     for (int64_t first = 0; first < columns; first += step) {
@@ -101,6 +127,12 @@ void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, co
     switch (matrix.kind) {
         case DENSE_BF16: return run_kernel<Dense>(matrix, begin, end, x, num_x, out, stride);
         case FP8: return run_kernel<Coded<Fp8, false>>(matrix, begin, end, x, num_x, out, stride);
+        case Q4_0: return run_kernel<Blocks<PairNibbles<Q4_0>>>(matrix, begin, end, x, num_x, out, stride);
+        case MXFP4_BLOCKS: return run_kernel<Blocks<PairNibbles<MXFP4_BLOCKS>>>(matrix, begin, end, x, num_x, out, stride);
+        case Q8_0: return run_kernel<Blocks<PairQ8>>(matrix, begin, end, x, num_x, out, stride);
+        case Q4_K: return run_kernel<Blocks<GroupsOf32<Q4_K>>>(matrix, begin, end, x, num_x, out, stride);
+        case Q5_K: return run_kernel<Blocks<GroupsOf32<Q5_K>>>(matrix, begin, end, x, num_x, out, stride);
+        case Q6_K: return run_kernel<Blocks<GroupsOf16>>(matrix, begin, end, x, num_x, out, stride);
         case INT8:
             if (zeros) return run_kernel<Coded<Int8, true>>(matrix, begin, end, x, num_x, out, stride);
             return run_kernel<Coded<Int8, false>>(matrix, begin, end, x, num_x, out, stride);

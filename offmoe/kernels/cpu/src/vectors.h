@@ -67,6 +67,15 @@ inline F32x16 from_fp8(U8x16 code) {
     return bits<F32x16>(bits<U32x16>(value) | ((wide & 0x80u) << 24));
 }
 
+inline F32x16 e2m1(U32x16 nibble) {
+    // 0 0.5 1 1.5 2 3 4 6: exponent and mantissa moved to their places, the two smallest apart.
+    const U32x16 magnitude = nibble & 7u;
+    const F32x16 small = __builtin_convertvector(bits<I32x16>(magnitude), F32x16) * 0.5f;
+    const F32x16 normal = bits<F32x16>((magnitude << 22) + (126u << 23));
+    const F32x16 value = choose(magnitude < 2u, small, normal);
+    return bits<F32x16>(bits<U32x16>(value) | ((nibble & 8u) << 28));
+}
+
 // Rounded to bfloat16, to nearest even, as a float.
 inline F32x16 round_bf16(F32x16 x) {
     const U32x16 u = bits<U32x16>(x);
