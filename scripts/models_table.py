@@ -18,15 +18,13 @@ def make_table() -> str:
     """The markdown table: one row a family, then those left out, each with its reason."""
     from adapted_families import ADAPTED, ENCODER_DECODERS
     from families import EXCLUDED, FAMILIES, LAYOUTS, MULTIMODAL
-    from test_families_exact import REFUSED
 
     def forms(name: str) -> str:
         return "published" if name in ENCODER_DECODERS else "published, shards"
 
     lines = ["| family | class | exact as |", "|---|---|---|"]
     for name, family in sorted(FAMILIES.items()):
-        layouts = [layout for layout in LAYOUTS if (name, layout) not in REFUSED]
-        lines.append(f"| {name} | {family.model_class} | {', '.join(layouts)} |")
+        lines.append(f"| {name} | {family.model_class} | {', '.join(LAYOUTS)} |")
     lines += [
         f"| {name.removesuffix('_multimodal')} | {family.model_class}, text only | published |"
         for name, family in sorted(MULTIMODAL.items())
@@ -39,7 +37,6 @@ def make_table() -> str:
     lines.append("| grok-1 | Grok1ForCausalLM, offmoe's own, against NumPy (`tests/test_grok1.py`) | published |")
     lines += ["", "| left out | why |", "|---|---|"]
     lines += [f"| {name} | {reason} |" for name, reason in sorted(EXCLUDED.items())]
-    lines += [f"| {name}, {layout} | {reason} |" for (name, layout), reason in sorted(REFUSED.items())]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""A tiny real model of every family that transformers routes through its experts door.
+"""A tiny real model of every family that transformers routes through its experts door, alone and inside other models.
 
 Each `Family` is a config of the family's own class, small enough to run in milliseconds, and wide enough to be wrong in
 a visible way: expert width differs from model width, weights are spread so that a wrong expert, a wrong layer or a
@@ -749,6 +749,15 @@ _QWEN_VL_TEXT: dict[str, object] = {
     "mlp_only_layers": [1],
     "rope_parameters": _mrope(4, 2, 2),
 }
+_PIXTRAL: dict[str, object] = {
+    "model_type": "pixtral",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 _OCR_SAM: dict[str, object] = {
     "hidden_size": 16,
     "output_channels": 8,
@@ -855,15 +864,7 @@ _MULTIMODAL = (
                 "attention_factor": 1.0,
             },
         },
-        vision_config={
-            "model_type": "pixtral",
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 4,
-        },
+        vision_config=_PIXTRAL,
     ),
     _composite(
         "muse_spark",
@@ -1050,13 +1051,107 @@ _ALSO_MULTIMODAL = (
     ),
 )
 
-MULTIMODAL: dict[str, Family] = {f"{family.name}_multimodal": family for family in _ALSO_MULTIMODAL}
+_INTERNVL_VISION: dict[str, object] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": [16, 16],
+    "patch_size": [4, 4],
+}
+_TRANSCRIBE_AUDIO: dict[str, object] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_mel_bins": 8,
+}
+
+
+def _around(text: str, name: str, prefix: str, *, model_type: str = "", **towers: object) -> Family:
+    """The text model of the family `text` in a class that takes any."""
+    return _composite(name, prefix, {"model_type": model_type or text, **_text(text)}, **towers)  # type: ignore[arg-type]
+
+
+# Folders without experts of their own: their text part is whatever the config names, and is published with experts.
+_AROUND: dict[str, Family] = {
+    "cosmos3_omni": _composite(
+        "cosmos3_omni",
+        "Cosmos3Omni",
+        {"model_type": "qwen3_vl_moe_text", **_QWEN_VL_TEXT},
+        vision_config={"model_type": "qwen3_vl_vision", **_QWEN_VISION},
+    ),
+    "internvl_gpt_oss": _around("gpt_oss", "internvl", "InternVL", vision_config=_INTERNVL_VISION),
+    "internvl_qwen3_moe": _around("qwen3_moe", "internvl", "InternVL", vision_config=_INTERNVL_VISION),
+    "kimi_k25": _around(
+        "deepseek_v3",
+        "kimi_k25",
+        "Kimi_K25",
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "patch_size": 4,
+            "pos_emb_height": 4,
+            "pos_emb_width": 4,
+            "pos_emb_time": 2,
+        },
+        projection_hidden_size=64,
+    ),
+    "mistral3_mistral4": _around("mistral4", "mistral3", "Mistral3", vision_config=_PIXTRAL),
+    "nemotron3_5_transcribe": _around(
+        "nemotron_h",
+        "nemotron3_5_transcribe",
+        "Nemotron3_5Transcribe",
+        audio_config={
+            "asr_config": _TRANSCRIBE_AUDIO,
+            "diarization_config": {
+                "audio_config": _TRANSCRIBE_AUDIO,
+                "head_config": {"hidden_size": 16, "audio_hidden_size": 16},
+            },
+        },
+        word_timestamp_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "vocab_size": 8,
+            "blank_token_id": 7,
+        },
+        audio_token_id=128,
+    ),
+    "nemotron_h_omni": replace(
+        _around(
+            "nemotron_h",
+            "nemotron_h_omni",
+            "",
+            model_class="NemotronH_Omni_Reasoning_V3",
+            vision_config={
+                "model_type": "radio",
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 8,
+                "video_temporal_patch_size": 2,
+            },
+            projector_hidden_size=24,
+            vision_hidden_size=16,
+        ),
+        config_class="NemotronH_Omni_Reasoning_V3_Config",
+    ),
+}
+
+MULTIMODAL: dict[str, Family] = {f"{family.name}_multimodal": family for family in _ALSO_MULTIMODAL} | _AROUND
 
 # Folder -> why no tiny causal text model of it is here.
 EXCLUDED: dict[str, str] = {
     "doge": "an expert is one row of an embedding table, too small to stream; run its models (20M to 320M) whole",
     "diffusion_gemma": "denoises whole blocks of tokens; it has no causal language-model head and no next-token logits",
     "openai_privacy_filter": "labels tokens in both directions; it has no language-model head and does not generate",
+    "vitpose_backbone": "finds the joints of people in pictures; it has no text model",
 }
 
 

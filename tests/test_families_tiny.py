@@ -11,6 +11,7 @@ import families
 import pytest
 import torch
 import transformers
+from adapted_families import ADAPTED
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -71,17 +72,31 @@ def _stored_shapes(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
+_MODELS = Path(transformers.__file__).parent / "models"
+_COUNTS_EXPERTS = re.compile(r"num_experts|num_local_experts|n_routed_experts|moe_intermediate|moe_num_experts")
+
+
+def _folders(kind: str, pattern: re.Pattern[str]) -> set[str]:
+    """transformers' model folders with a match of `pattern` in a file of this kind."""
+    files = _MODELS.glob(f"*/{kind}_*.py")
+    return {file.parent.name for file in files if pattern.search(file.read_text(encoding="utf-8"))}
+
+
 def test_every_family_with_the_experts_door_is_here_or_excluded_with_a_reason() -> None:
-    models = Path(transformers.__file__).parent / "models"
-    decorated = {
-        file.parent.name
-        for file in models.glob("*/modeling_*.py")
-        if re.search(r"^@use_experts_implementation", file.read_text(encoding="utf-8"), re.MULTILINE)
-    }
+    decorated = _folders("modeling", re.compile(r"^@use_experts_implementation", re.MULTILINE))
     known = families.FAMILIES.keys() | families.EXCLUDED.keys()
     gone = families.FAMILIES.keys() - decorated  # those left out may have experts elsewhere
     assert decorated <= known and not gone, f"new: {sorted(decorated - known)}, gone: {sorted(gone)}"
     assert not families.FAMILIES.keys() & families.EXCLUDED.keys()
+
+
+def test_every_folder_whose_config_counts_experts_is_run_or_excluded_with_a_reason() -> None:
+    """74 of them in transformers 5.23."""
+    counted = _folders("configuration", _COUNTS_EXPERTS)
+    run = {family.name for part in (families.FAMILIES, families.MULTIMODAL, ADAPTED) for family in part.values()}
+    assert not run & families.EXCLUDED.keys()
+    assert counted <= run | families.EXCLUDED.keys(), f"new: {sorted(counted - run - families.EXCLUDED.keys())}"
+    assert len(counted & run) >= 70, f"{len(counted)=}"
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)

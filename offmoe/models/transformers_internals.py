@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    ErnieFuseAndSplitTextVisionExperts,
     Interleave,
     MergeModulelist,
     Transpose,
@@ -125,15 +126,42 @@ class KeyMapping:
             if name not in self._params and key in self._params:
                 name, pattern = rename_source_key(key, [], [], self._prefix, self._params)
             result[key] = Target(name, pattern)
-        return result
+        return self._divided(result)
+
+    def _divided(self, targets: dict[str, Target]) -> dict[str, Target]:
+        """`targets`, where one list of experts fills several parameters in turn: equal shares of it, in order."""
+        lists: dict[Target, list[str]] = {}
+        for key, target in targets.items():
+            if target.pattern is not None and self._divides(target.pattern):
+                lists.setdefault(target, []).append(key)
+        for target, keys in lists.items():
+            assert target.pattern is not None, f"{target=}"
+            first, *others = self._by_pattern[target.pattern].target_patterns
+            share = -(-len(keys) // (1 + len(others)))
+            for idx, key in enumerate(keys):
+                if idx >= share:
+                    param = target.param.replace(first, others[idx // share - 1])
+                    targets[key] = Target(param, target.pattern)
+        return targets
+
+    def _divides(self, pattern: str) -> bool:
+        return any(isinstance(op, ErnieFuseAndSplitTextVisionExperts) for op in self._by_pattern[pattern].operations)
 
     def sources(self, pattern: str) -> list[str]:
         """All patterns of the converter that `pattern` belongs to, in the order of concatenation."""
         return list(self._by_pattern[pattern].source_patterns)
 
     def operations(self, pattern: str) -> list[object]:
-        """The converter's operations, in order of application."""
-        return list(self._by_pattern[pattern].operations)
+        """The converter's operations, in order of application. `targets` has divided lists that fill several
+        parameters.
+        """
+        found: list[object] = []
+        for operation in self._by_pattern[pattern].operations:
+            if isinstance(operation, ErnieFuseAndSplitTextVisionExperts):
+                found += [MergeModulelist(dim=operation.stack_dim), Concatenate(dim=operation.concat_dim)]
+            else:
+                found.append(operation)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

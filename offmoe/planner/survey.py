@@ -109,11 +109,16 @@ def find_experts(
         match = _ONE_EXPERT.match(entry.name)
         if match and len(entry.shape) == 2:
             per_expert.append((match.group(1), int(match.group(2)), entry))
-        elif len(entry.shape) == 3 and entry.shape[0] in counts and not _RESIDENT.search(entry.name):
+        elif len(entry.shape) == 3 and entry.shape[0] in counts and _are_matrices(entry):
             stacked.append((entry, entry.shape[0]))
         elif len(entry.shape) == 2 and len(counts) == 1 and _ROWS_OF_ALL.search(entry.name):
             stacked.append((entry, *counts))
     return per_expert, stacked
+
+
+def _are_matrices(entry: StoredTensor) -> bool:
+    """Not the experts of an attention, nor a convolution, which may have as many channels as there are experts."""
+    return min(entry.shape[1:]) > 1 and not _RESIDENT.search(entry.name)
 
 
 def layer_of(name: str) -> str:
