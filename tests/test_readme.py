@@ -41,7 +41,7 @@ COMMANDS = [
     line.partition("#")[0].strip()
     for block in examples("sh")
     for line in block.splitlines()
-    if re.match(r"offmoe (inspect|generate|chat +path|verify)", line)
+    if re.match(r"offmoe (inspect|generate|chat +path|verify|bench)", line)
 ]
 
 
