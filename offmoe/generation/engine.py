@@ -222,6 +222,7 @@ class Engine:
             end_ids=frozenset() if ignore_end else self._end_ids(), has_text=self.tokenizer is not None,
         )  # fmt: skip
         kept, compiler, halving = self._kept, self._compiler, self._halving_chunk
+        run_token = compiler or (parts.native.threads.run_token if parts.native else None)
         reuse = False if reuse is None and self.config.placement_invariant else reuse
 
         def translated() -> Iterator[Piece]:
@@ -238,7 +239,7 @@ class Engine:
             num_reused = kept.begin(ids, reuse=reuse)
             steps = generate_step(
                 parts.model, ids, choose or make_chooser(settings, parts.model.device), kept=kept,
-                chunk=halving.size if halving else parts.plan.prefill_chunk, on_prefill=on_prefill, decode=compiler,
+                chunk=halving.size if halving else parts.plan.prefill_chunk, on_prefill=on_prefill, decode=run_token,
                 smaller_chunk=halving.halve if halving else None,
             )  # fmt: skip
             steps = note_phases(steps, parts.serving.recorder, len(ids) - num_reused)

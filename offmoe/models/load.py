@@ -235,6 +235,8 @@ def _swap_modules(model: PreTrainedModel, serving: Serving, kernels: CpuKernels 
     swap_attention(native, model)
     swap_moe(native, model)
     swap_layers(native, model)
+    if serving.cpu_rows is not None:
+        native.threads.begin(model, serving.cpu_rows.reasons, attends=native.counts["attentions"] > 0)
     return native
 
 

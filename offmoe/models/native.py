@@ -24,6 +24,7 @@ from torch import nn
 from offmoe.kernels.cpu.decode import NORM_KINDS, CpuLinear, CpuNorm
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.matrices import Weight, unreadable
+from offmoe.models.torch_threads import TorchThreads
 
 # Rows that linears are computed for; of norms, numbers. More are torch's, which uses all cores for them.
 MAX_ROWS = 16
@@ -38,10 +39,14 @@ Forward = Callable[..., torch.Tensor]
 
 
 class NativeModules:
-    """The modules of one model that were swapped. `counts`: kind -> how many; `remove` puts the originals back."""
+    """The modules of one model that were swapped. `counts`: kind -> how many; `remove` puts the originals back.
+
+    `threads` are torch's, for what is left to it.
+    """
 
     def __init__(self, kernels: CpuKernels) -> None:
         self.kernels = kernels
+        self.threads = TorchThreads()
         self.counts: Counter[str] = Counter()
         self._swapped: list[nn.Module] = []
 
@@ -81,7 +86,7 @@ class NativeModules:
             return
         rows = _random_rows(linear.num_inputs, module.weight.dtype)
         if agree(linear(rows), module(rows)):
-            self.swap(module, _linear_forward(module, linear), "linears")
+            self.swap(module, _linear_forward(module, linear, self.threads), "linears")
 
     def _swap_router(self, module: nn.Module) -> None:
         weight = module._parameters["weight"]
@@ -186,13 +191,15 @@ def agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return bool(error.max() <= tolerance * largest and error.mean() <= tolerance / 10 * largest)
 
 
-def _linear_forward(module: nn.Linear, linear: CpuLinear) -> Forward:
+def _linear_forward(module: nn.Linear, linear: CpuLinear, threads: TorchThreads) -> Forward:
     most, weight, bias = MAX_ROWS * linear.num_inputs, module.weight, module.bias
 
     def forward(input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # its name in nn.Linear
         x = input
-        if torch.compiler.is_dynamo_compiling() or x.numel() > most or torch.is_grad_enabled() or not linear.takes(x):
+        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
             return nn.functional.linear(x, weight, bias)
+        if x.numel() > most or not linear.takes(x):
+            return threads.linear(x, weight, bias)
         return linear(x)
 
     return forward
