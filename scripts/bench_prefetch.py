@@ -14,18 +14,16 @@ import argparse
 import datetime
 import json
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchlib.given_ids import GivenIds, compared, take_turns
 from benchlib.machine import describe_machine, describe_model, describe_versions
 
 import offmoe
-from offmoe.base.counters import Counters
 from offmoe.base.units import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,34 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def listed(facts: Mapping[str, object]) -> str:
     """On one line."""
     return ", ".join(f"{name} {value}" for name, value in facts.items())
-
-
-class System:
-    """One engine that decodes given ids; `block_s` has the seconds of every block."""
-
-    def __init__(self, model: Path, prefetch: str, slots: int, ids: list[int], prefill: int) -> None:
-        self.name = prefetch
-        self.engine = offmoe.load(model, experts=slots, prefetch=prefetch)
-        given: Iterator[int] = iter(ids[prefill:])
-        self._pieces = self.engine.stream(
-            ids[:prefill], max_new_tokens=len(ids) - prefill, choose=lambda _, __: next(given), ignore_end=True
-        )
-        next(self._pieces)
-        self.block_s: list[float] = []
-        self.before = self.counters()
-
-    def counters(self) -> Counters:
-        return self.engine._parts.cache.counters.copy()
-
-    def run_block(self, num_tokens: int) -> None:
-        begin = time.perf_counter()
-        for _ in range(num_tokens):
-            next(self._pieces)
-        self.block_s.append(time.perf_counter() - begin)
-
-    def close(self) -> None:
-        self._pieces.close()  # type: ignore[attr-defined]
-        self.engine.close()
 
 
 def run(args: argparse.Namespace, share: float) -> dict[str, Any]:
@@ -73,21 +43,20 @@ def run(args: argparse.Namespace, share: float) -> dict[str, Any]:
     with ExitStack() as opened:
         systems = []
         for prefetch in args.prefetch:
-            systems.append(System(args.model, prefetch, slots, ids, args.prefill))
+            engine = offmoe.load(args.model, experts=slots, prefetch=prefetch)
+            systems.append(GivenIds(prefetch, engine, ids, num_prompt=args.prefill))
             opened.callback(systems[-1].close)
-        for number in range(args.blocks):
-            for system in systems if number % 2 == 0 else reversed(systems):
-                system.run_block(args.block)
-            print(f"{share:.0%}: block {number + 1} of {args.blocks}", file=sys.stderr, end="\r")
+        for number in take_turns(systems, num_blocks=args.blocks, block=args.block):
+            print(f"{share:.0%}: block {number} of {args.blocks}", file=sys.stderr, end="\r")
         num_tokens = args.block * args.blocks
         rows = {}
         for system in systems:
-            spent = system.counters().minus(system.before)
-            ratios = [a / b for a, b in zip(systems[0].block_s, system.block_s, strict=True)]
+            spent = system.counts()
+            ratio, median_ratio = compared(system, systems[0])
             rows[system.name] = {
                 "tok_per_s": round(num_tokens / sum(system.block_s), 3),
-                "ratio": round(sum(systems[0].block_s) / sum(system.block_s), 4),
-                "median_block_ratio": round(statistics.median(ratios), 4),
+                "ratio": round(ratio, 4),
+                "median_block_ratio": round(median_ratio, 4),
                 "hit_rate": round(spent.hit_rate, 4),
                 "disk_bytes_per_token": round(spent.disk_bytes / num_tokens),
                 "stall_ms_per_token": round(spent.disk_stall_ns / 1e6 / num_tokens, 2),

@@ -1,12 +1,13 @@
 """Wall-clock benchmark of prefetching and of the miss arbiter on a simulated device: RAM behind a link of a set speed.
 
     python scripts/bench_simulated.py                                  # a few minutes on two cores
-    python scripts/bench_simulated.py --ratios 0.5 --rounds 2 --out /tmp/result.md
+    python scripts/bench_simulated.py --ratios 0.5 --share 0.1 --blocks 20 --out /tmp/result.md
 
 The model is made on the spot (random weights, experts of about 600 KB, real text ids). `ratio` is the link's bandwidth
 over that at which the same machine computes experts: at 0.2, copying an expert takes five times as long as using it.
-All settings are open at once and decode the same text in turns, forwards and backwards; every ratio of speeds is one of
-two runs of the same round. Figures tell what the scheduling hides, not how fast a GPU is: two threads share the cores.
+All settings are open at once and decode the same text, a block of tokens each, forwards and back (A B B A); a ratio of
+speeds is over all blocks, and by the median block. The first comparisons of the prefetcher and of the arbiter are made
+during the warm-up. Figures tell what the scheduling hides, not how fast a GPU is: two threads share the cores.
 Progress goes to stderr; the last line on stdout is one JSON object. Exit code 1: ids differed where they must not.
 """
 
@@ -20,14 +21,16 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchlib.device_checkpoint import MadeModel, make_model
 from benchlib.device_exact import demo_folder
-from benchlib.device_systems import OffmoeSystem, Place, Timed
+from benchlib.device_systems import OffmoeSystem, Place
+from benchlib.given_ids import GivenIds, compared, take_turns
 from benchlib.machine import describe_machine, describe_versions
 from benchlib.report import number, without_folders
 from benchlib.stdlib_text import held_out_ids
@@ -60,42 +63,36 @@ class Work:
     """How much is run."""
 
     layers: int
-    share: float
-    rounds: int
+    blocks: int
     block: int
     warmup: int
-    prompt: int = 16
+    settings: tuple[str, ...]
+    prompt: int = 256
+
+    @property
+    def num_ids(self) -> int:
+        """Of one setting."""
+        return self.prompt + self.warmup + self.blocks * self.block
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """One link speed: the runs of every setting, in the order of rounds."""
+    """One link speed and one number of slots."""
 
     ratio: float
+    share: float
     link_bytes_per_s: float
-    runs: dict[str, list[Timed]] = field(default_factory=dict)
-
-    def speed(self, name: str) -> float:
-        """Tokens a second, median over all tokens."""
-        return 1 / statistics.median(seconds for run in self.runs[name] for seconds in run.decode_s)
-
-    def compared(self, name: str, other: str) -> float:
-        """How many times faster `name` was, median over rounds."""
-        return statistics.median(
-            sum(b.decode_s) / sum(a.decode_s) for a, b in zip(self.runs[name], self.runs[other], strict=True)
-        )
-
-    def per_token(self, name: str, counter: str) -> float:
-        """A counter's mean over decoded tokens."""
-        runs = self.runs[name]
-        return sum(run.decode_counts[counter] for run in runs) / sum(len(run.decode_s) for run in runs)
+    settings: dict[str, dict[str, float]]
+    pairs: dict[tuple[str, str], tuple[float, float]]
+    same_ids: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    work = Work(layers=args.layers, share=args.share, rounds=args.rounds, block=args.block, warmup=args.warmup)
+    names = tuple(name for name in SETTINGS if name in args.settings)
+    work = Work(layers=args.layers, blocks=args.blocks, block=args.block, warmup=args.warmup, settings=names)
     ids = [token_id % VOCAB for token_id in held_out_ids(Tokenizer.from_file(str(demo_folder() / "tokenizer.json")))]
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         model = make_model(
@@ -106,16 +103,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         routed_bytes = model.expert_bytes * model.num_layers * model.top_k
         progress(f"all experts resident: {compute_s * 1e3:.1f} ms a token, which uses {routed_bytes / 1e6:.1f} MB")
         results = [
-            run_ratio(model, ids, work, ratio=float(ratio), link_bytes_per_s=float(ratio) * routed_bytes / compute_s)
-            for ratio in args.ratios.split(",")
+            run_one(model, ids, work, ratio=ratio, share=share, link_bytes_per_s=ratio * routed_bytes / compute_s)
+            for ratio in args.ratios
+            for share in args.share
         ]
-    same = all(same_ids(result) for result in results)
+    same = all(result.same_ids for result in results)
     lines = render(args, model, work, compute_s, results, same=same)
     out = args.out or ROOT / "benchmarks" / f"{datetime.date.today().isoformat()}-simulated-link.md"
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines), file=sys.stderr)
     print(json.dumps({"bench": "simulated", "compute_s": compute_s, "same_ids": same,
-                      "ratios": [as_json(result, compute_s) for result in results]}))  # fmt: skip
+                      "results": [as_json(result, compute_s) for result in results]}))  # fmt: skip
     return 0 if same else 1
 
 
@@ -125,22 +123,32 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ratios", default="0.2,0.5,1.0", help="link over compute bandwidth (default: %(default)s)")
-    parser.add_argument("--share", type=float, default=0.4, help="of the experts in device slots (default: 0.4)")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[0.5, 1.0], help="link over compute bandwidth (default: 0.5 1)"
+    )
+    parser.add_argument(
+        "--share", type=float, nargs="+", default=[0.1, 0.25, 0.5],
+        help="of the experts, in device slots (default: 0.1 0.25 0.5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="(default: all of them)"
+    )
     parser.add_argument("--layers", type=int, default=8, help="(default: 8)")
-    parser.add_argument("--rounds", type=int, default=4, help="forwards and backwards (default: 4)")
-    parser.add_argument("--block", type=int, default=32, help="tokens of a run (default: 32)")
-    parser.add_argument("--warmup", type=int, default=160, help="tokens before the first run (default: 160)")
+    parser.add_argument("--blocks", type=int, default=40, help="of each setting (default: 40)")
+    parser.add_argument("--block", type=int, default=8, help="tokens of a block (default: 8)")
+    parser.add_argument("--warmup", type=int, default=320, help="tokens before the first block (default: 320)")
     parser.add_argument("--threads", type=int, default=1, help="torch's; the link has one of its own (default: 1)")
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/DATE-simulated-link.md)")
     return parser.parse_args(argv)
 
 
-def open_system(name: str, model: MadeModel, *, slots: int, link_bytes_per_s: float, **options: Any) -> OffmoeSystem:
+def open_system(
+    name: str, model: MadeModel, *, slots: int, link_bytes_per_s: float, context_length: int = 1024, **options: Any
+) -> OffmoeSystem:  # fmt: skip
     """An engine on a simulated device of its own."""
     return OffmoeSystem(
-        name, model, Place(simulated_bytes_per_s=link_bytes_per_s), experts=slots, compile="off", context_length=1024,
-        ram=4 * model.all_experts_bytes + (2 << 30), **options,
+        name, model, Place(simulated_bytes_per_s=link_bytes_per_s), experts=slots, compile="off",
+        context_length=context_length, ram=4 * model.all_experts_bytes + (2 << 30), **options,
     )  # fmt: skip
 
 
@@ -151,65 +159,78 @@ def resident_token_s(model: MadeModel, ids: Sequence[int], work: Work) -> float:
     )
     try:
         for _ in range(2):
-            run = system.run(ids[: 256 + work.block], num_prompt=256)
+            run = system.run(ids[: work.prompt + 48], num_prompt=work.prompt)
     finally:
         system.close()
     return run.token_s
 
 
-def run_ratio(model: MadeModel, ids: Sequence[int], work: Work, *, ratio: float, link_bytes_per_s: float) -> Result:
-    """All settings at one link speed."""
-    result = Result(ratio=ratio, link_bytes_per_s=link_bytes_per_s, runs={name: [] for name in SETTINGS})
-    slots = max(model.top_k, round(work.share * model.routed_experts))
-    systems: list[OffmoeSystem] = []
-    try:
-        for name, options in SETTINGS.items():
-            systems.append(open_system(name, model, slots=slots, link_bytes_per_s=link_bytes_per_s, **options))
-            progress(f"ratio {ratio}: warming up {name}")
+def run_one(
+    model: MadeModel, ids: Sequence[int], work: Work, *, ratio: float, share: float, link_bytes_per_s: float
+) -> Result:  # fmt: skip
+    """All settings at one link speed and one number of slots."""
+    slots = max(model.top_k, round(share * model.routed_experts))
+    systems: dict[str, GivenIds] = {}
+    with ExitStack() as opened:
+        for name in work.settings:
+            engine = open_system(
+                name, model, slots=slots, link_bytes_per_s=link_bytes_per_s, context_length=work.num_ids + 1,
+                **SETTINGS[name],
+            ).engine  # fmt: skip
             # A prompt that brings every expert to RAM, then tokens on which arbiter and prefetcher settle.
-            systems[-1].run(ids[: 256 + work.warmup], num_prompt=256)
-        for round_idx in range(2 * work.rounds):
-            size = work.prompt + work.block
-            begin = 512 + round_idx // 2 * size
-            for system in systems[:: 1 if round_idx % 2 == 0 else -1]:
-                result.runs[system.name].append(system.run(ids[begin : begin + size], num_prompt=work.prompt))
-            progress(f"ratio {ratio}: round {round_idx + 1} of {2 * work.rounds}")
-    finally:
-        for system in systems:
-            system.close()
-    return result
+            systems[name] = GivenIds(name, engine, ids[: work.num_ids], num_prompt=work.prompt)
+            opened.callback(systems[name].close)
+            progress(f"ratio {ratio:g}, {share:.0%}: warming up {name}")
+            systems[name].run_block(work.warmup)
+            systems[name].restart()
+        for number in take_turns(list(systems.values()), num_blocks=work.blocks, block=work.block):
+            if number % 10 == 0:
+                progress(f"ratio {ratio:g}, {share:.0%}: block {number} of {work.blocks}")
+        return Result(
+            ratio=ratio, share=share, link_bytes_per_s=link_bytes_per_s,
+            settings={name: figures(system) for name, system in systems.items()},
+            pairs={
+                (a, b): compared(systems[a], systems[b]) for a, b in PAIRS if a in systems and b in systems
+            },
+            same_ids=same_ids(systems),
+        )  # fmt: skip
 
 
-def same_ids(result: Result) -> bool:
-    """Prefetching moves bytes earlier and computes the same: ids must be equal, run by run."""
-    with_, without = (result.runs[name] for name in PAIRS[0])
-    return all(a.next_ids == b.next_ids for a, b in zip(with_, without, strict=True))
+def figures(system: GivenIds) -> dict[str, float]:
+    """Tokens a second, median over tokens, and every counter's mean over tokens."""
+    counts = system.counts().as_dict()
+    return {
+        "tok_per_s": 1 / statistics.median(system.token_s),
+        **{name: count / len(system.token_s) for name, count in counts.items()},
+    }
+
+
+def same_ids(systems: dict[str, GivenIds]) -> bool:
+    """Prefetching moves bytes earlier and computes the same: ids must be equal."""
+    both = [systems[name].next_ids for name in PAIRS[0] if name in systems]
+    return all(ids == both[0] for ids in both)
 
 
 def overlap(result: Result, name: str, compute_s: float) -> float:
     """A token's time over the longer of its copies and its computing; 1 is perfect. Misses on the CPU compute too."""
-    copy_s = result.per_token(name, "link_bytes") / result.link_bytes_per_s
-    return 1 / result.speed(name) / max(copy_s, compute_s)
+    row = result.settings[name]
+    return 1 / row["tok_per_s"] / max(row["link_bytes"] / result.link_bytes_per_s, compute_s)
 
 
 def as_json(result: Result, compute_s: float) -> dict[str, Any]:
-    """One link speed."""
+    """One link speed and number of slots."""
     return {
-        "ratio": result.ratio, "link_bytes_per_s": result.link_bytes_per_s,
+        "ratio": result.ratio, "share": result.share, "link_bytes_per_s": result.link_bytes_per_s,
         "settings": {
-            name: {
-                "tok_per_s": result.speed(name), "overlap": overlap(result, name, compute_s),
-                **{counter: result.per_token(name, counter) for counter in result.runs[name][0].decode_counts},
-            }
-            for name in SETTINGS
+            name: {"overlap": overlap(result, name, compute_s), **row} for name, row in result.settings.items()
         },
-        "speed_ratios": {f"{a} / {b}": result.compared(a, b) for a, b in PAIRS},
+        "speed_ratios": {f"{a} / {b}": found for (a, b), found in result.pairs.items()},
     }  # fmt: skip
 
 
 HEADINGS = (
-    "link / compute", "setting", "tok/s", "overlap", "hits", "late", "misses", "on the CPU", "link MB", "ahead MB",
-    "of it used", "wasted",
+    "link / compute", "slots", "setting", "tok/s", "overlap", "hits", "late", "misses", "on the CPU", "link MB",
+    "ahead MB", "of it used", "wasted",
 )  # fmt: skip
 
 
@@ -225,28 +246,28 @@ def render(
         f"- machine: {', '.join(f'{key} {value}' for key, value in describe_machine().items())}; simulated device",
         f"- versions: {versions}",
         f"- model: {model.num_layers} layers of {model.num_experts} experts of {model.expert_bytes / 1e6:.2f} MB "
-        f"(float32, random), top-{model.top_k}; {work.share:.0%} of the experts in device slots, all in RAM; "
+        f"(float32, random), top-{model.top_k}; slots: of the experts, on the device; all are in RAM; "
         f"{args.threads} torch thread(s)",
-        f"- work: {work.rounds} rounds forwards and backwards, {work.block} tokens a run after {work.warmup} of "
-        f"warm-up; "
+        f"- work: {work.blocks} blocks of {work.block} given ids in turns (A B B A), after {work.warmup} of warm-up; "
         f"all experts resident: {compute_s * 1e3:.1f} ms a token",
         "", "| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS),
     ]  # fmt: skip
     for result in results:
-        for name in SETTINGS:
-            counts = {counter: result.per_token(name, counter) for counter in result.runs[name][0].decode_counts}
+        for name, row in result.settings.items():
             cells = [
-                f"{result.ratio:g}", name, number(result.speed(name), 1), number(overlap(result, name, compute_s), 2),
-                *(number(counts[counter], 1) for counter in ("hits", "late_hits", "misses", "cpu_experts")),
-                *(number(counts[counter] / 1e6, 2)
+                f"{result.ratio:g}", f"{result.share:.0%}", name, number(row["tok_per_s"], 1),
+                number(overlap(result, name, compute_s), 2),
+                *(number(row[counter], 1) for counter in ("hits", "late_hits", "misses", "cpu_experts")),
+                *(number(row[counter] / 1e6, 2)
                   for counter in ("link_bytes", "ahead_bytes", "ahead_used_bytes", "ahead_wasted_bytes")),
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Counts and megabytes are of one decoded token. overlap: a token's time over the longer of copies "
               "and computing; 1.00 is perfect, and misses computed on the CPU are not in it.", ""]  # fmt: skip
     for result in results:
-        for a, b in PAIRS:
-            lines.append(f"- link / compute {result.ratio:g}: {a} over {b}: {result.compared(a, b):.2f}x")
+        for (a, b), (whole, median) in result.pairs.items():
+            place = f"link / compute {result.ratio:g}, {result.share:.0%}"
+            lines.append(f"- {place}: {a} over {b}: {whole:.3f}x, by block {median:.3f}x")
     return [*lines, f"- ids with and without prefetching: {'equal' if same else 'DIFFERENT'}"]
 
 

@@ -37,7 +37,7 @@ from offmoe.executor.misses import AdmissionFates, AheadFates, MissPlacer
 from offmoe.executor.resident import preload
 from offmoe.executor.rows import Computed, ReferenceRows
 from offmoe.kernels.reference import ExpertMath
-from offmoe.models.serving import most_ahead
+from offmoe.models.look_ahead import most_ahead
 from offmoe.prefetch.ahead import AheadOfTime
 from offmoe.prefetch.lookahead import Lookahead
 from offmoe.prefetch.prefetcher import Prefetcher

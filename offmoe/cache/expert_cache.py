@@ -86,6 +86,11 @@ class ExpertCache:
         fetch = self._coming.get(key)
         return fetch is not None and not fetch.doomed
 
+    @property
+    def is_demanded(self) -> bool:
+        """Something is on its way that a computation, or the tier above, asked for."""
+        return any(not fetch.ahead for fetch in self._coming.values())
+
     def use(self, key: ExpertKey, *, touch: bool) -> ExpertWeights:
         """Hold a READY key and return its weights; `touch` tells the policy. Release it afterwards."""
         weights = self.contents.find(key)

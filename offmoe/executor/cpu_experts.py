@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -34,9 +35,12 @@ Compute = Callable[[list[Computed], torch.Tensor, torch.Tensor], None]
 class CpuExperts:
     """Computes experts out of `host`, the cache of RAM slots."""
 
-    def __init__(self, host: ExpertCache, settle: Callable[[], None], rows: Rows | None = None) -> None:
+    def __init__(
+        self, host: ExpertCache, settle: Callable[[], None], rows: Rows | None = None, *,
+        clock_ns: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:  # fmt: skip
         """`settle` waits until no copy to the device holds a RAM slot. `rows` computes them, by default in torch."""
-        self._host, self._settle, self._rows = host, settle, rows or ReferenceRows()
+        self._host, self._settle, self._rows, self._clock_ns = host, settle, rows or ReferenceRows(), clock_ns
         self._thread = _start_thread()
         self._maths: dict[int, tuple[ExpertMath, ExpertMath]] = {}
         self._can_pin = True
@@ -60,7 +64,7 @@ class CpuExperts:
     ) -> CpuJob:
         """Begin; the experts that RAM has are computed at once, the others when they were read."""
         compute = partial(self._rows.compute, layer_idx, self.cpu_math(layer_idx, math))
-        job = CpuJob(self._host, self._settle, self._thread, compute, x_TD.to("cpu"), math.dtype)
+        job = CpuJob(self._host, self._settle, self._thread, compute, x_TD.to("cpu"), math.dtype, self._clock_ns)
         try:
             job.begin(experts)
         except BaseException:
@@ -101,9 +105,9 @@ class CpuJob:
 
     def __init__(
         self, host: ExpertCache, settle: Callable[[], None], thread: ThreadPoolExecutor, compute: Compute,
-        x_TD: torch.Tensor, dtype: torch.dtype,
+        x_TD: torch.Tensor, dtype: torch.dtype, clock_ns: Callable[[], int],
     ) -> None:  # fmt: skip
-        self._host, self._settle, self._thread = host, settle, thread
+        self._host, self._settle, self._thread, self._clock_ns = host, settle, thread, clock_ns
         self._compute_rows, self._x_TD, self._dtype = compute, x_TD, dtype
         self._coming: list[tuple[Fetch, list[Assignment]]] = []
         self._waiting: list[tuple[ExpertKey, list[Assignment]]] = []
@@ -125,20 +129,27 @@ class CpuJob:
             self._held.append(key)
             self._group.append((weights, assigned))
             return
+        late = self._host.is_coming(key)
         fetch = self._host.start(key, cold=False)
         if fetch is None:
             self._waiting.append((key, assigned))
         else:
-            self._host.counters.misses += 1
+            self._host.counters.late_hits += late
+            self._host.counters.misses += not late
             self._coming.append((fetch, assigned))
 
-    def collect(self, y_SD: torch.Tensor) -> None:
-        """Wait for everything and write the rows into `y_SD`, on whatever device it lies."""
+    def collect(self, y_SD: torch.Tensor) -> int:
+        """Wait for everything and write the rows into `y_SD`, on whatever device it lies. Returns the nanoseconds that
+        were waited for the disk.
+        """
+        disk_stall_ns = 0
         while self._coming or self._waiting:
             if not self._coming:
                 self._make_room()
             fetch, assigned = self._coming.pop(0)
+            begin = self._clock_ns()
             weights = self._host.finish(fetch)
+            disk_stall_ns += self._clock_ns() - begin
             self._held.append(fetch.key)
             self._group.append((weights, assigned))
             self._queue()
@@ -147,6 +158,7 @@ class CpuJob:
             y_SD[upload(choices_N, y_SD.device)] = upload(y_ND, y_SD.device)
         self._results = []
         self._let_go()
+        return disk_stall_ns
 
     def _make_room(self) -> None:
         """Every RAM slot is held: finish what was queued, let its slots go, and start with those that wait."""

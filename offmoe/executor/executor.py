@@ -162,8 +162,7 @@ class _LayerRun:
                 assert self._in_flight, f"{self._cache!r} has no slot to free, and nothing is under way"
                 self._compute_arrivals(is_last=not missing)
                 self._release_in_turn(missing, by_expert, keep)
-            if self._job is not None:
-                self._job.collect(self._y_SD)
+            self._collect()
         finally:
             self._release()
             self._cache.abandon(fetch for fetch, _ in self._in_flight)
@@ -232,9 +231,15 @@ class _LayerRun:
 
     def _make_room(self) -> None:
         """Every slot, here or below, is taken by what was fetched ahead or is computed in RAM: wait for that."""
-        if self._job is not None:
-            self._job.collect(self._y_SD)
+        self._collect()
         self._cache.settle()
+
+    def _collect(self) -> None:
+        """Wait for what is computed in RAM; the waits for the disk in it are none of the link's."""
+        if self._job is not None:
+            stall_ns = self._job.collect(self._y_SD)
+            self._counters.disk_stall_ns += stall_ns
+            self._disk_stall_ns += stall_ns
 
     def _compute_arrivals(self, *, is_last: bool) -> None:
         """Wait for the oldest fetch, then compute it with whatever else has arrived by now."""

@@ -14,7 +14,7 @@ from offmoe.base.budget import MemoryPlan
 from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
 from offmoe.base.trace import Recorder
-from offmoe.base.trial import Turns
+from offmoe.base.trial import Trial, Turns
 from offmoe.cache.auto import AutoPolicy, choose_policy, policy_facts
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.link import LinkSource
@@ -29,21 +29,17 @@ from offmoe.executor.cpu_rows import CpuRows
 from offmoe.executor.decide import Mode
 from offmoe.executor.executor import Executor
 from offmoe.executor.measured import measured_costs
-from offmoe.executor.misses import AdmissionFates, AheadFates, MissPlacer
+from offmoe.executor.misses import AdmissionFates, MissPlacer
 from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.executor.resident import ResidentExecutor, preload
 from offmoe.executor.rows import KernelRows, Rows
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.slot_kernels import SlotKernels, make_slot_kernels
-from offmoe.models.routing import map_routing
+from offmoe.models.look_ahead import look_ahead
 from offmoe.models.seam import ExpertsExecutor, math_of
 from offmoe.models.transformers_internals import experts_modules
 from offmoe.prefetch.ahead import AheadOfTime
-from offmoe.prefetch.lookahead import Lookahead
-from offmoe.prefetch.prefetcher import Prefetcher
-from offmoe.prefetch.switch import Mode as PrefetchMode
-from offmoe.prefetch.switch import Switch
 from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
 
@@ -52,13 +48,6 @@ if TYPE_CHECKING:
 
 # Tokens whose rows the slot kernels compute; more go through large matrix products, expert by expert.
 KERNEL_TOKENS = 16
-# Of the slots, the share that may be on their way ahead of time; and of what a token needs in a layer. Over a link two
-# layers' worth even out misses that come in bursts, and an urgent copy overtakes after one chunk. On a drive more than
-# half a layer only stood in the way of demand (8.4-9.2 tok/s with two layers' worth, 8.8-10.2 with half of one).
-MAX_AHEAD_SHARE, MAX_AHEAD_LAYERS, MAX_AHEAD_LAYERS_DISK = 0.25, 2, 0.5
-MIN_AHEAD = 2
-# Layers ahead that routers are asked about where misses come from a drive, which may be idle when they are answered.
-FURTHEST_DISK = 3
 
 
 @dataclass(kw_only=True)
@@ -225,48 +214,24 @@ def _fetch_ahead(
     serving: Serving, executor: Executor, model: PreTrainedModel, experts: ExpertIndex, config: EngineConfig
 ) -> None:
     """Lookahead, unless the user says no, everything fits, or no layer's routing was understood."""
-    cache = serving.cache
-    if config.prefetch == "off" or cache.num_slots >= experts.num_experts:
-        return
-    if model.config.is_encoder_decoder:
-        serving.notes.append("prefetch is off: it does not look ahead in encoder-decoder models")
-        return
-    routing = map_routing(model)
-    if not routing.order or not any(routing.predictors):
-        serving.notes.append("no router of this model could be asked ahead of time: prefetch is off")
-        return
-    expert_bytes = max(layer.expert_bytes for layer in experts.layers)
-    num_ahead = most_ahead(cache.num_slots, experts.top_k, from_disk=cache is serving.host)
-    mode = cast("PrefetchMode", config.prefetch)
-    from_disk = cache is serving.host
-    furthest = FURTHEST_DISK if from_disk else 1
-    distance = mode if isinstance(mode, int) else furthest
-    switch = Switch(mode, distances=(furthest,))
-    prefetcher = Prefetcher(cache, budget_bytes=num_ahead * expert_bytes, switch=switch, far_when_idle=from_disk)
-    books = cache.books
-    books.listener = prefetcher if books.listener is None else AheadFates(books.listener, prefetcher)
-    wide = [None if predictor is None else predictor.ranked for predictor in routing.predictors]
-    lookahead = Lookahead(
-        routing.predictors, prefetcher, order=routing.order, distance=distance,
-        num_experts=[layer.num_experts for layer in experts.layers],
-        wide=wide if mode == "auto" else None,
-    )  # fmt: skip
-    serving.closing.callback(routing.install(lookahead).remove)
-    serving.ahead = AheadOfTime(lookahead, prefetcher, order=routing.order)
-    executor.ahead = serving.ahead
-
-
-def most_ahead(num_slots: int, top_k: int, *, from_disk: bool) -> int:
-    """Experts that may be on their way ahead of time at once."""
-    wanted = int((MAX_AHEAD_LAYERS_DISK if from_disk else MAX_AHEAD_LAYERS) * top_k)
-    return max(1, min(int(MAX_AHEAD_SHARE * num_slots), max(MIN_AHEAD, wanted)))
+    found = look_ahead(model, experts, serving.cache, serving.host, config)
+    if isinstance(found, str):
+        serving.notes.append(found)
+    elif found is not None:
+        ahead, hooks = found
+        serving.closing.callback(hooks.remove)
+        serving.ahead = executor.ahead = ahead
 
 
 def _take_turns(serving: Serving) -> None:
     """Misses and prefetching are not compared at the same time; prefetching first: it is off until it was compared."""
-    trial = serving.ahead.prefetcher.switch.trial if serving.ahead is not None else None
-    if trial is not None and serving.placer is not None:
-        trial.turns = serving.placer.arbiter.trial.turns = Turns(trial)
+    trials: list[Trial[Any]] = [] if serving.ahead is None else serving.ahead.trials
+    if serving.placer is not None:
+        trials.append(serving.placer.arbiter.trial)
+    if len(trials) > 1:
+        turns = Turns(trials[0])
+        for trial in trials:
+            trial.turns = turns
 
 
 class _NotYet:

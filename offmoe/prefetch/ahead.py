@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from offmoe.base.trial import Trial
 from offmoe.prefetch.lookahead import Lookahead
 from offmoe.prefetch.prefetcher import Prefetcher
+from offmoe.prefetch.two_tiers import TwoTierPrefetcher
 
 
 class AheadOfTime:
@@ -20,7 +22,7 @@ class AheadOfTime:
     """
 
     def __init__(
-        self, lookahead: Lookahead, prefetcher: Prefetcher, *, order: Sequence[int],
+        self, lookahead: Lookahead, prefetcher: Prefetcher | TwoTierPrefetcher, *, order: Sequence[int],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         self.lookahead, self.prefetcher = lookahead, prefetcher
@@ -33,6 +35,11 @@ class AheadOfTime:
     def is_asleep(self) -> bool:
         """Nothing is under way, and nothing will be guessed or fetched before the next prompt or comparison."""
         return self.lookahead.is_asleep
+
+    @property
+    def trials(self) -> list[Trial[int]]:
+        """The comparisons that it makes."""
+        return self.prefetcher.trials
 
     def pending(self) -> dict[int, torch.Tensor]:
         """Predictions on the device that the host does not have yet; hand them over with `take`."""
@@ -59,8 +66,7 @@ class AheadOfTime:
         if is_waiting:
             self.prefetcher.demand_begins()
         self.lookahead.look(layer_idx)
-        if not is_waiting:
-            self.prefetcher.pump()
+        self.prefetcher.pump()
 
     def demand_ends(self, num_bytes: int, stall_ns: int) -> None:
         """They have arrived: the tier below is free for others."""

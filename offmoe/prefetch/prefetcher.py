@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from offmoe.base.keys import ExpertKey
+from offmoe.base.trial import Trial
 from offmoe.prefetch.audit import Audit
 from offmoe.prefetch.chances import Chances, is_worth
 from offmoe.prefetch.switch import Mode, Switch
@@ -72,6 +73,11 @@ class Prefetcher:
     def wanted(self) -> Collection[ExpertKey]:
         """Keys that a coming layer is expected to need; evict others first."""
         return self._keep
+
+    @property
+    def trials(self) -> list[Trial[int]]:
+        """The comparison that it makes; none where the user has chosen."""
+        return [] if self.switch.trial is None else [self.switch.trial]
 
     @property
     def is_idle(self) -> bool:

@@ -1,0 +1,80 @@
+"""An engine that decodes given ids in blocks, so that several engines can take turns over the same text."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+import offmoe
+from offmoe.base.counters import Counters
+
+
+class GivenIds:
+    """`token_s` has the seconds of every token since the last `restart`, `block_s` those of every block.
+
+    `next_ids` are what the model would have chosen: they are told, and not fed.
+    """
+
+    def __init__(self, name: str, engine: offmoe.Engine, ids: Sequence[int], *, num_prompt: int) -> None:
+        """Reads the prompt at once. The caller's engine is closed by `close`."""
+        self.name, self.engine = name, engine
+        self.next_ids: list[int] = []
+        given: Iterator[int] = iter([*ids[num_prompt:], ids[0]])  # the last one chosen is never fed
+
+        def choose(_: torch.Tensor, last: torch.Tensor) -> int:
+            self.next_ids.append(int(last.argmax()))
+            return next(given)
+
+        self._pieces = engine.stream(
+            list(ids[:num_prompt]), max_new_tokens=len(ids) - num_prompt + 1, choose=choose, ignore_end=True
+        )
+        next(self._pieces)
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from here: what came before was the warm-up."""
+        self.token_s: list[float] = []
+        self.block_s: list[float] = []
+        self._before = self._counters()
+
+    def run_block(self, num_tokens: int) -> None:
+        """Decode the next `num_tokens` of the given ids."""
+        seconds = []
+        for _ in range(num_tokens):
+            begin = time.perf_counter()
+            next(self._pieces)
+            seconds.append(time.perf_counter() - begin)
+        self.token_s += seconds
+        self.block_s.append(sum(seconds))
+
+    def counts(self) -> Counters:
+        """What was counted since the last `restart`."""
+        return self._counters().minus(self._before)
+
+    def _counters(self) -> Counters:
+        return self.engine._parts.cache.counters.copy()
+
+    def close(self) -> None:
+        """End the engine."""
+        self._pieces.close()  # type: ignore[attr-defined]
+        self.engine.close()
+
+
+def take_turns(systems: Sequence[GivenIds], *, num_blocks: int, block: int) -> Iterator[int]:
+    """Blocks of `block` tokens, forwards and back (A B B A): what the machine does meanwhile falls on all alike.
+
+    Yields how many were run.
+    """
+    for number in range(num_blocks):
+        for system in systems if number % 2 == 0 else reversed(systems):
+            system.run_block(block)
+        yield number + 1
+
+
+def compared(system: GivenIds, other: GivenIds) -> tuple[float, float]:
+    """How many times as fast `system` was as `other`: over all blocks, and the median block's."""
+    ratios = [b / a for a, b in zip(system.block_s, other.block_s, strict=True)]
+    return sum(other.block_s) / sum(system.block_s), statistics.median(ratios)
