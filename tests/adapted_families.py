@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -187,13 +188,45 @@ _ENCODER_DECODERS: dict[str, Family] = {
     ),
 }
 
+
+def _of_width(config: dict[str, Any], width: int) -> dict[str, Any]:
+    return {
+        key: width if key in _WIDTHS
+        else _of_width(value, width) if isinstance(value, dict) and key != "vision_config"
+        else value
+        for key, value in config.items()
+    }  # fmt: skip
+
+
+def nllb_as_published(
+    experts: Any, hidden_states: torch.Tensor, router_mask: torch.Tensor, router_probs: torch.Tensor
+) -> torch.Tensor:
+    """Every expert for the tokens that have a share in it (fairseq, transformers 4): 5.23 runs experts 0 and 1 only."""
+    total = torch.zeros_like(hidden_states)
+    for idx in range(experts.num_experts):
+        rows = router_probs[:, idx] > 0
+        answer = experts[f"expert_{idx}"](hidden_states[rows]) * router_probs[rows, idx, None]
+        total[rows] += answer * (1 - experts.moe_token_dropout)
+    return total
+
+
 ADAPTED: dict[str, Family] = {**_DECODERS, **_ENCODER_DECODERS}
 ENCODER_DECODERS = tuple(_ENCODER_DECODERS)
 
 
-def build_adapted(name: str, *, seed: int = 0) -> PreTrainedModel:
-    """The family's tiny model in eval mode with eager attention, float32; same seed, same weights."""
+_WIDTHS = frozenset({
+    "d_ff", "d_model", "decoder_ffn_dim", "encoder_ffn_dim", "expert_ffn_hidden_size", "ffn_hidden_size", "hidden_size",
+    "intermediate_size", "moe_intermediate_size", "share_expert_dim",
+})  # fmt: skip
+
+
+def build_adapted(name: str, *, seed: int = 0, width: int | None = None) -> PreTrainedModel:
+    """The family's tiny model in eval mode with eager attention, float32; same seed, same weights. `width`: that of the
+    text model and of its experts, instead of their own.
+    """
     family = ADAPTED[name]
+    if width is not None:
+        family = replace(family, config=_of_width(family.config, width))
     configs = importlib.import_module(f"transformers.models.{family.name}.configuration_{family.name}")
     models = importlib.import_module(f"transformers.models.{family.name}.modeling_{family.name}")
     config: Any = getattr(configs, family.config_class)(**copy.deepcopy(family.config))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from families import build, save_layout
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
@@ -105,13 +106,12 @@ def dequantised_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTr
     return model.eval()
 
 
-def decompressed_model(folder: Path, scheme: Scheme, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The checkpoint as compressed-tensors unpacks it: transformers does that for packed symmetric experts only."""
+def decompressed_tensors(folder: Path, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """All tensors of the checkpoint, those that are packed as compressed-tensors unpacks them."""
     from compressed_tensors.compressors import BaseCompressor
 
-    config = json.loads((folder / "config.json").read_text())
     schemes = _schemes(scheme)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
     modules = {key.rpartition(".")[0] for key in tensors if key.endswith(".weight_scale")}
     plain = {
         key: tensor for key, tensor in tensors.items()
@@ -122,16 +122,29 @@ def decompressed_model(folder: Path, scheme: Scheme, dtype: torch.dtype = torch.
         state = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == module}
         compressor = BaseCompressor.get_value_from_registry(chosen.format)
         plain[f"{module}.weight"] = compressor.decompress(state, chosen)["weight"]
+    return plain
+
+
+def decompressed_model(
+    folder: Path, scheme: Scheme, dtype: torch.dtype = torch.float32, *, added: dict[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
+    """The checkpoint as compressed-tensors unpacks it: transformers does that for packed symmetric experts only.
+    `added`: tensors that transformers wants beyond those.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    plain = decompressed_tensors(folder, scheme)
+    plain |= added or {}
     target = folder / "decompressed"
     target.mkdir()
     save_file({key: t.contiguous() for key, t in plain.items()}, target / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     del config["quantization_config"]
     (target / "config.json").write_text(json.dumps(config))
-    model = AutoModelForCausalLM.from_pretrained(
-        target, dtype=dtype, experts_implementation="eager", attn_implementation="eager"
-    )
+    model_class = getattr(transformers, config["architectures"][0])
+    model = model_class.from_pretrained(target, dtype=dtype, attn_implementation="eager")
     assert isinstance(model, PreTrainedModel)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
     return model.eval()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_families import ADAPTED, ENCODER_DECODERS, build_adapted
+from adapted_families import ADAPTED, ENCODER_DECODERS, build_adapted, nllb_as_published
 from families import Layout, build, save_layout
 from safetensors.torch import load_file, save_file
 from transformers.models.nllb_moe import modeling_nllb_moe
@@ -71,18 +71,6 @@ def dropped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def _as_published(
-    experts: Any, hidden_states: torch.Tensor, router_mask: torch.Tensor, router_probs: torch.Tensor
-) -> torch.Tensor:
-    """Every expert for the tokens that have a share in it (fairseq, transformers 4): 5.23 runs experts 0 and 1 only."""
-    total = torch.zeros_like(hidden_states)
-    for idx in range(experts.num_experts):
-        rows = router_probs[:, idx] > 0
-        answer = experts[f"expert_{idx}"](hidden_states[rows]) * router_probs[rows, idx, None]
-        total[rows] += answer * (1 - experts.moe_token_dropout)
-    return total
-
-
 def _drop_surplus(file: Path) -> None:
     """As published: transformers also saves matrices for LongCat's experts that compute nothing."""
     tensors = load_file(file)
@@ -102,7 +90,7 @@ def _survey_agrees(folder: Path, engine: offmoe.Engine) -> None:
 def test_encoder_decoder_equals_transformers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropped: list[int]
 ) -> None:
-    monkeypatch.setattr(modeling_nllb_moe.NllbMoeExperts, "forward", _as_published)
+    monkeypatch.setattr(modeling_nllb_moe.NllbMoeExperts, "forward", nllb_as_published)
     model = build_adapted(name)
     save_layout(model, tmp_path, "published")
     ids = torch.randint(3, 100, (2, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
