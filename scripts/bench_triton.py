@@ -24,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from benchlib.expert_layers import BF16, FORMATS, SHAPES, TINY, Shape, make_layer
+from benchlib.expert_layers import BF16, FORMATS, SHAPES, TINY, Shape, fits, make_layer
 
 from offmoe.formats.dense import view_expert
 from offmoe.formats.layout import layout_of
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     records: list[dict[str, Any]] = []
     shapes = TINY if args.simulate else SHAPES
     for shape, format_name in itertools.product(shapes, formats):
-        if format_name != BF16 and shape is not shapes[0]:
+        if (format_name != BF16 and shape is not shapes[0]) or not fits(shape, FORMATS[format_name]):
             continue
         bench = Bench(shape, device, tiling_of(device), format_name)
         if bench.num_slots < shape.top_k:

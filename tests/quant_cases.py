@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import slot_cases as cases
 import torch
 
 from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart, Span
-from offmoe.checkpoint.quant_format import QuantFormat
+from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat, QuantKind
 from offmoe.formats.dense import STORED_DTYPES, view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.random_weights import fill_at_random
@@ -27,6 +27,9 @@ FORMATS: dict[str, dict[str, Any]] = {
     "mxfp4": {"kind": "mxfp4", "group": 32, "scale_dtype": "U8"},
     "fp8": {"kind": "fp8", "group": 128, "group_rows": 128, "scale_dtype": "F32"},
 }
+# GGUF's, of 32 columns and of 256.
+SMALL_BLOCKS: tuple[QuantKind, ...] = ("q4_0", "q8_0", "mxfp4_gguf")
+LARGE_BLOCKS: tuple[QuantKind, ...] = ("q4_k", "q5_k", "q6_k")
 
 
 class Sources:
@@ -41,8 +44,15 @@ class Sources:
         return Part(source_idx=len(self.num_bytes) - 1, offset=16, shape=shape, strides=(shape[1], 1), dtype=dtype)
 
     def quantised(self, name: str, shape: tuple[int, int]) -> QuantPart:
-        """A matrix of (outputs, inputs) in a format of FORMATS."""
-        settings, (num_out, num_in) = FORMATS[name], shape
+        """A matrix of (outputs, inputs) in a format of FORMATS or of GGUF's blocks."""
+        num_out, num_in = shape
+        if name in SMALL_BLOCKS or name in LARGE_BLOCKS:
+            kind = cast(QuantKind, name)
+            block = BLOCK_KINDS[kind]
+            format_ = QuantFormat(kind=kind, group=block.num_columns, scale_dtype="U8")
+            codes = self.plain((num_out, num_in // block.num_columns * block.num_bytes), "U8")
+            return QuantPart(format=format_, shape=shape, codes=codes, scales=None)
+        settings = FORMATS[name]
         format_ = QuantFormat(**{**settings, "group": settings["group"] or num_in})
         is_bytes = "bytes" in name
         code_type, a_code = {
@@ -64,12 +74,17 @@ def make_quantised(
     name: str, *, width_D: int, width_F: int, dtype: torch.dtype = torch.float32, stacked: bool = False,
     activate: Callable[[torch.Tensor], torch.Tensor] = cases.silu_gate, biases: bool = False, num_experts: int = 6,
     top_k: int = 2, missing: tuple[int, ...] = (), transposed: bool = False, device: str = "cpu", gated: bool = True,
+    down_name: str | None = None,
 ) -> cases.SlotCase:  # fmt: skip
-    """Random experts in a format of FORMATS. `stacked`: gate and up are one part. `transposed` is for gpt-oss."""
+    """Random experts in a format of FORMATS or of GGUF's blocks.
+
+    `stacked`: gate and up are one part. `transposed` is for gpt-oss. `down_name`: the down projection's format where it
+    is another.
+    """
     sources = Sources()
     rows_up = [2 * width_F] if stacked else [width_F, width_F]
     up = tuple(sources.quantised(name, (rows, width_D)) for rows in (rows_up if gated else [width_F]))
-    down = (sources.quantised(name, (width_D, width_F)),)
+    down = (sources.quantised(down_name or name, (width_D, width_F)),)
     spans = tuple(Span(file_idx=0, start=0, num_bytes=size) for size in sources.num_bytes)
     layer = MoeLayer(
         name=name, num_experts=num_experts, top_k=top_k, up=up, down=down, transposed=transposed,

@@ -24,7 +24,11 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter")
-SHAPES = {"fp8": (132, 20), "int8 zeros": (64, 128), "int4 channel": (40, 24), "int8 bytes": (36, 20)}
+SHAPES = {
+    "fp8": (132, 20), "int8 zeros": (64, 128), "int4 channel": (40, 24), "int8 bytes": (36, 20),
+    **dict.fromkeys(quant_cases.LARGE_BLOCKS, (256, 32)),
+}  # fmt: skip
+BLOCKS = (*quant_cases.SMALL_BLOCKS, *quant_cases.LARGE_BLOCKS)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
@@ -39,17 +43,19 @@ def test_under_the_interpreter() -> None:
 
 def make(name: str, **options: Any) -> cases.SlotCase:
     width_D, width_F = SHAPES.get(name, (96, 32))
+    if name in quant_cases.LARGE_BLOCKS:
+        options = {"down_name": "q8_0", **options}
     return quant_cases.make_quantised(name, **{"width_D": width_D, "width_F": width_F, **options})
 
 
 @interpreted
-@pytest.mark.parametrize("name", quant_cases.FORMATS)
+@pytest.mark.parametrize("name", [*quant_cases.FORMATS, *BLOCKS])
 def test_values_are_those_of_the_format_to_the_bit(name: str) -> None:
     """One input is 1 and the others 0: what comes out is a column of the matrix, by rows and by tiles."""
     from offmoe.kernels.geometry import Tiling, make_tiles
     from offmoe.kernels.triton_launch import LayerKernels
 
-    width_D = 64
+    width_D = 256 if name in quant_cases.LARGE_BLOCKS else 64
     case = make(name, width_D=width_D, width_F=16, gated=False, num_experts=2, activate=lambda up: up)
     layout = layout_of(case.layer)
     kernels = LayerKernels(case.layer, layout, case.math, None, case.slab, case.slot_bytes, Tiling())
@@ -72,30 +78,38 @@ def test_values_are_those_of_the_format_to_the_bit(name: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", quant_cases.FORMATS)
+@pytest.mark.parametrize("name", [*quant_cases.FORMATS, *BLOCKS])
 def test_every_format(name: str) -> None:
     compare(make(name, missing=(2,)))
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["int4", "fp8"])
+@pytest.mark.parametrize("name", quant_cases.LARGE_BLOCKS)
+def test_down_projections_of_large_blocks(name: str) -> None:
+    compare(make("q8_0", width_D=32, width_F=256, down_name=name, missing=(2,)))
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["int4", "fp8", "q4_0"])
 def test_values_are_rounded_to_the_type_that_is_computed_in(name: str) -> None:
     """Not bfloat16: the interpreter cuts that off, and every weight is then too small."""
     compare(make(name, dtype=torch.float16, biases=True))
 
 
 @interpreted
-@pytest.mark.parametrize(("name", "width_F"), [("int4 zeros", 32), ("fp8", 132), ("int8 bytes zeros", 16)])
+@pytest.mark.parametrize(
+    ("name", "width_F"), [("int4 zeros", 32), ("fp8", 132), ("int8 bytes zeros", 16), ("q8_0", 32)]
+)
 def test_gate_and_up_in_one_matrix(name: str, width_F: int) -> None:
     """Its second half begins within a block of scales, or of zero points."""
     compare(make(name, stacked=True, width_D=32, width_F=width_F))
 
 
 @interpreted
-@pytest.mark.parametrize("biases", [False, True])
-def test_gate_and_up_take_turns(biases: bool) -> None:
+@pytest.mark.parametrize(("name", "biases"), [("mxfp4", False), ("mxfp4", True), ("mxfp4_gguf", True)])
+def test_gate_and_up_take_turns(name: str, biases: bool) -> None:
     """gpt-oss: its module is transposed, its quantised matrices are not."""
-    case = make("mxfp4", stacked=True, transposed=True, activate=cases.clamped_gate, biases=biases, missing=(0,))
+    case = make(name, stacked=True, transposed=True, activate=cases.clamped_gate, biases=biases, missing=(0,))
     compare(case)
 
 
@@ -106,7 +120,7 @@ def test_an_activation_nobody_knows_and_experts_without_a_gate() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["int8 zeros", "mxfp4", "fp8"])
+@pytest.mark.parametrize("name", ["int8 zeros", "mxfp4", "fp8", "q4_0"])
 def test_the_check_at_load_agrees(name: str) -> None:
     case = make(name, num_experts=2, top_k=2, dtype=torch.bfloat16, width_D=64, width_F=64)
     kernels = make_slot_kernels([case.layer] * 2, [case.math] * 2, case.slab, case.slot_bytes, backend="triton")
@@ -139,6 +153,14 @@ def test_what_the_kernels_cannot_read_is_left_to_torch(
     layer = changed(case.layer, what, change)
     kernels = make_slot_kernels([layer], [case.math], case.slab, case.slot_bytes, backend="triton")
     assert kernels.reasons == {0: reason}
+
+
+@interpreted
+def test_blocks_without_a_kernel_are_left_to_torch() -> None:
+    case = make("q8_0")
+    layer = changed(case.layer, "format", {"kind": "q4_1"})
+    kernels = make_slot_kernels([layer], [case.math], case.slab, case.slot_bytes, backend="triton")
+    assert kernels.reasons == {0: "q4_1 blocks have no kernel"}
 
 
 @interpreted

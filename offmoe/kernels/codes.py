@@ -1,7 +1,8 @@
 """Where a quantised matrix's codes, scales and zero points lie in a slot, as numbers that a kernel takes. No Triton.
 
-All formats look alike to a kernel: words of 32 bits hold 8 codes of 4 bits or 4 of 8, lowest bits first, and four words
-in a row, 16 bytes, are a *span*: 32 columns or 16, which share a scale and a zero point.
+All formats but GGUF's look alike to a kernel: words of 32 bits hold 8 codes of 4 bits or 4 of 8, lowest bits first, and
+four words in a row, 16 bytes, are a *span*: 32 columns or 16, which share a scale and a zero point. GGUF's blocks hold
+codes and scales in an order of their own (`triton_gguf`).
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from offmoe.checkpoint.expert_index import Part, QuantPart
+from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantKind
 from offmoe.formats.dense import STORED_DTYPES
 
 WORD_BYTES = 4
 SPAN_WORDS = 4
+BLOCK_SPAN = 16
 _FLOAT_SCALES = ("F32", "BF16", "F16")
 _CODE_TYPES = {"int8": ("I32", "I8"), "int4": ("I32",), "mxfp4": ("U8",), "fp8": ("F8_E4M3",)}
+# Of GGUF's kinds those that the kernels read: what is taken from a code, and bits that it has beside its nibble.
+_OFFSETS = {"q4_0": 8, "q8_0": 128, "q4_k": 0, "q5_k": 0, "q6_k": 32, "mxfp4_gguf": 0}
+_UPPER_BITS = {"q5_k": 1, "q6_k": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +54,16 @@ class Codes:
     zero_type: str = "I32"
 
     @property
+    def is_blocks(self) -> bool:
+        """Tells it from `Blocks`."""
+        return False
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of what a matrix counts in: words."""
+        return WORD_BYTES
+
+    @property
     def codes_a_word(self) -> int:
         """Columns that a word holds."""
         return 32 // self.bits
@@ -68,8 +84,82 @@ class Codes:
         return replace(self, scale_base=0, zero_base=0)
 
 
-def codes_of(part: QuantPart, offsets: tuple[int, ...]) -> Codes:
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What a kernel must know of a kind of GGUF block. A matrix of blocks counts in bytes."""
+
+    kind: QuantKind
+
+    @property
+    def is_blocks(self) -> bool:
+        """Tells it from `Codes`."""
+        return True
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of what a matrix counts in."""
+        return 1
+
+    @property
+    def bits(self) -> int:
+        """Of a column's share of the codes' bytes as they are loaded: nibbles come twice."""
+        return 8
+
+    @property
+    def codes_a_word(self) -> int:
+        """Columns for each 4 bytes of a row, about."""
+        return 4 if self.kind == "q8_0" else 8
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of a block."""
+        return BLOCK_KINDS[self.kind].num_columns
+
+    @property
+    def num_spans(self) -> int:
+        """Spans of 16 columns in a block."""
+        return self.num_columns // BLOCK_SPAN
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a block."""
+        return BLOCK_KINDS[self.kind].num_bytes
+
+    @property
+    def first_code(self) -> int:
+        """Where the bytes begin that have a nibble of each code; they end the block, but for q6_k's, which begin it."""
+        return 0 if self.kind == "q6_k" else self.num_bytes - self.num_columns // 2
+
+    @property
+    def scale_at(self) -> int:
+        """Where the float16 scale lies."""
+        return 208 if self.kind == "q6_k" else 0
+
+    @property
+    def offset(self) -> int:
+        """What is taken from a code."""
+        return _OFFSETS[self.kind]
+
+    @property
+    def upper_bits(self) -> int:
+        """Bits of a code that lie apart from its nibble."""
+        return _UPPER_BITS.get(self.kind, 0)
+
+    @property
+    def has_minima(self) -> bool:
+        """Whether a group has a minimum beside its scale."""
+        return self.kind in ("q4_k", "q5_k")
+
+    @property
+    def at_zero(self) -> Blocks:
+        """As `Codes.at_zero`."""
+        return self
+
+
+def codes_of(part: QuantPart, offsets: tuple[int, ...]) -> Codes | Blocks:
     """The numbers for a part whose sources begin at `offsets`, bytes from the slot's start. Ask `obstacle` first."""
+    if part.format.is_blocks:
+        return Blocks(part.format.kind)
     format_, scales, zeros = part.format, part.scales, part.zeros
     assert scales is not None, f"{part=}"
     scale_bytes, bits = _itemsize(scales), _bits(part)
@@ -90,17 +180,18 @@ def codes_of(part: QuantPart, offsets: tuple[int, ...]) -> Codes:
 
 
 def first_word(part: QuantPart, offsets: tuple[int, ...]) -> tuple[int, int]:
-    """(words from the slot's start to the first code, words from one row to the next)."""
-    itemsize = _itemsize(part.codes)
+    """(words from the slot's start to the first code, words from one row to the next); of blocks bytes."""
+    itemsize, unit = _itemsize(part.codes), 1 if part.format.is_blocks else WORD_BYTES
     begin = offsets[part.codes.source_idx] + part.codes.offset * itemsize
-    return begin // WORD_BYTES, part.codes.strides[0] * itemsize // WORD_BYTES
+    return begin // unit, part.codes.strides[0] * itemsize // unit
 
 
 def obstacle(part: QuantPart) -> str | None:
     """Why the kernels cannot read a part, None if they can: a reason for people."""
     format_, (_, num_in) = part.format, part.shape
-    if part.scales is None:
-        return f"{format_.name} has codes and scales side by side"
+    if format_.is_blocks:
+        return None if format_.kind in _OFFSETS else f"{format_.name} blocks have no kernel"
+    assert part.scales is not None, f"{part=}"
     itemsize, per_word = _itemsize(part.codes), 32 // _bits(part)
     span = SPAN_WORDS * per_word
     row_bytes, begin = part.codes.strides[0] * itemsize, part.codes.offset * itemsize

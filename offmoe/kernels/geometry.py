@@ -13,7 +13,7 @@ from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart
 from offmoe.formats.dense import torch_dtype
 from offmoe.formats.layout import LayerLayout
 from offmoe.kernels.activations import Activation
-from offmoe.kernels.codes import SPAN_WORDS, Codes, codes_of, first_word
+from offmoe.kernels.codes import SPAN_WORDS, Blocks, Codes, codes_of, first_word
 
 HALVES, TURNS = 1, 2
 # Rows of a tile: 16 is the least that tensor cores take.
@@ -27,7 +27,7 @@ TILES_TOGETHER = 8
 class Matrix:
     """One launch's weights, in elements: see triton_experts. `num_out` counts the outputs after pairing.
 
-    With `codes` the elements are words of 32 bits, and `in_stride` is 1.
+    With `codes` the elements are words of 32 bits, of GGUF's blocks bytes, and `in_stride` is 1.
     """
 
     num_in: int
@@ -39,7 +39,7 @@ class Matrix:
     pair_stride: int = 0
     out_begin: int = 0
     out_width: int = 0
-    codes: Codes | None = None
+    codes: Codes | Blocks | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ def _blocks(matrix: Matrix, elements: int, inputs: int, column_outputs: int) -> 
     return {"BLOCK_OUT": block_out, "BLOCK_IN": min(elements // block_out, power_of_two(matrix.num_in))}
 
 
-def _word_blocks(matrix: Matrix, codes: Codes, words: int, words_in: int) -> dict[str, int]:
+def _word_blocks(matrix: Matrix, codes: Codes | Blocks, words: int, words_in: int) -> dict[str, int]:
     """Outputs and inputs of a block of `words` words of codes, `words_in` of a row; whole spans."""
     block_in = min(words_in, max(SPAN_WORDS, power_of_two(-(-matrix.num_in // codes.codes_a_word))))
     outputs = max(1, min(words // block_in, power_of_two(matrix.num_out)))
@@ -203,14 +203,14 @@ def _alike(first: Matrix, second: Matrix) -> bool:
     return plain[0] == plain[1]
 
 
-def _apart(codes: Codes | None, pair_rows: int) -> Codes | None:
-    return None if codes is None else replace(codes, pair_rows=pair_rows)
+def _apart(codes: Codes | Blocks | None, pair_rows: int) -> Codes | Blocks | None:
+    return replace(codes, pair_rows=pair_rows) if isinstance(codes, Codes) else codes
 
 
 def _pair_of(first: Matrix, second: Matrix) -> Matrix:
     """Gate and up, alike and apart."""
     codes = first.codes
-    if codes is not None and second.codes is not None:
+    if isinstance(codes, Codes) and isinstance(second.codes, Codes):
         codes = replace(
             codes, scale_pair=second.codes.scale_base - codes.scale_base,
             zero_pair=second.codes.zero_base - codes.zero_base,

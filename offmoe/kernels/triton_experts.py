@@ -9,7 +9,8 @@ Products are summed in float32 and rounded to the layer's type wherever torch wo
 the product, the bias and the activation. `choose_rows` is for few rows (each reads its weights; neighbours share them
 through L2), `tile_rows` for many (rows of one slot share a tile), `weighted_rows` sums a token's rows on the way out.
 
-With FORMAT weights are quantised, the elements are words of codes, and `triton_quantised` makes values of them.
+With FORMAT weights are quantised, the elements are words of codes, and `triton_quantised` makes values of them; of
+GGUF's blocks they are bytes, and `triton_gguf` does.
 
 All run on the caller's current stream, in the order in which they are launched. They read slots and never write to
 them; the caller keeps the slots from being refilled until they have run.
@@ -23,8 +24,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from offmoe.kernels import triton_gguf, triton_quantised
 from offmoe.kernels.triton_blocks import outputs_inside, places
-from offmoe.kernels.triton_quantised import row_products, weight_block
 
 NO_ACTIVATION, SILU, GELU, GELU_TANH, RELU, RELU_SQUARED = range(6)
 
@@ -87,6 +88,47 @@ def _expert_and_slot(rows, valid, expert_ptr, slot_ptr, NUM_EXPERTS: tl.constexp
     return expert, slot
 
 
+@triton.jit
+def _row_products(
+    in_ptr, in_rows, ready, code_ptr, scale_ptr, zero_ptr, slot, block, inside,
+    NUM_IN: tl.constexpr, SLOT: tl.constexpr, BASE: tl.constexpr, OUT_STRIDE: tl.constexpr, PAIRS: tl.constexpr,
+    PAIR_STRIDE: tl.constexpr, FORMAT: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """(O, K) float32: row k of the inputs with the outputs of its slot."""
+    if FORMAT.is_blocks:
+        products = triton_gguf.row_products(
+            in_ptr, in_rows, ready, code_ptr, scale_ptr, slot, block, inside, NUM_IN, SLOT, BASE, OUT_STRIDE, PAIRS,
+            PAIR_STRIDE, FORMAT, BLOCK_OUT, BLOCK_IN, STAGES,
+        )  # fmt: skip
+    else:
+        products = triton_quantised.row_products(
+            in_ptr, in_rows, ready, code_ptr, scale_ptr, zero_ptr, slot, block, inside, NUM_IN, SLOT, BASE, OUT_STRIDE,
+            PAIRS, PAIR_STRIDE, FORMAT, BLOCK_OUT, BLOCK_IN, STAGES,
+        )  # fmt: skip
+    return products
+
+
+@triton.jit
+def _weight_block(
+    code_ptr, scale_ptr, zero_ptr, slot, block, inside, begin, like_ptr,
+    NUM_IN: tl.constexpr, SLOT: tl.constexpr, BASE: tl.constexpr, OUT_STRIDE: tl.constexpr, PAIRS: tl.constexpr,
+    PAIR_STRIDE: tl.constexpr, FORMAT: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_IN, O): the values from column `begin` on."""
+    if FORMAT.is_blocks:
+        weights = triton_gguf.weight_block(
+            code_ptr, scale_ptr, slot, block, inside, begin, like_ptr, NUM_IN, SLOT, BASE, OUT_STRIDE, PAIRS,
+            PAIR_STRIDE, FORMAT, BLOCK_OUT, BLOCK_IN,
+        )  # fmt: skip
+    else:
+        weights = triton_quantised.weight_block(
+            code_ptr, scale_ptr, zero_ptr, slot, block, inside, begin, like_ptr, NUM_IN, SLOT, BASE, OUT_STRIDE, PAIRS,
+            PAIR_STRIDE, FORMAT, BLOCK_OUT, BLOCK_IN,
+        )  # fmt: skip
+    return weights
+
+
 @triton.jit(do_not_specialize_on_alignment=["bias_ptr", "token_ptr", "expert_ptr", "slot_ptr", "missing_ptr"])
 def choose_rows(
     in_ptr, slab_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, token_ptr, expert_ptr, slot_ptr, missing_ptr,
@@ -128,7 +170,7 @@ def choose_rows(
         totals = tl.sum(sums, axis=1)[None, :]
     else:
         first = tl.zeros((1,), tl.int64)
-        totals = row_products(
+        totals = _row_products(
             in_ptr, first + in_row, first == 0, slab_ptr, scale_ptr, zero_ptr, first + slot, block, inside, NUM_IN,
             SLOT, BASE, OUT_STRIDE, PAIRS, PAIR_STRIDE, FORMAT, BLOCK_OUT, BLOCK_IN, STAGES,
         ).T  # fmt: skip
@@ -173,7 +215,7 @@ def weighted_rows(
             sums += weights * x[:, None, :]
         totals = tl.sum(sums, axis=2)
     else:
-        totals = row_products(
+        totals = _row_products(
             in_ptr, rows, ready, slab_ptr, scale_ptr, zero_ptr, slot, block, inside, NUM_IN, SLOT, BASE, OUT_STRIDE, 0,
             0, FORMAT, BLOCK_OUT, BLOCK_IN, STAGES,
         ).T  # fmt: skip
@@ -236,7 +278,7 @@ def tile_rows(
             mask = (inputs[:, None] < NUM_IN) & inside[None, :]
             weights = tl.load(weights_at + inputs[:, None] * IN_STRIDE, mask=mask, other=0.0)
         else:
-            weights = weight_block(
+            weights = _weight_block(
                 slab_ptr, scale_ptr, zero_ptr, slot, block, inside, begin, in_ptr, NUM_IN, SLOT, BASE, OUT_STRIDE,
                 PAIRS, PAIR_STRIDE, FORMAT, BLOCK_OUT, BLOCK_IN,
             )  # fmt: skip

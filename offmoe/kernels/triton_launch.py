@@ -14,7 +14,7 @@ from offmoe.formats.dense import STORED_DTYPES
 from offmoe.formats.layout import LayerLayout
 from offmoe.kernels import triton_experts
 from offmoe.kernels.activations import KINDS, Activation
-from offmoe.kernels.codes import WORD_BYTES
+from offmoe.kernels.codes import Blocks
 from offmoe.kernels.geometry import (
     TILES_TOGETHER,
     TURNS,
@@ -145,11 +145,13 @@ class LayerKernels:
         codes = matrix.codes
         if codes is None:
             return self._slab.view(self._math.dtype), None, None
+        if isinstance(codes, Blocks):
+            return self._slab, self._slab.view(torch.float16), None
         zeros = self._slab.view(STORED_DTYPES[codes.zero_type]) if codes.zero_rows else None
         return self._slab.view(torch.int32), self._slab.view(STORED_DTYPES[codes.scale_type]), zeros
 
     def _place(self, matrix: Matrix) -> dict[str, Any]:
-        itemsize = WORD_BYTES if matrix.codes is not None else self._math.dtype.itemsize
+        itemsize = self._math.dtype.itemsize if matrix.codes is None else matrix.codes.itemsize
         return {
             "NUM_IN": matrix.num_in, "NUM_OUT": matrix.num_out, "OUT_WIDTH": matrix.out_width,
             "OUT_BEGIN": matrix.out_begin, "SLOT": self._slot_bytes // itemsize, "BASE": matrix.base,

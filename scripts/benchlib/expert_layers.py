@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart, Span
-from offmoe.checkpoint.quant_format import QuantFormat
+from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat
 from offmoe.formats.dense import STORED_DTYPES
 
 
@@ -31,10 +31,18 @@ FORMATS: dict[str, QuantFormat | None] = {
     "int4": QuantFormat(kind="int4", group=32, offset=8),
     "mxfp4": QuantFormat(kind="mxfp4", group=32, scale_dtype="U8"),
     "fp8": QuantFormat(kind="fp8", group=128, group_rows=128, scale_dtype="F32"),
+    "q8_0": QuantFormat(kind="q8_0", group=32, scale_dtype="U8"),
+    "q6_k": QuantFormat(kind="q6_k", group=256, scale_dtype="U8"),
+    "q4_k": QuantFormat(kind="q4_k", group=256, scale_dtype="U8"),
 }
 # How codes are stored, and how many columns one holds.
 CODES = {"int8": ("I32", 4), "int4": ("I32", 8), "mxfp4": ("U8", 2), "fp8": ("F8_E4M3", 1)}
 TINY = (Shape(name="tiny", width_D=64, width_F=32, num_experts=6, top_k=2),)
+
+
+def fits(shape: Shape, format_: QuantFormat | None) -> bool:
+    """Whether rows of both widths are whole blocks, where the format has blocks."""
+    return format_ is None or not format_.is_blocks or not (shape.width_D | shape.width_F) % format_.group
 
 
 def make_layer(shape: Shape, format_: QuantFormat | None) -> MoeLayer:
@@ -49,7 +57,13 @@ def make_layer(shape: Shape, format_: QuantFormat | None) -> MoeLayer:
         if format_ is None:
             parts.append(part(size, "BF16"))
             continue
-        (code_dtype, columns), (num_out, num_in) = CODES[format_.kind], size
+        num_out, num_in = size
+        if format_.is_blocks:
+            block = BLOCK_KINDS[format_.kind]
+            codes = part((num_out, num_in // block.num_columns * block.num_bytes), "U8")
+            parts.append(QuantPart(format=format_, shape=size, codes=codes, scales=None))
+            continue
+        code_dtype, columns = CODES[format_.kind]
         scales = (-(-num_out // format_.group_rows), -(-num_in // format_.group))
         codes = part((num_out, num_in // columns), code_dtype)
         parts.append(QuantPart(format=format_, shape=size, codes=codes, scales=part(scales, format_.scale_dtype)))

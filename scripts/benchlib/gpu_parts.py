@@ -48,7 +48,7 @@ class Outcome:
 def plan_parts(*, total_s: float, simulate: bool, partial: Path, device_args: tuple[str, ...] = ()) -> list[Part]:
     """All parts in order; the benchmark on the device comes last and gets what the others leave.
 
-    Of nine minutes: tests 110 s, verify 3 x 40 s, kernels 90 s, device 200 s or more. Simulated, each may take all.
+    Of nine minutes: tests 110 s, verify 3 x 40 s, kernels 110 s, device 180 s or more. Simulated, each may take all.
     """
 
     def part(key: str, title: str, seconds: float, *command: str, **options: Any) -> Part:
@@ -72,8 +72,8 @@ def plan_parts(*, total_s: float, simulate: bool, partial: Path, device_args: tu
                  "--max-new-tokens", "4" if simulate else "24", *options)
             for options in ([("--device", "cpu")] if simulate else VERIFY)
         ),
-        part("kernels", "kernels, each alone", 90, "scripts/bench_triton.py", *(["--simulate"] if simulate else [])),
-        part("device", "whole models on the device", 200, *device, *(TINY if simulate else []), *device_args,
+        part("kernels", "kernels, each alone", 110, "scripts/bench_triton.py", *(["--simulate"] if simulate else [])),
+        part("device", "whole models on the device", 180, *device, *(TINY if simulate else []), *device_args,
              spare=True),
     ]  # fmt: skip
 

@@ -102,6 +102,16 @@ def test_every_quantised_format(name: str, dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", [*quant_cases.SMALL_BLOCKS, *quant_cases.LARGE_BLOCKS])
+def test_every_kind_of_gguf_block(name: str) -> None:
+    compare(
+        quant_cases.make_quantised(
+            name, width_D=512, width_F=256 if name in quant_cases.LARGE_BLOCKS else 352, dtype=torch.bfloat16,
+            biases=True, num_experts=24, missing=(2, 7), top_k=4, device="cuda",
+        )
+    )  # fmt: skip
+
+
 def test_quantised_gate_and_up_in_one_matrix() -> None:
     options = {"dtype": torch.bfloat16, "num_experts": 24, "top_k": 4, "device": "cuda", "stacked": True}
     turns = {"transposed": True, "activate": cases.clamped_gate, "biases": True}
