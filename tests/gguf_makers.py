@@ -67,16 +67,19 @@ def make_model(name: str) -> PreTrainedModel:
 
 
 def save_gguf(
-    path: Path, name: str, model: PreTrainedModel, kinds: dict[str, Type], *, tokenizer: Path | None = None
-) -> None:
+    path: Path, name: str, model: PreTrainedModel, kinds: dict[str, Type], *, tokenizer: Path | None = None,
+    sampling: dict[str, float] | None = None,
+) -> None:  # fmt: skip
     """Write `model` with the types that `kinds` gives for "gate", "up", "down" experts and "dense" matrices (float32
     where it gives none), and put the values that the file then has into `model`. `tokenizer`: the folder of a
-    byte-level BPE that goes into the file.
+    byte-level BPE that goes into the file. `sampling`: advice, by llama.cpp's names.
     """
     arch = MODELS[name].arch
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     _write_settings(writer, model)
+    for key, value in (sampling or {}).items():
+        getattr(writer, f"add_sampling_{key}")(value)
     _write_tokenizer(writer, tokenizer)
     values: dict[str, torch.Tensor] = {}
     for key, tensor in _converted(name, model).items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,18 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf_makers import MODELS, make_model, save_gguf, split_gguf
+from makers import one_line
 from transformers import AutoTokenizer
 
 import offmoe
 from offmoe.base.errors import CheckpointError
+from offmoe.checkpoint.gguf import GgufHeader
+from offmoe.checkpoint.gguf_config import gguf_sampling
 from offmoe.checkpoint.locate import demo_model_folder
+from offmoe.generation.sampling import Sampling, resolve_sampling
 from offmoe.models.tokenizer import load_tokenizer
 from offmoe.planner.survey import survey
+from offmoe.tiers.device import SimulatedDevice
 
 NUM_PROMPT, NUM_NEW = 12, 24
 Q4_K_M = {"gate": Type.Q4_K, "up": Type.Q4_K, "down": Type.Q6_K, "dense": Type.Q8_0}
@@ -33,9 +40,21 @@ CASES: dict[str, tuple[str, dict[str, Type]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+# Where experts are computed, beside the default.
+PLACES: dict[str, Callable[[], dict[str, Any]]] = {
+    "in RAM": dict,
+    "on a device": lambda: {"miss": "stream", "_device": SimulatedDevice(1e9)},
+    "beside a device": lambda: {"miss": "cpu", "_device": SimulatedDevice(1e9)},
+}
+ON_A_DEVICE = ("qwen3moe, q4_k and q6_k", "gpt-oss, mxfp4", "deepseek2, q8_0")
+
+
+@pytest.mark.parametrize(
+    ("case", "place"),
+    [*((case, "in RAM") for case in CASES), *itertools.product(ON_A_DEVICE, ("on a device", "beside a device"))],
+)
 def test_logits_and_ids_are_those_of_the_same_values(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("offmoe.models.build._gguf_dtype", lambda index: torch.float32)
     name, kinds = CASES[case]
@@ -45,7 +64,7 @@ def test_logits_and_ids_are_those_of_the_same_values(
     with torch.no_grad():
         wanted = expected(input_ids=ids).logits
     wanted_ids = expected.generate(ids[:1], max_new_tokens=NUM_NEW, do_sample=False)[0, NUM_PROMPT:].tolist()
-    with offmoe.load(path, ram="4GiB", experts=4) as engine:
+    with offmoe.load(path, ram="4GiB", experts=4, **PLACES[place]()) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
@@ -66,6 +85,45 @@ def test_the_tokenizer_and_its_chat_template_come_from_the_file(tmp_path: Path) 
     messages = [{"role": "user", "content": "hi"}]
     options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
     assert ours.apply_chat_template(messages, **options) == published.apply_chat_template(messages, **options)
+
+
+def test_the_advice_on_sampling_comes_from_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    advice = {"temp": 0.5, "top_k": 7, "top_p": 0.75, "min_p": 0.125, "penalty_repeat": 1.25}
+    save_gguf(path, "qwen3moe", make_model("qwen3moe"), {}, sampling=advice)
+    with offmoe.load(path, ram="4GiB", experts=4) as engine:
+        config = engine.model.generation_config
+        assert config is not None
+        found = resolve_sampling(config)
+        assert found == Sampling(temperature=0.5, top_k=7, top_p=0.75, min_p=0.125, repetition_penalty=1.25)
+        assert resolve_sampling(config, temperature=0.0).temperature == 0
+        prompt = [5, 6, 7]
+        drawn = {tuple(engine.generate(prompt, max_new_tokens=8, seed=seed).token_ids) for seed in range(4)}
+        assert len(drawn) > 1, "sampled"
+
+
+@pytest.mark.parametrize(
+    ("advice", "expected"),
+    [
+        ({}, {}),
+        ({"temp": 0.0, "top_k": 20}, {"top_k": 20, "do_sample": False}),
+        ({"top_p": 0.9}, {"top_p": 0.9, "do_sample": True}),
+    ],
+)
+def test_advice_in_part(advice: dict[str, float], expected: dict[str, object]) -> None:
+    metadata = {f"general.sampling.{key}": value for key, value in advice.items()}
+    assert gguf_sampling(GgufHeader(metadata=metadata, tensors={})) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temp", float("nan")), ("temp", "hot"), ("top_k", 2.5), ("top_k", -1), ("top_p", 0.0), ("min_p", True)],
+)
+def test_advice_that_cannot_be_is_refused(key: str, value: object) -> None:
+    header = GgufHeader(metadata={f"general.sampling.{key}": value}, tensors={})
+    with pytest.raises(CheckpointError) as caught:
+        gguf_sampling(header)
+    assert f"general.sampling.{key} {value!r}; a number from" in one_line(caught)
 
 
 def test_without_a_vocabulary_there_is_no_tokenizer(tmp_path: Path) -> None:

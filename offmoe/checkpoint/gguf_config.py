@@ -15,6 +15,11 @@ from offmoe.checkpoint.gguf import GgufHeader
 
 _SIGMOID = 2  # llama.cpp's expert_gating_func
 _MAX_SIZE = 1 << 40
+# Advice on sampling: llama.cpp's name -> generation_config's, and the least and most that it may be.
+_SAMPLING: dict[str, tuple[str, float, float]] = {
+    "temp": ("temperature", 0.0, 1e6), "top_k": ("top_k", 0, 1 << 31), "top_p": ("top_p", 1e-6, 1.0),
+    "min_p": ("min_p", 0.0, 1.0), "penalty_repeat": ("repetition_penalty", 1e-6, 1e6),
+}  # fmt: skip
 
 
 def gguf_config(header: GgufHeader) -> dict[str, Any]:
@@ -29,6 +34,31 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
         )
     facts = _Facts(header)
     return _common(facts) | make(facts)
+
+
+def gguf_sampling(header: GgufHeader) -> dict[str, float | bool]:
+    """What the publisher advises (`general.sampling.*`), as generation_config has it; empty where nothing is said.
+
+    Advice without a temperature means 1, a temperature of 0 greedy. What offmoe has no sampler for (mirostat, xtc) is
+    left out. Raises CheckpointError for numbers that cannot be.
+    """
+    found: dict[str, float | bool] = {}
+    for key, (name, least, most) in _SAMPLING.items():
+        value = header.metadata.get(f"general.sampling.{key}")
+        if value is None:
+            continue
+        kinds: tuple[type, ...] = (int,) if key == "top_k" else (int, float)
+        if type(value) not in kinds or not least <= value <= most:
+            raise CheckpointError(
+                f"the GGUF file says general.sampling.{key} {value!r}; a number from {least:g} to {most:g} is needed"
+            )
+        found[name] = value
+    if not found:
+        return found
+    greedy = found.get("temperature") == 0
+    return ({name: value for name, value in found.items() if name != "temperature"} if greedy else found) | {
+        "do_sample": not greedy
+    }
 
 
 class _Facts:

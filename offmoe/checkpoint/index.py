@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 from offmoe.base.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from offmoe.checkpoint.derived import StoredTensor
 from offmoe.checkpoint.gguf import GgufHeader, GgufTensor, read_gguf_header, split_paths
-from offmoe.checkpoint.gguf_config import gguf_config
+from offmoe.checkpoint.gguf_config import gguf_config, gguf_sampling
 from offmoe.checkpoint.gguf_tensors import gguf_tensors
 from offmoe.checkpoint.header import read_header
 from offmoe.checkpoint.quant_config import Quantisation
@@ -30,7 +30,7 @@ class CheckpointIndex:
     """All tensors of a checkpoint, with their files held open. Close it when the last reader is done.
 
     `tensors` are logical ones: a quantised matrix is one entry under its plain name, whatever it is stored as. `stored`
-    are the tensors of the files. `folder` is that of a GGUF file, where the checkpoint is one.
+    are the tensors of the files. `folder` is that of a GGUF file, where the checkpoint is one, `sampling` its advice.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class CheckpointIndex:
         self.files = files
         self.stored = stored
         self.is_gguf = gguf is not None
+        self.sampling: dict[str, float | bool] = {}
         self.tensors: dict[str, StoredTensor] = (
             dict(join_quantised(stored, quantisation, self.read_bytes)) if gguf is None else dict(gguf)
         )
@@ -79,7 +80,9 @@ class CheckpointIndex:
         try:
             header = _read_gguf(path, files)
             stored = {name: tensor.entry for name, tensor in header.tensors.items()}
-            return cls(path.parent, files, stored, gguf=gguf_tensors(header, gguf_config(header)))
+            index = cls(path.parent, files, stored, gguf=gguf_tensors(header, gguf_config(header)))
+            index.sampling = gguf_sampling(header)
+            return index
         except BaseException:
             for file in files:
                 file.close()

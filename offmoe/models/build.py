@@ -120,6 +120,8 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
             f"{type(model).__name__} is a dense model: it has no experts to stream; use transformers or llama.cpp"
         )
     model.eval()
+    if index.sampling and model.generation_config is not None:
+        model.generation_config.update(**index.sampling)
     path = index.folder / "generation_config.json"
     if path.is_file() and not index.is_gguf:
         try:
