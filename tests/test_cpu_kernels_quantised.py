@@ -157,10 +157,10 @@ def test_the_smallest_and_largest_codes_of_fp8(kernels: CpuKernels) -> None:
 
 def test_the_smallest_scale_of_mxfp4(kernels: CpuKernels) -> None:
     codes, exponents = (
-        torch.full((4, 16), 0x77, dtype=torch.uint8),
-        torch.tensor([[0], [1], [127], [200]], dtype=torch.uint8),
+        torch.full((40, 16), 0x77, dtype=torch.uint8),
+        torch.tensor([[0], [1], [127], [200]], dtype=torch.uint8).repeat(10, 1),
     )
-    matrix = QuantMatrix(QuantFormat(kind="mxfp4", group=32, scale_dtype="U8"), (4, 32), codes, exponents, None)
+    matrix = QuantMatrix(QuantFormat(kind="mxfp4", group=32, scale_dtype="U8"), (40, 32), codes, exponents, None)
     x_TK = torch.full((1, 32), 2.0**40)
     expected = (6.0 * 32 * 2.0**40 * torch.exp2(exponents.double() - 127)).t()
     for dtype in (torch.float32, torch.bfloat16):

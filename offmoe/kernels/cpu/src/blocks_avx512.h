@@ -178,12 +178,13 @@ struct GroupsOf16 : ByteTables {
 
 template <class Format>
 struct Blocks {
+    static constexpr int kRowsForOne = 1;
     static constexpr int kRowsForFew = 2;
     static constexpr int64_t kStep = Format::kColumns > kChunk ? Format::kColumns : kChunk;
 
     explicit Blocks(const Matrix& matrix) : matrix(matrix), sums_at(2 * padded(matrix.columns)) {}
 
-    void start(int64_t row, int) { codes_of_first = matrix.codes + row * matrix.row_bytes; }
+    void start(int64_t row, int, bool) { codes_of_first = matrix.codes + row * matrix.row_bytes; }
 
     // Adds columns [first, last) of rows [r, r + R) of those that were started; `sums`: T a row. `first` is a multiple of
     // the step's columns.

@@ -13,6 +13,7 @@ namespace {
 struct Nibbles {
     static constexpr int kVectors = 4;
     static constexpr int64_t kColumns = 128;
+    static constexpr bool kStoredScales = true;
 
     explicit Nibbles(const Matrix& matrix) {
         static const float e2m1_values[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
@@ -82,6 +83,8 @@ struct ByteTables {
 };
 
 struct Fp8 : ByteTables {
+    static constexpr bool kStoredScales = false;  // a number for 128 rows
+
     explicit Fp8(const Matrix&)
         : ByteTables([](int code) {
               U8x16 one = {};
@@ -101,6 +104,8 @@ struct Fp8 : ByteTables {
 
 // Codes become signed first, less 128 where they were not.
 struct Int8 : ByteTables {
+    static constexpr bool kStoredScales = true;
+
     explicit Int8(const Matrix& matrix)
         : ByteTables([](int code) { return static_cast<float>(code); }),
           flip(_mm512_set1_epi8(static_cast<char>(matrix.code_signed ? 0 : 0x80))) {}
@@ -121,21 +126,27 @@ struct Inner {
 
     explicit Inner(const Matrix& matrix) : unpacker(matrix), sums_at(2 * padded(matrix.columns)) {
         alignas(64) int32_t group_of_lane[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane)
-            group_of_lane[lane] = static_cast<int32_t>(
-                matrix.group >= kColumns ? 0 : Unpacker::column_at(2 * lane) / matrix.group);
+        alignas(64) int8_t place[4 * kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int group = static_cast<int>(matrix.group >= kColumns ? 0 : Unpacker::column_at(2 * lane) / matrix.group);
+            group_of_lane[lane] = group;
+            const bool byte = matrix.scale_type == E8M0;
+            for (int i = 0; i < 2; ++i) place[4 * lane + i] = -1;  // a zero
+            place[4 * lane + 2] = static_cast<int8_t>(byte ? -1 : 2 * group);
+            place[4 * lane + 3] = static_cast<int8_t>(byte ? group : 2 * group + 1);
+        }
         lanes = load_512(group_of_lane);
+        places = load_512(place);
     }
 
     template <int R, int T>
-    inline void add(__m512 (&sums)[R][T], const __m512i* code, const RowGroups* of_rows, int64_t group,
-                    const uint8_t* const* x, int64_t column) const {
+    inline void add(__m512 (&sums)[R][T], const __m512i* code, const __m512* scale, const RowGroups* of_rows,
+                    int64_t group, const uint8_t* const* x, int64_t column) const {
         __m512i w[R][kVectors];
-        __m512 scale[R], zero[R];
+        __m512 zero[R];
         OFFMOE_UNROLL
         for (int r = 0; r < R; ++r) {
             unpacker.unpack(code[r], w[r]);
-            scale[r] = spread(of_rows[r].scales + group);
             if constexpr (ZEROS) zero[r] = spread(of_rows[r].zeros + group);
         }
         OFFMOE_UNROLL
@@ -162,26 +173,41 @@ struct Inner {
         return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(of_groups)));
     }
 
+    // The same from where they are stored, eight bytes of them: what `load_scales` makes.
+    template <int TYPE>
+    inline __m512 spread_stored(const uint8_t* of_groups) const {
+        const __m512i found = _mm512_shuffle_epi8(_mm512_set1_epi64(load<int64_t>(of_groups)), places);
+        if constexpr (TYPE == BF16) return _mm512_castsi512_ps(found);
+        return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_srli_epi32(found, 1), _mm512_set1_epi32(0x00400000)));
+    }
+
     Unpacker unpacker;
     int64_t sums_at;
-    __m512i lanes;
+    __m512i lanes, places;
 };
 
 template <class Unpacker, bool ZEROS>
 struct Coded {
     static constexpr int64_t kColumns = Unpacker::kColumns;
     static constexpr int kRowsForFew = 2;
+    static constexpr int kRowsForOne = 2;
     static constexpr int64_t kStep = kChunk;
 
     explicit Coded(const Matrix& matrix)
         : matrix(matrix), inner(matrix), chunks_a_group((matrix.group + kColumns - 1) / kColumns),
           groups_a_chunk(matrix.group < kColumns ? kColumns / matrix.group : 1) {}
 
-    void start(int64_t row, int count) {
+    // `few`: one or two rows of x. Then scales are unpacked with the codes, eight bytes at a time, but for the last rows,
+    // where these bytes could lie beside the matrix.
+    void start(int64_t row, int count, bool few) {
         codes_of_first = matrix.codes + row * matrix.row_bytes;
+        scales_of_first = scales_of(matrix, row);
+        const int32_t type = matrix.scale_type;
+        const bool inside = (matrix.rows - row - count) * matrix.scale_row_bytes >= 8 && matrix.group_rows == 1;
+        stored = few && inside && (type == BF16 || type == E8M0) ? type : F32;
         const int64_t num = num_groups(matrix);
         for (int r = 0; r < count; ++r) {
-            load_scales(matrix, row + r, num, groups[r]);
+            if (stored == F32) load_scales(matrix, row + r, num, groups[r]);
             if constexpr (ZEROS) load_zeros(matrix, row + r, num, Unpacker::zero_bias(matrix), groups[r]);
         }
     }
@@ -189,45 +215,60 @@ struct Coded {
     // Adds columns [first, last) of rows [r, r + R) of those that were started; `sums`: T a row.
     template <int R, int T>
     void block(int r, const void* const* x, int64_t first, int64_t last, __m512* sums_of_rows) const {
-        const uint8_t* codes[R];
-        const uint8_t* xs[T];
+        if constexpr (!in_blocks(T) && Unpacker::kStoredScales) {
+            if (stored == BF16) return columns<R, T, BF16>(r, x, first, last, sums_of_rows);
+            if (stored == E8M0) return columns<R, T, E8M0>(r, x, first, last, sums_of_rows);
+        }
+        columns<R, T, F32>(r, x, first, last, sums_of_rows);
+    }
+
+private:
+    // SCALES: how they are stored, or F32 where `start` has loaded them.
+    template <int R, int T, int SCALES>
+    void columns(int r, const void* const* x, int64_t first, int64_t last, __m512* sums_of_rows) const {
+        const uint8_t *codes[R], *scales[R], *xs[T];
         __m512 sums[R][T];
         begin_block(codes_of_first + r * matrix.row_bytes, matrix.row_bytes, x, sums_of_rows, codes, xs, sums);
         const Inner<Unpacker, ZEROS> here = inner;  // in registers
-        const int64_t ahead = ahead_bytes(matrix, R, T);
+        const int64_t ahead = ahead_bytes(matrix, R, T), rows_ahead = kFarBytes / matrix.row_bytes + 1;
         int64_t column = first, at = first / kColumns * 64, group = 0, left = chunks_a_group;
         if (first > 0) {
             group = first / matrix.group;
             left -= first / kColumns % chunks_a_group;
         }
-        for (; column + kColumns <= last; column += kColumns, at += 64) {
+        OFFMOE_UNROLL
+        for (int i = 0; i < R && SCALES != F32; ++i) {
+            scales[i] = scales_of_first + (r + i) * matrix.scale_row_bytes;
+            const uint8_t* next = scales[i] + rows_ahead * matrix.scale_row_bytes;
+            for (int64_t line = 0; line < matrix.scale_row_bytes; line += 64) prefetch_far(next + line);
+        }
+        for (; column < last; column += kColumns, at += 64) {
             __m512i code[R];
+            __m512 scale[R];
+            const int64_t rest = (last - column) * 64 / kColumns;
             OFFMOE_UNROLL
             for (int i = 0; i < R; ++i) {
-                code[i] = load_512(codes[i] + at);
+                if (rest >= 64) code[i] = load_512(codes[i] + at);
+                else code[i] = _mm512_maskz_loadu_epi8(first_bytes(rest), codes[i] + at);
+                if constexpr (!in_blocks(T)) prefetch_far(codes[i] + at + kFarBytes);
                 prefetch(codes[i] + at + ahead);
+                if constexpr (SCALES == F32) scale[i] = here.spread(groups[r + i].scales + group);
+                else scale[i] = here.template spread_stored<SCALES>(scales[i] + group * (SCALES == BF16 ? 2 : 1));
             }
-            here.template add<R, T>(sums, code, groups + r, group, xs, column);
+            here.template add<R, T>(sums, code, scale, groups + r, group, xs, column);
             if (--left == 0) {
                 group += groups_a_chunk;
                 left = chunks_a_group;
             }
         }
-        if (column < last) {
-            __m512i code[R];
-            const __mmask64 rest = first_bytes((last - column) * 64 / kColumns);
-            OFFMOE_UNROLL
-            for (int i = 0; i < R; ++i) code[i] = _mm512_maskz_loadu_epi8(rest, codes[i] + at);
-            here.template add<R, T>(sums, code, groups + r, group, xs, column);
-        }
         end_block(sums, sums_of_rows);
     }
 
-private:
     const Matrix& matrix;
     const Inner<Unpacker, ZEROS> inner;
     const int64_t chunks_a_group, groups_a_chunk;
-    const uint8_t* codes_of_first = nullptr;
+    const uint8_t *codes_of_first = nullptr, *scales_of_first = nullptr;
+    int32_t stored = F32;
     RowGroups groups[kBlockRows];
 };
 

@@ -6,12 +6,13 @@ namespace offmoe {
 namespace {
 
 struct Dense {
-    static constexpr int kRowsForFew = 1;  // at a time, for three or four rows of x
+    static constexpr int kRowsForOne = 1;  // at a time, for one or two rows of x
+    static constexpr int kRowsForFew = 1;  // for three or four
     static constexpr int64_t kStep = kChunk;  // blocks of columns begin at a multiple
 
     explicit Dense(const Matrix& matrix) : matrix(matrix) {}
 
-    void start(int64_t row, int) { codes_of_first = matrix.codes + row * matrix.row_bytes; }
+    void start(int64_t row, int, bool) { codes_of_first = matrix.codes + row * matrix.row_bytes; }
 
     // Adds columns [first, last) of rows [r, r + R) of those that were started; `sums`: T a row.
     template <int R, int T>

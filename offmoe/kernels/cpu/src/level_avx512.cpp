@@ -100,15 +100,17 @@ template <class Kernel>
 void run_kernel(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, int32_t num_x, float* out,
                 int64_t stride) {
     Kernel kernel(matrix);
+    const bool few = !in_blocks(num_x);
+    if (few) prefetch_first(matrix.codes + begin * matrix.row_bytes, matrix.row_bytes, end - begin, kFarBytes);
     for (; begin < end; begin += kBlockRows, out += kBlockRows) {
         const int count = static_cast<int>(begin + kBlockRows < end ? kBlockRows : end - begin);
-        kernel.start(begin, count);
+        kernel.start(begin, count, few);
         const void* const* from = x;
         float* to = out;
         for (int32_t left = num_x; left > 0; left -= kMostX, from += kMostX, to += kMostX * stride) {
             switch (left) {
-                case 1: run_rows<Kernel, 1, 1>(kernel, matrix.columns, count, from, to, stride); break;
-                case 2: run_rows<Kernel, 1, 2>(kernel, matrix.columns, count, from, to, stride); break;
+                case 1: run_rows<Kernel, Kernel::kRowsForOne, 1>(kernel, matrix.columns, count, from, to, stride); break;
+                case 2: run_rows<Kernel, Kernel::kRowsForOne, 2>(kernel, matrix.columns, count, from, to, stride); break;
                 case 3: run_rows<Kernel, Kernel::kRowsForFew, 3>(kernel, matrix.columns, count, from, to, stride); break;
                 case 4: run_rows<Kernel, Kernel::kRowsForFew, 4>(kernel, matrix.columns, count, from, to, stride); break;
                 case 5: run_rows<Kernel, 2, 5>(kernel, matrix.columns, count, from, to, stride); break;
