@@ -2,8 +2,9 @@
 
     python scripts/bench_plan.py --models checkpoints/qwen3-6l checkpoints/olmoe --out benchmarks/2026-11-22-plan.md
 
-The machine is probed first (OFFMOE_CACHE keeps the figures). Each model then runs warm, with all experts in RAM and
-with slots for half of them; give --prefill a prompt that fills a prefill chunk, or the predicted peak is not reached.
+Before each model the machine is probed (OFFMOE_CACHE keeps the figures): what it does changes by the minute where
+others use it too. The model then runs warm, with all experts in RAM and with slots for half of them; give --prefill a
+prompt that fills a prefill chunk, or the predicted peak is not reached.
 Hit rates are those of the run's own counters, so that the prediction is held against bandwidths and arithmetic and
 not against random weights' routing; the prediction with the family's published hit rates is beside it. A table goes
 to stderr, one JSON object to stdout, last.
@@ -45,23 +46,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--context-length", type=int, default=2048)
     parser.add_argument("--prefill", type=int, default=1900)
     parser.add_argument("--decode", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=1, help="of probe and runs; medians (default: %(default)s)")
+    parser.add_argument("--no-demo", action="store_true", help="without the bundled model")
     parser.add_argument("--no-probe", action="store_true", help="with the figures that are kept")
     parser.add_argument("--out", type=Path, help="also write a result file")
     args = parser.parse_args(command)
-    if not args.no_probe:
-        offmoe("probe", "--refresh", "--json", *(("--model", args.models[0]) if args.models else ()))
-    record = read_record()
-    if record is None:
-        print("error: no figures of this machine; leave out --no-probe", file=sys.stderr)
-        return 2
-    found = [
-        compare(model, float(share), args, record) for model in (None, *args.models) for share in args.shares.split(",")
-    ]
+    found, records = [], []
+    for model in (*([] if args.no_demo else [None]), *args.models):
+        runs = []
+        for _ in range(args.rounds):
+            if not args.no_probe:
+                offmoe("probe", "--refresh", "--json", *(("--model", model) if model else ()))
+            record = read_record()
+            if record is None:
+                print("error: no figures of this machine; leave out --no-probe", file=sys.stderr)
+                return 2
+            records.append(record)
+            runs += [compare(model, float(share), args, record) for share in args.shares.split(",")]
+        found += [middle([run for run in runs if run["slots"] == slots]) for slots in {run["slots"]: 0 for run in runs}]
     print("\n".join(table(found)), file=sys.stderr)
     if args.out is not None:
-        args.out.write_text(report(found, record, command))
-    print(json.dumps({"bench": "plan", "machine": record.as_dict(), "records": found}))
+        args.out.write_text(report(found, records, command))
+    machines = [record.as_dict() for record in records]
+    print(json.dumps({"bench": "plan", "machines": machines, "records": found}))
     return 0
+
+
+def middle(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The run whose prediction over what was measured is the median."""
+    return sorted(runs, key=lambda run: run["predicted_tok_per_s"] / run["measured_tok_per_s"])[len(runs) // 2]
 
 
 def compare(model: str | None, share: float, args: argparse.Namespace, record: MachineRecord) -> dict[str, Any]:
@@ -85,7 +98,7 @@ def compare(model: str | None, share: float, args: argparse.Namespace, record: M
     curve = HitCurve(at=lambda num_slots: hit_rate, source="measured")
     by_run = predict(
         plan.facts, plan.memory, record, curve, drive=drive, direct=make_config().io != "buffered",
-        prompt_tokens=args.prefill,
+        prompt_tokens=args.prefill, context_length=2 * args.prefill + args.decode,
     )  # fmt: skip
     return {
         "model": plan.facts.name, "slots": options["experts"], "experts": num_experts,
@@ -119,21 +132,31 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def report(found: Sequence[dict[str, Any]], record: MachineRecord, command: Sequence[str]) -> str:
+def report(found: Sequence[dict[str, Any]], records: Sequence[MachineRecord], command: Sequence[str]) -> str:
     """The result file."""
-    rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in record.cpu_bytes_per_s.items())
     return "\n".join([
         "# Plans against runs",
         "",
         f"- command: `{shlex.join(['python', 'scripts/bench_plan.py', *without_folders(command)])}`",
         f"- machine: {', '.join(f'{key} {value}' for key, value in describe_machine().items())}",
         f"- versions: {', '.join(f'{name} {version}' for name, version in describe_versions(ROOT).items())}",
-        f"- probe: read {record.read_bytes_per_s / 1e9:.1f} GB/s; experts (GB/s) {rates}; a layer "
-        f"{record.layer_s * 1e3:.3f} ms",
+        *[f"- probe: {probe_line(record)}" for record in records],
         "",
         *table(found),
         "",
     ])  # fmt: skip
+
+
+def probe_line(record: MachineRecord) -> str:
+    """What the predictions stand on."""
+    rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in record.cpu_bytes_per_s.items())
+    disk = " / ".join(f"{(drive.direct_bytes_per_s or 0) / 1e9:.2f}" for drive in record.drives.values())
+    layers = record.layers
+    return (
+        f"read {record.read_bytes_per_s / 1e9:.1f} GB/s; experts (GB/s) {rates}; drive {disk}; a layer "
+        f"{layers.whole_s * 1e3:.3f} ms by the kernels, {layers.modules_s * 1e3:.3f} by modules, a token "
+        f"{layers.token_s * 1e3:.3f} beside; a layer that fetches {record.fetch_s * 1e3:.2f} ms"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,30 @@ import torch
 from click.testing import CliRunner
 
 from offmoe.base.errors import UsageError
-from offmoe.base.machine_record import DriveSpeed, MachineRecord, drive_key, read_record, record_path, write_record
+from offmoe.base.machine_record import (
+    DriveSpeed,
+    LayerCosts,
+    MachineRecord,
+    drive_key,
+    read_record,
+    record_path,
+    write_record,
+)  # fmt: skip
 from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.cli.main import main
 from offmoe.cli.probe import probe_machine
-from offmoe.executor import speeds
-from offmoe.executor.speeds import FORMATS, SampleExperts, drive_speed, link_costs
+from offmoe.executor import sample_experts, speeds
+from offmoe.executor.sample_experts import MOST_S, REPEATS, SampleExperts, usual_s
+from offmoe.executor.speeds import FORMATS, TURNED, drive_speed, link_costs
 from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.report.probe import measure_drive, run_probe
 from offmoe.tiers.inline import InlineCopier
 
+COSTS = LayerCosts(whole_s=1e-4, modules_s=5e-4, token_s=1e-3)
 RECORD = MachineRecord(
     name="a machine", ram_bytes=1 << 34, num_cores=4, read_bytes_per_s=3e10,
-    cpu_bytes_per_s={"bf16": 2e10, "int4": 1e10}, cpu_flops_per_s=1e11, layer_s=1e-4, libraries_bytes=1 << 28,
+    cpu_bytes_per_s={"bf16": 2e10, "int4": 1e10}, cpu_flops_per_s=1e11, cached_bytes_per_s=4e10,
+    cache_bytes=1 << 25, layers=COSTS, cached_layers=COSTS, watched_layer_s=0.0, fetch_s=1e-4, libraries_bytes=1 << 28,
     drives={"fd00": DriveSpeed(direct_bytes_per_s=2e9, buffered_bytes_per_s=None, measured_on="x")},
 )  # fmt: skip
 
@@ -46,7 +58,9 @@ def test_kept_and_read_back() -> None:
     "change",
     [
         {"version": 99}, {"read_bytes_per_s": -1}, {"read_bytes_per_s": "fast"}, {"cpu_bytes_per_s": {}},
-        {"cpu_bytes_per_s": [1]}, {"drives": 3}, {"layer_s": None}, {"more": 1}, {"drives": {"a": {"b": 1}}},
+        {"cpu_bytes_per_s": [1]}, {"drives": 3}, {"layers": None}, {"layers": {"whole_s": 1}},
+        {"cached_layers": {"whole_s": "x", "modules_s": 1, "token_s": 1}},
+        {"fetch_s": -1}, {"more": 1}, {"drives": {"a": {"b": 1}}},
     ],
     ids=str,
 )  # fmt: skip
@@ -98,9 +112,9 @@ def test_all_of_it_over_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         small=True,
     )  # fmt: skip
     assert write_record(record) is None and read_record() == record
-    assert told[0] == "1/9" and told[-1] == "9/9"
+    assert told[0] == "1/10" and told[-1] == "10/10"
     kernels, _ = load_cpu_kernels()
-    assert set(record.cpu_bytes_per_s) == (set(FORMATS) if kernels is not None else {"bf16"})
+    assert set(record.cpu_bytes_per_s) == (set(FORMATS) if kernels is not None else {"bf16", "bf16 turned"})
     if kernels is not None:
         kernels.close()
     assert record.libraries_bytes > 50 << 20
@@ -124,8 +138,8 @@ def test_a_drive_is_only_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_sample_experts_are_alike_in_bytes(name: str) -> None:
-    experts = SampleExperts(FORMATS[name], width_D=256, width_F=128, working_set=1 << 18)
-    bits = {"bf16": 16, "int8": 8.5, "int4": 4.5, "fp8": 8 + 32 / 128**2, "mxfp4": 4.25}[name]
+    experts = SampleExperts(FORMATS[name], width_D=256, width_F=128, working_set=1 << 18, turned=name == TURNED)
+    bits = {"bf16": 16, TURNED: 16, "int8": 8.5, "int4": 4.5, "fp8": 8 + 32 / 128**2, "mxfp4": 4.25}[name]
     assert experts.expert_bytes == 3 * 256 * 128 * bits / 8
     assert experts.bytes_per_s(None, repeats=1) > 0
     experts.close()
@@ -148,3 +162,21 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(plan.stdout)
     assert found["machine"]["name"] == "a machine" and found["prediction"]["decode_tok_per_s"] > 0
     assert found["memory"]["runtime_bytes"] == RECORD.libraries_bytes
+
+
+def test_no_figure_takes_long_on_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on a clock of its own: each stops at its limit, and all limits together leave a third of 30 seconds."""
+    now = [0.0]
+    monkeypatch.setattr(sample_experts.time, "perf_counter", lambda: now[0])
+
+    def work(seconds: float) -> None:
+        now[0] += seconds
+
+    fast = partial(work, 0.001)
+    assert usual_s(fast) == pytest.approx(0.001) and now[0] == pytest.approx((1 + REPEATS) * 0.001)
+    now[0] = 0.0
+    assert usual_s(partial(work, 0.4), repeats=100) == pytest.approx(0.4) and now[0] <= MOST_S + 0.4
+    now[0] = 0.0
+    assert usual_s(partial(work, 9.0)) == 9.0 and now[0] == 18.0  # once to warm up, and once
+    num_figures = len(FORMATS) + 3  # memory, experts in caches, products of many rows
+    assert num_figures * MOST_S + 2 * speeds.DISK_S < 20

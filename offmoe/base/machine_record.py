@@ -20,7 +20,7 @@ import psutil
 
 from offmoe.base.machine import num_cores
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,27 @@ class DriveSpeed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerCosts:
+    """Seconds of a token whatever it reads. A layer: that the kernels compute `whole_s`, or its `modules_s` one by one;
+    `token_s`: what comes beside the layers.
+    """
+
+    whole_s: float
+    modules_s: float
+    token_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class MachineRecord:
     """Rates in bytes a second. What a machine without a GPU lacks is None.
 
     read                   RAM, read as a stream
     cpu                    experts computed on the CPU for one token, by format ("bf16", "int4", ...)
     cpu_flops_per_s        the same for many rows
-    layer_s                a layer's cost whatever it reads, from a model of small weights
+    cached_bytes_per_s     experts on the CPU ("bf16") where `cache_bytes`, those of the processor, hold them
+    layers, cached_layers  what a token costs whatever it reads, when it reads more than caches hold, and less
+    watched_layer_s        what a layer takes more while not all experts are in memory
+    fetch_s                what a layer takes more when it has to fetch, beside the bytes
     libraries_bytes        what the process grows by before a model's own memory
     link_*                 host to device, from pinned and pageable memory, and beside computing experts
     pin_quota_bytes        memory that may be page-locked; None: no limit, or not asked
@@ -51,7 +65,12 @@ class MachineRecord:
     read_bytes_per_s: float
     cpu_bytes_per_s: dict[str, float]
     cpu_flops_per_s: float
-    layer_s: float
+    cached_bytes_per_s: float
+    cache_bytes: int
+    layers: LayerCosts
+    cached_layers: LayerCosts
+    watched_layer_s: float
+    fetch_s: float
     libraries_bytes: int
     device_name: str | None = None
     vram_bytes: int | None = None
@@ -119,6 +138,7 @@ def read_record(path: Path | None = None) -> MachineRecord | None:
         if held.pop("version") != VERSION:
             return None
         drives = {key: DriveSpeed(**speeds) for key, speeds in held.pop("drives").items()}
+        held |= {name: LayerCosts(**held[name]) for name in ("layers", "cached_layers")}
         record = MachineRecord(**held, drives=drives)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
@@ -147,7 +167,9 @@ def _is_sane(record: MachineRecord) -> bool:
     flat += list(record.cpu_bytes_per_s.values()) if isinstance(record.cpu_bytes_per_s, dict) else [-1]
     for drive in record.drives.values():
         flat += [rate for rate in (drive.direct_bytes_per_s, drive.buffered_bytes_per_s) if rate is not None]
-    flat += [record.layer_s + 1e-9 if isinstance(record.layer_s, (int, float)) else -1]
+    costs = [*asdict(record.layers).values(), *asdict(record.cached_layers).values()]
+    costs += [record.watched_layer_s, record.fetch_s]  # what is not measurable is zero
+    flat += [cost + 1e-9 if isinstance(cost, (int, float)) else -1 for cost in costs]
     is_number = all(isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0 for rate in flat)
     return is_number and bool(record.cpu_bytes_per_s)
 

@@ -1,7 +1,8 @@
 """What this machine does, measured alone in seconds: memory, experts on the CPU, the link, a drive. For `offmoe probe`.
 
-Each figure is the best of several timings, since a ceiling is asked for. Nothing is written to any drive, and no more
-than some hundred megabytes of memory are taken at once.
+Memory and links: the best of several timings, since a ceiling is asked for. Experts: the median, as in a run. Nothing
+is written to any drive, no more than some hundred megabytes of memory are taken at once, and each figure stops at
+sample_experts.MOST_S seconds, whatever it has by then.
 """
 
 from __future__ import annotations
@@ -20,116 +21,34 @@ from offmoe.base.machine_record import DriveSpeed
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES, ShardFile
 from offmoe.executor.calibrate import measure
-from offmoe.formats.dense import ExpertWeights
-from offmoe.formats.quantised import QuantMatrix
+from offmoe.executor.sample_experts import EXPERTS_A_CALL, WORKING_SET_BYTES, SampleExperts, best_s
 from offmoe.kernels.cpu.kernels import CpuKernels
-from offmoe.kernels.random_weights import fill_at_random
-from offmoe.kernels.reference import ExpertMath, experts_forward
+from offmoe.kernels.reference import experts_forward
 from offmoe.tiers.copier import Copier
 from offmoe.tiers.disk import NUM_THREADS, PIECE_BYTES
 from offmoe.tiers.host import HostPool
 from offmoe.tiers.huge_pages import in_huge_pages
 
-REPEATS = 5
 READ_BYTES = 256 << 20
-# Experts of Qwen3-30B-A3B's shape, more of them than caches hold: 8 a call.
-WIDTH_D, WIDTH_F, EXPERTS_A_CALL, WORKING_SET_BYTES = 2048, 768, 8, 150 << 20
-FLOPS_ROWS = 64
+# Small enough for caches: of the bundled model's size.
+CACHED_D, CACHED_F = 256, 128
+TURNED = "bf16 turned"  # inputs by outputs, as gpt-oss and others have their experts stacked
 FORMATS: dict[str, QuantFormat | None] = {
     "bf16": None,
+    TURNED: None,
     "int8": QuantFormat(kind="int8", group=32, offset=128),
     "int4": QuantFormat(kind="int4", group=32, offset=8),
     "fp8": QuantFormat(kind="fp8", group=128, group_rows=128, scale_dtype="F32"),
     "mxfp4": QuantFormat(kind="mxfp4", group=32, scale_dtype="U8"),
 }  # fmt: skip
 # Of a drive: bytes that are read each way at most, and seconds after which it is enough.
-DISK_BYTES, DISK_S = 512 << 20, 2.5
-
-
-def best_s(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    """The shortest seconds of `repeats` runs, after one that does not count."""
-    work()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+DISK_BYTES, DISK_S = 1 << 30, 2.5
 
 
 def host_read(num_bytes: int = READ_BYTES) -> float:
     """Bytes a second of a sum over host memory, with torch's threads."""
     numbers = in_huge_pages(torch.ones(num_bytes // 8, dtype=torch.int64))
     return numbers.nbytes / best_s(numbers.sum)
-
-
-class SampleExperts:
-    """Random experts of one format in slots of a pool, as in the engine."""
-
-    def __init__(
-        self, form: QuantFormat | None, *, width_D: int = WIDTH_D, width_F: int = WIDTH_F,
-        working_set: int = WORKING_SET_BYTES,
-    ) -> None:  # fmt: skip
-        self.width_D = width_D
-        self.math = ExpertMath(
-            activate=_swiglu, up_bias_EF=None, down_bias_ED=None, post_norm=None, transposed=False,
-            dtype=torch.bfloat16,
-        )  # fmt: skip
-        shapes = ((2 * width_F, width_D), (width_D, width_F))
-        self.expert_bytes = sum(tensor.nbytes for shape in shapes for tensor in _tensors(_blank(form, shape)))
-        num_calls = max(2, -(-working_set // (EXPERTS_A_CALL * self.expert_bytes)))
-        slot_bytes = (-(-self.expert_bytes // DIRECT_ALIGN_BYTES) + 1) * DIRECT_ALIGN_BYTES
-        self.pool = HostPool(num_slots=num_calls * EXPERTS_A_CALL, slot_bytes=slot_bytes)
-        generator = torch.Generator().manual_seed(0)
-        first = [_blank(form, shape) for shape in shapes]
-        for matrix, shape in zip(first, shapes, strict=True):
-            fill_at_random(matrix, shape[1], generator)
-        self.weights = []
-        for slot in range(self.pool.num_slots):  # all alike: speed does not depend on the values
-            up, down = _placed(first, self.pool.tensor(slot))
-            self.weights.append(ExpertWeights((up,), (down,)))
-
-    def bytes_per_s(self, kernels: CpuKernels | None, *, num_tokens: int = 1, repeats: int = REPEATS) -> float:
-        """Weights read a second, all experts in turn; by the reference where there are no kernels."""
-        seconds = best_s(self._run(kernels, num_tokens), repeats)
-        return len(self.weights) * self.expert_bytes / seconds
-
-    def flops_per_s(self, kernels: CpuKernels | None) -> float:
-        """Operations a second when many rows use an expert."""
-        rate = self.bytes_per_s(kernels, num_tokens=FLOPS_ROWS, repeats=1)
-        num_weights = 3 * self.width_D * (self.weights[0].up[0].shape[0] // 2)
-        return 2 * num_weights * FLOPS_ROWS * rate / self.expert_bytes
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self.weights.clear()
-        self.pool.close()
-
-    def _run(self, kernels: CpuKernels | None, num_tokens: int) -> Callable[[], None]:
-        x_TD = torch.randn(num_tokens, self.width_D).to(torch.bfloat16)
-        calls = [range(at, at + EXPERTS_A_CALL) for at in range(0, len(self.weights), EXPERTS_A_CALL)]
-        if kernels is None:
-
-            def by_torch() -> None:
-                for call in calls:
-                    experts_forward(self.math, [(idx, self.weights[idx], x_TD) for idx in call])
-
-            return by_torch
-        layer = kernels.layer(self.math, self.weights[0])
-        y_SD = torch.empty(num_tokens * EXPERTS_A_CALL, self.width_D, dtype=torch.bfloat16)
-        weights_TK = torch.rand(1, EXPERTS_A_CALL) if num_tokens == 1 else None
-        tokens = range(num_tokens)
-        rows = [
-            [(idx, self.weights[idx], tokens, range(at * num_tokens, (at + 1) * num_tokens))
-             for at, idx in enumerate(call)]
-            for call in calls
-        ]  # fmt: skip
-
-        def by_kernels() -> None:
-            for one in rows:
-                kernels.experts(layer, one, x_TD, y_SD, weights_TK)
-
-        return by_kernels
 
 
 def cpu_speeds(
@@ -142,14 +61,23 @@ def cpu_speeds(
         if form is not None and kernels is None:
             continue
         progress(name)
-        experts = SampleExperts(form, working_set=working_set)
+        experts = SampleExperts(form, working_set=working_set, turned=name == TURNED)
         try:
             found[name] = experts.bytes_per_s(kernels)
-            if form is None:
+            if name == "bf16":
                 flops = experts.flops_per_s(kernels)
         finally:
             experts.close()
     return found, flops
+
+
+def cached_speed(kernels: CpuKernels | None) -> float:
+    """Bytes a second of plain experts that the processor's caches hold."""
+    experts = SampleExperts(None, width_D=CACHED_D, width_F=CACHED_F, working_set=1 << 20)
+    try:
+        return experts.bytes_per_s(kernels, repeats=50)
+    finally:
+        experts.close()
 
 
 def link_costs(
@@ -230,46 +158,3 @@ def _drop_cached(path: Path) -> None:
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _swiglu(up: torch.Tensor) -> torch.Tensor:
-    gate, value = up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * value
-
-
-def _blank(form: QuantFormat | None, shape: tuple[int, int]) -> torch.Tensor | QuantMatrix:
-    rows, columns = shape
-    if form is None:
-        return torch.empty(shape, dtype=torch.bfloat16)
-    if form.kind == "fp8":
-        scales = torch.empty(-(-rows // form.group_rows), -(-columns // form.group), dtype=torch.float32)
-        return QuantMatrix(form, shape, torch.empty(shape, dtype=torch.float8_e4m3fn), scales, None)
-    if form.kind == "mxfp4":
-        scales = torch.empty(rows, columns // form.group, dtype=torch.uint8)
-        return QuantMatrix(form, shape, torch.empty(rows, columns // 2, dtype=torch.uint8), scales, None)
-    per_word = 8 if form.kind == "int4" else 4
-    scales = torch.empty(rows, columns // form.group, dtype=torch.bfloat16)
-    return QuantMatrix(form, shape, torch.empty(rows, columns // per_word, dtype=torch.int32), scales, None)
-
-
-def _tensors(weight: torch.Tensor | QuantMatrix) -> list[torch.Tensor]:
-    if isinstance(weight, torch.Tensor):
-        return [weight]
-    return [tensor for tensor in (weight.codes, weight.scales) if tensor is not None]
-
-
-def _placed(
-    matrices: list[torch.Tensor | QuantMatrix], memory: torch.Tensor
-) -> list[torch.Tensor | QuantMatrix]:  # fmt: skip
-    """Copies of `matrices` in a slot, each tensor at a multiple of 64 bytes."""
-    end, placed = 0, list[torch.Tensor | QuantMatrix]()
-    for matrix in matrices:
-        copies = []
-        for tensor in _tensors(matrix):
-            copies.append(memory[end : end + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor))
-            end += -(-tensor.nbytes // 64) * 64
-        if isinstance(matrix, torch.Tensor):
-            placed.append(copies[0])
-        else:
-            placed.append(QuantMatrix(matrix.format, matrix.shape, copies[0], copies[1], None))
-    return placed

@@ -4,7 +4,8 @@ Not measured here. RTX 4060 laptop: PCIe 13 GB/s, CPU experts 65 GB/s, 218 GB/s 
 engines report for it. The others by arithmetic: 0.85 of the memory bandwidth in NVIDIA's data sheets, pinned copies of
 12, 13, 25 or 50 GB/s by PCIe generation and lanes, 0.8 of dual-channel DDR4-3200 (51 GB/s) or DDR5-5600 (90), 0.8 of
 drives' data sheets. Integer formats on the CPU count at 0.7 of the plain rate (scripts/bench_kernels.py measured 0.7 to
-0.75), a layer's overhead at 0.3 ms there and 0.1 ms on a device, a core at 40 GFLOP/s.
+0.75), what a layer and a token cost whatever they read as on the one server that was measured, a layer's overhead at
+0.1 ms on a device, a core at 40 GFLOP/s.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import difflib
 from dataclasses import replace
 
 from offmoe.base.errors import UsageError
-from offmoe.base.machine_record import DriveSpeed, MachineRecord
+from offmoe.base.machine_record import DriveSpeed, LayerCosts, MachineRecord
 from offmoe.base.units import GIB, MIB
 
 _LIBRARIES_BYTES = 1200 * MIB  # with CUDA's own; without a GPU 430 MiB were measured
@@ -29,7 +30,8 @@ def _machine(
     both = min(1.0, ram_rate / (ram_rate + link)) if link else 0.0
     record = MachineRecord(
         name=name, ram_bytes=ram * GIB, num_cores=cores, read_bytes_per_s=ram_rate * 1e9, cpu_bytes_per_s=cpu,
-        cpu_flops_per_s=cores * 40e9, layer_s=0.3e-3, libraries_bytes=_LIBRARIES_CPU_BYTES,
+        cpu_flops_per_s=cores * 40e9, cached_bytes_per_s=2 * ram_rate * 1e9, cache_bytes=8 * MIB, layers=_LAYERS,
+        cached_layers=_LAYERS, watched_layer_s=50e-6, fetch_s=100e-6, libraries_bytes=_LIBRARIES_CPU_BYTES,
         drives={"": DriveSpeed(direct_bytes_per_s=disk * 1e9, buffered_bytes_per_s=disk * 0.7e9)},
         source=source,
     )  # fmt: skip
@@ -43,7 +45,8 @@ def _machine(
     )  # fmt: skip
 
 
-_SHARES = {"bf16": 1.0, "f32": 1.0, "fp8": 0.9, "int8": 0.7, "int4": 0.7, "mxfp4": 0.7}
+_LAYERS = LayerCosts(whole_s=0.25e-3, modules_s=0.7e-3, token_s=0.7e-3)
+_SHARES = {"bf16": 1.0, "bf16 turned": 0.4, "f32": 1.0, "fp8": 0.9, "int8": 0.7, "int4": 0.7, "mxfp4": 0.7}
 _KNOWN = (
     _machine(
         "RTX 4060 laptop", ram=32, cores=8, ram_rate=65, disk=3.5, vram=8, vram_rate=218, link=13,

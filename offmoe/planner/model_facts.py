@@ -141,7 +141,7 @@ def facts_of(
         unused_bytes=index.num_bytes - expert_total - sum(e.num_bytes for e in resident),
         total_bytes=index.num_bytes, dense_bytes=total_resident - embedding,
         device_resident_bytes=sum(_unpacked_bytes(entry, item) for entry in resident),
-        expert_kind=_kind(first), item_bytes=item,
+        expert_kind=_turned(config, stacked) or _kind(first), item_bytes=item,
         longest_context=max(numbers(config, ("max_position_embeddings",)), default=None), path=path,
     )  # fmt: skip
 
@@ -204,6 +204,16 @@ def _unpacked_bytes(entry: StoredTensor, item: int) -> int:
     if isinstance(entry, (QuantEntry, DerivedEntry)) or entry.dtype in FLOAT_TYPES:
         return math.prod(entry.shape) * item
     return entry.num_bytes
+
+
+def _turned(config: dict[str, Any], stacked: list[tuple[StoredTensor, int]]) -> str | None:
+    """The name of plain experts that are stacked inputs by outputs, which are read more slowly."""
+    width = largest_number(text_config(config), "hidden_size", 0)
+    for entry, _ in stacked:
+        if isinstance(entry, TensorEntry) and entry.name.endswith("gate_up_proj"):
+            is_turned = len(entry.shape) == 3 and entry.shape[1] == width != entry.shape[2]
+            return f"{_kind(entry)} turned" if is_turned and _kind(entry) == "bf16" else None
+    return None
 
 
 def _kind(entry: StoredTensor) -> str:

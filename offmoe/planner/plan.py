@@ -97,8 +97,9 @@ def make_plan(
     prediction = None
     if memory is not None and record is not None and drive is not None and (not on_device or record.device_bytes_per_s):
         prediction = predict(
-            facts, memory, record, curve, drive=drive, direct=complete.config.io != "buffered", prompt_tokens=prompt
-        )
+            facts, memory, record, curve, drive=drive, direct=complete.config.io != "buffered", prompt_tokens=prompt,
+            context_length=context,
+        )  # fmt: skip
     return Plan(
         facts=facts, complete=complete, kv=kv, memory=memory, refusal=refusal, prediction=prediction, record=record
     )

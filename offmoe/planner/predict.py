@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from offmoe.base.budget import MemoryPlan
 from offmoe.base.machine_record import DriveSpeed, MachineRecord
 from offmoe.planner.hit_rates import HitCurve
+from offmoe.planner.layer_costs import latent_operations, layer_cost
 from offmoe.planner.model_facts import ModelFacts
 
 # A token's multiplications are two operations a weight.
@@ -15,7 +18,7 @@ _FLOPS_A_WEIGHT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A part of a token's or a prompt's time. `rate` in bytes (or `unit`) a second; `overlaps`: beside the next one."""
+    """A part of a token's or a prompt's time. `rate` in bytes (or `unit`) a second; seconds below 0 are saved."""
 
     what: str
     amount: float
@@ -40,7 +43,7 @@ class Prediction:
 
 def predict(
     facts: ModelFacts, plan: MemoryPlan, record: MachineRecord, curve: HitCurve, *, drive: DriveSpeed, direct: bool,
-    prompt_tokens: int,
+    prompt_tokens: int, context_length: int,
 ) -> Prediction:  # fmt: skip
     """Decode is the sum of its steps: what overlaps is one step at the rate of both."""
     disk = (drive.direct_bytes_per_s if direct else None) or drive.buffered_bytes_per_s or drive.direct_bytes_per_s
@@ -48,7 +51,7 @@ def predict(
     hit_rate = curve.at(plan.computing_slots)
     ram_rate = max(hit_rate, curve.at(min(plan.num_experts, plan.num_slots)))
     if plan.device is None:
-        decode = _decode_on_cpu(facts, plan, record, hit_rate, disk)
+        decode = _decode_on_cpu(facts, plan, record, hit_rate, disk, context_length // 2)
     else:
         decode = _decode_on_device(facts, plan, record, hit_rate, ram_rate, disk)
     prompt = _prompt(facts, plan, record, disk, prompt_tokens)
@@ -60,16 +63,47 @@ def predict(
 
 
 def _decode_on_cpu(
-    facts: ModelFacts, plan: MemoryPlan, record: MachineRecord, hit_rate: float, disk: float
+    facts: ModelFacts, plan: MemoryPlan, record: MachineRecord, hit_rate: float, disk: float, num_tokens: int
 ) -> tuple[Step, ...]:
-    missed = (1 - hit_rate) * facts.routed_bytes
+    small = facts.dense_bytes + facts.routed_bytes <= record.cache_bytes / 2
+    costs = record.cached_layers if small else record.layers
+    faster = record.cached_bytes_per_s / record.cpu_rate("bf16") if small else 1.0
+    rate = faster * record.cpu_rate(facts.expert_kind)
     steps = [
-        _read("resident weights", facts.dense_bytes, record.cpu_rate("bf16")),
-        _read(f"experts ({facts.expert_kind})", facts.routed_bytes, record.cpu_rate(facts.expert_kind)),
+        _read("resident weights", facts.dense_bytes, faster * record.cpu_rate("bf16")),
+        _read(f"experts ({facts.expert_kind})", facts.routed_bytes, rate),
         _read("KV cache, half full", plan.kv_bytes / 2, record.read_bytes_per_s),
-        _layers(facts, record.layer_s),
-    ]
-    return (*steps, _read("missed experts, from disk", missed, disk)) if missed else tuple(steps)
+        _layers(facts, layer_cost(facts.model_type, costs)),
+        Step(what="a token, beside its layers", amount=1, rate=1 / max(costs.token_s, 1e-9), seconds=costs.token_s,
+             unit="times"),
+    ]  # fmt: skip
+    spread = latent_operations(facts.config, num_tokens)
+    if spread:
+        steps.append(_compute("latent keys and values, spread out", spread, record.cpu_flops_per_s))
+    if plan.num_slots < plan.num_experts:
+        steps += _missing(facts, record, hit_rate, disk, rate)
+    return tuple(steps)
+
+
+def _missing(
+    facts: ModelFacts, record: MachineRecord, hit_rate: float, disk: float, rate: float
+) -> Iterator[Step]:  # fmt: skip
+    """What fetching takes. A layer's missing experts are read together, while those that are there are computed."""
+    num_layers, per_layer = facts.num_moe_layers, facts.sizes.top_k
+    yield Step(what="layers, while experts are missing", amount=num_layers, rate=1 / max(record.watched_layer_s, 1e-9),
+               seconds=num_layers * record.watched_layer_s, unit="times")  # fmt: skip
+    read = _read("missed experts, from disk", (1 - hit_rate) * facts.routed_bytes, disk)
+    calls = num_layers * (1 - hit_rate**per_layer)
+    yield read
+    yield Step(what="layers that fetch", amount=calls, rate=1 / max(record.fetch_s, 1e-9),
+               seconds=calls * record.fetch_s, unit="times")  # fmt: skip
+    hidden_s = 0.0
+    for missed in range(1, per_layer):
+        chance = math.comb(per_layer, missed) * (1 - hit_rate) ** missed * hit_rate ** (per_layer - missed)
+        waiting_s = record.fetch_s + missed * facts.expert_bytes / disk
+        hidden_s += num_layers * chance * min(waiting_s, (per_layer - missed) * facts.expert_bytes / rate)
+    yield Step(what="of that, while others are computed", amount=calls, rate=calls / max(hidden_s, 1e-9),
+               seconds=-hidden_s, unit="times")  # fmt: skip
 
 
 def _decode_on_device(
@@ -82,7 +116,7 @@ def _decode_on_device(
         _read("resident weights", facts.dense_bytes, speed),
         _read("experts in device slots", hit_rate * facts.routed_bytes, speed),
         _read("KV cache, half full", plan.device.kv_bytes / 2, speed),
-        _layers(facts, record.device_layer_s or record.layer_s),
+        _layers(facts, record.device_layer_s or record.layers.modules_s),
     ]
     if missed:
         link, cpu = record.link_pinned_bytes_per_s, record.cpu_rate(facts.expert_kind)
@@ -110,8 +144,7 @@ def _prompt(
     flops = _FLOPS_A_WEIGHT * weights * num_tokens
     steps = [_read("experts, from disk", from_disk, disk)]
     if plan.device is None:
-        return (*steps, Step(what="products", amount=flops, rate=record.cpu_flops_per_s,
-                             seconds=flops / record.cpu_flops_per_s, unit="operations"))  # fmt: skip
+        return (*steps, _compute("products", flops, record.cpu_flops_per_s))
     link = record.link_pinned_bytes_per_s or disk
     return (*steps, _read("experts, over the link", num_chunks * touched * facts.expert_bytes, link))
 
@@ -123,4 +156,8 @@ def _read(what: str, num_bytes: float, rate: float) -> Step:
 def _layers(facts: ModelFacts, layer_s: float) -> Step:
     seconds = facts.num_layers * layer_s
     return Step(what="layers, whatever they read", amount=facts.num_layers, rate=1 / max(layer_s, 1e-9),
-                seconds=seconds, unit="layers")  # fmt: skip
+                seconds=seconds, unit="times")  # fmt: skip
+
+
+def _compute(what: str, operations: float, rate: float) -> Step:
+    return Step(what=what, amount=operations, rate=rate, seconds=operations / rate, unit="operations")

@@ -110,7 +110,7 @@ def _arithmetic(step: Step) -> str:
     seconds = f"{step.seconds * 1e3:.1f} ms"
     if step.unit == "bytes":
         return f"{format_traffic(step.amount)} / {format_bandwidth(step.rate)} = {seconds}"
-    if step.unit == "layers":
+    if step.unit == "times":
         return f"{step.amount:.0f} x {1e3 / step.rate:.3f} ms = {seconds}"
     return f"{step.amount / 1e9:.1f} G / {step.rate / 1e9:.0f} G {step.unit}/s = {seconds}"
 

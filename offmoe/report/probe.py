@@ -11,20 +11,17 @@ from typing import Any
 import psutil
 import torch
 
-from offmoe.base.config import make_config
 from offmoe.base.errors import CheckpointError, DeviceError
-from offmoe.base.machine import num_cores
+from offmoe.base.machine import cpu_cache_bytes, num_cores
 from offmoe.base.machine_record import DriveSpeed, MachineRecord, drive_key
 from offmoe.checkpoint.index import GGUF_SUFFIX
-from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.executor import speeds
-from offmoe.generation.engine import Engine
+from offmoe.executor.sample_experts import best_s
 from offmoe.kernels.cpu.loader import load_cpu_kernels
+from offmoe.report.probe_layers import measure_costs
 from offmoe.tiers.device import Device, open_device
 
 Progress = Callable[[str, int, int], None]
-_DECODED = 48
-_PROMPT = list(range(1, 17))
 _COPIED_BYTES = 256 << 20
 
 
@@ -39,18 +36,20 @@ def run_probe(path: Path, *, baseline_bytes: int, progress: Progress, small: boo
     def tell(name: str) -> None:
         progress("measuring", steps.index(name) + 1, len(steps))
 
-    tell("libraries and layers")
-    libraries_bytes, step_s, token_bytes, num_layers = _small_model(baseline_bytes)
-    tell("memory")
-    read = speeds.host_read(*((1 << 20,) if small else ()))
     kernels, _ = load_cpu_kernels()
     try:
-        cpu, flops = speeds.cpu_speeds(kernels, tell, **({"working_set": 1 << 20} if small else {}))
+        tell("libraries and layers")
+        costs = measure_costs(baseline_bytes, kernels)
+        tell("memory")
+        little = {"working_set": 1 << 20} if small else {}
+        read = speeds.host_read(*((1 << 20,) if small else ()))
+        cpu, flops = speeds.cpu_speeds(kernels, tell, **little)
         record = MachineRecord(
             name=f"this machine, {num_cores()} cores", ram_bytes=int(psutil.virtual_memory().total),
             num_cores=num_cores(), read_bytes_per_s=read, cpu_bytes_per_s=cpu, cpu_flops_per_s=flops,
-            layer_s=max(0.0, step_s - token_bytes / cpu["bf16"]) / num_layers, libraries_bytes=libraries_bytes,
-            pin_quota_bytes=_pin_quota(),
+            cached_bytes_per_s=max(costs.cached_bytes_per_s, cpu["bf16"]), cache_bytes=cpu_cache_bytes(),
+            layers=costs.layers, cached_layers=costs.cached_layers, watched_layer_s=costs.watched_layer_s,
+            fetch_s=costs.fetch_s, libraries_bytes=costs.libraries_bytes, pin_quota_bytes=_pin_quota(),
         )  # fmt: skip
         tell("drive")
         record = replace(record, drives=measure_drive(path))
@@ -79,21 +78,6 @@ def _largest_file(path: Path) -> Path | None:
     return max(files, key=lambda file: file.stat().st_size, default=None)
 
 
-def _small_model(baseline_bytes: int) -> tuple[int, float, int, int]:
-    """What libraries take, and of the bundled model with all experts in RAM: a token's seconds, bytes, layers."""
-    config = make_config(device="cpu", prefetch="off", compile="off")
-    with Engine(
-        demo_model_folder(), config, baseline_bytes=baseline_bytes, progress=lambda stage, done, total: None
-    ) as engine:
-        for _ in range(2):  # the first time experts come from disk
-            stats = engine.generate(_PROMPT, max_new_tokens=_DECODED, ignore_end=True, temperature=0.0).stats
-        experts = engine._parts.experts
-        routed = len(experts.layers) * experts.top_k * experts.layers[0].expert_bytes
-        token_bytes = engine.plan.resident_bytes + routed
-        layers = int(engine.model.config.get_text_config().num_hidden_layers)
-        return engine.plan.runtime_bytes, 1 / stats.decode_tok_per_s, token_bytes, layers
-
-
 def _with_device(record: MachineRecord, kernels: Any) -> MachineRecord:
     """The link and the device's memory, where there is a CUDA device that works."""
     if not torch.cuda.is_available():
@@ -120,7 +104,7 @@ def _measure_device(record: MachineRecord, device: Device, kernels: Any) -> Mach
             work()
             torch.cuda.synchronize(where)
 
-        return speeds.best_s(all_done)
+        return best_s(all_done)
 
     pageable = src.nbytes / timed(lambda: there.copy_(src))
     pinned = costs.link_bytes_per_s
@@ -134,7 +118,7 @@ def _measure_device(record: MachineRecord, device: Device, kernels: Any) -> Mach
     small = torch.ones(8, dtype=torch.int64, device=where)
     return replace(
         record, device_name=device.name, vram_bytes=int(torch.cuda.get_device_properties(where).total_memory),
-        device_bytes_per_s=within, device_layer_s=speeds.best_s(lambda: small.add_(1).tolist(), 50),
+        device_bytes_per_s=within, device_layer_s=best_s(lambda: small.add_(1).tolist(), 50),
         link_pinned_bytes_per_s=pinned, link_pageable_bytes_per_s=pageable,
         link_beside_cpu_bytes_per_s=min(pinned, costs.link_beside_cpu_bytes_per_s),
         cpu_beside_link_bytes_per_s=costs.cpu_beside_link_bytes_per_s,

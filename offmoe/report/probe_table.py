@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offmoe.base.machine_record import MachineRecord
+from offmoe.base.machine_record import LayerCosts, MachineRecord
 from offmoe.base.units import format_bandwidth, format_bytes
 
 
@@ -16,7 +16,11 @@ def probe_rows(record: MachineRecord) -> list[tuple[str, str]]:
     rows += [(f"experts on the CPU, {name}", format_bandwidth(rate)) for name, rate in record.cpu_bytes_per_s.items()]
     rows += [
         ("products on the CPU", f"{record.cpu_flops_per_s / 1e9:.0f} GFLOP/s"),
-        ("a layer, whatever it reads", f"{record.layer_s * 1e3:.3f} ms"),
+        ("experts in caches", f"{format_bandwidth(record.cached_bytes_per_s)}, of {format_bytes(record.cache_bytes)}"),
+        ("a layer, whatever it reads", _costs(record.layers)),
+        ("the same in caches", _costs(record.cached_layers)),
+        ("a layer while experts are missing", f"{record.watched_layer_s * 1e3:.3f} ms more, {record.fetch_s * 1e3:.3f} "
+                                              "ms more where one is fetched"),
         ("libraries", format_bytes(record.libraries_bytes)),
         ("may be page-locked", "no limit known" if record.pin_quota_bytes is None
          else format_bytes(record.pin_quota_bytes)),
@@ -38,6 +42,13 @@ def probe_rows(record: MachineRecord) -> list[tuple[str, str]]:
         ("the same beside the CPU", _rate(record.link_beside_cpu_bytes_per_s)),
         ("the CPU beside that", _rate(record.cpu_beside_link_bytes_per_s)),
     ]
+
+
+def _costs(costs: LayerCosts) -> str:
+    return (
+        f"{costs.whole_s * 1e3:.3f} ms by the kernels, {costs.modules_s * 1e3:.3f} ms by modules; a token "
+        f"{costs.token_s * 1e3:.3f} ms beside"
+    )
 
 
 def _rate(bytes_per_s: float | None) -> str:

@@ -1,0 +1,56 @@
+"""What a family's layers cost whatever they read: by how they are computed, from what the machine was measured at.
+
+A layer is computed whole by the CPU kernels, or its modules one by one. Among the latter some do much more in Python
+than others; the classes are from layers of tiny models of every family, with caches emptied before each: 0.4 to 0.9 ms,
+0.9 to 1.3, and above. tests/test_plan_speed.py holds the first question to the loader.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offmoe.base.machine_record import LayerCosts
+from offmoe.base.shape import text_config
+from offmoe.planner.survey import numbers
+
+WHOLE = frozenset({
+    "aria", "aria_text", "deepseek_ocr2", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "glm4v_moe",
+    "glm4v_moe_text", "hy_v3", "mellum", "minimax_m2", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_omni_moe",
+    "qwen3_vl_moe", "qwen3_vl_moe_text", "solar_open", "unlimited_ocr",
+})  # fmt: skip
+# More than attention and a block of experts: latent attention, states of recurrent layers, indices, several streams.
+_LONG = frozenset({
+    "afmoe", "axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note",
+    "dots3_note_text", "gemma4", "gemma4_text", "glm4_moe_lite", "glm_moe_dsa", "granitemoehybrid", "jamba",
+    "kimi_linear", "longcat_flash", "minimax_m3_vl", "minimax_m3_vl_text", "mistral4", "mistral_large4", "olmoe",
+    "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text",
+})  # fmt: skip
+_LONGEST = frozenset({
+    "deepseek_v4", "glm5_next", "hy_v4", "inkling", "inkling2", "inkling2_text", "inkling_text", "zaya",
+})  # fmt: skip
+_LONG_FACTOR, _LONGEST_FACTOR = 1.5, 3.0
+
+
+def layer_cost(model_type: str, costs: LayerCosts) -> float:
+    """Seconds of one layer of the family, beside its bytes."""
+    if model_type in WHOLE:
+        return costs.whole_s
+    factor = _LONGEST_FACTOR if model_type in _LONGEST else _LONG_FACTOR if model_type in _LONG else 1.0
+    return factor * costs.modules_s
+
+
+def latent_operations(config: dict[str, Any], num_tokens: int) -> float:
+    """Of one token: making keys and values of `num_tokens` tokens from what latent attention keeps of them.
+
+    transformers does that for the whole context, in every layer, for every token. 0 for other attention.
+    """
+    text = text_config(config)
+    sizes = {}
+    for name in ("kv_lora_rank", "num_attention_heads", "qk_nope_head_dim", "v_head_dim"):
+        size = text.get(name)
+        if type(size) is not int or size <= 0:
+            return 0.0
+        sizes[name] = size
+    width = sizes["num_attention_heads"] * (sizes["qk_nope_head_dim"] + sizes["v_head_dim"])
+    num_layers = max(numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0)
+    return 2.0 * num_layers * num_tokens * sizes["kv_lora_rank"] * width

@@ -1,0 +1,174 @@
+"""What a token costs whatever it reads, measured on the bundled model: its weights are nearly nothing.
+
+Layers run as they are (by the kernels, where they can) and module by module, each with caches that hold the model, and
+after other memory was read, as in a model that no cache holds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from offmoe.base.config import make_config
+from offmoe.base.machine_record import LayerCosts
+from offmoe.checkpoint.locate import demo_model_folder
+from offmoe.executor.speeds import cached_speed
+from offmoe.generation.engine import Engine
+from offmoe.kernels.cpu.kernels import CpuKernels
+from offmoe.models.native_layer import LayerStep
+from offmoe.models.native_moe import MoeStep
+
+PROMPT = list(range(1, 17))
+# Tokens a round; the first ones, in which modules check themselves, do not count.
+NUM_TOKENS, NUM_WARM = 28, 4
+# Read before a layer, so that caches hold nothing of it.
+COLD_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCosts:
+    """Seconds; `libraries_bytes` is what loading took beside the model."""
+
+    layers: LayerCosts
+    cached_layers: LayerCosts
+    watched_layer_s: float
+    fetch_s: float
+    libraries_bytes: int
+    cached_bytes_per_s: float
+
+
+@dataclass
+class _Watch:
+    """Hooks of the decoder layers: when each began and ended."""
+
+    cold: torch.Tensor | None
+    layer_s: list[float] = field(default_factory=list)
+    touching_s: float = 0.0
+    _begin_s: float = 0.0
+
+    def before(self, *_: object) -> None:
+        begin = time.perf_counter()
+        if self.cold is not None:
+            self.cold.numpy().sum()  # on this thread alone
+        self._begin_s = time.perf_counter()
+        self.touching_s += self._begin_s - begin
+
+    def after(self, *_: object) -> None:
+        self.layer_s.append(time.perf_counter() - self._begin_s)
+
+
+def measure_costs(baseline_bytes: int, kernels: CpuKernels | None) -> ModelCosts:
+    """Some seconds. First of all: what libraries take is seen in the process's growth."""
+    with _demo(baseline_bytes) as engine:
+        _decode(engine)  # experts come from disk, modules check themselves
+        cold, rate = torch.ones(COLD_BYTES // 4), cached_speed(kernels)
+        layer_bytes, rest_bytes = _bytes_of(engine)
+        found = {}
+        for name, memory in (("layers", cold), ("cached_layers", None)):
+            whole_s, token_s = _layer_times(engine, memory)
+            with _module_by_module(engine.model):
+                modules_s, _ = _layer_times(engine, memory)
+            found[name] = LayerCosts(
+                whole_s=max(0.0, whole_s - layer_bytes / rate), modules_s=max(0.0, modules_s - layer_bytes / rate),
+                token_s=max(0.0, token_s - rest_bytes / rate),
+            )  # fmt: skip
+        step_s, _ = _decode(engine)
+        num_experts, libraries_bytes = engine.plan.num_experts, engine.plan.runtime_bytes
+        num_layers, per_layer = len(engine._parts.experts.layers), engine.top_k
+    watched_s, _ = _with_slots(baseline_bytes, num_experts - 1)
+    fetching_s, hit_rate = _with_slots(baseline_bytes, num_experts // 4)
+    calls = num_layers * (1 - hit_rate**per_layer)
+    return ModelCosts(
+        **found, watched_layer_s=max(0.0, watched_s - step_s) / num_layers,
+        fetch_s=max(0.0, fetching_s - max(watched_s, step_s)) / max(1e-9, calls), libraries_bytes=libraries_bytes,
+        cached_bytes_per_s=rate,
+    )  # fmt: skip
+
+
+@contextmanager
+def _demo(baseline_bytes: int, **options: Any) -> Iterator[Engine]:
+    config = make_config(**{"device": "cpu", "prefetch": "off", "compile": "off", "warm_start": False, **options})
+    with Engine(
+        demo_model_folder(), config, baseline_bytes=baseline_bytes, progress=lambda stage, done, total: None
+    ) as engine:
+        yield engine
+
+
+def _with_slots(baseline_bytes: int, num_slots: int) -> tuple[float, float]:
+    """A token's seconds and hit rate, with prefetching as it is by itself."""
+    with _demo(baseline_bytes, experts=num_slots, prefetch="auto") as engine:
+        _decode(engine)
+        return _decode(engine)
+
+
+def _decode(engine: Engine) -> tuple[float, float]:
+    """Seconds of a token, and hits."""
+    # Other ids each time than the model would write: it repeats itself, and real text does not.
+    ids = iter(range(40, engine.vocab_size, 37))
+    stats = engine.generate(
+        PROMPT, max_new_tokens=NUM_TOKENS, ignore_end=True, choose=lambda _, __: next(ids)
+    ).stats  # fmt: skip
+    return median(stats.step_s[NUM_WARM:]), stats.decode.hit_rate
+
+
+def _layer_times(engine: Engine, cold: torch.Tensor | None) -> tuple[float, float]:
+    """Seconds of one layer, and of a token beside its layers: medians."""
+    watch, layers = _Watch(cold), _decoder_layers(engine.model)
+    handles = [layer.register_forward_pre_hook(watch.before) for layer in layers]
+    handles += [layer.register_forward_hook(watch.after) for layer in layers]
+    marks: list[tuple[float, int, float]] = []
+
+    def choose(_: torch.Tensor, logits: torch.Tensor) -> int:
+        marks.append((time.perf_counter(), len(watch.layer_s), watch.touching_s))
+        return int(logits.argmax())
+
+    try:
+        engine.generate(PROMPT, max_new_tokens=NUM_TOKENS, ignore_end=True, choose=choose)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layer_s, token_s = [], []
+    for (begin_s, first, touched_s), (end_s, last, touched_after_s) in zip(
+        marks[NUM_WARM:], marks[NUM_WARM + 1 :], strict=False
+    ):
+        inside = math.fsum(watch.layer_s[first:last])
+        layer_s.append(inside / len(layers))
+        token_s.append(end_s - begin_s - inside - (touched_after_s - touched_s))
+    return median(layer_s), max(0.0, median(token_s))
+
+
+@contextmanager
+def _module_by_module(model: nn.Module) -> Iterator[None]:
+    """Within: no layer and no block of experts is computed whole."""
+    swapped = {
+        module: module.__dict__.pop("forward")
+        for module in model.modules()
+        if isinstance(getattr(module.__dict__.get("forward"), "__self__", None), (LayerStep, MoeStep))
+    }
+    try:
+        yield
+    finally:
+        for module, forward in swapped.items():
+            module.__dict__["forward"] = forward
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The longest of the model's lists of modules."""
+    return max((list(module) for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
+
+
+def _bytes_of(engine: Engine) -> tuple[float, float]:
+    """What a token reads of one layer, its experts counted, and beside the layers."""
+    experts, layers = engine._parts.experts, _decoder_layers(engine.model)
+    routed = len(experts.layers) * experts.top_k * experts.layers[0].expert_bytes
+    inside = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+    head = engine.model.get_output_embeddings()
+    return (inside + routed) / len(layers), sum(parameter.nbytes for parameter in head.parameters())

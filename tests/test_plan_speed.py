@@ -1,0 +1,113 @@
+"""Predicted speed: the arithmetic of a token, what a family's layers cost, and that a plan is held to its run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from engines import open_tiny, save_tiny
+
+from offmoe.base.budget import MemoryPlan
+from offmoe.base.machine_record import DriveSpeed, LayerCosts, MachineRecord
+from offmoe.checkpoint.locate import demo_model_folder
+from offmoe.models.native_layer import LayerStep
+from offmoe.planner.hit_rates import HitCurve
+from offmoe.planner.layer_costs import WHOLE, latent_operations, layer_cost
+from offmoe.planner.model_facts import ModelFacts, read_facts
+from offmoe.planner.predict import Prediction, Step, predict
+
+COSTS = LayerCosts(whole_s=1e-4, modules_s=5e-4, token_s=1e-3)
+RECORD = MachineRecord(
+    name="a machine", ram_bytes=1 << 34, num_cores=4, read_bytes_per_s=4e10,
+    cpu_bytes_per_s={"bf16": 2e10, "bf16 turned": 5e9, "int4": 1e10}, cpu_flops_per_s=1e11, cached_bytes_per_s=6e10,
+    cache_bytes=1 << 20, layers=COSTS, cached_layers=LayerCosts(whole_s=1e-5, modules_s=2e-4, token_s=3e-4),
+    watched_layer_s=5e-5, fetch_s=2e-4, libraries_bytes=1 << 28,
+)  # fmt: skip
+DRIVE = DriveSpeed(direct_bytes_per_s=2e9, buffered_bytes_per_s=1e9)
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModelFacts:
+    return read_facts(demo_model_folder(), direct=True)
+
+
+def predicted(
+    facts: ModelFacts, record: MachineRecord = RECORD, *, hits: float = 1.0, num_slots: int | None = None
+) -> Prediction:
+    plan = MemoryPlan(
+        ram_bytes=1 << 33, runtime_bytes=0, resident_bytes=0, kv_bytes=8_000_000, workspace_bytes=0,
+        slot_bytes=facts.sizes.slot_bytes, num_slots=num_slots or facts.sizes.num_experts,
+        num_experts=facts.sizes.num_experts, prefill_chunk=64,
+    )  # fmt: skip
+    curve = HitCurve(at=lambda _: hits, source="told")
+    return predict(
+        facts, plan, record, curve, drive=DRIVE, direct=True, prompt_tokens=64, context_length=1000
+    )  # fmt: skip
+
+
+def steps_of(found: Prediction) -> dict[str, Step]:
+    return {step.what: step for step in found.decode_steps}
+
+
+def test_a_token_is_the_sum_of_its_steps(demo: ModelFacts) -> None:
+    found = predicted(demo)
+    seconds = demo.dense_bytes / 2e10 + demo.routed_bytes / 2e10 + 4e6 / 4e10 + demo.num_layers * 1e-4 + 1e-3
+    assert 1 / found.decode_tok_per_s == pytest.approx(seconds)
+    assert not any("missing" in name for name in steps_of(found))
+
+
+def test_a_model_that_caches_hold_is_read_faster(demo: ModelFacts) -> None:
+    found = predicted(demo, replace(RECORD, cache_bytes=64 << 20))
+    seconds = (demo.dense_bytes + demo.routed_bytes) / 6e10 + 4e6 / 4e10 + demo.num_layers * 1e-5 + 3e-4
+    assert 1 / found.decode_tok_per_s == pytest.approx(seconds)
+
+
+def test_missing_experts_wait_for_the_drive_less_what_is_computed_meanwhile(demo: ModelFacts) -> None:
+    """By brute force over which of a layer's experts are missing."""
+    hits, top_k = 0.7, demo.sizes.top_k
+    found = predicted(demo, hits=hits, num_slots=demo.sizes.num_experts // 2)
+    waited = 0.0
+    for pattern in range(2**top_k):
+        missed = pattern.bit_count()
+        chance = (1 - hits) ** missed * hits ** (top_k - missed)
+        if missed:
+            reading = RECORD.fetch_s + missed * demo.expert_bytes / 2e9
+            waited += chance * max(0.0, reading - (top_k - missed) * demo.expert_bytes / 2e10)
+    more = 1 / found.decode_tok_per_s - 1 / predicted(demo).decode_tok_per_s
+    assert more == pytest.approx(demo.num_moe_layers * (waited + RECORD.watched_layer_s))
+    assert steps_of(found)["of that, while others are computed"].seconds < 0
+
+
+def test_the_form_of_the_experts_counts(demo: ModelFacts) -> None:
+    turned = replace(demo, expert_kind="bf16 turned")
+    assert steps_of(predicted(turned))["experts (bf16 turned)"].rate == 5e9
+    assert steps_of(predicted(replace(demo, expert_kind="int4")))["experts (int4)"].rate == 1e10
+
+
+def test_latent_attention_spreads_out_the_whole_context(demo: ModelFacts) -> None:
+    config = {
+        "kv_lora_rank": 512, "num_attention_heads": 16, "qk_nope_head_dim": 128, "v_head_dim": 128,
+        "num_hidden_layers": 3,
+    }  # fmt: skip
+    assert latent_operations(config, 500) == 2 * 3 * 500 * 512 * 16 * 256
+    assert latent_operations({**config, "kv_lora_rank": None}, 500) == latent_operations({}, 500) == 0
+    found = steps_of(predicted(replace(demo, config=config)))["latent keys and values, spread out"]
+    assert found.seconds == pytest.approx(latent_operations(config, 500) / 1e11)
+
+
+def test_costs_by_family() -> None:
+    assert layer_cost("qwen3_moe", COSTS) == 1e-4
+    assert layer_cost("gpt_oss", COSTS) == layer_cost("a new one", COSTS) == 5e-4
+    assert layer_cost("gpt_oss", COSTS) < layer_cost("jamba", COSTS) < layer_cost("zaya", COSTS)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "glm4_moe", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe"])
+def test_the_loader_computes_the_same_families_whole(name: str, tmp_path: Path) -> None:
+    with open_tiny(save_tiny(tmp_path, name), device="cpu", context_length=64) as engine:
+        if engine._parts.native is None:
+            pytest.skip("no CPU kernels here")
+        steps = [getattr(module.__dict__.get("forward"), "__self__", None) for module in engine.model.modules()]
+        num_whole = sum(isinstance(step, LayerStep) for step in steps)
+        model_type, num_layers = engine.model.config.model_type, engine.model.config.num_hidden_layers
+    assert num_whole == (num_layers if model_type in WHOLE else 0)
