@@ -71,8 +71,8 @@ def save_gguf(
     sampling: dict[str, float] | None = None,
 ) -> None:  # fmt: skip
     """Write `model` with the types that `kinds` gives for "gate", "up", "down" experts and "dense" matrices (float32
-    where it gives none), and put the values that the file then has into `model`. `tokenizer`: the folder of a
-    byte-level BPE that goes into the file. `sampling`: advice, by llama.cpp's names.
+    where it gives none; "down.0" is of layer 0 alone), and put the values that the file then has into `model`.
+    `tokenizer`: the folder of a byte-level BPE that goes into the file. `sampling`: advice, by llama.cpp's names.
     """
     arch = MODELS[name].arch
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
@@ -99,7 +99,8 @@ def save_gguf(
 def _kind(key: str, tensor: torch.Tensor, kinds: dict[str, Type]) -> Type:
     match = re.search(r"\.experts\.(gate|up|down)_proj\.weight", key)
     chosen = match[1] if match else "dense" if re.search(r"self_attn\.\w+_proj\.weight|shared|lm_head", key) else None
-    kind = kinds.get(chosen or "", Type.F32)
+    layer = re.search(r"\.layers\.(\d+)\.", key)
+    kind = kinds.get(f"{chosen}.{layer[1] if layer else ''}", kinds.get(chosen or "", Type.F32))
     fits = tensor.dim() > 1 and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
     return kind if fits else Type.F32
 
@@ -277,30 +278,3 @@ def _write_latent(writer: gguf.GGUFWriter, config: Any) -> None:
     if is_v3:
         writer.add_expert_group_count(config.n_group)
         writer.add_expert_group_used_count(config.topk_group)
-
-
-def split_gguf(whole: Path, first: Path, *, num_parts: int) -> None:
-    """The file cut as llama.cpp's gguf-split does: metadata in the first part, tensors in all."""
-    reader = gguf.GGUFReader(whole)
-    count = len(reader.tensors)
-    for part in range(num_parts):
-        path = first.with_name(first.name.replace("00001-of", f"{part + 1:05}-of"))
-        field = reader.fields["general.architecture"]
-        writer = gguf.GGUFWriter(path, str(field.contents()))
-        if part == 0:
-            _copy_numbers(reader, writer)
-        writer.add_uint16("split.no", part)
-        writer.add_uint16("split.count", num_parts)
-        writer.add_int32("split.tensors.count", count)
-        for tensor in reader.tensors[part * count // num_parts : (part + 1) * count // num_parts]:
-            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-
-def _copy_numbers(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
-    for name, field in reader.fields.items():
-        if not name.startswith(("GGUF.", "general.")):
-            writer.add_key_value(name, field.contents(), field.types[0])

@@ -17,6 +17,7 @@ from offmoe.checkpoint.gguf import GgufHeader, Skipped, read_gguf_header
 from offmoe.checkpoint.index import read_config
 from offmoe.checkpoint.locate import locate_model
 from offmoe.checkpoint.shard_file import ShardFile
+from offmoe.models.build import read_model_config
 
 U32, F32, TEXT, LIST, U64 = 4, 6, 8, 9, 10
 NO_ITEMS, MANY_ITEMS = struct.pack("<IQ", U32, 0), struct.pack("<IQ", U32, 1 << 60)
@@ -125,22 +126,100 @@ def test_an_architecture_that_is_not_read_is_named_with_the_known_ones(tmp_path:
         read_config(path)
 
 
+# What makes a config: key without the architecture, type, value.
+FACTS = {
+    "block_count": (U32, 2), "expert_count": (U32, 4), "expert_used_count": (U32, 2), "embedding_length": (U32, 64),
+    "attention.head_count": (U32, 4), "context_length": (U32, 128), "attention.layer_norm_rms_epsilon": (F32, 1e-6),
+}  # fmt: skip
+MODEL = [
+    ("token_embd.weight", (64, 8), 0, 0), ("blk.0.ffn_gate_exps.weight", (64, 32, 4), 0, 2048),
+    ("blk.1.ffn_gate_exps.weight", (64, 32, 4), 0, 34816),
+]  # fmt: skip
+
+
+def model_bytes(facts: dict[str, tuple[int, Any]], architecture: str = "qwen3moe") -> bytes:
+    pairs = [(f"{architecture}.{key}", kind, item) for key, (kind, item) in facts.items()]
+    return gguf_bytes([("general.architecture", TEXT, architecture), *pairs], MODEL, data_bytes=67584)
+
+
+def test_metadata_that_make_a_config(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(model_bytes(FACTS))
+    config = read_config(path)
+    assert (config["num_hidden_layers"], config["num_experts"], config["head_dim"]) == (2, 4, 16)
+    assert (config["vocab_size"], config["moe_intermediate_size"]) == (8, 32)
+
+
 @pytest.mark.parametrize(
-    ("pairs", "message"),
+    ("key", "fact", "message"),
     [
-        ([], "has no general.architecture"),
-        (PAIRS, "embedding_length None; a whole number is needed"),
-        ([*PAIRS, ("qwen3moe.embedding_length", TEXT, "wide")], "embedding_length 'wide'"),
-        ([*PAIRS, ("qwen3moe.embedding_length", U64, 1 << 60)], "embedding_length 1152921504606846976"),
+        ("embedding_length", None, "embedding_length None; a whole number is needed"),
+        ("embedding_length", (TEXT, "wide"), "embedding_length 'wide'"),
+        ("embedding_length", (U64, 1 << 60), "embedding_length 1152921504606846976"),
+        ("embedding_length", (U32, 32), "embedding_length 32, its token_embd.weight has 64 columns; download it again"),
+        ("block_count", (U32, 0), "block_count 0; at least 1 is needed"),
+        ("block_count", (U32, (1 << 32) - 1), "block_count 4294967295, its tensors are of 2 layers"),
+        ("block_count", (U32, 1), "block_count 1, its tensors are of 2 layers"),
+        ("expert_count", (U32, 3), "expert_count 3, its tensors hold 4"),
+        ("expert_used_count", (U32, 0), "expert_used_count 0; at least 1 is needed"),
+        ("expert_used_count", (U32, 5), "expert_used_count 5, there are 4 experts"),
+        ("attention.head_count", (U32, 0), "attention.head_count 0; at least 1 is needed"),
+        ("attention.head_count", (LIST, (U32, [4, 2])), "attention.head_count [4, 2]; a whole number is needed"),
+        ("attention.layer_norm_rms_epsilon", (F32, 0.0), "layer_norm_rms_epsilon 0.0; a number above 0 is needed"),
+        ("rope.freq_base", (F32, float("nan")), "rope.freq_base nan; a number is needed"),
     ],
 )
-def test_metadata_that_make_no_config_are_refused(pairs: list[Any], message: str, tmp_path: Path) -> None:
+def test_metadata_that_lie_are_refused(key: str, fact: tuple[int, Any] | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    heads = [("qwen3moe.attention.head_count", U32, 4)] if pairs else []
-    path.write_bytes(gguf_bytes([*pairs, *heads]))
+    facts = {**FACTS, key: fact}
+    path.write_bytes(model_bytes({name: found for name, found in facts.items() if found is not None}))
     with pytest.raises(CheckpointError) as caught:
         read_config(path)
     assert message in one_line(caught)
+
+
+def test_metadata_that_transformers_refuses(tmp_path: Path) -> None:
+    """By an error of the hub's, which is no ValueError."""
+    path = tmp_path / "m.gguf"
+    latent = {
+        "attention.head_count": (U32, 3), "rope.dimension_count": (U32, 4), "attention.key_length": (U32, 8),
+        "attention.value_length": (U32, 8), "attention.kv_lora_rank": (U32, 8), "expert_shared_count": (U32, 1),
+    }  # fmt: skip
+    path.write_bytes(model_bytes(FACTS | latent, "deepseek2"))
+    with pytest.raises(CheckpointError) as caught:
+        read_model_config(path, trust_remote_code=False)
+    message = one_line(caught)
+    assert "m.gguf has metadata that make no deepseek_v2" in message
+    assert "not a multiple of the number of attention heads (3)" in message
+
+
+def test_a_file_without_an_architecture_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes([]))
+    with pytest.raises(CheckpointError, match=r"has no general\.architecture"):
+        read_config(path)
+
+
+def test_a_dense_model_is_told_what_to_use(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    facts = {key: fact for key, fact in FACTS.items() if not key.startswith("expert")}
+    path.write_bytes(model_bytes(facts, "llama"))
+    with pytest.raises(UnsupportedModelError, match=r"dense model \(llama\).* use transformers or llama\.cpp"):
+        read_config(path)
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    first, second = (tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2))
+    for path in (first, second):
+        path.write_bytes(model_bytes(FACTS))
+    with pytest.raises(
+        CheckpointError, match=r"'blk\.0\.ffn_gate_exps\.weight' is in two parts of .*download them again"
+    ):
+        read_config(first)
+    alone = tmp_path / "renamed.gguf"
+    alone.write_bytes(gguf_bytes([*PAIRS, ("split.tensors.count", U32, 5)]))
+    with pytest.raises(CheckpointError, match="says 5 tensors in all its parts, there are 2; download it again"):
+        read_config(alone)
 
 
 def test_a_folder_with_one_gguf_file_is_that_model(tmp_path: Path) -> None:

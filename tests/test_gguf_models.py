@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf_makers import MODELS, make_model, save_gguf, split_gguf
+from gguf_makers import MODELS, make_model, save_gguf
+from gguf_parts import split_gguf
 from makers import one_line
 from transformers import AutoTokenizer
 
@@ -25,7 +26,8 @@ from offmoe.planner.survey import survey
 from offmoe.tiers.device import SimulatedDevice
 
 NUM_PROMPT, NUM_NEW = 12, 24
-Q4_K_M = {"gate": Type.Q4_K, "up": Type.Q4_K, "down": Type.Q6_K, "dense": Type.Q8_0}
+# As llama.cpp's Q4_K_M: the down projections of some layers have more bits than those of the others.
+Q4_K_M = {"gate": Type.Q4_K, "up": Type.Q4_K, "down": Type.Q4_K, "down.1": Type.Q6_K, "dense": Type.Q8_0}
 ALL_Q8 = dict.fromkeys(("gate", "up", "down", "dense"), Type.Q8_0)
 CASES: dict[str, tuple[str, dict[str, Type]]] = {
     **{f"{name}, q8_0": (name, ALL_Q8) for name in MODELS},

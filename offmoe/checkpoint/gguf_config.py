@@ -7,6 +7,7 @@ them. Source of the keys: llama.cpp's converters, https://github.com/ggml-org/ll
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from offmoe.checkpoint.gguf import GgufHeader
 
 _SIGMOID = 2  # llama.cpp's expert_gating_func
 _MAX_SIZE = 1 << 40
+_GATES = "blk.*.ffn_gate_exps.weight"
+_OF_A_LAYER = re.compile(r"blk\.\d{1,5}\.")
 # Advice on sampling: llama.cpp's name -> generation_config's, and the least and most that it may be.
 _SAMPLING: dict[str, tuple[str, float, float]] = {
     "temp": ("temperature", 0.0, 1e6), "top_k": ("top_k", 0, 1 << 31), "top_p": ("top_p", 1e-6, 1.0),
@@ -33,6 +36,11 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
             f"{', '.join(ARCHITECTURES)}); use the safetensors version of the model"
         )
     facts = _Facts(header)
+    if not facts.number("expert_count", 0):
+        raise UnsupportedModelError(
+            f"the GGUF file holds a dense model ({header.architecture}): it has no experts to stream; use transformers "
+            "or llama.cpp"
+        )
     return _common(facts) | make(facts)
 
 
@@ -76,6 +84,35 @@ class _Facts:
             raise CheckpointError(f"the GGUF file says {key} {value!r}; a whole number is needed")
         return value
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number from 1."""
+        found = self.number(key, default)
+        if not found:
+            raise CheckpointError(f"the GGUF file says {key} 0; at least 1 is needed")
+        return found
+
+    def count(self) -> tuple[int, int]:
+        """(layers that are run, experts of a layer): as many as there are tensors for."""
+        numbers = {int(name.split(".")[1]) for name in self.header.tensors if _OF_A_LAYER.match(name)}
+        said, extra, found = self.size("block_count"), self.number("nextn_predict_layers", 0), max(numbers, default=-1)
+        if not said - extra <= found + 1 <= said:
+            raise CheckpointError(
+                f"the GGUF file says block_count {said}, its tensors are of {found + 1} layers; download it again"
+            )
+        experts = self.shape(_GATES)[0]
+        if (stated := self.number("expert_count")) != experts:
+            raise CheckpointError(
+                f"the GGUF file says expert_count {stated}, its tensors hold {experts}; download it again"
+            )
+        return said - extra, experts
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        found = self.real(key, default)
+        if found <= 0:
+            raise CheckpointError(f"the GGUF file says {key} {found!r}; a number above 0 is needed")
+        return found
+
     def real(self, key: str, default: float | None = None) -> float:
         """A finite number."""
         value = self.header.metadata.get(f"{self.header.architecture}.{key}", default)
@@ -88,31 +125,54 @@ class _Facts:
         return self.header.metadata.get(f"{self.header.architecture}.{key}")
 
     def rows(self, name: str) -> int:
-        """Rows of a tensor, or of one expert's matrix."""
-        for layer_idx in range(self.number("block_count")):
-            tensor = self.header.tensors.get(name.replace("*", str(layer_idx)))
-            if tensor is not None and len(tensor.shape) > 1:
-                return tensor.shape[-2]
-        raise CheckpointError(f"the GGUF file has no tensor {name}; download it again")
+        """Rows of a tensor, or of one expert's matrix. `*` is the first layer that has it."""
+        return self.shape(name)[-2]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A matrix's, or that of a stack of them for `_exps`."""
+        pattern = re.compile(re.escape(name).replace(r"\*", r"\d{1,5}"))
+        found = next((tensor.shape for key, tensor in self.header.tensors.items() if pattern.fullmatch(key)), ())
+        if len(found) != (3 if "_exps." in name else 2):
+            raise CheckpointError(
+                f"the GGUF file has no tensor {name}, or one of shape {list(found)}; download it again"
+            )
+        return found
+
+    def holds(self, name: str) -> bool:
+        """Whether layer 0, which is dense where any is, has the tensor."""
+        return f"blk.0.{name}" in self.header.tensors
 
 
 def _common(facts: _Facts) -> dict[str, Any]:
     tensors, metadata = facts.header.tensors, facts.header.metadata
-    heads = facts.number("attention.head_count")
-    width = facts.number("embedding_length")
+    heads, width, used = (
+        facts.size("attention.head_count"),
+        facts.size("embedding_length"),
+        facts.size("expert_used_count"),
+    )
+    (num_layers, num_experts), (vocab_size, stored_width) = facts.count(), facts.shape("token_embd.weight")
+    if width != stored_width:
+        raise CheckpointError(
+            f"the GGUF file says embedding_length {width}, its token_embd.weight has {stored_width} columns; download "
+            "it again"
+        )
+    if used > num_experts:
+        raise CheckpointError(
+            f"the GGUF file says expert_used_count {used}, there are {num_experts} experts; download it again"
+        )
     config: dict[str, Any] = {
         "hidden_size": width,
-        "num_hidden_layers": facts.number("block_count") - facts.number("nextn_predict_layers", 0),
+        "num_hidden_layers": num_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": facts.number("attention.head_count_kv", heads),
-        "head_dim": facts.number("attention.key_length", width // max(1, heads)),
-        "max_position_embeddings": facts.number("context_length"),
-        "rms_norm_eps": facts.real("attention.layer_norm_rms_epsilon"),
+        "num_key_value_heads": facts.size("attention.head_count_kv", heads),
+        "head_dim": facts.size("attention.key_length", width // heads),
+        "max_position_embeddings": facts.size("context_length"),
+        "rms_norm_eps": facts.positive("attention.layer_norm_rms_epsilon"),
         "rope_parameters": _rope(facts),
-        "vocab_size": facts.rows("token_embd.weight"),
+        "vocab_size": vocab_size,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "num_experts_per_tok": facts.number("expert_used_count"),
-        "intermediate_size": facts.number("feed_forward_length", 0) or facts.rows("blk.*.ffn_gate_exps.weight"),
+        "num_experts_per_tok": used,
+        "intermediate_size": facts.rows("blk.*.ffn_gate.weight" if facts.holds("ffn_gate.weight") else _GATES),
     }
     for name in ("bos", "eos"):
         token = metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -122,7 +182,7 @@ def _common(facts: _Facts) -> dict[str, Any]:
 
 
 def _rope(facts: _Facts) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": facts.real("rope.freq_base", 10000.0)}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": facts.positive("rope.freq_base", 10000.0)}
     kind = facts.get("rope.scaling.type")
     if kind in (None, "none"):
         return rope
@@ -130,23 +190,19 @@ def _rope(facts: _Facts) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"the GGUF file scales positions by {kind!r}, which is not read yet (linear, yarn are)"
         )
-    rope |= {"rope_type": kind, "factor": facts.real("rope.scaling.factor")}
+    rope |= {"rope_type": kind, "factor": facts.positive("rope.scaling.factor")}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = facts.number("rope.scaling.original_context_length")
+        rope["original_max_position_embeddings"] = facts.size("rope.scaling.original_context_length")
         rope["beta_fast"] = facts.real("rope.scaling.yarn_beta_fast", 32.0)
         rope["beta_slow"] = facts.real("rope.scaling.yarn_beta_slow", 1.0)
     return rope
 
 
 def _mixtral(facts: _Facts) -> dict[str, Any]:
-    if not facts.number("expert_count", 0):
-        raise UnsupportedModelError(
-            "the GGUF file holds a dense model (llama): it has no experts to stream; use transformers or llama.cpp"
-        )
     return {
         "model_type": "mixtral", "architectures": ["MixtralForCausalLM"],
         "num_local_experts": facts.number("expert_count"), "sliding_window": None,
-        "intermediate_size": facts.rows("blk.*.ffn_gate_exps.weight"),
+        "intermediate_size": facts.rows(_GATES),
     }  # fmt: skip
 
 
@@ -154,7 +210,7 @@ def _qwen2_moe(facts: _Facts) -> dict[str, Any]:
     return {
         "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"],
         "num_experts": facts.number("expert_count"),
-        "moe_intermediate_size": facts.rows("blk.*.ffn_gate_exps.weight"),
+        "moe_intermediate_size": facts.rows(_GATES),
         "shared_expert_intermediate_size": facts.rows("blk.*.ffn_gate_shexp.weight"), "norm_topk_prob": False,
         "qkv_bias": "blk.0.attn_q.bias" in facts.header.tensors,
     }  # fmt: skip
@@ -164,7 +220,7 @@ def _qwen3_moe(facts: _Facts) -> dict[str, Any]:
     return {
         "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"],
         "num_experts": facts.number("expert_count"),
-        "moe_intermediate_size": facts.rows("blk.*.ffn_gate_exps.weight"), "norm_topk_prob": True,
+        "moe_intermediate_size": facts.rows(_GATES), "norm_topk_prob": True,
     }  # fmt: skip
 
 
@@ -173,7 +229,7 @@ def _olmoe(facts: _Facts) -> dict[str, Any]:
         raise UnsupportedModelError("the GGUF file limits queries, keys and values (clamp_kqv), which is not read yet")
     return {
         "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": facts.number("expert_count"),
-        "intermediate_size": facts.rows("blk.*.ffn_gate_exps.weight"), "norm_topk_prob": False,
+        "intermediate_size": facts.rows(_GATES), "norm_topk_prob": False,
     }  # fmt: skip
 
 
@@ -181,8 +237,10 @@ def _deepseek(facts: _Facts) -> dict[str, Any]:
     """DeepSeek-V2 where experts are scored by a softmax, V3 where they are by a sigmoid. Without a number of groups
     there is one, as in llama.cpp.
     """
-    rotary = facts.number("rope.dimension_count")
-    head = facts.number("attention.key_length_mla", facts.number("attention.key_length"))
+    rotary = facts.size("rope.dimension_count")
+    head = facts.size("attention.key_length_mla", facts.size("attention.key_length"))
+    if head <= rotary:
+        raise CheckpointError(f"the GGUF file says heads of {head} numbers, {rotary} of them rotated; more are needed")
     is_v3 = facts.number("expert_gating_func", 1) == _SIGMOID
     groups, used = facts.number("expert_group_count", 0), facts.number("expert_group_used_count", 0)
     multiplier = facts.real("rope.scaling.yarn_log_multiplier", 0.0) * 10.0
@@ -193,11 +251,11 @@ def _deepseek(facts: _Facts) -> dict[str, Any]:
     config = {
         "num_key_value_heads": heads, "head_dim": rotary, "rope_parameters": rope,
         "n_routed_experts": facts.number("expert_count"),
-        "moe_intermediate_size": facts.rows("blk.*.ffn_gate_exps.weight"),
-        "n_shared_experts": facts.number("expert_shared_count"), "kv_lora_rank": facts.number("attention.kv_lora_rank"),
+        "moe_intermediate_size": facts.rows(_GATES),
+        "n_shared_experts": facts.number("expert_shared_count"), "kv_lora_rank": facts.size("attention.kv_lora_rank"),
         "q_lora_rank": facts.number("attention.q_lora_rank", 0) or None, "qk_rope_head_dim": rotary,
         "qk_nope_head_dim": head - rotary,
-        "v_head_dim": facts.number("attention.value_length_mla", facts.number("attention.value_length")),
+        "v_head_dim": facts.size("attention.value_length_mla", facts.size("attention.value_length")),
         "first_k_dense_replace": facts.number("leading_dense_block_count", 0),
         "routed_scaling_factor": facts.real("expert_weights_scale", 1.0) or 1.0,
         "norm_topk_prob": bool(facts.get("expert_weights_norm")),
@@ -218,7 +276,7 @@ def _gpt_oss(facts: _Facts) -> dict[str, Any]:
     return {
         "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"],
         "num_local_experts": facts.number("expert_count"),
-        "intermediate_size": facts.rows("blk.*.ffn_gate_exps.weight"), "rope_parameters": rope,
+        "intermediate_size": facts.rows(_GATES), "rope_parameters": rope,
         "sliding_window": facts.number("attention.sliding_window"),
     }  # fmt: skip
 

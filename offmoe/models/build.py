@@ -62,10 +62,10 @@ def read_model_config(folder: Path, *, trust_remote_code: bool) -> tuple[PreTrai
             part.__dict__.pop("quantization_config", None)
         return config, quantisation
     except _CONFIG_ERRORS as error:
-        raise _bad_config(folder, model_type, error) from None
+        raise _bad_config(folder / "config.json", model_type, error) from None
     except Exception as error:  # the hub's strict dataclass errors share no base with the above
         if type(error).__module__.startswith("huggingface_hub"):
-            raise _bad_config(folder, model_type, error) from None
+            raise _bad_config(folder / "config.json", model_type, error) from None
         raise
 
 
@@ -88,14 +88,20 @@ def _gguf_config(path: Path) -> PreTrainedConfig:
     values = read_config(path)
     try:
         config = AutoConfig.for_model(**values)
-    except _CONFIG_ERRORS as error:
+    except Exception as error:  # as above
+        if not isinstance(error, _CONFIG_ERRORS) and not type(error).__module__.startswith("huggingface_hub"):
+            raise
         raise CheckpointError(f"{path} has metadata that make no {values['model_type']}: {_one_line(error)}") from None
     assert isinstance(config, PreTrainedConfig)
     return config
 
 
-def _bad_config(folder: Path, model_type: str, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{folder / 'config.json'} is no valid {model_type} config: {_one_line(error)}")
+def _bad_config(path: Path, model_type: str, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is no valid {model_type} config: {_one_line(error)}")
+
+
+def _config_path(index: CheckpointIndex) -> Path:
+    return index.files[0].path if index.is_gguf else index.folder / "config.json"
 
 
 def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -108,7 +114,7 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
     if not experts_modules(model):
         if _looks_moe(index) and config.model_type in served_families():
             raise CheckpointError(
-                f"{index.folder / 'config.json'} asks for no experts, the tensors hold some; config and tensors are of "
+                f"{_config_path(index)} asks for no experts, the tensors hold some; config and tensors are of "
                 "different models"
             )
         if _looks_moe(index):
@@ -144,7 +150,7 @@ def _instantiate(config: PreTrainedConfig, index: CheckpointIndex, *, trust_remo
                 return model_class._from_config(config, dtype=dtype)
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except _CONFIG_ERRORS as error:
-        raise _bad_config(index.folder, config.model_type, error) from None
+        raise _bad_config(_config_path(index), config.model_type, error) from None
 
 
 def _model_class(config: PreTrainedConfig) -> Any:
