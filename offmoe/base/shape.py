@@ -12,6 +12,10 @@ from typing import Any
 
 # Kinds of layers whose keys and values are kept and attended to.
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
+# So many tokens attend to latents as they are; for more, keys and values are expanded (models/latent_attention.py).
+MAX_ABSORBED_TOKENS = 64
+# The matrix that expands them, in every family's checkpoints: values in RAM, however it is stored.
+LATENT_MATRIX = "kv_b_proj"
 _TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k")
 
 
@@ -19,9 +23,11 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k")
 class ModelShape:
     """Widths in numbers, `item_bytes` of one number.
 
-    `score_bytes`: what an attention score takes where those of a chunk against the whole context are written out.
-    `has_recurrence`: some layers keep a running state, and compute in float32. `largest_matrix_bytes` is that of the
-    resident matrices but embedding and head.
+    `score_bytes`: what the scores of one token for another take where they are written out; `device_score_bytes`: on a
+    device. `context_bytes` and `device_context_bytes`: what one cached token takes while a prompt attends to it, beside
+    the cache. `latent_width` of the latent that is cached instead of keys and values; 0: none. `has_recurrence`: some
+    layers keep a running state, and compute in float32. `largest_matrix_bytes` is that of the resident matrices but
+    embedding and head.
     """
 
     width: int
@@ -33,6 +39,10 @@ class ModelShape:
     vocab_size: int
     item_bytes: int
     score_bytes: int
+    device_score_bytes: int
+    context_bytes: int
+    device_context_bytes: int
+    latent_width: int
     has_recurrence: bool
     largest_matrix_bytes: int
 
@@ -45,31 +55,60 @@ def shape_of(
     width = largest_number(text, "hidden_size", 1)
     heads = largest_number(text, "num_attention_heads", 1)
     latent_width = largest_number(text, "qk_nope_head_dim", 0) + largest_number(text, "qk_rope_head_dim", 0)
+    head_width = max(largest_number(text, "head_dim", width // heads), latent_width)
     dense = max(
         largest_number(text, "intermediate_size", width), largest_number(text, "shared_expert_intermediate_size", 0)
     )
     return ModelShape(
         width=width,
         num_heads=heads,
-        head_width=max(largest_number(text, "head_dim", width // heads), latent_width),
+        head_width=head_width,
         dense_width=dense,
         expert_width=largest_number(text, "moe_intermediate_size", dense),
         top_k=max(largest_number(text, name, 1) for name in _TOP_K),
         vocab_size=largest_number(text, "vocab_size", 1),
         item_bytes=item_bytes,
-        score_bytes=_score_bytes(text, latent_width, item_bytes, eager=eager_attention),
+        score_bytes=_score_bytes(text, heads, item_bytes, eager=eager_attention, on_device=False),
+        device_score_bytes=_score_bytes(text, heads, item_bytes, eager=eager_attention, on_device=True),
+        context_bytes=item_bytes * heads * _context_width(text, head_width, copies_heads=eager_attention),
+        device_context_bytes=item_bytes * heads * _context_width(text, head_width, copies_heads=True),
+        latent_width=_latent_width(text),
         has_recurrence=any(kind not in ATTENTION_KINDS for kind in layer_kinds(text)),
         largest_matrix_bytes=largest_matrix_bytes,
     )
 
 
-def _score_bytes(text: Mapping[str, Any], latent_width: int, item_bytes: int, *, eager: bool) -> int:
+def _score_bytes(text: Mapping[str, Any], heads: int, item_bytes: int, *, eager: bool, on_device: bool) -> int:
+    # A sparse attention's indexer: float32, and once more as it scales them.
+    indexer = 2 * 4 * largest_number(text, "index_n_heads", 0)
     if eager:  # the scores, masked ones, and their softmax in float32
-        return 2 * item_bytes + 4
-    # torch's fused attention takes no values that are narrower than the keys: it writes scores and their softmax, in
-    # float32. DeepSeek-V2-Lite's shape, 1,900 tokens at once: 9 bytes a score were used, measured.
-    if latent_width not in (0, largest_number(text, "v_head_dim", latent_width)):
-        return 2 * 4 + item_bytes
+        return indexer + heads * (2 * item_bytes + 4)
+    # A device's fused attention may take no values that are narrower than the keys: then torch writes scores and their
+    # softmax, in float32. On the CPU models/attention.py avoids it.
+    if on_device and _has_narrow_values(text):
+        return indexer + heads * (2 * 4 + item_bytes)
+    return indexer
+
+
+def _has_narrow_values(text: Mapping[str, Any]) -> bool:
+    keys = largest_number(text, "qk_nope_head_dim", 0) + largest_number(text, "qk_rope_head_dim", 0)
+    return 0 < largest_number(text, "v_head_dim", keys) < keys
+
+
+def _latent_width(text: Mapping[str, Any]) -> int:
+    latent = largest_number(text, "kv_lora_rank", 0)
+    return latent + largest_number(text, "qk_rope_head_dim", 0) if latent else 0
+
+
+def _context_width(text: Mapping[str, Any], head_width: int, *, copies_heads: bool) -> int:
+    """Numbers that attention writes for each query head and cached token."""
+    heads = largest_number(text, "num_attention_heads", 1)
+    if _latent_width(text):  # a cached latent becomes keys and values, and keys with positions
+        value_width = largest_number(text, "v_head_dim", head_width)
+        padded = head_width if _has_narrow_values(text) else 0
+        return largest_number(text, "qk_nope_head_dim", 0) + value_width + head_width + padded
+    if copies_heads and largest_number(text, "num_key_value_heads", heads) < heads:
+        return 2 * head_width
     return 0
 
 

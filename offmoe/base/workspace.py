@@ -6,7 +6,7 @@ An upper estimate, in bytes, of what is alive at once in the widest place of a l
 
 from __future__ import annotations
 
-from offmoe.base.shape import ModelShape
+from offmoe.base.shape import MAX_ABSORBED_TOKENS, ModelShape
 
 PREFILL_CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64)
 # Of what weights and KV leave, the share that a prefill chunk may take; the rest is for expert slots.
@@ -23,17 +23,26 @@ def workspace_bytes(shape: ModelShape, *, chunk: int, context_length: int, on_de
     attention = chunk * heads_width * item * 8
     # The mask, as bool and as float; and the scores, where they are written out.
     mask = chunk * context_length * (1 + item)
-    attention += chunk * context_length * shape.num_heads * shape.score_bytes
+    attention += chunk * context_length * (shape.device_score_bytes if on_device else shape.score_bytes)
     # Experts' outputs for every choice, the sort, and one expert's own activations for at most `chunk` rows.
     experts = chunk * shape.top_k * (width * item + 32) + chunk * (width + 4 * shape.expert_width) * item
     mlp = chunk * shape.dense_width * item * 4
     # Linear-attention and state-space layers run in float32 here.
     if shape.has_recurrence:
         attention += chunk * max(heads_width, 2 * width) * 4 * 12
-    logits = shape.vocab_size * (item + 4 * 4)
-    peak = hidden + mask + max(attention, experts, mlp) + experts // 2 + logits
-    # oneDNN reorders a matrix before a product of many rows: at most the largest resident one.
-    return peak if on_device else peak + shape.largest_matrix_bytes
+    fixed = fixed_workspace_bytes(shape, chunk=chunk, context_length=context_length, on_device=on_device)
+    return hidden + mask + max(attention, experts, mlp) + experts // 2 + fixed
+
+
+def fixed_workspace_bytes(shape: ModelShape, *, chunk: int, context_length: int, on_device: bool) -> int:
+    """The part of it that hardly depends on the chunk."""
+    fixed = shape.vocab_size * (shape.item_bytes + 4 * 4)  # logits
+    if not on_device:  # oneDNN reorders a matrix before a product of many rows: at most the largest resident one
+        fixed += shape.largest_matrix_bytes
+    # Keys and values that attention writes for the whole context; few tokens attend to latents as they are.
+    if not shape.latent_width or chunk > MAX_ABSORBED_TOKENS:
+        fixed += context_length * (shape.device_context_bytes if on_device else shape.context_bytes)
+    return fixed
 
 
 def host_workspace_bytes(shape: ModelShape, *, chunk: int) -> int:
@@ -42,13 +51,16 @@ def host_workspace_bytes(shape: ModelShape, *, chunk: int) -> int:
 
 
 def choose_chunk(shape: ModelShape, *, context_length: int, room_bytes: int, on_device: bool = False) -> int:
-    """The largest prefill chunk whose workspace stays under its share of `room_bytes`; larger ones read fewer bytes."""
+    """The largest prefill chunk whose workspace stays under its share of `room_bytes`; larger ones read fewer bytes.
+
+    What nearly any chunk needs is not part of that share.
+    """
     for chunk in PREFILL_CHUNKS:
         if chunk >= 2 * context_length:
             continue
-        need = workspace_bytes(
-            shape, chunk=min(chunk, context_length), context_length=context_length, on_device=on_device
-        )
-        if need <= MAX_WORKSPACE_SHARE * room_bytes:
-            return min(chunk, context_length)
+        tokens = min(chunk, context_length)
+        fixed = fixed_workspace_bytes(shape, chunk=tokens, context_length=context_length, on_device=on_device)
+        whole = workspace_bytes(shape, chunk=tokens, context_length=context_length, on_device=on_device)
+        if whole - fixed <= MAX_WORKSPACE_SHARE * (room_bytes - fixed):
+            return tokens
     return min(PREFILL_CHUNKS[-1], context_length)

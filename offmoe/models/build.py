@@ -17,6 +17,7 @@ from offmoe.checkpoint.index import GGUF_SUFFIX, CheckpointIndex, read_config, r
 from offmoe.checkpoint.quant_config import Quantisation, read_quantisation
 from offmoe.formats.dense import TORCH_DTYPES
 from offmoe.models.adapters.find import adapt_experts
+from offmoe.models.attention import save_memory
 from offmoe.models.grok1.register import register_grok1
 from offmoe.models.transformers_internals import experts_modules, served_families
 
@@ -126,6 +127,7 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
             f"{type(model).__name__} is a dense model: it has no experts to stream; use transformers or llama.cpp"
         )
     model.eval()
+    save_memory(model)
     if index.sampling and model.generation_config is not None:
         model.generation_config.update(**index.sampling)
     path = index.folder / "generation_config.json"

@@ -21,7 +21,14 @@ Buffers = tuple[torch.Tensor, torch.Tensor]
 
 
 def _allocate(keys: torch.Tensor, values: torch.Tensor, room: int) -> Buffers:
-    """Room for `room` tokens of such states. Zeros: a static step multiplies rows that it masks by 0, and NaN stays."""
+    """Room for `room` tokens of such states. Zeros: a static step multiplies rows that it masks by 0, and NaN stays.
+
+    A latent and its rotated key lie side by side: attention reads them as one.
+    """
+    widths = [states.shape[-1] for states in (keys, values)]
+    if keys.shape[:-1] == values.shape[:-1] and keys.shape[-3] == 1 and widths[0] != widths[1]:
+        both = keys.new_zeros((*keys.shape[:-2], room, sum(widths)))
+        return both[..., : widths[0]], both[..., widths[0] :]
     new_keys, new_values = (states.new_zeros((*states.shape[:-2], room, states.shape[-1])) for states in (keys, values))
     return new_keys, new_values
 

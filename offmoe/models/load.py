@@ -26,6 +26,7 @@ from offmoe.executor.uncached import UncachedExecutor
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.models.adapters.base import AdaptedExperts
+from offmoe.models.attention import absorb_latents
 from offmoe.models.budgets import Budgets, fit_to_free, shrink
 from offmoe.models.build import build_on_meta, read_model_config
 from offmoe.models.device_failures import explained, release_unused
@@ -35,7 +36,7 @@ from offmoe.models.native_attention import swap_attention
 from offmoe.models.native_layer import swap_layers
 from offmoe.models.native_mlp import swap_mlps
 from offmoe.models.native_moe import swap_moe
-from offmoe.models.probe import probe_model
+from offmoe.models.probe import ModelProbe, probe_model
 from offmoe.models.quantised_linears import QuantisedLinears
 from offmoe.models.resident import load_peak_bytes, load_resident
 from offmoe.models.seam import ClosedExecutor, ExpertsExecutor, LayerBinding, attach, bind
@@ -159,9 +160,7 @@ def load_model(
                 lambda done, total: progress("resident weights", done, total),
                 device=None if device is None else device.torch_device,
             )  # fmt: skip
-            probe = probe_model(model, context_length)
-            release_unused(device)
-            give_back_freed_memory()
+            probe = _probe(model, context_length, device)
             plan = budgets.plan(probe)
             device_pool = None
             if device is not None:
@@ -189,6 +188,15 @@ def load_model(
         serving=serving, native=native, device=device, plan=plan, context_length=context_length,
         chunkable=probe.chunkable,
     )  # fmt: skip
+
+
+def _probe(model: PreTrainedModel, context_length: int, device: Device | None) -> ModelProbe:
+    """The model's weights are there: what it does is checked and measured, and leaves no memory behind."""
+    absorb_latents(model)
+    probe = probe_model(model, context_length)
+    release_unused(device)
+    give_back_freed_memory()
+    return probe
 
 
 def _warm_start(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from offmoe.base.shape import LATENT_MATRIX
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.formats.quantised import QuantMatrix
@@ -44,6 +45,8 @@ class QuantisedLinears:
             entry = index.tensors[keys[0]] if len(keys) == 1 else None
             tied = f"{name}.weight" in model.all_tied_weights_keys
             if type(module) is not nn.Linear or not isinstance(entry, QuantEntry) or tied or not knows(entry.format):
+                continue
+            if name.endswith(LATENT_MATRIX):  # it is needed from both sides
                 continue
             if targets[keys[0]].pattern is None and entry.shape == module.weight.shape:
                 self._take(module, entry)

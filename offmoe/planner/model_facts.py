@@ -11,7 +11,7 @@ from typing import Any
 
 from offmoe.base.division import ModelSizes
 from offmoe.base.errors import UnsupportedModelError
-from offmoe.base.shape import largest_number, shape_of, text_config
+from offmoe.base.shape import LATENT_MATRIX, largest_number, shape_of, text_config
 from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
 from offmoe.checkpoint.expert_index import Span, common_slot_bytes
 from offmoe.checkpoint.index import CheckpointIndex, read_config
@@ -194,7 +194,7 @@ def _item_bytes(config: dict[str, Any], resident: list[StoredTensor]) -> int:
 
 def _memory_bytes(entry: StoredTensor, item: int) -> int:
     """In memory: floats as the model's type; codes as they are stored, where the CPU's kernels read them."""
-    if isinstance(entry, QuantEntry) and len(entry.shape) == 2:
+    if isinstance(entry, QuantEntry) and len(entry.shape) == 2 and LATENT_MATRIX not in entry.name:
         return entry.num_bytes
     return _unpacked_bytes(entry, item)
 
