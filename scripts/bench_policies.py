@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchlib.machine import describe_machine
-from benchlib.traces import record_generated, record_given, token_calls
+from benchlib.traces import deeper, record_generated, record_given, token_calls
 
 from offmoe.base.trace_file import TraceHeader
 from offmoe.base.trace_reader import read_trace
@@ -102,6 +102,10 @@ def main() -> None:
     parser.add_argument("--given", type=int, metavar="N", help="record N given tokens")
     parser.add_argument("--ram", default="4GiB", help="for recording")
     parser.add_argument("--split", action="store_true", help="replay prompts token by token (of --given)")
+    parser.add_argument(
+        "--times", type=int, default=1, metavar="N",
+        help="all layers N times over: what bookkeeping costs in a deeper model (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--share", type=float, nargs="+", default=[0.1, 0.25, 0.5], help="of the experts, in slots")
     parser.add_argument("--out", type=Path, help="result file, Markdown")
     args = parser.parse_args()
@@ -112,10 +116,14 @@ def main() -> None:
     trace = read_trace(args.trace)
     split = args.split or bool(args.given)
     args.about = "given text" if split else f"sampled replies to {len(trace.prompt_starts)} mixed prompts"
-    calls = layer_calls(token_calls(trace.events, trace.header.num_layers) if split else trace.events)
+    if args.times > 1:
+        args.about += f", its layers {args.times} times over"
+    events = token_calls(trace.events, trace.header.num_layers) if split else trace.events
+    header, events = deeper(trace.header, events, args.times)
+    calls = layer_calls(events)
     num_tokens = sum(call.starts_pass and not call.is_prefill for call in calls)
-    results = [run(calls, trace.header, share) for share in args.share]
-    text = render(args, trace.header, num_tokens, results)
+    results = [run(calls, header, share) for share in args.share]
+    text = render(args, header, num_tokens, results)
     print(text)
     if args.out:
         args.out.write_text(text)

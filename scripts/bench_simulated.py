@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -30,9 +29,8 @@ import torch
 from benchlib.device_checkpoint import MadeModel, make_model
 from benchlib.device_exact import demo_folder
 from benchlib.device_systems import OffmoeSystem, Place
-from benchlib.given_ids import GivenIds, compared, take_turns
-from benchlib.machine import describe_machine, describe_versions
-from benchlib.report import number, without_folders
+from benchlib.given_ids import GivenIds, Toggled, compared, take_turns
+from benchlib.simulated_report import Result, as_json, render
 from benchlib.stdlib_text import held_out_ids
 from tokenizers import Tokenizer
 
@@ -75,18 +73,6 @@ class Work:
         return self.prompt + self.warmup + self.blocks * self.block
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One link speed and one number of slots."""
-
-    ratio: float
-    share: float
-    link_bytes_per_s: float
-    settings: dict[str, dict[str, float]]
-    pairs: dict[tuple[str, str], tuple[float, float]]
-    same_ids: bool
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     args = parse_args(argv)
@@ -103,12 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         routed_bytes = model.expert_bytes * model.num_layers * model.top_k
         progress(f"all experts resident: {compute_s * 1e3:.1f} ms a token, which uses {routed_bytes / 1e6:.1f} MB")
         results = [
-            run_one(model, ids, work, ratio=ratio, share=share, link_bytes_per_s=ratio * routed_bytes / compute_s)
+            (run_toggled if args.toggle else run_one)(
+                model, ids, work, ratio=ratio, share=share, link_bytes_per_s=ratio * routed_bytes / compute_s
+            )
             for ratio in args.ratios
             for share in args.share
         ]
     same = all(result.same_ids for result in results)
-    lines = render(args, model, work, compute_s, results, same=same)
+    lines = render(args, model, compute_s, results, same=same)
     out = args.out or ROOT / "benchmarks" / f"{datetime.date.today().isoformat()}-simulated-link.md"
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines), file=sys.stderr)
@@ -133,6 +121,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="(default: all of them)"
     )
+    parser.add_argument(
+        "--toggle", action="store_true",
+        help="instead of two engines, one whose prefetching is taken out in every other block",
+    )  # fmt: skip
     parser.add_argument("--layers", type=int, default=8, help="(default: 8)")
     parser.add_argument("--blocks", type=int, default=40, help="of each setting (default: 40)")
     parser.add_argument("--block", type=int, default=8, help="tokens of a block (default: 8)")
@@ -196,6 +188,37 @@ def run_one(
         )  # fmt: skip
 
 
+def run_toggled(
+    model: MadeModel, ids: Sequence[int], work: Work, *, ratio: float, share: float, link_bytes_per_s: float
+) -> Result:  # fmt: skip
+    """Those of the settings that fetch ahead, each against itself without."""
+    slots = max(model.top_k, round(share * model.routed_experts))
+    found, rows = {}, {}
+    for name in (name for name in work.settings if SETTINGS[name]["prefetch"] == "auto"):
+        engine = open_system(
+            name, model, slots=slots, link_bytes_per_s=link_bytes_per_s, context_length=work.num_ids + 1,
+            **SETTINGS[name],
+        ).engine  # fmt: skip
+        system = GivenIds(name, engine, ids[: work.num_ids], num_prompt=work.prompt)
+        try:
+            progress(f"ratio {ratio:g}, {share:.0%}: warming up {name}")
+            system.run_block(work.warmup)
+            system.restart()
+            toggled, seconds = Toggled(system), list[float]()
+            for number in range(work.blocks):
+                toggled.run(work.block, on=number % 4 in (0, 3))
+                seconds += system.token_s
+            system.token_s = seconds
+            found[name], rows[name] = (toggled.ratio, toggled.median_ratio), figures(system)
+            progress(f"ratio {ratio:g}, {share:.0%}: {name}, on over off {toggled.ratio:.3f}")
+        finally:
+            system.close()
+    return Result(
+        ratio=ratio, share=share, link_bytes_per_s=link_bytes_per_s, settings=rows, pairs={}, same_ids=True,
+        toggled=found,
+    )  # fmt: skip
+
+
 def figures(system: GivenIds) -> dict[str, float]:
     """Tokens a second, median over tokens, and every counter's mean over tokens."""
     counts = system.counts().as_dict()
@@ -209,66 +232,6 @@ def same_ids(systems: dict[str, GivenIds]) -> bool:
     """Prefetching moves bytes earlier and computes the same: ids must be equal."""
     both = [systems[name].next_ids for name in PAIRS[0] if name in systems]
     return all(ids == both[0] for ids in both)
-
-
-def overlap(result: Result, name: str, compute_s: float) -> float:
-    """A token's time over the longer of its copies and its computing; 1 is perfect. Misses on the CPU compute too."""
-    row = result.settings[name]
-    return 1 / row["tok_per_s"] / max(row["link_bytes"] / result.link_bytes_per_s, compute_s)
-
-
-def as_json(result: Result, compute_s: float) -> dict[str, Any]:
-    """One link speed and number of slots."""
-    return {
-        "ratio": result.ratio, "share": result.share, "link_bytes_per_s": result.link_bytes_per_s,
-        "settings": {
-            name: {"overlap": overlap(result, name, compute_s), **row} for name, row in result.settings.items()
-        },
-        "speed_ratios": {f"{a} / {b}": found for (a, b), found in result.pairs.items()},
-    }  # fmt: skip
-
-
-HEADINGS = (
-    "link / compute", "slots", "setting", "tok/s", "overlap", "hits", "late", "misses", "on the CPU", "link MB",
-    "ahead MB", "of it used", "wasted",
-)  # fmt: skip
-
-
-def render(
-    args: argparse.Namespace, model: MadeModel, work: Work, compute_s: float, results: Sequence[Result], *, same: bool
-) -> list[str]:
-    """The result file."""
-    versions = ", ".join(f"{name} {version}" for name, version in describe_versions(ROOT).items())
-    command = shlex.join(["python", *without_folders(sys.argv)])
-    lines = [
-        f"# Prefetch and miss arbiter on a simulated link, {datetime.date.today().isoformat()}", "",
-        f"- command: `{command}`",
-        f"- machine: {', '.join(f'{key} {value}' for key, value in describe_machine().items())}; simulated device",
-        f"- versions: {versions}",
-        f"- model: {model.num_layers} layers of {model.num_experts} experts of {model.expert_bytes / 1e6:.2f} MB "
-        f"(float32, random), top-{model.top_k}; slots: of the experts, on the device; all are in RAM; "
-        f"{args.threads} torch thread(s)",
-        f"- work: {work.blocks} blocks of {work.block} given ids in turns (A B B A), after {work.warmup} of warm-up; "
-        f"all experts resident: {compute_s * 1e3:.1f} ms a token",
-        "", "| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS),
-    ]  # fmt: skip
-    for result in results:
-        for name, row in result.settings.items():
-            cells = [
-                f"{result.ratio:g}", f"{result.share:.0%}", name, number(row["tok_per_s"], 1),
-                number(overlap(result, name, compute_s), 2),
-                *(number(row[counter], 1) for counter in ("hits", "late_hits", "misses", "cpu_experts")),
-                *(number(row[counter] / 1e6, 2)
-                  for counter in ("link_bytes", "ahead_bytes", "ahead_used_bytes", "ahead_wasted_bytes")),
-            ]  # fmt: skip
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Counts and megabytes are of one decoded token. overlap: a token's time over the longer of copies "
-              "and computing; 1.00 is perfect, and misses computed on the CPU are not in it.", ""]  # fmt: skip
-    for result in results:
-        for (a, b), (whole, median) in result.pairs.items():
-            place = f"link / compute {result.ratio:g}, {result.share:.0%}"
-            lines.append(f"- {place}: {a} over {b}: {whole:.3f}x, by block {median:.3f}x")
-    return [*lines, f"- ids with and without prefetching: {'equal' if same else 'DIFFERENT'}"]
 
 
 def progress(line: str) -> None:

@@ -5,9 +5,9 @@
 
 Teacher-forced on the demo model's held-out documents (prose, code, reference topics and chat about the standard
 library, in equal parts). `state`: the router of a layer 1, 2 or 3 layers on is asked about the state after this
-layer's attention, before its experts; `output`: about the layer's output. `previous token`: the experts that the same
-layer used last, going back until there are as many as are guessed. Progress goes to stderr; the last line on stdout
-is one JSON object.
+layer's attention, before its experts; `shared`: about that with the part of its shared experts added, where it has
+any; `output`: about the layer's output. `previous token`: the experts that the same layer used last, going back until
+there are as many as are guessed. Progress goes to stderr; the last line on stdout is one JSON object.
 
 Shapes: T tokens, G guesses, K experts a token, E experts, X what a state has besides.
 """
@@ -40,6 +40,7 @@ from offmoe.models.transformers_internals import experts_modules
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "offmoe" / "demo_model"
 DISTANCES = (1, 2, 3)
+SOURCES = ("state", "shared", "output")
 PREVIOUS = "previous token"
 
 
@@ -77,8 +78,13 @@ class Guesses:
             self._watch(layer_idx, module)
 
     def observe_state(self, layer_idx: int, state_TX: torch.Tensor) -> None:
-        """The layers after this one, from its state after attention."""
-        self._ask("state", state_TX, self._found.order.index(layer_idx) + 1)
+        """The layers after this one, from its state after attention, and from that with its shared experts' part."""
+        first = self._found.order.index(layer_idx) + 1
+        self._ask("state", state_TX, first)
+        shared = self._found.layers[layer_idx].shared
+        more_TX = None if shared is None else shared.added(state_TX)
+        if more_TX is not None:
+            self._ask("shared", more_TX, first)
 
     def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
         """This layer and those after it, from the output of the layer before."""
@@ -158,7 +164,8 @@ def tables(guesses: Guesses, facts: dict[str, Any]) -> list[str]:
         f"| guessed from | {top_k} guesses | {2 * top_k} guesses | layers |",
         "|---|---|---|---|",
     ]
-    names = [(source, distance) for source in ("state", "output") for distance in DISTANCES if len(order) > distance]
+    names = [(source, distance) for source in SOURCES for distance in DISTANCES if len(order) > distance]
+    names = [name for name in names if (*name, 1) in guesses.tallies]
     for source, distance in names:
         row = [percent(share_of(guesses, source, distance, times)) for times in (1, 2)]
         lines.append(f"| {source}, {distance} on | {' | '.join(row)} | {distance + 1} to {len(order)} |")

@@ -147,7 +147,7 @@ class Silent:
     def router_spoke(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
         self._prefetcher.router_spoke(layer_idx, expert_ids)
 
-    def look(self, layer_idx: int) -> None:
+    def look(self, layer_idx: int, *, has_time: bool = False) -> None:
         """The machine's rules have guessed already."""
 
     def reset(self) -> None:

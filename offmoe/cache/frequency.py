@@ -19,7 +19,8 @@ class LfruPolicy(RankingPolicy):
     """Lowest count / (age + 1) goes, age in whole token passes: often used and lately used both count.
 
     Keys of one count lie in a row, oldest first, so only the first of each row can be the lowest. Rows are tried from
-    the smallest count on, and no further than where even the oldest key of all would not be lower.
+    the smallest count on, and no further than where even the oldest key of all would not be lower. This is the hottest
+    loop of all policies: of a row that cannot win no key is asked whether it may go.
     """
 
     name = "lfru"
@@ -78,16 +79,18 @@ class LfruPolicy(RankingPolicy):
 
     def _lowest(self, is_evictable: IsEvictable) -> ExpertKey | None:
         self._follow_halving()
-        age, best, best_score = self.usage.age, None, float("inf")
-        most_passes = age(next(iter(self._order))) + 1 if self._order else 1
+        last, after = self.usage.last, self.usage.now + 1
+        best, best_score = None, float("inf")
+        most_passes = after - last.get(next(iter(self._order)), 0) if self._order else 1
         for count in sorted(self._rows):
             if count / most_passes > best_score:
                 break
             for key in self._rows[count]:
+                score = count / (after - last.get(key, 0))
+                if score >= best_score:
+                    break
                 if is_evictable(key):
-                    score = count / (age(key) + 1)
-                    if score < best_score:
-                        best, best_score = key, score
+                    best, best_score = key, score
                     break
         return best
 

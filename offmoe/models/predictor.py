@@ -168,14 +168,14 @@ class Tail:
         last = self.steps[-1]
         if last.output_idx is None:
             return self._ids_from_block(state, side)
-        answer = self._answer(state, side)
+        answer = self.answer(state, side)
         return None if answer is None else list(tensors_in(answer))[last.output_idx].reshape(state.shape[0], -1)
 
     def scores(self, state: torch.Tensor, side: Side) -> torch.Tensor | None:
         """(T, *X) -> (T, E), by which the router ranks; None where it shows no such thing."""
         if self.scores_idx is None:
             return None
-        answer = self._answer(state, side)
+        answer = self.answer(state, side)
         return None if answer is None else list(tensors_in(answer))[self.scores_idx].reshape(state.shape[0], -1)
 
     def ranked(self, state: torch.Tensor, side: Side, factor: int) -> tuple[torch.Tensor, int] | None:
@@ -187,7 +187,7 @@ class Tail:
         if last.output_idx is None or self.scores_idx is None:
             ids = self.expert_ids(state, side)
             return None if ids is None else (ids, ids.shape[1])
-        answer = self._answer(state, side)
+        answer = self.answer(state, side)
         if answer is None:
             return None
         tensors = list(tensors_in(answer))
@@ -195,7 +195,8 @@ class Tail:
         scores_TE = tensors[self.scores_idx].reshape(state.shape[0], -1)
         return scores_TE.topk(min(factor * top_k, scores_TE.shape[1])).indices, top_k
 
-    def _answer(self, state: torch.Tensor, side: Side) -> Any | None:
+    def answer(self, state: torch.Tensor, side: Side) -> Any | None:
+        """What the last step's module answers; None as `expert_ids`."""
         # An empty context: modules called inside must not show in outputs that transformers collects through it.
         return contextvars.Context().run(self._run, state, side)
 
@@ -215,7 +216,7 @@ class Tail:
         assert "forward" not in vars(self.experts), f"{type(self.experts).__name__} is served by something else"
         vars(self.experts)["forward"] = leave
         try:
-            self._answer(state, side)
+            self.answer(state, side)
         except _IdsKnownError as known:
             return known.expert_ids.reshape(state.shape[0], -1)
         finally:

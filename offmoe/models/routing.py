@@ -25,6 +25,7 @@ from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.native_hooks import mark_observer
 from offmoe.models.predictor import Side, Tail, find_tail, ids_given_to_experts, layer_state_name
 from offmoe.models.seam import LayerBinding, StateObserver, find_binding
+from offmoe.models.shared_part import SharedPart, find_shared_part
 from offmoe.models.transformers_internals import experts_modules
 
 _NUM_TOKENS = 8
@@ -77,6 +78,7 @@ class LayerRouting:
     layer_idx: int
     name: str
     predictor: Predictor | None = None
+    shared: SharedPart | None = None
     reason: str | None = None
     # The layer's module, and its argument that is the state.
     decoder_layer: nn.Module
@@ -240,5 +242,8 @@ class _Search:
             tail = find_tail(trace, last, output_idx, experts_call.module)
             if tail is not None and agrees(tail, trace, used_ids):
                 tail = with_scores(tail, trace, used_ids)
-                return replace(layer, predictor=Predictor(tail=tail, side=self.side), reason=None)
+                return replace(
+                    layer, predictor=Predictor(tail=tail, side=self.side), reason=None,
+                    shared=find_shared_part(trace, experts_call, self.side),
+                )  # fmt: skip
         return layer

@@ -65,7 +65,7 @@ class AheadOfTime:
             return
         if is_waiting:
             self.prefetcher.demand_begins()
-        self.lookahead.look(layer_idx)
+        self.lookahead.look(layer_idx, has_time=is_waiting)
         self.prefetcher.pump()
 
     def demand_ends(self, num_bytes: int, stall_ns: int) -> None:

@@ -23,6 +23,8 @@ WHOLE_LAYER_SHARE = 0.9
 Predictor = Callable[[torch.Tensor], "torch.Tensor | None"]
 # (1, *X) -> (1, N) expert ids, best first, and how many of them the router would choose.
 WidePredictor = Callable[[torch.Tensor], "tuple[torch.Tensor, int] | None"]
+# (1, *X) state -> the same with what the layer adds to it besides its routed experts.
+SharedPart = Callable[[torch.Tensor], "torch.Tensor | None"]
 
 
 class Prefetcher(Protocol):
@@ -89,19 +91,20 @@ class Lookahead:
     def __init__(
         self, predictors: Sequence[Predictor | None], prefetcher: Prefetcher, *, order: Sequence[int],
         num_experts: Sequence[int], distance: int = 1, rescore: bool = True,
-        wide: Sequence[WidePredictor | None] | None = None,
+        wide: Sequence[WidePredictor | None] | None = None, shared: Sequence[SharedPart | None] | None = None,
         predictions: Callable[[Prediction], None] | None = None,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
         """`predictors` and `num_experts`: one a layer, by its number. `order`: the numbers as the layers run.
 
         `distance`: how many layers ahead routers are asked, 1 to 3. `wide`: of one token these are asked, not the
-        `predictors`. `predictions` is told of every answer.
+        `predictors`. `shared`: what adds to a layer's state what its block adds besides the experts (`look`).
+        `predictions` is told of every answer.
         """
         assert 1 <= distance <= 3, f"{distance=}"
         self._predictors, self._prefetcher, self._num_experts = predictors, prefetcher, num_experts
         self._rescore, self._predictions, self._clock_ns = rescore, predictions, clock_ns
-        self._wide = wide
+        self._wide, self._shared = wide, shared
         self._coming = {
             layer_idx: list(enumerate(order[place + 1 : place + 1 + distance], start=1))
             for place, layer_idx in enumerate(order)
@@ -130,18 +133,33 @@ class Lookahead:
         else:
             self._ask(layer_idx, state_TX)
 
-    def look(self, layer_idx: int) -> None:
-        """The layer's own fetches are under way: ask the routers of the layers after it, if that was not done."""
+    def look(self, layer_idx: int, *, has_time: bool = False) -> None:
+        """The layer's own fetches are under way: ask the routers of the layers after it, if that was not done.
+
+        `has_time`: the fetches will be waited for. Then of one token the shared experts' part is added to the state
+        first: it costs what these cost, and is computed once more by the layer itself.
+        """
         seen, self._seen = self._seen, None
         if seen is not None and seen[0] == layer_idx:
-            self._ask(*seen)
+            self._ask(*seen, with_shared=has_time and seen[1].shape[0] == 1)
 
-    def _ask(self, layer_idx: int, state_TX: torch.Tensor) -> None:
+    def _ask(self, layer_idx: int, state_TX: torch.Tensor, *, with_shared: bool = False) -> None:
+        spent_ns = 0
         for distance, target_idx in self._coming[layer_idx]:
             if self._touches_all():
                 self._want(target_idx, range(self._num_experts[target_idx]), distance, 0, whole_layer=True)
             elif self._prefetcher.is_on(target_idx, distance):
-                self._predict(target_idx, state_TX, distance)
+                if with_shared:
+                    with_shared, begin = False, self._clock_ns()
+                    state_TX = self._with_shared(layer_idx, state_TX)
+                    spent_ns = self._clock_ns() - begin
+                self._predict(target_idx, state_TX, distance, spent_ns)
+                spent_ns = 0
+
+    def _with_shared(self, layer_idx: int, state_TX: torch.Tensor) -> torch.Tensor:
+        part = self._shared[layer_idx] if self._shared is not None else None
+        more_TX = None if part is None else part(state_TX)
+        return state_TX if more_TX is None else more_TX
 
     def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
         """The layer's input: ask its own router again, which knows better now. What this adds is started at once.
@@ -194,8 +212,9 @@ class Lookahead:
         num_tokens, share = self._touched
         return num_tokens > 1 and num_tokens == self._num_tokens and share >= WHOLE_LAYER_SHARE
 
-    def _predict(self, layer_idx: int, state_TX: torch.Tensor, distance: int) -> None:
-        begin = self._clock_ns()
+    def _predict(self, layer_idx: int, state_TX: torch.Tensor, distance: int, spent_ns: int = 0) -> None:
+        """`spent_ns`: on the state, before this."""
+        begin = self._clock_ns() - spent_ns
         answer = self._answer(layer_idx, state_TX)
         if answer is not None:
             ids_TK, num_chosen = answer

@@ -78,3 +78,42 @@ def compared(system: GivenIds, other: GivenIds) -> tuple[float, float]:
     """How many times as fast `system` was as `other`: over all blocks, and the median block's."""
     ratios = [b / a for a, b in zip(system.block_s, other.block_s, strict=True)]
     return sum(other.block_s) / sum(system.block_s), statistics.median(ratios)
+
+
+class Toggled:
+    """One engine whose prefetching is taken out of it in every other block, and put back.
+
+    Two engines of equal settings differ by up to 6% for as long as they live (where their memory lies), which is more
+    than prefetching that keeps itself off may cost; one engine does not differ from itself.
+    """
+
+    def __init__(self, system: GivenIds) -> None:
+        serving = system.engine._parts.serving
+        assert serving.ahead is not None, "the engine does not fetch ahead"
+        self._system, self._ahead = system, serving.ahead
+        self._executor = serving.executor._executor  # type: ignore[attr-defined]
+        self.on_s: list[float] = []
+        self.off_s: list[float] = []
+
+    def run(self, num_tokens: int, *, on: bool) -> None:
+        """Decode a block, with prefetching or without; what was under way is let go before."""
+        lookahead = self._ahead.lookahead
+        if on:
+            self._executor.ahead = self._ahead
+            lookahead.reset()
+        else:
+            self._executor.ahead = None
+            lookahead.sleep()
+        self._system.token_s = []
+        self._system.run_block(num_tokens)
+        (self.on_s if on else self.off_s).extend(self._system.token_s[1:])  # the first one settles
+
+    @property
+    def ratio(self) -> float:
+        """Speed with prefetching over that without."""
+        return sum(self.off_s) / len(self.off_s) / (sum(self.on_s) / len(self.on_s))
+
+    @property
+    def median_ratio(self) -> float:
+        """The same by the median token."""
+        return statistics.median(self.off_s) / statistics.median(self.on_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import offmoe
 from offmoe.base.trace import TraceEvent
+from offmoe.base.trace_file import TraceHeader
 
 # Of the demo model's prompts: tokens, and new tokens at least and at most.
 PROMPT_TOKENS, FEWEST_NEW, MOST_NEW = 64, 64, 384
@@ -68,3 +70,20 @@ def token_calls(events: Sequence[TraceEvent], num_layers: int) -> list[TraceEven
                 ids = event.ids[token * event.top_k : (token + 1) * event.top_k]
                 calls.append(TraceEvent(event.layer_idx, event.top_k, False, ids))
     return calls
+
+
+def deeper(header: TraceHeader, events: Sequence[TraceEvent], times: int) -> tuple[TraceHeader, list[TraceEvent]]:
+    """A model of `times` as many layers, in which every group of as many layers as there were chooses alike."""
+    num_layers, repeated = header.num_layers, list[TraceEvent]()
+    for begin in range(0, len(events), num_layers):
+        for number in range(times):
+            repeated += [
+                dataclasses.replace(event, layer_idx=event.layer_idx + number * num_layers)
+                for event in events[begin : begin + num_layers]
+            ]
+    return (
+        dataclasses.replace(
+            header, experts_per_layer=header.experts_per_layer * times, expert_bytes=header.expert_bytes * times
+        ),
+        repeated,
+    )
