@@ -15,10 +15,9 @@ from offmoe.cache.policy import POLICY_NAMES, make_policy
 
 # Layers that are watched, and the fewest slots that shadow caches should have: with fewer, rounding decides.
 WATCHED_LAYERS, FEWEST_SLOTS = 4, 32
-# Passes that are watched first without a gap; then bursts with gaps between them, which double up to the longest while
-# nothing beats the choice. The first passes of a burst are not counted: what is in the shadow caches then is out of
-# date.
-WATCHED_FIRST, BURST, GAP, LONGEST_GAP, SETTLE = 384, 120, 240, 1920, 16
+# Passes that are watched first without a gap; then bursts with gaps between them. The first passes of a burst are not
+# counted: what is in the shadow caches then is out of date.
+WATCHED_FIRST, BURST, GAP, SETTLE = 384, 120, 240, 16
 # A window of so many expert lookups is judged at once; earlier ones count less and less.
 WINDOW_LOOKUPS, FADING = 1024, 0.8
 # The choice is replaced by what is this much better over the faded windows, and was better in the last ones, too.
@@ -64,7 +63,7 @@ class Race:
         self._faded = dict.fromkeys(names, 0.0)
         self._won = dict.fromkeys(names, 0)
         self._lookups = self._num_passes = self._num_fetched = self._fetched_before = 0
-        self._watch_until, self._gap = WATCHED_FIRST, GAP
+        self._watch_until = WATCHED_FIRST
         self._is_watching = self._is_counting = True
         self._is_new_pass = False
 
@@ -77,9 +76,8 @@ class Race:
         self._is_new_pass = True
         if self._num_passes % CHECKED_PASSES == 0:
             self._check_fetched()
-        if self._num_passes >= self._watch_until + self._gap:
+        if self._num_passes >= self._watch_until + GAP:
             self._watch_until = self._num_passes + BURST
-            self._gap = GAP if any(self._won.values()) else min(2 * self._gap, LONGEST_GAP)
         self._is_watching = self._num_passes <= self._watch_until
         self._is_counting = self._is_watching and (
             self._num_passes <= WATCHED_FIRST or self._num_passes > self._watch_until - BURST + SETTLE
@@ -95,7 +93,7 @@ class Race:
         now, self._num_fetched = self._num_fetched, 0
         before, self._fetched_before = self._fetched_before, now
         if not self._is_watching and not before / SURPRISE <= now <= before * SURPRISE:
-            self._watch_until, self._gap = self._num_passes + BURST, GAP
+            self._watch_until = self._num_passes + BURST
 
     def call(self, layer_idx: int, ids: Sequence[int]) -> None:
         """A layer call chose `ids`, each as often as tokens chose it."""
@@ -127,7 +125,7 @@ class Race:
             self._choose(BASELINE)
 
     def _choose(self, name: str) -> None:
-        self.choice, self.num_switches, self._gap = name, self.num_switches + 1, GAP
+        self.choice, self.num_switches = name, self.num_switches + 1
         self._won = dict.fromkeys(self._won, 0)
         if name == BASELINE:  # what came before speaks for others, and would bring them back
             self._faded = dict.fromkeys(self._faded, 0.0)
