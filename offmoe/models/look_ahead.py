@@ -58,7 +58,8 @@ def look_ahead(
     lookahead = Lookahead(
         routing.predictors, whole, order=routing.order, distance=mode if isinstance(mode, int) else furthest,
         num_experts=[layer.num_experts for layer in experts.layers],
-        wide=wide if mode == "auto" else None, shared=[None if layer.shared is None else layer.shared.added for layer in routing.layers],
+        wide=wide if mode == "auto" else None,
+        shared=[None if layer.shared is None else layer.shared.added for layer in routing.layers],
     )  # fmt: skip
     return AheadOfTime(lookahead, whole, order=routing.order), routing.install(lookahead)
 
