@@ -204,13 +204,11 @@ def run_toggled(
             progress(f"ratio {ratio:g}, {share:.0%}: warming up {name}")
             system.run_block(work.warmup)
             system.restart()
-            toggled, seconds = Toggled(system), list[float]()
+            toggled = Toggled(system, model.expert_bytes)
             for number in range(work.blocks):
                 toggled.run(work.block, on=number % 4 in (0, 3))
-                seconds += system.token_s
-            system.token_s = seconds
-            found[name], rows[name] = (toggled.ratio, toggled.median_ratio), figures(system)
-            progress(f"ratio {ratio:g}, {share:.0%}: {name}, on over off {toggled.ratio:.3f}")
+            found[name], rows[name] = toggled.ratio(), figures(system)
+            progress(f"ratio {ratio:g}, {share:.0%}: {name}, on over off {found[name][0]:.3f}")
         finally:
             system.close()
     return Result(

@@ -28,8 +28,10 @@ from offmoe.prefetch.wants import AheadCache, Wanted, WantedKeys
 # Layers that may run past the time a prediction was made for before it is forgotten: families skip and repeat layers.
 SLACK_CALLS = 2
 # What a fetch for nothing costs on an idle drive, as a share of what one fetched in time saves: it takes a slot, memory
-# bandwidth and processor time. At this price bytes read rose by 7% and stall fell by 41%; fetching all of the next
-# layer's guesses it was 30% and 25% (6 layers of Qwen3-30B's shape, 39% cached).
+# bandwidth and processor time. A choice, not a measured optimum: with slots for 10, 25 and 50% of the experts of 6
+# layers of Qwen3-30B's shape, bytes read rose by 1, 3 and 12% at it and stall fell by 12, 5 and 8%; where all of the
+# next layer's guesses are fetched, by 5, 17 and 76%, and 17, 25 and 38% (benchmarks/2026-11-22-prefetch-disk-again.md,
+# one run).
 IDLE_PRICE = 0.5
 
 

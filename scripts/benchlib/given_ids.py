@@ -84,19 +84,19 @@ class Toggled:
     """One engine whose prefetching is taken out of it in every other block, and put back.
 
     Two engines of equal settings differ by up to 6% for as long as they live (where their memory lies), which is more
-    than prefetching that keeps itself off may cost; one engine does not differ from itself.
+    than prefetching that keeps itself off may cost; one engine does not differ from itself. Its blocks are of different
+    text: a token's time is fitted as `a + b * experts not cached + c * on`, and `c` is what prefetching adds.
     """
 
-    def __init__(self, system: GivenIds) -> None:
+    def __init__(self, system: GivenIds, expert_bytes: int) -> None:
         serving = system.engine._parts.serving
         assert serving.ahead is not None, "the engine does not fetch ahead"
-        self._system, self._ahead = system, serving.ahead
+        self._system, self._ahead, self._expert_bytes = system, serving.ahead, expert_bytes
         self._executor = serving.executor._executor  # type: ignore[attr-defined]
-        self.on_s: list[float] = []
-        self.off_s: list[float] = []
+        self._samples: list[tuple[bool, float, float]] = []
 
     def run(self, num_tokens: int, *, on: bool) -> None:
-        """Decode a block, with prefetching or without; what was under way is let go before."""
+        """Decode a block, with prefetching or without; what was under way is let go before. The first token settles."""
         lookahead = self._ahead.lookahead
         if on:
             self._executor.ahead = self._ahead
@@ -104,16 +104,28 @@ class Toggled:
         else:
             self._executor.ahead = None
             lookahead.sleep()
-        self._system.token_s = []
-        self._system.run_block(num_tokens)
-        (self.on_s if on else self.off_s).extend(self._system.token_s[1:])  # the first one settles
+        for number in range(num_tokens):
+            before = self._system.counts()
+            self._system.run_block(1)
+            spent = self._system.counts().minus(before)
+            if number:
+                uncached = spent.misses + spent.ahead_used_bytes / self._expert_bytes
+                self._samples.append((on, self._system.token_s[-1], uncached))
 
-    @property
-    def ratio(self) -> float:
-        """Speed with prefetching over that without."""
-        return sum(self.off_s) / len(self.off_s) / (sum(self.on_s) / len(self.on_s))
+    def ratio(self) -> tuple[float, float]:
+        """Speed with prefetching over that without, on the same tokens, and its standard error.
 
-    @property
-    def median_ratio(self) -> float:
-        """The same by the median token."""
-        return statistics.median(self.off_s) / statistics.median(self.on_s)
+        Tokens of more than three times the median are left out: then the machine did something else.
+        """
+        import numpy as np
+
+        longest_s = 3 * statistics.median(seconds for _, seconds, _ in self._samples)
+        usual = [sample for sample in self._samples if sample[1] <= longest_s]
+        on, seconds, uncached = (np.array(column, dtype=np.float64) for column in zip(*usual, strict=True))
+        known = np.stack([np.ones_like(on), uncached, on], axis=1)
+        fitted, *_ = np.linalg.lstsq(known, seconds, rcond=None)
+        variance = ((seconds - known @ fitted) ** 2).sum() / (len(seconds) - 3)
+        error_s = float(np.sqrt(variance * np.linalg.inv(known.T @ known)[2, 2]))
+        off_s = float(fitted[0] + fitted[1] * uncached.mean())
+        on_s = off_s + float(fitted[2])
+        return off_s / on_s, error_s * off_s / on_s**2

@@ -89,9 +89,9 @@ def render(
         for (a, b), (whole, median) in result.pairs.items():
             place = f"link / compute {result.ratio:g}, {result.share:.0%}"
             lines.append(f"- {place}: {a} over {b}: {whole:.3f}x, by block {median:.3f}x")
-        for name, (whole, median) in result.toggled.items():
+        for name, (speed, error) in result.toggled.items():
             place = f"link / compute {result.ratio:g}, {result.share:.0%}"
-            lines.append(f"- {place}: {name}, one engine, on over off: {whole:.3f}x, by the median token {median:.3f}x")
+            lines.append(f"- {place}: {name}, one engine, on over off: {speed:.3f}x (+- {error:.3f})")
     if args.toggle:
         return lines
     return [*lines, f"- ids with and without prefetching: {'equal' if same else 'DIFFERENT'}"]
