@@ -23,6 +23,7 @@ LEVELS = {
         "-mavx512dq",
         "-mavx512vbmi",
         "-mavx512bf16",
+        "-mavx512vnni",
         "-mfma",
         "-mf16c",
     ],
@@ -40,7 +41,7 @@ class BuildKernels(build_ext):
         if platform.machine() in ("x86_64", "AMD64"):
             for level, flags in LEVELS.items():
                 try:
-                    objects += self._compile([f"level_{level}.cpp"], flags)
+                    objects += self._compile(sorted(path.name for path in SOURCES.glob(f"level_{level}*.cpp")), flags)
                     levels.append(f"-DOFFMOE_HAS_{level.upper()}")
                 except Exception as error:  # noqa: BLE001  # whatever this compiler raises
                     self.warn(f"CPU kernels are built without {level}: {error}")

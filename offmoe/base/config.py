@@ -31,6 +31,7 @@ class EngineConfig:
     prefetch            "auto", "off", or how many layers ahead experts are fetched: 1 to 3
     compile             compile the model's resident part: "auto", "off" or "on"
     placement_invariant compute every expert in one place, so that rounding does not depend on what was cached where
+    fast_activations    on the CPU, round activations to 8 bits where weights are int4, int8 or mxfp4: not exact
     trust_remote_code   run model code that comes with the checkpoint
     """
 
@@ -47,6 +48,7 @@ class EngineConfig:
     prefetch: str | int = "auto"
     compile: str = "auto"
     placement_invariant: bool = False
+    fast_activations: bool = False
     trust_remote_code: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,7 +60,7 @@ OPTION_NAMES = tuple(field.name for field in fields(EngineConfig))
 MAX_PREFETCH_DISTANCE = 3
 _SIZES = ("ram", "vram")
 _COUNTS = ("context_length", "experts", "prefill_chunk")
-_SWITCHES = ("warm_start", "placement_invariant", "trust_remote_code")
+_SWITCHES = ("warm_start", "placement_invariant", "fast_activations", "trust_remote_code")
 _CHOICES = {
     "policy": ("auto", "lru", "lfru", "decayed", "s3fifo", "static"), "io": ("auto", "direct", "buffered"),
     "miss": ("auto", "stream", "cpu"),

@@ -52,6 +52,10 @@ _ENGINE_FLAGS = [
         "--placement-invariant", is_flag=True, default=None,
         help="Compute every expert in one place: the same rounding whatever is cached where.",
     ),
+    click.option(
+        "--fast-activations", is_flag=True, default=None,
+        help="On the CPU, round activations to 8 bits for int4, int8 and mxfp4 weights. Not exact; verify prices it.",
+    ),
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model."),
 ]  # fmt: skip
 _CONFIG_FLAG = click.option(

@@ -22,7 +22,7 @@ def run_quantize(
     """Quantise and, with `text_file`, measure both; returns the record. `options` are those of QuantiseOptions."""
     folder = locate_model(source)
     refuse_target(folder, target)
-    text = None if text_file is None else _read_text(text_file)
+    text = None if text_file is None else read_eval_text(text_file)
     if text is not None and not any(folder.glob("tokenizer*")):
         raise UsageError(f"{folder} has no tokenizer, which --eval needs")
     from offmoe.models.quantise import QuantiseOptions, quantise
@@ -71,7 +71,8 @@ def _perplexity(folder: Path, text: str, *, quiet: bool) -> Any:
         return perplexity(engine, ids, lambda done, total: progress(f"reading {folder.name}", done, total))
 
 
-def _read_text(path: Path) -> str:
+def read_eval_text(path: Path) -> str:
+    """What --eval names. Raises UsageError."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -115,6 +115,17 @@ class Engine:
         with self._parts.uncached():
             yield
 
+    @property
+    def lossy(self) -> tuple[str, ...]:
+        """What makes replies not exactly the model's own output; empty unless a setting asks for it."""
+        return self._parts.lossy
+
+    @contextmanager
+    def exact_activations(self) -> Iterator[None]:
+        """Within: as without `fast_activations`. Between two calls of the engine; what prices that setting."""
+        with self._parts.exact_activations():
+            yield
+
     @contextmanager
     def trace(
         self, path: str | Path, *, prompts: dict[str, Any] | None = None, guesses: bool = True
@@ -149,6 +160,7 @@ class Engine:
             "prefilled_tokens": self._kept.num_prefilled,
             "reused_tokens": self._kept.num_reused,
             "compile": self._compiler.state if self._compiler else "off",
+            "lossy": list(self.lossy),
             **self._parts.serving.stats(),
             "ram_bytes": self.plan.ram_bytes,
             "planned_bytes": self.plan.total_bytes,
@@ -230,8 +242,9 @@ class Engine:
                 parts.model, ids, choose or make_chooser(settings, parts.model.device), on_prefill=on_prefill
             )
             yield from stream_text(
-                steps, self.tokenizer, rules, parts.cache.counters, num_prompt_tokens=len(ids), on_end=self._totals.add
-            )
+                steps, self.tokenizer, rules, parts.cache.counters, num_prompt_tokens=len(ids),
+                on_end=self._totals.add, lossy=self.lossy,
+            )  # fmt: skip
 
         def pieces() -> Iterator[Piece]:
             if compiler is not None:
@@ -247,7 +260,7 @@ class Engine:
             with kept.guarded():
                 yield from stream_text(
                     steps, self.tokenizer, rules, counters, num_prompt_tokens=len(ids), num_reused=num_reused,
-                    on_end=self._totals.add,
+                    on_end=self._totals.add, lossy=self.lossy,
                 )  # fmt: skip
 
         return self._exclusively(translated() if parts.model.config.is_encoder_decoder else pieces())

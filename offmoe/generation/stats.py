@@ -15,7 +15,7 @@ class GenerationStats:
     """Times in seconds. `prefill` and `decode` are the counters of the two phases.
 
     `prefill_s` runs to the first token, `step_s` has the time of every later token. `reused_tokens` of the prompt were
-    in the KV cache already.
+    in the KV cache already. `lossy`: what makes this not exactly the model's own output.
     """
 
     prompt_tokens: int
@@ -25,6 +25,7 @@ class GenerationStats:
     step_s: tuple[float, ...]
     prefill: Counters
     decode: Counters
+    lossy: tuple[str, ...] = ()
 
     @property
     def prefill_tok_per_s(self) -> float:
@@ -54,6 +55,7 @@ class GenerationStats:
             "disk_stall_s": round(self.decode.disk_stall_ns / 1e9, 4),
             "prefill_disk_bytes": self.prefill.disk_bytes,
             "prefill_link_bytes": self.prefill.link_bytes,
+            "lossy": list(self.lossy),
         }
 
     def line(self) -> str:
@@ -129,6 +131,8 @@ def stats_line(stats: GenerationStats) -> str:
             f"prefetch {format_traffic(mean['ahead_bytes_per_token'])}/token, {mean['prefetch_useful']:.0%} useful, "
             f"{mean['prefetch_wasted']:.0%} wasted"
         )
+    if stats.lossy:
+        parts.append(f"not exact: {', '.join(stats.lossy)}")
     return " | ".join(parts)
 
 

@@ -42,16 +42,16 @@ class StopRules:
 def stream_text(
     steps: Iterator[int], tokenizer: PreTrainedTokenizerBase | None, rules: StopRules, counters: Counters,
     *, num_prompt_tokens: int, num_reused: int = 0, clock: Callable[[], float] = time.perf_counter,
-    on_end: Callable[[GenerationStats], None] = lambda stats: None,
+    on_end: Callable[[GenerationStats], None] = lambda stats: None, lossy: tuple[str, ...] = (),
 ) -> Iterator[Piece]:  # fmt: skip
     """Pieces of text for the ids of `steps`, until a rule ends them. Without a tokenizer, pieces have ids only.
 
     `num_reused` of the prompt's tokens were in the KV cache already. `on_end` is told what it cost, also when it is
-    broken off.
+    broken off. `lossy` is for the statistics.
     """
     decoder = TextDecoder(tokenizer) if tokenizer is not None else None
     stops = StopMatcher(rules.stop_strings)
-    meter = Meter(counters, num_prompt_tokens, num_reused, clock)
+    meter = Meter(counters, num_prompt_tokens, num_reused, clock, lossy)
     reason = rules.limit_reason
     try:
         for token_id in steps:
@@ -74,9 +74,12 @@ def stream_text(
 class Meter:
     """Times of tokens and the counters of the two phases. Made when the prompt starts."""
 
-    def __init__(self, counters: Counters, num_prompt_tokens: int, num_reused: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, counters: Counters, num_prompt_tokens: int, num_reused: int, clock: Callable[[], float],
+        lossy: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         self._counters, self._num_prompt_tokens, self._clock = counters, num_prompt_tokens, clock
-        self._num_reused = num_reused
+        self._num_reused, self._lossy = num_reused, lossy
         self._times = [clock()]
         self._at_start = counters.copy()
         self._at_first = self._at_start
@@ -103,4 +106,5 @@ class Meter:
             step_s=tuple(after - before for before, after in zip(times[1:-1], times[2:], strict=True)),
             prefill=self._at_first.minus(self._at_start),
             decode=self._counters.copy().minus(self._at_first),
+            lossy=self._lossy,
         )

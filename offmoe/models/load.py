@@ -22,6 +22,7 @@ from offmoe.cache.warm_start import WarmStart
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.identity import model_hash
 from offmoe.checkpoint.index import CheckpointIndex
+from offmoe.checkpoint.quant_config import Quantisation
 from offmoe.executor.uncached import UncachedExecutor
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels
@@ -39,6 +40,7 @@ from offmoe.models.native_moe import swap_moe
 from offmoe.models.probe import ModelProbe, probe_model
 from offmoe.models.quantised_linears import QuantisedLinears
 from offmoe.models.resident import load_peak_bytes, load_resident
+from offmoe.models.rounding import ROUNDING_LABEL, note_rounding, start_rounding
 from offmoe.models.seam import ClosedExecutor, ExpertsExecutor, LayerBinding, attach, bind
 from offmoe.models.serving import Serving, build_serving
 from offmoe.models.tokenizer import load_tokenizer
@@ -94,6 +96,26 @@ class LoadedModel:
         finally:
             _attach_all(self.model, self.serving.executor)
 
+    @property
+    def lossy(self) -> tuple[str, ...]:
+        """The settings in force that change the model's output."""
+        rows = self.serving.cpu_rows
+        rounds = self.serving.rounds and rows is not None and rows.kernels.rounds_activations
+        return (ROUNDING_LABEL,) if rounds else ()
+
+    @contextmanager
+    def exact_activations(self) -> Iterator[None]:
+        """Activations are not rounded for a while."""
+        rows = self.serving.cpu_rows
+        if rows is None or not rows.kernels.rounds_activations:
+            yield
+            return
+        rows.kernels.rounds_activations = False
+        try:
+            yield
+        finally:
+            rows.kernels.rounds_activations = True
+
     def close(self) -> None:
         """Take the experts away from the model, end threads, give back memory, close files.
 
@@ -124,7 +146,7 @@ def load_model(
     with ExitStack() as opened:
         if device is not None:
             opened.callback(device.close)
-        cpu_kernels, why_no_kernels = load_cpu_kernels()
+        cpu_kernels, why_no_kernels = _open_kernels(config)
         model_config, quantisation = read_model_config(folder, trust_remote_code=config.trust_remote_code)
         index = CheckpointIndex.open(folder, quantisation)
         opened.callback(index.close)
@@ -171,13 +193,9 @@ def load_model(
                 device_pool=device_pool, warm=_warm_start(folder, config, index, experts),
                 progress=lambda done, total: progress("experts to the device", done, total),
             )  # fmt: skip
-        if quantisation is not None and quantisation.quantises_activations:
-            serving.notes.append(
-                f"the checkpoint asks for quantised activations ({quantisation.method}); offmoe reads its weights as "
-                f"they are and computes in {str(model.dtype).removeprefix('torch.')}"
-            )
-        if why_no_kernels:
-            serving.notes.append(f"CPU kernels: {why_no_kernels}")
+        if config.fast_activations:
+            note_rounding(serving, experts, [] if kept is None else kept.formats(), on_device=device is not None)
+        serving.notes += _notes(model, quantisation, why_no_kernels)
         if cpu_kernels is not None:
             serving.closing.callback(cpu_kernels.close)
         _attach_all(model, serving.executor)
@@ -205,6 +223,26 @@ def _warm_start(
     if not config.warm_start:
         return None
     return WarmStart(model_hash(folder, index.stored), [layer.num_experts for layer in experts.layers])
+
+
+def _open_kernels(config: EngineConfig) -> tuple[CpuKernels | None, str]:
+    """With `fast_activations` they round, or UsageError is raised."""
+    kernels, why_none = load_cpu_kernels()
+    if config.fast_activations:
+        start_rounding(kernels, why_none)
+    return kernels, why_none
+
+
+def _notes(model: PreTrainedModel, quantisation: Quantisation | None, why_no_kernels: str) -> list[str]:
+    notes = []
+    if quantisation is not None and quantisation.quantises_activations:
+        notes.append(
+            f"the checkpoint asks for quantised activations ({quantisation.method}); offmoe reads its weights as "
+            f"they are and computes in {str(model.dtype).removeprefix('torch.')}"
+        )
+    if why_no_kernels:
+        notes.append(f"CPU kernels: {why_no_kernels}")
+    return notes
 
 
 def choose_device(config: EngineConfig) -> Device | None:

@@ -52,7 +52,10 @@ KERNEL_TOKENS = 16
 
 @dataclass(kw_only=True)
 class Serving:
-    """The parts, for statistics and for `close`. `cache` is the tier that computes, `host` the RAM slots."""
+    """The parts, for statistics and for `close`. `cache` is the tier that computes, `host` the RAM slots.
+
+    `rounds`: activations are rounded for some weights (`fast_activations`).
+    """
 
     cache: ExpertCache
     host: ExpertCache
@@ -63,6 +66,7 @@ class Serving:
     cpu_rows: CpuRows | None = None
     warm: WarmStart | None = None
     recorder: Recorder = field(default_factory=Recorder)
+    rounds: bool = False
     notes: list[str] = field(default_factory=list)
     closing: ExitStack = field(default_factory=ExitStack)
 

@@ -6,7 +6,7 @@ Shapes: T tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from offmoe.generation.engine import Engine
 
 WINDOW = 512
 # Rows of logits that exist in float32 at once.
-_ROWS = 64
+ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,27 +45,36 @@ def perplexity(
 
     The logits of one window are held besides the engine's budget. Raises UsageError for less than two ids.
     """
+    nats, total = 0.0, len(ids) - 1
+    for given_T, first, scored in windows(engine, ids):
+        nats += _loss(engine, given_T, first)
+        progress(scored, total)
+    return Perplexity(num_tokens=total, nats=nats)
+
+
+def windows(engine: Engine, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """(a window's ids, the first of them whose logits predict what no window before did, tokens predicted after it).
+
+    Raises UsageError for less than two ids.
+    """
     if len(ids) < 2:
         raise UsageError(f"the text has {len(ids)} tokens; at least 2 are needed to predict one")
     window = max(2, min(WINDOW, engine.context_length, engine.plan.prefill_chunk))
-    nats, scored, total = 0.0, 0, len(ids) - 1
+    scored = 0
     for begin in range(0, len(ids), window // 2):
         given_T = torch.tensor(ids[begin : begin + window], device=engine.model.device)
-        first = scored - begin  # the first logits that predict what was not predicted before
-        nats += _loss(engine, given_T, first)
-        scored = begin + len(given_T) - 1
-        progress(scored, total)
-        if scored == total:
-            break
-    return Perplexity(num_tokens=total, nats=nats)
+        first, scored = scored - begin, begin + len(given_T) - 1
+        yield given_T, first, scored
+        if scored == len(ids) - 1:
+            return
 
 
 @torch.inference_mode()
 def _loss(engine: Engine, given_T: torch.Tensor, first: int) -> float:
     logits_TV = engine.model(input_ids=given_T[None], use_cache=False).logits[0]
     total = 0.0
-    for begin in range(first, len(given_T) - 1, _ROWS):
-        rows = slice(begin, min(begin + _ROWS, len(given_T) - 1))
+    for begin in range(first, len(given_T) - 1, ROWS):
+        rows = slice(begin, min(begin + ROWS, len(given_T) - 1))
         wanted = given_T[rows.start + 1 : rows.stop + 1]
         total += torch.nn.functional.cross_entropy(logits_TV[rows].float(), wanted, reduction="sum").item()
     return total

@@ -95,6 +95,7 @@ class CpuKernels:
 
     def __init__(self, library: ctypes.CDLL, level: str, level_idx: int, num_threads: int, spin_us: int) -> None:
         self.level, self.num_threads = level, num_threads
+        self._rounds_activations = False
         self._library: ctypes.CDLL | _Closed = library
         self._handle = library.offmoe_open(level_idx, num_threads, spin_us)
         if not self._handle:
@@ -106,7 +107,20 @@ class CpuKernels:
         return f"<CpuKernels {self}>"
 
     def __str__(self) -> str:
-        return f"{self.level}, {self.num_threads} threads"
+        return f"{self.level}, {self.num_threads} threads" + (", int8 activations" if self.rounds_activations else "")
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Products with integer weights are of activations rounded to 8 bits, as `int8_activations.py` rounds them.
+
+        Faster, and not the model's own output. Set between two calls; it holds from the next one on.
+        """
+        return self._rounds_activations
+
+    @rounds_activations.setter
+    def rounds_activations(self, on: bool) -> None:
+        self._library.offmoe_round_activations(self._handle, int(on))
+        self._rounds_activations = on
 
     def close(self) -> None:
         """End the threads. No call is running; one that follows raises EngineBusyError."""

@@ -97,6 +97,8 @@ def _library() -> ctypes.CDLL:
         getattr(library, f"offmoe_{name}").argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     library.offmoe_route.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     library.offmoe_route.restype = None
+    library.offmoe_round_activations.argtypes = (ctypes.c_void_p, ctypes.c_int32)
+    library.offmoe_round_activations.restype = None
     return library
 
 

@@ -9,22 +9,41 @@
 namespace {
 
 struct Kernels {
-    Kernels(const offmoe::Level& level, int32_t num_threads, int32_t spin_us) : level(level), pool(num_threads, spin_us) {}
+    Kernels(int32_t level_idx, int32_t num_threads, int32_t spin_us);
+    void round_activations(bool on);
 
-    const offmoe::Level& level;
+    const int32_t level_idx;
+    offmoe::Level level;
     offmoe::Pool pool;
     offmoe::Workspace space;
 };
 
-const offmoe::Level* const kLevels[] = {  // best first
+struct Compiled {
+    const offmoe::Level* level;
+    const offmoe::Rounding* rounding;
+};
+
+const Compiled kLevels[] = {  // best first
 #ifdef OFFMOE_HAS_AVX512
-    &offmoe::kAvx512,
+    {&offmoe::kAvx512, &offmoe::kAvx512Int8},
 #endif
 #ifdef OFFMOE_HAS_AVX2
-    &offmoe::kAvx2,
+    {&offmoe::kAvx2, &offmoe::kAvx2Int8},
 #endif
-    &offmoe::kPortable,
+    {&offmoe::kPortable, &offmoe::kPortableInt8},
 };
+
+Kernels::Kernels(int32_t level_idx, int32_t num_threads, int32_t spin_us)
+    : level_idx(level_idx), level(*kLevels[level_idx].level), pool(num_threads, spin_us) {}
+
+void Kernels::round_activations(bool on) {
+    const Compiled& compiled = kLevels[level_idx];
+    level = *compiled.level;
+    if (!on) return;
+    level.prepared_bytes = compiled.rounding->prepared_bytes;
+    level.prepare = compiled.rounding->prepare;
+    level.multiply = compiled.rounding->multiply;
+}
 
 bool has_instructions(const char* level) {
 #if defined(__x86_64__)
@@ -32,7 +51,7 @@ bool has_instructions(const char* level) {
     if (std::strcmp(level, "avx512") == 0)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
-               __builtin_cpu_supports("avx512bf16");
+               __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     if (std::strcmp(level, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     return std::strcmp(level, "portable") == 0;
@@ -43,18 +62,18 @@ bool has_instructions(const char* level) {
 extern "C" {
 
 // Changes with abi.h.
-int32_t offmoe_abi_version() { return 4; }
+int32_t offmoe_abi_version() { return 5; }
 
 // The idx-th best level that was compiled, or null; `usable`: this processor has it.
 const char* offmoe_level(int32_t idx, int32_t* usable) {
     const int32_t count = static_cast<int32_t>(sizeof kLevels / sizeof *kLevels);
     if (idx < 0 || idx >= count) return nullptr;
-    *usable = has_instructions(kLevels[idx]->name) ? 1 : 0;
-    return kLevels[idx]->name;
+    *usable = has_instructions(kLevels[idx].level->name) ? 1 : 0;
+    return kLevels[idx].level->name;
 }
 
 void* offmoe_open(int32_t level_idx, int32_t num_threads, int32_t spin_us) {
-    return new (std::nothrow) Kernels(*kLevels[level_idx], num_threads, spin_us);
+    return new (std::nothrow) Kernels(level_idx, num_threads, spin_us);
 }
 
 // Ends the threads. A forked child leaves its parent's state alone.
@@ -62,6 +81,13 @@ void offmoe_close(void* handle) {
     Kernels* kernels = static_cast<Kernels*>(handle);
     kernels->pool.stop();
     delete kernels;
+}
+
+// From the next call on: whether activations are rounded to 8 bits where weights are integers.
+void offmoe_round_activations(void* handle, int32_t on) {
+    Kernels& kernels = *static_cast<Kernels*>(handle);
+    std::lock_guard<std::mutex> lock(kernels.pool.calls());
+    kernels.round_activations(on != 0);
 }
 
 int32_t offmoe_experts(void* handle, const offmoe::Call* call) {
