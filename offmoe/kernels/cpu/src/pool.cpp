@@ -32,6 +32,9 @@ inline void pause() {
 #endif
 }
 
+// How long a helper looks for work without letting others run: about what lies between two calls of a layer.
+constexpr int64_t kAloneUs = 50;
+
 // Spin for a moment, then let others run: whoever we wait for may need this core.
 template <class Ready>
 void wait_until(Ready ready) {
@@ -106,9 +109,13 @@ void Pool::help(State* state, int32_t worker, int32_t spin_us) {
     uint64_t seen = 0;
     for (;;) {
         Job* job;
-        const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_us);
-        while (state->generation.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
-            for (int32_t turn = 0; turn < 16; ++turn) pause();
+        const auto begin = std::chrono::steady_clock::now();
+        const auto until = begin + std::chrono::microseconds(spin_us), alone = begin + std::chrono::microseconds(kAloneUs);
+        for (auto now = begin; state->generation.load(std::memory_order_acquire) == seen && now < until;
+             now = std::chrono::steady_clock::now()) {
+            if (now > alone) std::this_thread::yield();
+            else for (int32_t turn = 0; turn < 16; ++turn) pause();
+        }
         {
             std::unique_lock<std::mutex> lock(state->mutex);
             state->wake.wait(lock, [&] { return state->stopping || state->generation.load() != seen; });
