@@ -178,7 +178,7 @@ struct GroupsOf16 : ByteTables {
 
 template <class Format>
 struct Blocks {
-    static constexpr int kRowsForOne = 1;
+    static constexpr int kRowsForOne = 2;
     static constexpr int kRowsForFew = 2;
     static constexpr int64_t kStep = Format::kColumns > kChunk ? Format::kColumns : kChunk;
 
@@ -202,7 +202,10 @@ struct Blocks {
             OFFMOE_UNROLL
             for (int i = 0; i < R; ++i) {
                 steps[i] = codes[i] + at;
-                for (int64_t line = 0; line < Format::kBytes; line += 64) prefetch(steps[i] + line + ahead);
+                for (int64_t line = 0; line < Format::kBytes; line += 64) {
+                    if constexpr (!in_blocks(T)) prefetch_far(steps[i] + line + kFarBytes);
+                    prefetch(steps[i] + line + ahead);
+                }
             }
             add<R, T>(here, sums, steps, xs, column);
         }
