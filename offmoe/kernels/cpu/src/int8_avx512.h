@@ -133,17 +133,30 @@ struct Bytes {
         : matrix(matrix), unpacker(matrix), chunks_a_group((matrix.group + kColumns - 1) / kColumns),
           groups_a_chunk(matrix.group < kColumns ? kColumns / matrix.group : 1) {
         alignas(64) int32_t group_of_lane[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane)
-            group_of_lane[lane] = static_cast<int32_t>(
-                matrix.group >= kColumns ? 0 : lane * Unpacker::kLaneColumns / matrix.group);
+        alignas(64) int8_t place[4 * kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int group = static_cast<int>(matrix.group >= kColumns ? 0 : lane * Unpacker::kLaneColumns / matrix.group);
+            const bool byte = matrix.scale_type == E8M0;
+            group_of_lane[lane] = group;
+            for (int i = 0; i < 2; ++i) place[4 * lane + i] = -1;  // a zero
+            place[4 * lane + 2] = static_cast<int8_t>(byte ? -1 : 2 * group);
+            place[4 * lane + 3] = static_cast<int8_t>(byte ? group : 2 * group + 1);
+        }
         lanes = load_512(group_of_lane);
+        places = load_512(place);
     }
 
-    void start(int64_t row, int count) {
+    // `few`: one or two rows of x. Then scales are unpacked with the codes, eight bytes at a time, but for the last rows,
+    // where these bytes could lie beside the matrix.
+    void start(int64_t row, int count, bool few) {
         codes_of_first = matrix.codes + row * matrix.row_bytes;
+        scales_of_first = scales_of(matrix, row);
+        const int32_t type = matrix.scale_type;
+        const bool inside = (matrix.rows - row - count) * matrix.scale_row_bytes >= 8 && matrix.group_rows == 1;
+        stored = few && inside && (type == BF16 || type == E8M0) ? type : F32;
         const int64_t num = num_groups(matrix);
         for (int r = 0; r < count; ++r) {
-            load_scales(matrix, row + r, num, groups[r]);
+            if (stored == F32) load_scales(matrix, row + r, num, groups[r]);
             if constexpr (ZEROS) load_zeros(matrix, row + r, num, Unpacker::zero_bias(matrix), groups[r]);
         }
     }
@@ -151,13 +164,30 @@ struct Bytes {
     // Adds columns [first, last) of rows [r, r + R) of those that were started; `kept`: T sums a row.
     template <int R, int T>
     void block(int r, const void* const* x, int64_t first, int64_t last, __m512* kept) const {
-        const uint8_t* codes[R];
-        const uint8_t* xs[T];
+        if constexpr (!in_blocks(T)) {
+            if (stored == BF16) return columns<R, T, BF16>(r, x, first, last, kept);
+            if (stored == E8M0) return columns<R, T, E8M0>(r, x, first, last, kept);
+        }
+        columns<R, T, F32>(r, x, first, last, kept);
+    }
+
+private:
+    // SCALES: how they are stored, or F32 where `start` has loaded them.
+    template <int R, int T, int SCALES>
+    void columns(int r, const void* const* x, int64_t first, int64_t last, __m512* kept) const {
+        const uint8_t *codes[R], *scales[R], *xs[T];
         __m512 sums[R][T];
         begin_block(codes_of_first + r * matrix.row_bytes, matrix.row_bytes, x, kept, codes, xs, sums);
         const Unpacker here = unpacker;  // in registers
-        const __m512i of_lanes = lanes;
+        const __m512i of_lanes = lanes, of_places = places;
         const int64_t ahead = ahead_bytes(matrix, R, T), chunk_of_first = first / kColumns;
+        const int64_t rows_ahead = kFarBytes / matrix.row_bytes + 1;
+        OFFMOE_UNROLL
+        for (int i = 0; i < R && SCALES != F32; ++i) {
+            scales[i] = scales_of_first + (r + i) * matrix.scale_row_bytes;
+            const uint8_t* next = scales[i] + rows_ahead * matrix.scale_row_bytes;
+            for (int64_t line = 0; line < matrix.scale_row_bytes; line += 64) prefetch_far(next + line);
+        }
         int64_t at = chunk_of_first * 64, chunk_at = chunk_of_first * chunk_bytes<Unpacker>();
         int64_t group = first / matrix.group, left = chunks_a_group - chunk_of_first % chunks_a_group;
         for (int64_t column = first; column < last; column += kColumns) {
@@ -170,7 +200,8 @@ struct Bytes {
                 if constexpr (!in_blocks(T)) prefetch_far(codes[i] + at + kFarBytes);
                 prefetch(codes[i] + at + ahead);
                 here.unpack(code, w[i]);
-                scale[i] = spread(of_lanes, groups[r + i].scales + group);
+                if constexpr (SCALES == F32) scale[i] = spread(of_lanes, groups[r + i].scales + group);
+                else scale[i] = spread_stored<SCALES>(of_places, scales[i] + group * (SCALES == BF16 ? 2 : 1));
                 if constexpr (ZEROS) zero[i] = spread(of_lanes, groups[r + i].zeros + group);
             }
             OFFMOE_UNROLL
@@ -204,17 +235,25 @@ struct Bytes {
         end_block(sums, kept);
     }
 
-private:
     // At most four groups in a chunk, each in the lanes of its columns.
     static inline __m512 spread(__m512i lanes, const float* of_groups) {
         return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(of_groups)));
     }
 
+    // The same from where they are stored, eight bytes of them: what `load_scales` makes.
+    template <int TYPE>
+    static inline __m512 spread_stored(__m512i places, const uint8_t* of_groups) {
+        const __m512i found = _mm512_shuffle_epi8(_mm512_set1_epi64(load<int64_t>(of_groups)), places);
+        if constexpr (TYPE == BF16) return _mm512_castsi512_ps(found);
+        return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_srli_epi32(found, 1), _mm512_set1_epi32(0x00400000)));
+    }
+
     const Matrix& matrix;
     const Unpacker unpacker;
     const int64_t chunks_a_group, groups_a_chunk;
-    __m512i lanes;
-    const uint8_t* codes_of_first = nullptr;
+    __m512i lanes, places;
+    const uint8_t *codes_of_first = nullptr, *scales_of_first = nullptr;
+    int32_t stored = F32;
     RowGroups groups[kBlockRows];
 };
 

@@ -41,10 +41,11 @@ template <class Kernel>
 void run_kernel(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, int32_t num_x, float* out,
                 int64_t stride) {
     Kernel kernel(matrix);
-    if (!in_blocks(num_x)) prefetch_first(matrix.codes + begin * matrix.row_bytes, matrix.row_bytes, end - begin, kFarBytes);
+    const bool few = !in_blocks(num_x);
+    if (few) prefetch_first(matrix.codes + begin * matrix.row_bytes, matrix.row_bytes, end - begin, kFarBytes);
     for (; begin < end; begin += kBlockRows, out += kBlockRows) {
         const int count = static_cast<int>(std::min<int64_t>(kBlockRows, end - begin));
-        kernel.start(begin, count);
+        kernel.start(begin, count, few);
         const void* const* from = x;
         float* to = out;
         int32_t left = num_x;
