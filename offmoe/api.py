@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,15 @@ if TYPE_CHECKING:
     from offmoe.tiers.device import Device
 
 
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
 def load(
     model: str | os.PathLike[str] | None = None, *,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    _baseline_bytes: int | None = None, _device: Device | None = None, **options: Any,
+    tell: Callable[[str], None] | None = _to_stderr, _baseline_bytes: int | None = None,
+    _device: Device | None = None, **options: Any,
 ) -> Engine:  # fmt: skip
     """Load a model: a folder, a hub id, or None for the bundled demo model.
 
@@ -28,6 +34,10 @@ def load(
     compile="off"|"on", placement_invariant=False, trust_remote_code=False. What each does: offmoe.base.config.
     `progress(stage, done_bytes, total_bytes)`.
 
+    On a machine that was probed (`offmoe probe`), `tell` is given the plan in a line before anything is loaded, and
+    when the engine is closed what was predicted beside what was measured; by default they go to stderr, None is
+    silence. `engine.stats()["predicted"]` has the figures.
+
     `_baseline_bytes` is for the command line: resident memory that the budget counts from, instead of what is resident
     now. `_device` is for tests: used instead of the one that `device` names, and closed with the engine.
 
@@ -36,6 +46,20 @@ def load(
     config = make_config(**options)
     folder = locate_model(model)
     baseline_bytes = rss_bytes() if _baseline_bytes is None else _baseline_bytes
+    from offmoe.planner.foresee import against_plan, foresee
+
+    foreseen = None if _device is not None else foresee(folder, options)
+    if foreseen is not None and tell is not None:
+        tell(f"plan: {foreseen.line()}")
     from offmoe.generation.engine import Engine
 
-    return Engine(folder, config, baseline_bytes=baseline_bytes, progress=progress, device=_device)
+    engine = Engine(folder, config, baseline_bytes=baseline_bytes, progress=progress, device=_device)
+    engine.predicted = None if foreseen is None else foreseen.predicted()
+    if engine.predicted is not None and tell is not None:
+
+        def check(totals: dict[str, Any]) -> None:
+            if (line := against_plan(totals)) is not None:
+                tell(line)
+
+        engine.at_close = check
+    return engine

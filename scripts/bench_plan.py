@@ -27,7 +27,7 @@ from benchlib.report import without_folders
 from offmoe.base.config import make_config
 from offmoe.base.machine_record import MachineRecord, read_record
 from offmoe.checkpoint.locate import locate_model
-from offmoe.cli.plan import run_plan
+from offmoe.planner.foresee import run_plan
 from offmoe.planner.hit_rates import HitCurve
 from offmoe.planner.model_facts import read_facts
 from offmoe.planner.predict import predict

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from engines import open_tiny, save_tiny
 
+import offmoe
 from offmoe.base.budget import MemoryPlan
-from offmoe.base.machine_record import DriveSpeed, LayerCosts, MachineRecord
+from offmoe.base.machine_record import DriveSpeed, LayerCosts, MachineRecord, drive_key, write_record
 from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.models.native_layer import LayerStep
+from offmoe.planner.foresee import against_plan
 from offmoe.planner.hit_rates import HitCurve
 from offmoe.planner.layer_costs import WHOLE, latent_operations, layer_cost
 from offmoe.planner.model_facts import ModelFacts, read_facts
@@ -85,14 +87,14 @@ def test_the_form_of_the_experts_counts(demo: ModelFacts) -> None:
     assert steps_of(predicted(replace(demo, expert_kind="int4")))["experts (int4)"].rate == 1e10
 
 
-def test_latent_attention_spreads_out_the_whole_context(demo: ModelFacts) -> None:
+def test_latent_attention_computes_with_the_whole_context(demo: ModelFacts) -> None:
     config = {
-        "kv_lora_rank": 512, "num_attention_heads": 16, "qk_nope_head_dim": 128, "v_head_dim": 128,
-        "num_hidden_layers": 3,
+        "kv_lora_rank": 512, "num_attention_heads": 16, "qk_rope_head_dim": 64, "num_hidden_layers": 3,
     }  # fmt: skip
-    assert latent_operations(config, 500) == 2 * 3 * 500 * 512 * 16 * 256
+    scores, results = 512 + 64, 512
+    assert latent_operations(config, 500) == 2 * 3 * 500 * 16 * (scores + results)
     assert latent_operations({**config, "kv_lora_rank": None}, 500) == latent_operations({}, 500) == 0
-    found = steps_of(predicted(replace(demo, config=config)))["latent keys and values, spread out"]
+    found = steps_of(predicted(replace(demo, config=config)))["attention to latents"]
     assert found.seconds == pytest.approx(latent_operations(config, 500) / 1e11)
 
 
@@ -111,3 +113,40 @@ def test_the_loader_computes_the_same_families_whole(name: str, tmp_path: Path) 
         num_whole = sum(isinstance(step, LayerStep) for step in steps)
         model_type, num_layers = engine.model.config.model_type, engine.model.config.num_hidden_layers
     assert num_whole == (num_layers if model_type in WHOLE else 0)
+
+
+@pytest.fixture
+def probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MachineRecord:
+    monkeypatch.setenv("OFFMOE_CACHE", str(tmp_path / "cache"))
+    record = replace(RECORD, drives={drive_key(demo_model_folder()): DRIVE})
+    assert write_record(record) is None
+    return record
+
+
+def test_load_says_the_plan_and_what_came_of_it(probed: MachineRecord, capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    with offmoe.load(experts=48, device="cpu", context_length=128, tell=said.append) as engine:
+        (line,) = said
+        assert line.startswith("plan: 48 of 192 experts in RAM") and " tok/s, first token of" in line
+        engine.generate([3, 4, 5, 6], max_new_tokens=3, ignore_end=True)
+        totals = engine.stats()
+    assert said[1:] == [against_plan(totals)]
+    foreseen = totals["predicted"]
+    assert said[1].startswith(f"plan: predicted {foreseen['decode_tok_per_s']:.1f} tok/s, measured ")
+    assert f"{totals['decode_tok_per_s']:.1f};" in said[1] and "hits " in said[1] and "; peak " in said[1]
+    with offmoe.load(experts=48, device="cpu", context_length=128):
+        pass  # nothing was decoded: there is nothing to hold the plan to
+    printed = capsys.readouterr()
+    assert printed.err.count("plan: ") == 1 and not printed.out
+    with offmoe.load(experts=48, device="cpu", context_length=128, tell=None):
+        pass
+    assert not capsys.readouterr().err
+
+
+def test_a_machine_that_was_not_probed_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFMOE_CACHE", str(tmp_path))
+    said: list[str] = []
+    with offmoe.load(experts=48, device="cpu", context_length=128, tell=said.append) as engine:
+        engine.generate([3, 4, 5, 6], max_new_tokens=2, ignore_end=True)
+        assert "predicted" not in engine.stats() and against_plan(engine.stats()) is None
+    assert not said

@@ -174,7 +174,7 @@ def plan(
 
     A hub id needs no download of weights. --experts int4 or int8 plans for experts as `offmoe quantize` writes them.
     """
-    from offmoe.cli.plan import run_plan
+    from offmoe.planner.foresee import run_plan
     from offmoe.report.plan_table import plan_tables
     from offmoe.report.progress import ProgressReporter
     from offmoe.report.tables import print_pairs

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from offmoe.base.config import make_config
-from offmoe.base.errors import OffmoeError, UsageError
-from offmoe.base.machine_record import read_record
+from offmoe.base.errors import UsageError
 from offmoe.base.saved_flags import SavedFlags, default_path, read_flags
 from offmoe.base.units import format_bytes
 from offmoe.checkpoint.identity import model_hash
@@ -22,7 +22,6 @@ from offmoe.report.progress import ProgressReporter
 if TYPE_CHECKING:
     from offmoe.generation.engine import Engine
     from offmoe.generation.stream import Piece
-    from offmoe.planner.plan import Plan
 
 
 def check_request(model: str | None, options: dict[str, Any]) -> Path:
@@ -35,7 +34,7 @@ def open_engine(
     model: str | None, options: dict[str, Any], *, quiet: bool = False, baseline_bytes: int | None = None,
     use_saved: bool = True,
 ) -> Engine:  # fmt: skip
-    """Load with progress on stderr, then say what goes where (unless `quiet`).
+    """Load with plan and progress on stderr, then say what goes where (unless `quiet`); at the end what came of it.
 
     The budget counts from `baseline_bytes`, by default from the begin of the process. `use_saved`: with the flags that
     `offmoe tune` chose for this model, where `options` leave them open; which ones is said.
@@ -48,34 +47,15 @@ def open_engine(
         options = {**options, **saved.flags}
         if not quiet:
             click.echo(f"flags: {saved.line()}", err=True)
-    foreseen = foresee(folder, options)
-    if foreseen is not None and not quiet:
-        click.echo(f"plan: {foreseen.line()}", err=True)
     hush_libraries()
+    tell = None if quiet else partial(click.echo, err=True)
     with ProgressReporter(quiet=quiet) as progress:
-        engine = load(folder, progress=progress, _baseline_bytes=baseline, **options)
-    if foreseen is not None and foreseen.memory is not None and foreseen.prediction is not None:
-        engine.predicted = {
-            "peak_bytes": foreseen.memory.expected_bytes,
-            "decode_tok_per_s": round(foreseen.prediction.decode_tok_per_s, 2),
-        }
+        engine = load(folder, progress=progress, tell=tell, _baseline_bytes=baseline, **options)
     if not quiet:
         click.echo(f"{engine.folder.name}: {engine.plan.line()}", err=True)
         for note in engine.stats().get("notes", ()):
             click.echo(note, err=True)
     return engine
-
-
-def foresee(folder: Path, options: dict[str, Any]) -> Plan | None:
-    """The plan before loading, on a machine that was probed; None elsewhere, and for what the loader will refuse."""
-    if read_record() is None:
-        return None
-    from offmoe.cli.plan import run_plan
-
-    try:
-        return run_plan(str(folder), dict(options), machine=None, trace=None, prompt_tokens=None)
-    except OffmoeError:
-        return None
 
 
 def saved_flags(folder: Path, options: dict[str, Any]) -> SavedFlags | None:
@@ -123,9 +103,6 @@ def peak_line(engine: Engine) -> str:
     """Measured peak against the budget, and the same of the device where there is one."""
     totals = engine.stats()
     line = f"memory: {_peak(totals, 'peak_rss_growth_bytes', 'planned_bytes', 'ram_bytes')}"
-    if "predicted" in totals:
-        foreseen = totals["predicted"]
-        line += f"; predicted peak {format_bytes(foreseen['peak_bytes'])}, {foreseen['decode_tok_per_s']:.1f} tok/s"
     if "device" in totals:
         numbers = _peak(totals, "device_peak_bytes", "device_planned_bytes", "vram_bytes")
         line += f"; {totals['device']}: {numbers}, {totals['device_slots']} expert slots"

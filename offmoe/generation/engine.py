@@ -56,6 +56,8 @@ class Engine:
         self.folder, self.config = folder, config
         # What was predicted before loading, by who knows the machine's speeds: to be held against what is measured.
         self.predicted: dict[str, float] | None = None
+        # Given the last statistics when the engine is closed by its user.
+        self.at_close: Callable[[dict[str, Any]], None] = lambda totals: None
         self._baseline_bytes = baseline_bytes
         loaded = load_model(folder, config, baseline_bytes=baseline_bytes, device=device, progress=progress)
         self._loaded: LoadedModel | None = loaded
@@ -299,6 +301,8 @@ class Engine:
 
     def close(self) -> None:
         """Release threads, files and memory. A second close does nothing."""
+        if self._loaded is not None:
+            self.at_close(self.stats())
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._kept.forget()

@@ -46,6 +46,15 @@ class Plan:
             f"{speed.prompt_tokens} after {speed.ttft_s:.1f} s"
         )
 
+    def predicted(self) -> dict[str, float] | None:
+        """What a run can be held to, as `Engine.predicted`; None where no speed is predicted."""
+        if self.memory is None or self.prediction is None:
+            return None
+        return {
+            "peak_bytes": self.memory.expected_bytes, "hit_rate": round(self.prediction.hit_rate, 4),
+            "decode_tok_per_s": round(self.prediction.decode_tok_per_s, 2),
+        }  # fmt: skip
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON. Bytes, seconds."""
         facts, memory = self.facts, self.memory

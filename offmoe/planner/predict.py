@@ -77,9 +77,9 @@ def _decode_on_cpu(
         Step(what="a token, beside its layers", amount=1, rate=1 / max(costs.token_s, 1e-9), seconds=costs.token_s,
              unit="times"),
     ]  # fmt: skip
-    spread = latent_operations(facts.config, num_tokens)
-    if spread:
-        steps.append(_compute("latent keys and values, spread out", spread, record.cpu_flops_per_s))
+    latent = latent_operations(facts.config, num_tokens)
+    if latent:
+        steps.append(_compute("attention to latents", latent, record.cpu_flops_per_s))
     if plan.num_slots < plan.num_experts:
         steps += _missing(facts, record, hit_rate, disk, rate)
     return tuple(steps)
@@ -102,7 +102,7 @@ def _missing(
         chance = math.comb(per_layer, missed) * (1 - hit_rate) ** missed * hit_rate ** (per_layer - missed)
         waiting_s = record.fetch_s + missed * facts.expert_bytes / disk
         hidden_s += num_layers * chance * min(waiting_s, (per_layer - missed) * facts.expert_bytes / rate)
-    yield Step(what="of that, while others are computed", amount=calls, rate=calls / max(hidden_s, 1e-9),
+    yield Step(what="of that, while others are computed", amount=calls, rate=-calls / max(hidden_s, 1e-9),
                seconds=-hidden_s, unit="times")  # fmt: skip
 
 

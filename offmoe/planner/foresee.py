@@ -1,4 +1,4 @@
-"""`offmoe plan`: gathers what is known of model and machine, and prints the plan."""
+"""The plan of a model: gathers what is known of it and of the machine. For `offmoe plan`, and before loading."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 from offmoe.base.auto import Facts
 from offmoe.base.config import make_config
+from offmoe.base.errors import OffmoeError
 from offmoe.base.machine import available_ram_bytes, free_vram_bytes
 from offmoe.base.machine_record import DriveSpeed, MachineRecord, read_record
 from offmoe.base.trace_reader import read_trace
-from offmoe.base.units import MIB
+from offmoe.base.units import MIB, format_bytes, format_percent
 from offmoe.checkpoint.identity import model_hash
 from offmoe.checkpoint.index import GGUF_SUFFIX
 from offmoe.checkpoint.remote import Progress, locate_headers
@@ -58,6 +59,30 @@ def run_plan(
         libraries_bytes=LIBRARIES_BYTES if record is None else record.libraries_bytes,
         drive=_drive(record, facts.path),
     )  # fmt: skip
+
+
+def foresee(folder: Path, options: dict[str, Any]) -> Plan | None:
+    """The plan before loading, on a machine that was probed; None elsewhere, and for what the loader will refuse."""
+    if read_record() is None:
+        return None
+    try:
+        return run_plan(str(folder), dict(options), machine=None, trace=None, prompt_tokens=None)
+    except OffmoeError:
+        return None
+
+
+def against_plan(totals: dict[str, Any]) -> str | None:
+    """What was predicted beside what `Engine.stats` has; None where nothing was predicted, or nothing decoded."""
+    foreseen = totals.get("predicted")
+    if foreseen is None or not totals["decoded_tokens"]:
+        return None
+    speeds = foreseen["decode_tok_per_s"], totals["decode_tok_per_s"]
+    peaks = foreseen["peak_bytes"], totals["peak_rss_growth_bytes"]
+    hits = foreseen["hit_rate"], totals["decode_hit_rate"]
+    return (
+        f"plan: predicted {speeds[0]:.1f} tok/s, measured {speeds[1]:.1f}; hits {format_percent(hits[0])}, measured "
+        f"{format_percent(hits[1])}; peak {format_bytes(peaks[0])}, measured {format_bytes(peaks[1])}"
+    )
 
 
 def _known(device: str, other: MachineRecord | None, *, direct: bool, longest: int | None) -> Facts:
