@@ -42,9 +42,12 @@ def layer_cost(model_type: str, costs: LayerCosts) -> float:
 def latent_operations(config: dict[str, Any], num_tokens: int) -> float:
     """Of one token that attends to the latents of `num_tokens` tokens, by every head. 0 for other attention."""
     text = text_config(config)
-    sizes = [text.get(name) for name in ("kv_lora_rank", "num_attention_heads", "qk_rope_head_dim")]
-    if not all(type(size) is int and size > 0 for size in sizes):
-        return 0.0
+    sizes: list[int] = []
+    for name in ("kv_lora_rank", "num_attention_heads", "qk_rope_head_dim"):
+        size = text.get(name)
+        if type(size) is not int or size <= 0:
+            return 0.0
+        sizes.append(size)
     latent, num_heads, rotated = sizes
     num_layers = max(numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0)
     return 2.0 * num_layers * num_tokens * num_heads * (2 * latent + rotated)
