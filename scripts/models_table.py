@@ -1,62 +1,142 @@
-"""Write the table of supported models into README.md, from the families that the tests run.
+"""Write the table of supported models into README.md: the families that the tests run, and what the tests measured.
 
-`python scripts/models_table.py` rewrites the part between the markers; `--check` only says whether it is current.
+`python scripts/models_table.py` rewrites the part between the markers from benchmarks/families.json; `--check` only
+says whether it is current. `--measure` runs the tests first and writes that file (with `--files` only these, and the
+rest of it stays as it is).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
+import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 BEGIN, END = "<!-- models table: begin -->", "<!-- models table: end -->"
+MEASURED = ROOT / "benchmarks" / "families.json"
+FILES = (
+    "tests/test_families_exact.py", "tests/test_adapters.py", "tests/test_adapted_ways.py", "tests/test_grok1.py",
+    "tests/test_quantised_models.py", "tests/test_gguf_models.py",
+)  # fmt: skip
+# The ways of test_families_exact: each layout is served in another.
+DOOR = ("published, read ahead", "stacked, device", "shards")
+QUANTISED = ("int8", "int4", "fp8", "mxfp4", "GGUF")
+Found = dict[str, dict[str, float]]
 
 
-def make_table() -> str:
-    """The markdown table: one row a family, then those left out, each with its reason."""
+def make_table(found: Found) -> str:
+    """The markdown table: one row a family, then those left out, each with its reason. A family without numbers was not
+    measured since it came; the tests hold it to the same bound.
+    """
     from adapted_families import ADAPTED, ENCODER_DECODERS
-    from families import EXCLUDED, FAMILIES, LAYOUTS, MULTIMODAL
+    from families import EXCLUDED, FAMILIES, MULTIMODAL
 
-    def forms(name: str) -> str:
-        return "published" if name in ENCODER_DECODERS else "published, shards"
+    read = _quantised()
 
-    lines = ["| family | class | exact as |", "|---|---|---|"]
-    for name, family in sorted(FAMILIES.items()):
-        lines.append(f"| {name} | {family.model_class} | {', '.join(LAYOUTS)} |")
-    lines += [
-        f"| {name.removesuffix('_multimodal')} | {family.model_class}, text only | published |"
+    def row(name: str, shown: str, described: str, forms: tuple[str, ...]) -> str:
+        exact = f"yes, {max(found[name].values()):.0e}" if name in found else "yes"
+        quantised = ", ".join(form for form in QUANTISED if name in read[form]) or "-"
+        return f"| {shown} | {described} | {exact} | {'; '.join(forms)} | {quantised} |"
+
+    rows = [row(name, name, family.model_class, DOOR) for name, family in sorted(FAMILIES.items())]
+    rows += [
+        row(name, name.removesuffix("_multimodal"), f"{family.model_class}, text only", ("published",))
         for name, family in sorted(MULTIMODAL.items())
     ]
-    lines += [
-        f"| {family.name} | {family.model_class}{', ' + family.notes if family.notes else ''} | {forms(name)} |"
-        for name, family in sorted(ADAPTED.items())
-        if not name.endswith("_top2")
+    for name, family in sorted(ADAPTED.items()):
+        if not name.endswith("_top2"):
+            described = f"{family.model_class}{', ' + family.notes if family.notes else ''}"
+            forms = ("published", "device") if name in ENCODER_DECODERS else ("published", "shards", "device")
+            rows.append(row(name, family.name, described, forms))
+    numpy = "Grok1ForCausalLM, offmoe's own, against NumPy (`tests/test_grok1.py`)"
+    rows.append(row("grok-1", "grok-1", numpy, ("published", "device")))
+    lines = [
+        "| family | class | exact: largest difference | read as, run on | quantised forms |",
+        "|---|---|---|---|---|",
     ]
-    lines.append("| grok-1 | Grok1ForCausalLM, offmoe's own, against NumPy (`tests/test_grok1.py`) | published |")
-    lines += ["", "| left out | why |", "|---|---|"]
+    lines += [*rows, "", "| left out | why |", "|---|---|"]
     lines += [f"| {name} | {reason} |" for name, reason in sorted(EXCLUDED.items())]
     return "\n".join(lines)
 
 
-def current(text: str) -> str:
+def _quantised() -> dict[str, set[str]]:
+    """Quantised form -> the families that the tests read it of."""
+    from gguf_makers import MODELS
+    from test_adapted_ways import INT4
+    from test_quantised_models import COMPRESSED, FP8, PER_EXPERT, form_of
+
+    read: dict[str, set[str]] = {
+        "int8": set(PER_EXPERT), "int4": {*INT4, "grok-1"}, "fp8": set(FP8), "mxfp4": {"gpt_oss"},
+        "GGUF": {made.family for made in MODELS.values()},
+    }  # fmt: skip
+    for name, scheme in COMPRESSED.values():
+        read[form_of(scheme)].add(name)
+    return read
+
+
+def current(text: str, found: Found) -> str:
     """`text` with the part between the markers replaced by the table."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{make_table()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{make_table(found)}\n{END}{after}"
+
+
+def measure(files: list[str]) -> Found:
+    """Run the tests; the largest difference of logits of each family and form. Raises CalledProcessError if one fails:
+    then no family is called exact.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", *files, f"--junitxml={report}"]
+        subprocess.run(command, cwd=ROOT, check=True)
+        noted = [
+            str(found.get("value")) for found in ET.parse(report).iter("property") if found.get("name") == "measured"
+        ]
+    largest: Found = {}
+    for family, form, difference in (note.split("|") for note in noted):
+        forms = largest.setdefault(family, {})
+        forms[form] = max(forms.get(form, 0.0), float(difference))
+    return largest
+
+
+def write(found: Found) -> None:
+    """Keep what was measured, and on what."""
+    from benchlib.machine import describe_machine, describe_versions
+
+    record: dict[str, Any] = {
+        "command": "python scripts/models_table.py --measure",
+        "what": "largest difference of logits from the reference, as a share of the largest logit, float32",
+        "machine": describe_machine(), "versions": describe_versions(ROOT),
+        "families": {name: dict(sorted(forms.items())) for name, forms in sorted(found.items())},
+    }  # fmt: skip
+    MEASURED.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 when it is out of date")
-    check = parser.parse_args().check
+    parser.add_argument(
+        "--measure", action="store_true", help="run the tests (some minutes) and keep what they measure"
+    )
+    parser.add_argument("--files", nargs="+", default=[], metavar="TEST", help="with --measure: only these test files")
+    options = parser.parse_args()
+    found: Found = json.loads(MEASURED.read_text(encoding="utf-8"))["families"] if MEASURED.is_file() else {}
+    if options.measure:
+        new = measure(options.files or list(FILES))
+        found = {name: found.get(name, {}) | new.get(name, {}) for name in found | new} if options.files else new
+        write(found)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    new = current(text)
-    if check:
-        return int(new != text)
-    readme.write_text(new, encoding="utf-8")
+    table = current(text, found)
+    if options.check:
+        return int(table != text)
+    readme.write_text(table, encoding="utf-8")
     return 0
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from makers import LAYOUTS, TinyExperts, make_tiny_experts
+from makers import LAYOUTS, Measured, TinyExperts, make_tiny_experts
 
 # A busy machine is no failure.
 settings.register_profile("offmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -47,6 +47,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def measured(record_property: Callable[[str, object], None]) -> Measured:
+    """`measured(family, form, logits, expected)`: equal within 1e-5 of the largest logit; noted for the models table
+    (scripts/models_table.py). `form`: what was read, or where it ran.
+    """
+
+    def check(family: str, form: str, logits: torch.Tensor, expected: torch.Tensor) -> None:
+        difference = float((logits - expected).abs().max() / expected.abs().max())
+        record_property("measured", f"{family}|{form}|{difference:.1e}")
+        assert difference < 1e-5, f"{family} as {form}: {difference:.1e}"
+
+    return check
 
 
 @pytest.fixture(scope="session")

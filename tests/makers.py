@@ -32,6 +32,8 @@ from offmoe.tiers.host import HostPool
 NUM_LAYERS, NUM_EXPERTS, TOP_K, WIDTH_D, WIDTH_F = 2, 8, 2, 48, 64
 # Where an expert's bytes may lie: side by side in one file, in two files, and behind a header of odd length.
 LAYOUTS = ("adjacent", "two shards", "odd header")
+# The fixture `measured`: family, form, logits, expected logits.
+Measured = Callable[[str, str, torch.Tensor, torch.Tensor], None]
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from adapted_families import ADAPTED, ENCODER_DECODERS, build_adapted, nllb_as_published
 from families import save_layout
+from makers import Measured
 from quant_makers import Scheme, decompressed_model
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -28,6 +30,7 @@ _SURPLUS = re.compile(r"experts\.(8|9|10|11)\.")
 MISSES = ("stream", "cpu", "auto")
 # Published stacked, or turned: no names that other engines read for one expert.
 NOT_QUANTISED = ("dbrx", "jetmoe", "llama4", "step3p7")
+INT4 = tuple(name for name in ADAPTED if not name.startswith(NOT_QUANTISED))
 
 
 @pytest.fixture(autouse=True)
@@ -57,24 +60,26 @@ def greedy(model: PreTrainedModel, ids_T: torch.Tensor, name: str) -> list[int]:
     return new
 
 
-def check_equal(folder: Path, expected: PreTrainedModel, name: str, **options: Any) -> None:
+def check_equal(
+    folder: Path, expected: PreTrainedModel, name: str, measured: Callable[[torch.Tensor, torch.Tensor], None],
+    **options: Any,
+) -> None:  # fmt: skip
     """offmoe's logits within 1e-5, the same greedy ids, experts that came and went."""
     ids_T, wanted = inputs(name)["input_ids"][0], logits_of(expected, name)
     with offmoe.load(folder, ram="4GiB", experts=NUM_SLOTS, **options) as engine:
-        got = logits_of(engine.model, name)
-        assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
+        measured(logits_of(engine.model, name), wanted)
         reply = engine.generate(ids_T.tolist(), max_new_tokens=8, temperature=0, ignore_end=True)
         assert list(reply.token_ids) == greedy(expected, ids_T, name)
         assert engine.stats()["misses"] > 0
 
 
 @pytest.mark.parametrize("name", ADAPTED)
-def test_on_a_device(name: str, tmp_path: Path) -> None:
+def test_on_a_device(name: str, tmp_path: Path, measured: Measured) -> None:
     """Experts in device slots; each family's misses are copied, computed in RAM, or either."""
     model = build_adapted(name)
     save_layout(model, tmp_path, "published")
     miss = MISSES[list(ADAPTED).index(name) % len(MISSES)]
-    check_equal(tmp_path, model, name, miss=miss, _device=SimulatedDevice(1e9))
+    check_equal(tmp_path, model, name, partial(measured, name, "device"), miss=miss, _device=SimulatedDevice(1e9))
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -100,8 +105,8 @@ def far(logits_BTV: torch.Tensor, exact_BTV: torch.Tensor) -> float:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="compressed-tensors needs Python 3.11")
-@pytest.mark.parametrize("name", [name for name in ADAPTED if not name.startswith(NOT_QUANTISED)])
-def test_quantised(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", INT4)
+def test_quantised(name: str, tmp_path: Path, measured: Measured) -> None:
     save_layout(build_adapted(name, width=64), tmp_path / "source", "published")
     target = tmp_path / "target"
     result = quantise(tmp_path / "source", target, QuantiseOptions(experts="int4"), lambda *_: None)
@@ -109,7 +114,8 @@ def test_quantised(name: str, tmp_path: Path) -> None:
     # transformers has matrices for LongCat's experts that compute nothing, too. They are not read, nor written.
     whole = load_file(tmp_path / "source" / "model.safetensors")
     surplus = {key: tensor for key, tensor in whole.items() if name == "longcat_flash" and _SURPLUS.search(key)}
-    check_equal(target, decompressed_model(target, Scheme(bits=4, group=32), added=surplus), name)
+    expected = decompressed_model(target, Scheme(bits=4, group=32), added=surplus)
+    check_equal(target, expected, name, partial(measured, name, "int4"))
 
 
 @pytest.mark.parametrize("name", NOT_QUANTISED)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, LAYOUTS, MULTIMODAL, Layout, build, save_layout
+from makers import Measured
 
 import offmoe
 from offmoe.models.transformers_internals import experts_modules
@@ -37,7 +38,7 @@ CASES: list[tuple[str, Layout]] = [(name, layout) for name in FAMILIES for layou
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_offloaded_equals_eager(name: str, layout: Layout, tmp_path: Path) -> None:
+def test_offloaded_equals_eager(name: str, layout: Layout, tmp_path: Path, measured: Measured) -> None:
     model = build(name)
     save_layout(model, tmp_path, layout)
     ids = torch.randint(3, 100, (2, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
@@ -50,7 +51,7 @@ def test_offloaded_equals_eager(name: str, layout: Layout, tmp_path: Path) -> No
     with offmoe.load(str(tmp_path), ram="4GiB", experts=slots, **serving(name, layout)) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
-        assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+        measured(name, layout, got, expected)
         reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
         assert list(reply.token_ids) == expected_ids
         again = engine.model.generate(ids[:1], max_new_tokens=NUM_NEW, do_sample=False)[0, NUM_PROMPT:].tolist()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from grok1_reference import grok1_logits
+from makers import Measured
 from quant_makers import Scheme, decompressed_tensors
 from safetensors.torch import save_file
 
@@ -71,7 +72,7 @@ def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **changes:
     return tensors
 
 
-def test_logits_equal_the_numpy_reference(tmp_path: Path) -> None:
+def test_logits_equal_the_numpy_reference(tmp_path: Path, measured: Measured) -> None:
     tensors = {key: t.numpy().astype(np.float64) for key, t in make_checkpoint(tmp_path).items()}
     ids = torch.randint(3, 96, (12,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = grok1_logits(ids, tensors, CONFIG)
@@ -81,7 +82,7 @@ def test_logits_equal_the_numpy_reference(tmp_path: Path) -> None:
     with offmoe.load(str(tmp_path), ram="4GiB", experts=6) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=torch.tensor([ids])).logits[0].double().numpy()
-        assert np.abs(got - expected).max() / np.abs(expected).max() < 1e-5
+        measured("grok-1", "published", torch.from_numpy(got), torch.from_numpy(expected))
         reply = engine.generate(ids, max_new_tokens=12, temperature=0, ignore_end=True)
         assert ids + list(reply.token_ids) == greedy
         again = engine.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
@@ -106,10 +107,10 @@ def reference(tensors: dict[str, torch.Tensor], config: dict[str, Any] = CONFIG)
 
 
 @pytest.mark.parametrize("miss", ["stream", "cpu"])
-def test_on_a_device(miss: str, tmp_path: Path) -> None:
+def test_on_a_device(miss: str, tmp_path: Path, measured: Measured) -> None:
     expected = reference(make_checkpoint(tmp_path))
     with offmoe.load(tmp_path, ram="4GiB", experts=6, miss=miss, _device=SimulatedDevice(1e9)) as engine:
-        assert np.abs(logits_of(engine) - expected).max() / np.abs(expected).max() < 1e-5
+        measured("grok-1", "device", torch.from_numpy(logits_of(engine)), torch.from_numpy(expected))
         assert engine.stats()["misses"] > 0
 
 
@@ -127,13 +128,13 @@ def test_in_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="compressed-tensors needs Python 3.11")
-def test_quantised(tmp_path: Path) -> None:
+def test_quantised(tmp_path: Path, measured: Measured) -> None:
     widths = {"hidden_size": 64, "intermediate_size": 32}
     make_checkpoint(tmp_path / "source", **widths)
     quantise(tmp_path / "source", tmp_path / "int4", QuantiseOptions(experts="int4"), lambda *_: None)
     expected = reference(decompressed_tensors(tmp_path / "int4", Scheme(bits=4, group=32)), CONFIG | widths)
     with offmoe.load(tmp_path / "int4", ram="4GiB", experts=6) as engine:
-        assert np.abs(logits_of(engine) - expected).max() / np.abs(expected).max() < 1e-5
+        measured("grok-1", "int4", torch.from_numpy(logits_of(engine)), torch.from_numpy(expected))
 
 
 def test_published_numbers() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 EXPERT_BYTES = 3 * 512 * 384 * 2
@@ -82,3 +85,49 @@ def test_growth_with_latent_attention(latent_checkpoint: Path) -> None:
     record = grow(latent_checkpoint, 660, 1600)
     assert record["growth"] <= 660 << 20
     assert record["misses"] > 0
+
+
+def as_int8(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """compressed-tensors' int-quantized: a scale a row."""
+    scale_N1 = tensor.float().abs().amax(1, keepdim=True) / 127
+    return {"weight": (tensor.float() / scale_N1).round().to(torch.int8), "weight_scale": scale_N1.bfloat16()}
+
+
+def as_fp8(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """DeepSeek-V3's: e4m3 and a scale for 128 x 128."""
+    blocks = tensor.float().view(tensor.shape[0] // 128, 128, tensor.shape[1] // 128, 128)
+    scales = blocks.abs().amax((1, 3), keepdim=True) / 448
+    codes = (blocks / scales).view(tensor.shape).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": scales[:, 0, :, 0].contiguous()}
+
+
+ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+FORMS: dict[str, tuple[Callable[[torch.Tensor], dict[str, torch.Tensor]], dict[str, Any]]] = {
+    "int8": (
+        as_int8,
+        {
+            "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": ROWS, "format": "int-quantized"}},
+        },
+    ),
+    "fp8": (as_fp8, {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("form", FORMS)
+def test_quantised_experts_are_never_unpacked_whole(form: str, checkpoint: Path, tmp_path: Path) -> None:
+    """All experts fit as they are stored, in a budget with too little room for all of them in bfloat16 (see above)."""
+    encode, quantisation = FORMS[form]
+    tensors = {}
+    for key, tensor in load_file(checkpoint / "model.safetensors").items():
+        if ".experts." not in key:
+            tensors[key] = tensor
+            continue
+        tensors |= {f"{key.removesuffix('weight')}{leaf}": value for leaf, value in encode(tensor).items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    record = grow(tmp_path, 700, 512)
+    assert record["growth"] <= 700 << 20
+    assert record["experts_cached"] == NUM_EXPERTS

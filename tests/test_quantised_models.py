@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from makers import Measured
 from quant_makers import (
     Scheme,
     decompressed_model,
@@ -43,6 +45,13 @@ COMPRESSED: dict[str, tuple[str, Scheme]] = {
     "fp8 blocks": ("qwen3_moe", Scheme(bits=8, group=None, storage="float-quantized", kind="float", block=[16, 32])),
     "int8 plain": ("deepseek_v3", Scheme(bits=8, group=32, storage="naive-quantized", symmetric=False)),
 }
+
+
+def form_of(scheme: Scheme) -> str:
+    """In the words of the models table."""
+    return "fp8" if scheme.kind == "float" else f"int{scheme.bits}"
+
+
 SERVING: dict[str, Callable[[], dict[str, Any]]] = {
     "ram": dict,
     "ahead": lambda: {"prefetch": 1},
@@ -51,7 +60,10 @@ SERVING: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def _equals(folder: Path, expected: PreTrainedModel, num_new: int = NUM_NEW, **options: Any) -> None:
+def _equals(
+    folder: Path, expected: PreTrainedModel, measured: Callable[[torch.Tensor, torch.Tensor], None],
+    num_new: int = NUM_NEW, **options: Any,
+) -> None:  # fmt: skip
     ids = torch.randint(3, 100, (2, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = expected(input_ids=ids).logits
@@ -59,7 +71,7 @@ def _equals(folder: Path, expected: PreTrainedModel, num_new: int = NUM_NEW, **o
     with offmoe.load(folder, ram="4GiB", experts=4, **options) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
-        assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
+        measured(got, wanted)
         reply = engine.generate(ids[0].tolist(), max_new_tokens=num_new, temperature=0, ignore_end=True)
         assert list(reply.token_ids) == wanted_ids
         experts = engine._parts.experts
@@ -70,18 +82,19 @@ def _equals(folder: Path, expected: PreTrainedModel, num_new: int = NUM_NEW, **o
 
 @needs_compressed_tensors
 @pytest.mark.parametrize("case", COMPRESSED)
-def test_compressed_equals_what_compressed_tensors_unpacks(case: str, tmp_path: Path) -> None:
+def test_compressed_equals_what_compressed_tensors_unpacks(case: str, tmp_path: Path, measured: Measured) -> None:
     name, scheme = COMPRESSED[case]
     save_compressed(tmp_path, name, scheme)
     serving = list(SERVING.values())[len(case) % len(SERVING)]
-    _equals(tmp_path, decompressed_model(tmp_path, scheme), **serving())
+    form = partial(measured, name, form_of(scheme))
+    _equals(tmp_path, decompressed_model(tmp_path, scheme), form, **serving())
 
 
 @needs_compressed_tensors
 @pytest.mark.parametrize("how", SERVING)
-def test_packed_experts_equal_transformers(how: str, tmp_path: Path) -> None:
+def test_packed_experts_equal_transformers(how: str, tmp_path: Path, measured: Measured) -> None:
     save_compressed(tmp_path, "qwen3_moe", INT4)
-    _equals(tmp_path, dequantised_model(tmp_path), **SERVING[how]())
+    _equals(tmp_path, dequantised_model(tmp_path), partial(measured, "qwen3_moe", "int4"), **SERVING[how]())
 
 
 # Published per expert under names and in orders of their own; the others are published stacked, which nobody packs.
@@ -96,23 +109,26 @@ PER_EXPERT = (
 
 @needs_compressed_tensors
 @pytest.mark.parametrize("name", PER_EXPERT)
-def test_every_family_published_per_expert(name: str, tmp_path: Path) -> None:
+def test_every_family_published_per_expert(name: str, tmp_path: Path, measured: Measured) -> None:
     scheme = Scheme(bits=8, group=None, dense_bits=8, overrides={})
     save_compressed(tmp_path, name, scheme)
-    _equals(tmp_path, decompressed_model(tmp_path, scheme), num_new=4)
+    _equals(tmp_path, decompressed_model(tmp_path, scheme), partial(measured, name, "int8"), num_new=4)
+
+
+FP8 = ("deepseek_v3", "qwen3_moe")
 
 
 @pytest.mark.parametrize("how", SERVING)
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe"])
-def test_fp8_equals_transformers(name: str, how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FP8)
+def test_fp8_equals_transformers(name: str, how: str, tmp_path: Path, measured: Measured) -> None:
     save_fp8(tmp_path, name)
-    _equals(tmp_path, dequantised_model(tmp_path), **SERVING[how]())
+    _equals(tmp_path, dequantised_model(tmp_path), partial(measured, name, "fp8"), **SERVING[how]())
 
 
 @pytest.mark.parametrize("how", SERVING)
-def test_mxfp4_equals_transformers(how: str, tmp_path: Path) -> None:
+def test_mxfp4_equals_transformers(how: str, tmp_path: Path, measured: Measured) -> None:
     save_mxfp4(tmp_path)
-    _equals(tmp_path, dequantised_model(tmp_path), **SERVING[how]())
+    _equals(tmp_path, dequantised_model(tmp_path), partial(measured, "gpt_oss", "mxfp4"), **SERVING[how]())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
