@@ -93,7 +93,7 @@ def measure(files: list[str]) -> Found:
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", *files, f"--junitxml={report}", "-o", "junit_family=xunit1"]
+        command = [sys.executable, "-m", "pytest", "-q", *files, f"--junitxml={report}"]
         subprocess.run(command, cwd=ROOT, check=True)
         noted = [
             str(found.get("value")) for found in ET.parse(report).iter("property") if found.get("name") == "measured"
