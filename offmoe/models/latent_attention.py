@@ -25,7 +25,9 @@ _CHECKED_TOKENS, _CHECKED_CONTEXT = 3, 9
 def find_latent_attention(module: torch.nn.Module) -> LatentAttention | None:
     """That of a module which caches latents; from now on its `expand_kv` returns (rotated keys, latents)."""
     kv_b: Any = getattr(module, "kv_b_proj", None)
-    if not hasattr(type(module), "expand_kv") or not isinstance(kv_b, torch.nn.Linear) or kv_b.bias is not None:
+    if not hasattr(type(module), "expand_kv") or type(kv_b) is not torch.nn.Linear:
+        return None
+    if kv_b._parameters["bias"] is not None:
         return None
     latent = LatentAttention(module)
     module.__dict__["expand_kv"] = lambda latents, rotated: (rotated, latents)
