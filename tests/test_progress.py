@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 
 import pytest
 
@@ -118,3 +120,42 @@ def test_close_may_be_called_at_any_time(clock: Clock) -> None:
     progress.close()
     progress.close()
     assert progress._bar is None
+
+
+def test_a_terminal_sees_a_stage_that_is_not_heard_of_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("offmoe.report.progress.SHOW_AFTER_S", 0.05)
+    terminal = Terminal()
+    with ProgressReporter(stream=terminal, detail=lambda: "3 GB read") as progress:
+        progress("the first layer", 0, 7)
+        deadline = time.monotonic() + 10
+        while "3 GB read" not in terminal.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "the first layer" in terminal.getvalue() and "0%" in terminal.getvalue()
+
+
+def test_a_stage_that_ended_is_not_shown_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offmoe.report.progress.SHOW_AFTER_S", 0.05)
+    terminal = Terminal()
+    progress = ProgressReporter(stream=terminal)
+    progress("short", 0, 7)
+    timer = progress._timer
+    assert timer is not None
+    progress.close()
+    timer.join(10)
+    assert not timer.is_alive() and terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize("columns", [40, 66, 80])
+def test_the_numbers_fit_into_a_narrow_terminal(columns: int, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal = Terminal()
+    with ProgressReporter(stream=terminal, clock=clock, detail=lambda: "12.60 GB read") as progress:
+        for done in range(4):
+            progress("1234 tokens to read", done, 4)
+            clock.now += 1
+    drawn = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", terminal.getvalue())
+    rows = [row for row in re.split(r"[\r\n]+", drawn) if row.strip()]
+    assert rows and all(len(row) <= columns for row in rows)
+    assert any("1234 tok" in row and "75%" in row and "12.60 GB read" in row and "ETA" in row for row in rows), rows

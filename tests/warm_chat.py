@@ -21,6 +21,8 @@ from typing import IO, Any, cast
 from commands import environment
 from terminal import TIMEOUT_S, Screened
 
+from offmoe.report import progress
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -69,14 +71,15 @@ class WarmTerminal(Screened):
 
     def __init__(
         self, warm: WarmChat, args: Sequence[object], *, columns: int = 200, rows: int = 24, said: str | None = None,
-        pause_ms: float = 0, stdin: Path | None = None, **env: str,
+        pause_ms: float = 0, stdin: Path | None = None, slow_prompt: bool = False, **env: str,
     ) -> None:  # fmt: skip
+        """`slow_prompt`: the layers of a prompt take 10 ms more each, and progress is shown from the first one on."""
         keyboard, screen = os.openpty()
         super().__init__(keyboard, columns, rows)
         self._warm = warm
         self._pid = warm.start({
             "args": [str(arg) for arg in args], "tty": os.ttyname(screen), "said": said, "pause_s": pause_ms / 1000,
-            "stdin": str(stdin) if stdin else None,
+            "stdin": str(stdin) if stdin else None, "slow_prompt": slow_prompt,
             "env": {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", **env},
         })  # fmt: skip
         os.close(screen)
@@ -96,7 +99,7 @@ def run_piped(warm: WarmChat, folder: Path, stdin: str, args: Sequence[object], 
     (folder / "stdin").write_text(stdin, encoding="utf-8")
     pid = warm.start({
         "args": [str(arg) for arg in args], "tty": None, "said": said, "pause_s": 0.0, "stdin": str(folder / "stdin"),
-        "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr"), "env": {},
+        "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr"), "slow_prompt": False, "env": {},
     })  # fmt: skip
     code = warm.wait(pid)
     return code, (folder / "stdout").read_text(encoding="utf-8"), (folder / "stderr").read_text(encoding="utf-8")
@@ -158,6 +161,8 @@ def _run(request: dict[str, Any], tty: int | None) -> None:
         sys.argv[1:] = request["args"]
         if request["said"] is not None:
             _say(request["said"], request["pause_s"])
+        if request["slow_prompt"]:
+            _read_slowly()
         from offmoe.cli.main import main
 
         main(prog_name="offmoe")
@@ -169,6 +174,19 @@ def _run(request: dict[str, Any], tty: int | None) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _read_slowly() -> None:
+    from offmoe.cli.session import PromptProgress
+
+    progress.SHOW_AFTER_S = 0.0
+    show = PromptProgress.show
+
+    def show_slowly(self: PromptProgress, done: int, total: int) -> None:
+        show(self, done, total)
+        time.sleep(0.01)
+
+    PromptProgress.show = show_slowly  # type: ignore[method-assign]
 
 
 def _say(text: str, pause_s: float) -> None:

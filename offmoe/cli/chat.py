@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from offmoe.base.errors import ContextLengthError, EngineBusyError, OffmoeError
-from offmoe.base.units import format_traffic
 from offmoe.cli.chat_commands import COMMAND_NAMES, Leave, SlashCommands
 from offmoe.cli.chat_input import make_reader
 from offmoe.cli.interrupt import StopRequest
 from offmoe.cli.options import print_json
 from offmoe.cli.say import say
+from offmoe.cli.session import PromptProgress
 from offmoe.generation.conversation import Conversation
 from offmoe.generation.stats import stats_line
-from offmoe.report.progress import ProgressReporter
 from offmoe.report.reply_view import is_smart_terminal, make_view, no_echo
 
 if TYPE_CHECKING:
@@ -124,19 +123,16 @@ class _Chat:
         return {"max_new_tokens": self._engine.context_length, **self._commands.options}
 
     def _show(self, begin: Callable[..., Iterator[Piece]]) -> None:
-        disk_bytes = self._engine.stats()["disk_bytes"]
         last, stopped = None, False
         texts: dict[bool, list[str]] = {False: [], True: []}
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            progress = stack.enter_context(
-                ProgressReporter(detail=lambda: f"{format_traffic(self._read(disk_bytes))} read")
-            )
+            progress = stack.enter_context(PromptProgress(self._engine))
             if self.interactive and is_smart_terminal(sys.stdout):
                 stack.enter_context(no_echo())
 
             def on_prefill(done: int, total: int) -> None:
-                progress(f"reading {total} tokens", done, total)
+                progress.show(done, total)
                 stop.check()
 
             pieces = begin(on_prefill=on_prefill)
@@ -181,10 +177,6 @@ class _Chat:
             say("[the context is full: /reset begins anew, /save FILE keeps this]", dim=True)
         elif self._used() > _NEARLY_FULL * self._engine.context_length:
             say("[the context is nearly full: --context-length N makes more room at the next start]", dim=True)
-
-    def _read(self, since_bytes: int) -> int:
-        read: int = self._engine.stats()["disk_bytes"] - since_bytes
-        return read
 
     def _used(self) -> int:
         return self._conversation.num_tokens()

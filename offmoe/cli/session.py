@@ -13,7 +13,7 @@ import click
 from offmoe.base.config import make_config
 from offmoe.base.errors import UsageError
 from offmoe.base.saved_flags import SavedFlags, default_path, read_flags
-from offmoe.base.units import format_bytes
+from offmoe.base.units import format_bytes, format_traffic
 from offmoe.checkpoint.identity import model_hash
 from offmoe.checkpoint.locate import locate_model
 from offmoe.cli.options import named_config, process_baseline_bytes
@@ -81,6 +81,21 @@ def hush_libraries() -> None:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+
+
+class PromptProgress(ProgressReporter):
+    """Progress of a prompt that `engine` reads: tokens, bytes from disk since this was made, time left."""
+
+    def __init__(self, engine: Engine) -> None:
+        begin = engine.stats()["disk_bytes"]
+        super().__init__(detail=lambda: f"{format_traffic(engine.stats()['disk_bytes'] - begin)} read")
+
+    def show(self, done: int, total: int) -> None:
+        """For `on_prefill`. Once all is read the bar goes: text comes next, perhaps on the same terminal."""
+        if done < total:
+            self(f"{total} tokens to read", done, total)
+        else:
+            self.close()
 
 
 def print_stream(pieces: Iterator[Piece]) -> Piece:

@@ -25,10 +25,11 @@ def generate_step(
     """Yield token ids without end; the caller stops. The first id comes after the whole prompt was read.
 
     `kept` has begun with `prompt_ids`; what it lacks of them is read, and it receives all ids but the last one yielded.
-    The prompt goes through in pieces of `chunk`; `on_prefill(done, total)` is called after each layer of each piece,
-    in tokens that were not kept. `choose` sees all ids of this call, (1, S), and the last logits, (1, V). For ids after
-    the prompt, `decode(forward, ids)` takes the place of `forward(ids)`. When the device has no memory for a piece of N
-    tokens, `smaller_chunk(N)` says in what pieces to go on, or raises; without it the prompt fails.
+    The prompt goes through in pieces of `chunk`; `on_prefill(done, total)` is called before the first and after each
+    layer of each piece, in tokens that were not kept. `choose` sees all ids of this call, (1, S), and the last logits,
+    (1, V). For ids after the prompt, `decode(forward, ids)` takes the place of `forward(ids)`. When the device has no
+    memory for a piece of N tokens, `smaller_chunk(N)` says in what pieces to go on, or raises; without it the prompt
+    fails.
     """
     forward = Forward(model, kept.cache, position=len(kept.ids))
     ids = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.device)
@@ -60,6 +61,7 @@ def _read_prompt(
         layers_done = min(layers_done + 1, len(layers))
         on_prefill(begin + size * layers_done // (len(layers) + 1), total)
 
+    on_prefill(0, total)
     logits = torch.empty(0)
     hooks = [layer.register_forward_hook(layer_done) for layer in layers]
     try:

@@ -27,6 +27,7 @@ def translate_step(
         raise UsageError("the checkpoint names no decoder_start_token_id; set it in generation_config.json")
     source = torch.tensor([list(source_ids)], dtype=torch.long, device=model.device)
     encoder: Any = model.get_encoder()
+    on_prefill(0, len(source_ids))
     with torch.inference_mode():
         encoded = encoder(input_ids=source, attention_mask=torch.ones_like(source), return_dict=True)
     on_prefill(len(source_ids), len(source_ids))

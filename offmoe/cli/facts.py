@@ -1,0 +1,81 @@
+"""The commands that say what is there and what fits, before anything is loaded: `inspect`, `probe` and `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from offmoe.checkpoint.locate import locate_model
+from offmoe.cli.options import engine_options, json_option, print_json, split_engine_options, user_errors
+
+
+@click.command()
+@click.argument("model", required=False)
+@json_option
+@user_errors
+def inspect(model: str | None, as_json: bool) -> None:
+    """Layers, experts and sizes of a checkpoint, from its headers alone."""
+    from offmoe.planner.survey import survey
+    from offmoe.report.tables import print_pairs, survey_rows
+
+    folder = locate_model(model)
+    found = survey(folder)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print_pairs(str(folder.name), survey_rows(found))
+
+
+@click.command()
+@click.option("--model", help="Measure the drive of this model's folder. Default: that of the bundled model.")
+@click.option("--path", type=click.Path(path_type=Path), help="Measure the drive of this file or folder. Only read.")
+@click.option("--refresh", is_flag=True, help="Measure again what was measured before.")
+@json_option
+@user_errors
+def probe(model: str | None, path: Path | None, refresh: bool, as_json: bool) -> None:
+    """Measure this machine once, in some seconds: memory, experts on the CPU, link and drive. `plan` uses it."""
+    from offmoe.cli.probe import probe_machine
+    from offmoe.report.probe_table import probe_rows
+    from offmoe.report.tables import print_pairs
+
+    record = probe_machine(model, path, refresh=refresh, quiet=as_json)
+    if as_json:
+        print_json(record.as_dict())
+    else:
+        print_pairs(record.name, probe_rows(record))
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--for", "machine", metavar="MACHINE", help='Another machine than this one, e.g. "RTX 4060 laptop".')
+@click.option("--trace", type=click.Path(path_type=Path), help="Hit rates from this trace of the model.")
+@click.option("--prompt-tokens", type=click.IntRange(1), metavar="N", help="The prompt whose time is predicted.")
+@engine_options
+@json_option
+@user_errors
+def plan(
+    model: str | None, machine: str | None, trace: Path | None, prompt_tokens: int | None, as_json: bool, **options: Any
+) -> None:
+    """What goes where and how fast it will be, from config and headers, before anything is loaded.
+
+    A hub id needs no download of weights. --experts int4 or int8 plans for experts as `offmoe quantize` writes them.
+    """
+    from offmoe.planner.foresee import run_plan
+    from offmoe.report.plan_table import plan_tables
+    from offmoe.report.progress import ProgressReporter
+    from offmoe.report.tables import print_pairs
+
+    engine_given, _ = split_engine_options(options)
+    with ProgressReporter(quiet=as_json) as progress:
+        found = run_plan(
+            model, engine_given, machine=machine, trace=trace, prompt_tokens=prompt_tokens, progress=progress
+        )
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        for title, rows in plan_tables(found):
+            print_pairs(title, rows)
+            click.echo()
+        click.echo(found.line())

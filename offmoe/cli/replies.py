@@ -1,0 +1,80 @@
+"""The commands that generate text: `generate`, `chat` and `demo`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from offmoe.cli.options import (
+    choice_options,
+    engine_options,
+    json_option,
+    print_json,
+    read_stdin,
+    sampling_options,
+    split_engine_options,
+    user_errors,
+)
+
+DEMO_PROMPT = "def read_lines(path):\n    "
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--prompt", required=True, help='The text to continue; "-" reads it from standard input.')
+@sampling_options
+@engine_options
+@json_option
+@user_errors
+def generate(model: str | None, prompt: str, stop: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Continue a prompt."""
+    from offmoe.cli.generate import run_generate
+
+    engine_given, sampling = split_engine_options(options)
+    text = read_stdin() if prompt == "-" else prompt
+    record = run_generate(model, engine_given, {"stop": stop, **sampling}, text, quiet=as_json)
+    if as_json:
+        print_json(record)
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.argument("dash", metavar="[-]", required=False)
+@click.option("--system", help="A system message.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Length of a reply. Default: as many as the context has room for.",
+)
+@click.option("--no-color", is_flag=True, help="No colors, as with NO_COLOR set in the environment.")
+@click.option("--plain", is_flag=True, help="Replies as the model writes them, no formatted Markdown.")
+@click.option("--no-history", is_flag=True, help="Do not remember the lines typed.")
+@choice_options
+@engine_options
+@click.option("--json", "as_json", is_flag=True, help="Print each reply as a line of JSON.")
+@user_errors
+def chat(model: str | None, dash: str | None, stop: tuple[str, ...], **options: Any) -> None:
+    """Talk with a model. Ctrl-C stops a reply; /help lists commands; /exit or end of input leaves.
+
+    In a pipe each line is a message, and with "-" all of standard input is one.
+    """
+    from offmoe.cli.chat_start import start_chat
+
+    start_chat(model, dash, {"stop": stop, **options})
+
+
+@click.command()
+@click.option("--prompt", default=DEMO_PROMPT, show_default=False, help="The text to continue.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=160, show_default=True, help="Length of the reply.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Another seed, another text.")
+@json_option
+@user_errors
+def demo(prompt: str, max_new_tokens: int, seed: int, as_json: bool) -> None:
+    """Stream the bundled model with a quarter of its experts in memory, and show what that cost."""
+    from offmoe.cli.demo import run_demo
+
+    record = run_demo(prompt, max_new_tokens=max_new_tokens, seed=seed, quiet=as_json)
+    if as_json:
+        print_json(record)
