@@ -77,11 +77,11 @@ def save_fp8(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **o
     _write(folder, written, {"quant_method": "fp8", "weight_block_size": FP8_BLOCK, "activation_scheme": "dynamic"})
 
 
-def save_mxfp4(folder: Path, name: str = "gpt_oss", *, dtype: torch.dtype = torch.float32) -> None:
+def save_mxfp4(folder: Path, name: str = "gpt_oss", *, dtype: torch.dtype = torch.float32, **overrides: object) -> None:
     """gpt-oss's experts as published: `gate_up_proj_blocks` and `gate_up_proj_scales`."""
     generator = torch.Generator().manual_seed(3)
     written = {}
-    for key, tensor in _save_plain(folder, name, dtype, WIDTHS | {"intermediate_size": 32}).items():
+    for key, tensor in _save_plain(folder, name, dtype, {**WIDTHS, "intermediate_size": 32, **overrides}).items():
         if not key.endswith(("gate_up_proj", "down_proj")):
             written[key] = tensor
             continue

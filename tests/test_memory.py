@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from benchlib.gguf_writer import convert
+from quant_makers import save_mxfp4
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -37,6 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Qwen3MoeConfig(
         vocab_size=8000, hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
         head_dim=64, intermediate_size=512, moe_intermediate_size=384, num_experts=64, num_experts_per_tok=8,
+        norm_topk_prob=True,
     )  # fmt: skip
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -114,10 +117,8 @@ FORMS: dict[str, tuple[Callable[[torch.Tensor], dict[str, torch.Tensor]], dict[s
 }  # fmt: skip
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize("form", FORMS)
-def test_quantised_experts_are_never_unpacked_whole(form: str, checkpoint: Path, tmp_path: Path) -> None:
-    """All experts fit as they are stored, in a budget with too little room for all of them in bfloat16 (see above)."""
+def save_published(form: str, checkpoint: Path, folder: Path) -> None:
+    """The checkpoint with its experts in a form that others publish, tensor by tensor."""
     encode, quantisation = FORMS[form]
     tensors = {}
     for key, tensor in load_file(checkpoint / "model.safetensors").items():
@@ -125,9 +126,32 @@ def test_quantised_experts_are_never_unpacked_whole(form: str, checkpoint: Path,
             tensors[key] = tensor
             continue
         tensors |= {f"{key.removesuffix('weight')}{leaf}": value for leaf, value in encode(tensor).items()}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((checkpoint / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
-    record = grow(tmp_path, 700, 512)
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("form", [*FORMS, "int4", "mxfp4", "gguf"])
+def test_quantised_experts_are_never_unpacked_whole(form: str, checkpoint: Path, tmp_path: Path) -> None:
+    """All experts fit as they are stored, in a budget with too little room for all of them in bfloat16 (see above)."""
+    source = tmp_path / ("model.gguf" if form == "gguf" else "model")
+    if form == "gguf":
+        convert(checkpoint, source, type_name="q4_0")
+    elif form == "int4":
+        command = [sys.executable, "-m", "offmoe", "quantize", str(checkpoint), str(source), "--experts", "int4"]
+        subprocess.run(command, capture_output=True, check=True)
+    elif form == "mxfp4":
+        source.mkdir()
+        sizes: dict[str, Any] = {
+            "vocab_size": 8000, "hidden_size": 512, "intermediate_size": 384, "num_hidden_layers": 4, "head_dim": 64,
+            "num_local_experts": 64, "num_experts_per_tok": 8, "max_position_embeddings": 1024,
+            "layer_types": ["full_attention"] * 4,
+        }  # fmt: skip
+        save_mxfp4(source, dtype=torch.bfloat16, **sizes)
+    else:
+        source.mkdir()
+        save_published(form, checkpoint, source)
+    record = grow(source, 700, 512)
     assert record["growth"] <= 700 << 20
     assert record["experts_cached"] == NUM_EXPERTS
