@@ -77,13 +77,13 @@ def test_the_benchmark_on_a_simulated_link_runs(tmp_path: Path) -> None:
         "--out",
         str(out),
     ]
-    command += ["--rounds", "1", "--block", "4", "--warmup", "4"]
+    command += ["--share", "0.25", "--blocks", "2", "--block", "4", "--warmup", "4"]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout.splitlines()[-1])
     assert record["same_ids"]
-    assert set(record["ratios"][0]["settings"]) == {
+    assert set(record["results"][0]["settings"]) == {
         "stream, prefetch auto", "stream, prefetch off", "cpu", "miss auto", "all auto",
     }  # fmt: skip
     assert "- ids with and without prefetching: equal" in out.read_text(encoding="utf-8")

@@ -105,7 +105,8 @@ class LatentAttention:
 def _joined(latents: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
     """(B, 1, S, C + R): a view where the cache holds both side by side, as models/kv_cache.py does."""
     width = latents.shape[-1]
-    if torch.compiler.is_compiling() or latents.untyped_storage().data_ptr() != rotated.untyped_storage().data_ptr():
+    plain = type(latents) is torch.Tensor and not torch.compiler.is_compiling()  # others may have no storage
+    if not plain or latents.untyped_storage().data_ptr() != rotated.untyped_storage().data_ptr():
         return torch.cat([latents, rotated], dim=-1)
     adjacent = rotated.storage_offset() == latents.storage_offset() + width and rotated.stride() == latents.stride()
     if not adjacent or latents.stride(-2) < width + rotated.shape[-1]:
