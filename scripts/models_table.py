@@ -2,7 +2,7 @@
 
 `python scripts/models_table.py` rewrites the part between the markers from benchmarks/families.json; `--check` only
 says whether it is current. `--measure` runs the tests first and writes that file (with `--files` only these, and the
-rest of it stays as it is).
+rest of it stays as it is); `--report` takes what a run of all tests noted.
 """
 
 from __future__ import annotations
@@ -88,20 +88,29 @@ def current(text: str, found: Found) -> str:
 
 
 def measure(files: list[str]) -> Found:
-    """Run the tests; the largest difference of logits of each family and form. Raises CalledProcessError if one fails:
-    then no family is called exact.
-    """
+    """Run the tests; what they noted. Raises CalledProcessError if one fails: then no family is called exact."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", *files, f"--junitxml={report}"]
         subprocess.run(command, cwd=ROOT, check=True)
-        noted = [
-            str(found.get("value")) for found in ET.parse(report).iter("property") if found.get("name") == "measured"
-        ]
+        return noted_in(report)
+
+
+def noted_in(report: Path) -> Found:
+    """The largest difference of logits of each family and form, from pytest's XML. Raises ValueError if one of the
+    tests that note them failed.
+    """
     largest: Found = {}
-    for family, form, difference in (note.split("|") for note in noted):
-        forms = largest.setdefault(family, {})
-        forms[form] = max(forms.get(form, 0.0), float(difference))
+    names = {Path(file).stem for file in FILES}
+    for case in ET.parse(report).iter("testcase"):
+        ours = case.get("classname", "").split(".")[-1] in names
+        if ours and any(case.find(kind) is not None for kind in ("failure", "error")):
+            raise ValueError(f"{case.get('name')} failed: see {report}")
+        for found in case.iter("property"):
+            if found.get("name") == "measured":
+                family, form, difference = str(found.get("value")).split("|")
+                forms = largest.setdefault(family, {})
+                forms[form] = max(forms.get(form, 0.0), float(difference))
     return largest
 
 
@@ -110,7 +119,7 @@ def write(found: Found) -> None:
     from benchlib.machine import describe_machine, describe_versions
 
     record: dict[str, Any] = {
-        "command": "python scripts/models_table.py --measure",
+        "command": "scripts/test --junitxml=report.xml; python scripts/models_table.py --report report.xml",
         "what": "largest difference of logits from the reference, as a share of the largest logit, float32",
         "machine": describe_machine(), "versions": describe_versions(ROOT),
         "families": {name: dict(sorted(forms.items())) for name, forms in sorted(found.items())},
@@ -125,9 +134,15 @@ def main() -> int:
         "--measure", action="store_true", help="run the tests (some minutes) and keep what they measure"
     )
     parser.add_argument("--files", nargs="+", default=[], metavar="TEST", help="with --measure: only these test files")
+    parser.add_argument(
+        "--report", type=Path, metavar="XML", help="instead of running them, what `scripts/test --junitxml=XML` noted"
+    )
     options = parser.parse_args()
     found: Found = json.loads(MEASURED.read_text(encoding="utf-8"))["families"] if MEASURED.is_file() else {}
-    if options.measure:
+    if options.report is not None:
+        found = noted_in(options.report)
+        write(found)
+    elif options.measure:
         new = measure(options.files or list(FILES))
         found = {name: found.get(name, {}) | new.get(name, {}) for name in found | new} if options.files else new
         write(found)
