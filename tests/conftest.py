@@ -33,10 +33,11 @@ def own_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or writes the settings of whoever runs it."""
+    """No test reads or writes the settings and measurements of whoever runs it, nor do programs that outlive a test."""
     with pytest.MonkeyPatch.context() as patch:
-        for variable in ("XDG_CONFIG_HOME", "APPDATA"):
+        for variable in ("XDG_CONFIG_HOME", "APPDATA", "XDG_CACHE_HOME"):
             patch.setenv(variable, str(tmp_path_factory.mktemp("settings")))
+        patch.delenv("OFFMOE_CACHE", raising=False)
         yield
 
 
