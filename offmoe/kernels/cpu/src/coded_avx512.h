@@ -20,8 +20,7 @@ struct Nibbles {
         alignas(64) uint16_t values[32];
         for (int nibble = 0; nibble < 32; ++nibble) {
             const int code = nibble & 15;
-            // With zero points codes stay as they are.
-            float value = static_cast<float>(matrix.zeros ? code : code - matrix.zero);
+            float value = static_cast<float>(code - (matrix.zeros ? zero_bias(matrix) : matrix.zero));
             if (matrix.kind == MXFP4) value = code & 8 ? -e2m1_values[code & 7] : e2m1_values[code & 7];
             values[nibble] = static_cast<uint16_t>(bits<uint32_t>(value) >> 16);
         }
@@ -36,7 +35,7 @@ struct Nibbles {
     }
 
     static int64_t column_at(int64_t at) { return at / 128 * 128 + at % 32 * 4 + at % 128 / 32; }
-    static int64_t zero_bias(const Matrix&) { return 0; }
+    static int64_t zero_bias(const Matrix&) { return 8; }  // small numbers, whose sums lose little
 
     __m512i table;
 };
@@ -117,14 +116,13 @@ struct Int8 : ByteTables {
     __m512i flip;
 };
 
-// What a step of the loop over columns needs. With zero points, what they take away is subtracted from a group's sum: x's
-// prepared row ends with sums of its own.
-template <class Unpacker, bool ZEROS>
+// What a step of the loop over columns needs.
+template <class Unpacker>
 struct Inner {
     static constexpr int kVectors = Unpacker::kVectors;
     static constexpr int64_t kColumns = Unpacker::kColumns;
 
-    explicit Inner(const Matrix& matrix) : unpacker(matrix), sums_at(2 * padded(matrix.columns)) {
+    explicit Inner(const Matrix& matrix) : unpacker(matrix) {
         alignas(64) int32_t group_of_lane[kLanes];
         alignas(64) int8_t place[4 * kLanes];
         for (int lane = 0; lane < kLanes; ++lane) {
@@ -140,15 +138,11 @@ struct Inner {
     }
 
     template <int R, int T>
-    inline void add(__m512 (&sums)[R][T], const __m512i* code, const __m512* scale, const RowGroups* of_rows,
-                    int64_t group, const uint8_t* const* x, int64_t column) const {
+    inline void add(__m512 (&sums)[R][T], const __m512i* code, const __m512* scale, const uint8_t* const* x,
+                    int64_t column) const {
         __m512i w[R][kVectors];
-        __m512 zero[R];
         OFFMOE_UNROLL
-        for (int r = 0; r < R; ++r) {
-            unpacker.unpack(code[r], w[r]);
-            if constexpr (ZEROS) zero[r] = spread(of_rows[r].zeros + group);
-        }
+        for (int r = 0; r < R; ++r) unpacker.unpack(code[r], w[r]);
         OFFMOE_UNROLL
         for (int t = 0; t < T; ++t) {
             __m512 part[R];
@@ -160,11 +154,7 @@ struct Inner {
                 for (int r = 0; r < R; ++r) part[r] = dot(part[r], w[r][v], values);
             }
             OFFMOE_UNROLL
-            for (int r = 0; r < R; ++r) {
-                if constexpr (ZEROS)
-                    part[r] = _mm512_fnmadd_ps(zero[r], load_floats(x[t] + sums_at + column / kColumns * 64), part[r]);
-                sums[r][t] = _mm512_fmadd_ps(part[r], scale[r], sums[r][t]);
-            }
+            for (int r = 0; r < R; ++r) sums[r][t] = _mm512_fmadd_ps(part[r], scale[r], sums[r][t]);
         }
     }
 
@@ -182,10 +172,11 @@ struct Inner {
     }
 
     Unpacker unpacker;
-    int64_t sums_at;
     __m512i lanes, places;
 };
 
+// With zero points, what they take away from a row's sum is one product more: zero times scale, group by group, with the
+// groups' sums of x, which follow its prepared row.
 template <class Unpacker, bool ZEROS>
 struct Coded {
     static constexpr int64_t kColumns = Unpacker::kColumns;
@@ -204,32 +195,66 @@ struct Coded {
         scales_of_first = scales_of(matrix, row);
         const int32_t type = matrix.scale_type;
         const bool inside = (matrix.rows - row - count) * matrix.scale_row_bytes >= 8 && matrix.group_rows == 1;
-        stored = few && inside && (type == BF16 || type == E8M0) ? type : F32;
+        const bool known = type == BF16 || type == E8M0;
+        stored = few && inside && known && (!ZEROS || matrix.zeros_packed) ? type : F32;
         const int64_t num = num_groups(matrix);
-        for (int r = 0; r < count; ++r) {
-            if (stored == F32) load_scales(matrix, row + r, num, groups[r]);
-            if constexpr (ZEROS) load_zeros(matrix, row + r, num, Unpacker::zero_bias(matrix), groups[r]);
+        first_row = row;
+        if (few) prefetch_groups(row + count, count);
+        for (int r = 0; r < count && stored == F32; ++r) {
+            load_scales(matrix, row + r, num, groups[r]);
+            if constexpr (ZEROS) {
+                load_zeros(matrix, row + r, num, Unpacker::zero_bias(matrix), groups[r]);
+                scale_zeros(num, groups[r]);
+            }
         }
     }
 
     // Adds columns [first, last) of rows [r, r + R) of those that were started; `sums`: T a row.
     template <int R, int T>
     void block(int r, const void* const* x, int64_t first, int64_t last, __m512* sums_of_rows) const {
-        if constexpr (!in_blocks(T) && Unpacker::kStoredScales) {
-            if (stored == BF16) return columns<R, T, BF16>(r, x, first, last, sums_of_rows);
-            if (stored == E8M0) return columns<R, T, E8M0>(r, x, first, last, sums_of_rows);
-        }
-        columns<R, T, F32>(r, x, first, last, sums_of_rows);
+        if (!in_blocks(T) && Unpacker::kStoredScales && stored == BF16) columns<R, T, BF16>(r, x, first, last, sums_of_rows);
+        else if (!in_blocks(T) && Unpacker::kStoredScales && stored == E8M0) columns<R, T, E8M0>(r, x, first, last, sums_of_rows);
+        else columns<R, T, F32>(r, x, first, last, sums_of_rows);
+        if (ZEROS && last == matrix.columns) take_zeros<R, T>(r, x, sums_of_rows);
     }
 
 private:
+    // What is read of the next rows' scales and zero points by `start`, or of zero points after the columns.
+    void prefetch_groups(int64_t row, int count) const {
+        if (stored == F32) prefetch_first(scales_of(matrix, row), matrix.scale_row_bytes, count, kFarBytes);
+        if (ZEROS && matrix.zeros_packed) {
+            const int64_t per_word = 32 / code_bits(matrix.kind);
+            const uint8_t* words = matrix.zeros + row / per_word * matrix.zero_row_bytes;
+            prefetch_first(words, matrix.zero_row_bytes, (count + per_word - 1) / per_word, kFarBytes);
+        }
+    }
+
+    template <int R, int T>
+    void take_zeros(int r, const void* const* x, __m512* sums_of_rows) const {
+        const int64_t num = num_groups(matrix), sums_at = 2 * padded(matrix.columns);
+        OFFMOE_UNROLL
+        for (int i = 0; i < R; ++i) {
+            const PackedZeros packed(matrix, first_row + r + i, Unpacker::zero_bias(matrix));
+            for (int64_t group = 0; group < num; group += kLanes) {
+                __m512 zeros;
+                if (stored == F32) zeros = load_floats(groups[r + i].zeros + group);
+                else zeros = packed.scaled(scales_of_first + (r + i) * matrix.scale_row_bytes, group, num);
+                OFFMOE_UNROLL
+                for (int t = 0; t < T; ++t) {
+                    const __m512 sums = load_floats(static_cast<const uint8_t*>(x[t]) + sums_at + 4 * group);
+                    sums_of_rows[i * T + t] = _mm512_fnmadd_ps(zeros, sums, sums_of_rows[i * T + t]);
+                }
+            }
+        }
+    }
+
     // SCALES: how they are stored, or F32 where `start` has loaded them.
     template <int R, int T, int SCALES>
     void columns(int r, const void* const* x, int64_t first, int64_t last, __m512* sums_of_rows) const {
         const uint8_t *codes[R], *scales[R], *xs[T];
         __m512 sums[R][T];
         begin_block(codes_of_first + r * matrix.row_bytes, matrix.row_bytes, x, sums_of_rows, codes, xs, sums);
-        const Inner<Unpacker, ZEROS> here = inner;  // in registers
+        const Inner<Unpacker> here = inner;  // in registers
         const int64_t ahead = ahead_bytes(matrix, R, T), rows_ahead = kFarBytes / matrix.row_bytes + 1;
         int64_t column = first, at = first / kColumns * 64, group = 0, left = chunks_a_group;
         if (first > 0) {
@@ -255,7 +280,7 @@ private:
                 if constexpr (SCALES == F32) scale[i] = here.spread(groups[r + i].scales + group);
                 else scale[i] = here.template spread_stored<SCALES>(scales[i] + group * (SCALES == BF16 ? 2 : 1));
             }
-            here.template add<R, T>(sums, code, scale, groups + r, group, xs, column);
+            here.template add<R, T>(sums, code, scale, xs, column);
             if (--left == 0) {
                 group += groups_a_chunk;
                 left = chunks_a_group;
@@ -265,10 +290,11 @@ private:
     }
 
     const Matrix& matrix;
-    const Inner<Unpacker, ZEROS> inner;
+    const Inner<Unpacker> inner;
     const int64_t chunks_a_group, groups_a_chunk;
     const uint8_t *codes_of_first = nullptr, *scales_of_first = nullptr;
     int32_t stored = F32;
+    int64_t first_row = 0;
     RowGroups groups[kBlockRows];
 };
 

@@ -21,14 +21,29 @@ bool is_fast(const Matrix& matrix, int32_t type) {
 bool needs_sums(const Matrix& matrix) { return matrix.zeros != nullptr; }
 bool has_minima(const Matrix& matrix) { return matrix.kind == Q4_K || matrix.kind == Q5_K; }
 
-// Sixteen sums for every 64 columns at most, or for every 256.
+// With zero points a sum for each group, to the end of a vector; with minima sixteen for every 256 columns.
 int64_t prepared_bytes(const Matrix& matrix, int32_t type) {
     if (!is_fast(matrix, type)) return general_prepared_bytes(matrix, type);
     if (has_minima(matrix)) return 2 * padded(matrix.columns) + matrix.columns / 256 * 64;
-    return padded(matrix.columns) * (needs_sums(matrix) ? 3 : 2);
+    const int64_t num_sums = needs_sums(matrix) ? (num_groups(matrix) + kLanes - 1) / kLanes * kLanes : 0;
+    return 2 * padded(matrix.columns) + 4 * num_sums;
 }
 
-// Bfloat16, zeros after the last; then, for each chunk, what the products with ones would be: lane by lane.
+// The sum of each group's numbers, then zeros to the end of a vector.
+void prepare_group_sums(const Matrix& matrix, const float* x, float* sums) {
+    const int64_t num = num_groups(matrix);
+    for (int64_t group = 0; group < num; ++group) {
+        int64_t column = group * matrix.group;
+        const int64_t end = column + matrix.group < matrix.columns ? column + matrix.group : matrix.columns;
+        F32x16 lanes = {};
+        for (; column + kLanes <= end; column += kLanes) lanes += load<F32x16>(x + column);
+        sums[group] = sum(lanes);
+        for (; column < end; ++column) sums[group] += x[column];
+    }
+    for (int64_t group = num; group % kLanes != 0; ++group) sums[group] = 0.0f;
+}
+
+// Bfloat16, zeros after the last.
 template <class Order>
 void prepare_chunks(const Matrix& matrix, const float* x, uint16_t* out) {
     const int64_t all = padded(matrix.columns);
@@ -36,15 +51,7 @@ void prepare_chunks(const Matrix& matrix, const float* x, uint16_t* out) {
         const int64_t column = Order::column_at(at);
         out[at] = column < matrix.columns ? static_cast<uint16_t>(bits<uint32_t>(x[column]) >> 16) : 0;
     }
-    if (!needs_sums(matrix)) return;
-    float* sums = reinterpret_cast<float*>(out + all);
-    for (int64_t chunk = 0; chunk < all; chunk += Order::kColumns, sums += kLanes)
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-            sums[lane] = 0.0f;
-            for (int64_t at = chunk + 2 * lane; at < chunk + Order::kColumns; at += 32)
-                for (int64_t pair = at; pair < at + 2; ++pair)
-                    sums[lane] += bits<float>(uint32_t{out[pair]} << 16);
-        }
+    if (needs_sums(matrix)) prepare_group_sums(matrix, x, reinterpret_cast<float*>(out + all));
 }
 
 // For every 256 columns eight zeros, where the scales are, and the sums that the minima are multiplied with.
