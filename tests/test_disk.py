@@ -399,3 +399,25 @@ def test_plans_may_be_empty(make_disk: Callable[[str], DiskTier]) -> None:
     ticket = make_disk("buffered").read(ReadPlan((), (), 0), memoryview(bytearray(0)))
     ticket.wait()
     assert ticket.done()
+
+
+def test_reads_at_the_same_time_are_busy_once(
+    make_disk: Callable[[str], DiskTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_ns = iter([100, 400, 1000, 1500])  # of what begins when nothing is under way, and of the last that ends
+    monkeypatch.setattr(disk_module.time, "perf_counter_ns", lambda: next(now_ns))
+    disk = make_disk("buffered")
+    for is_begin in (True, True, False, True, False, False, True, False):
+        disk._begin(7) if is_begin else disk._end()
+    assert disk._counters.disk_busy_ns == 300 + 500
+    assert (disk._counters.disk_reads, disk._counters.disk_bytes) == (4, 28)
+
+
+def test_a_read_that_fails_is_not_busy_for_ever(disk: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise DiskReadError("gone")
+
+    monkeypatch.setattr(ShardFile, "read_into", fail)
+    with pytest.raises(DiskReadError):
+        read_expert(disk, EXPERTS["one block"])
+    assert not disk._under_way and disk._counters.disk_busy_ns > 0

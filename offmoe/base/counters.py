@@ -10,10 +10,11 @@ class Counters:
     """Totals since the engine was loaded. Bytes are bytes, times are nanoseconds.
 
     One hit, late hit or miss is counted for each expert that one layer call needs, however many tokens chose it, in the
-    tier that computes; `ram_hits` and `ram_misses` are those of RAM when it feeds a device. `stall`: the model waited
-    for experts from disk, or for their copies over the link. `ahead`: fetched before a router had asked for it.
-    `cpu_experts`: misses computed where they lie in RAM. `syncs`: times that the host waited for the device to learn
-    what the routers said. `waiting_calls`: layer calls for which something was missing or late.
+    tier that computes; `ram_hits` and `ram_misses` are those of RAM when it feeds a device. `disk_busy`: one read at
+    least was under way. `stall`: the model waited for experts from disk, or for their copies over the link. `ahead`:
+    fetched before a router had asked for it. `cpu_experts`: misses computed where they lie in RAM. `syncs`: times that
+    the host waited for the device to learn what the routers said. `waiting_calls`: layer calls for which something was
+    missing or late.
     """
 
     hits: int = 0
@@ -24,6 +25,7 @@ class Counters:
     evictions: int = 0
     disk_reads: int = 0
     disk_bytes: int = 0
+    disk_busy_ns: int = 0
     disk_stall_ns: int = 0
     link_stall_ns: int = 0
     link_copies: int = 0

@@ -91,11 +91,13 @@ def per_token(decode: Counters, num_tokens: int) -> dict[str, Any]:
     """Means of a decoded token: bytes by link, stall by tier, bytes fetched ahead; and what became of those.
 
     `prefetch_useful` and `prefetch_wasted` are shares of the bytes fetched ahead, None where there were none; what is
-    neither was not decided yet.
+    neither was not decided yet. `disk_bytes_per_s`: while the drive read, None where it did not.
     """
     tokens, ahead = max(1, num_tokens), decode.ahead_bytes
+    busy_ns = decode.disk_busy_ns
     return {
         "disk_bytes_per_token": round(decode.disk_bytes / tokens),
+        "disk_bytes_per_s": round(decode.disk_bytes / busy_ns * 1e9) if busy_ns else None,
         "link_bytes_per_token": round(decode.link_bytes / tokens),
         "disk_stall_ms_per_token": round(decode.disk_stall_ns / 1e6 / tokens, 3),
         "link_stall_ms_per_token": round(decode.link_stall_ns / 1e6 / tokens, 3),

@@ -8,6 +8,7 @@ the ticket has been waited for. A slot is reused only after its ticket's wait, w
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -37,6 +38,7 @@ class DiskTier:
         self._files = files
         self._counters = counters
         self._counting = threading.Lock()
+        self._under_way = self._busy_since_ns = 0
         self.direct = io != "buffered" and all(file.open_direct() for file in files)
         if io == "direct" and not self.direct:
             raise UsageError(f"{files[0].path.parent} is on a file system without direct reads; use --io buffered")
@@ -64,15 +66,30 @@ class DiskTier:
     def _read_piece(self, run: Run, begin: int, slot: memoryview) -> None:
         num_bytes = min(PIECE_BYTES, run.num_bytes - begin)
         offset = run.slot_offset + begin
+        self._begin(num_bytes)
+        try:
+            self._files[run.file_idx].read_into(
+                slot[offset : offset + num_bytes],
+                run.start + begin,
+                need_bytes=max(0, min(num_bytes, run.need_bytes - begin)),
+                direct=self.direct,
+            )
+        finally:
+            self._end()
+
+    def _begin(self, num_bytes: int) -> None:
         with self._counting:  # here, and not when it is queued: what is taken back was not read
             self._counters.disk_reads += 1
             self._counters.disk_bytes += num_bytes
-        self._files[run.file_idx].read_into(
-            slot[offset : offset + num_bytes],
-            run.start + begin,
-            need_bytes=max(0, min(num_bytes, run.need_bytes - begin)),
-            direct=self.direct,
-        )
+            if not self._under_way:
+                self._busy_since_ns = time.perf_counter_ns()
+            self._under_way += 1
+
+    def _end(self) -> None:
+        with self._counting:
+            self._under_way -= 1
+            if not self._under_way:
+                self._counters.disk_busy_ns += time.perf_counter_ns() - self._busy_since_ns
 
     def restart(self) -> None:
         """End every read, also those whose ticket was lost: afterwards nobody writes to a slot, and reads may start."""

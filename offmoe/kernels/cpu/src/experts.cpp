@@ -24,7 +24,7 @@ int64_t clamp(int64_t value, int64_t low, int64_t high) { return std::min(std::m
 int64_t task_outputs(const Matrix& matrix, int64_t most) {
     const int64_t width = matrix.transposed ? matrix.columns * (matrix.kind == DENSE_F32 ? 4 : 2) : matrix.row_bytes;
     const int64_t outputs = kTaskBytes / std::max<int64_t>(width, 1) / 16 * 16;
-    return clamp(outputs, matrix.transposed ? 64 : 16, most);
+    return clamp(outputs, matrix.transposed ? 256 : 16, most);
 }
 
 void add_bias(int32_t type, const void* bias, int64_t begin, int64_t count, float* row) {

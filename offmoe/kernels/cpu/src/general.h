@@ -144,28 +144,49 @@ void multiply_rows(const Matrix& matrix, int64_t begin, int64_t end, const void*
     }
 }
 
-// Stored the other way round: neighbouring outputs lie side by side, so they share a vector.
+// Outputs that a pass over a matrix stored the other way round takes at once, and columns fetched ahead of it. No
+// processor foresees steps as long as its rows: 16 outputs at a time were read at 7 GB/s, at 4 from files that do not
+// begin with a cache line.
+constexpr int64_t kBeside = 128, kColumnsAhead = 12;
+
+// `V` vectors of neighbouring outputs, which lie side by side. Each output adds its columns in their order.
+template <int32_t KIND, int T, int V>
+inline void multiply_beside(const Matrix& matrix, int64_t row, int64_t count, const void* const* x, float* out,
+                            int64_t stride) {
+    constexpr int64_t size = KIND == DENSE_F32 ? 4 : 2;
+    F32x16 sums[T][V] = {};
+    for (int64_t column = 0; column < matrix.columns; ++column) {
+        const uint8_t* from = matrix.codes + column * matrix.row_bytes + row * size;
+        const uint8_t* ahead = from + kColumnsAhead * matrix.row_bytes;
+        OFFMOE_UNROLL
+        for (int64_t at = 0; at < V * kLanes * size; at += 64) __builtin_prefetch(ahead + at);
+        uint8_t last[64] = {};
+        if (count < V * kLanes) from = static_cast<uint8_t*>(std::memcpy(last, from, count * size));
+        OFFMOE_UNROLL
+        for (int64_t v = 0; v < V; ++v) {
+            F32x16 w;
+            if constexpr (KIND == DENSE_F32) w = load<F32x16>(from + 64 * v);
+            if constexpr (KIND == DENSE_BF16) w = from_bf16(load<U16x16>(from + 32 * v));
+            if constexpr (KIND == DENSE_F16) w = from_f16(load<U16x16>(from + 32 * v));
+            OFFMOE_UNROLL
+            for (int t = 0; t < T; ++t) sums[t][v] += w * static_cast<const float*>(x[t])[column];
+        }
+    }
+    OFFMOE_UNROLL
+    for (int t = 0; t < T; ++t)
+        for (int64_t lane = 0; lane < count; ++lane) out[t * stride + lane] = sums[t][lane / kLanes][lane % kLanes];
+}
+
 template <int32_t KIND, int T>
 void multiply_transposed(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, float* out,
                          int64_t stride) {
-    constexpr int64_t size = KIND == DENSE_F32 ? 4 : 2;
-    for (int64_t row = begin; row < end; row += kLanes) {
-        const int64_t count = end - row < kLanes ? end - row : kLanes;
-        F32x16 sums[T] = {};
-        for (int64_t column = 0; column < matrix.columns; ++column) {
-            const uint8_t* from = matrix.codes + column * matrix.row_bytes + row * size;
-            uint8_t last[64] = {};
-            if (count < kLanes) from = static_cast<uint8_t*>(std::memcpy(last, from, count * size));
-            F32x16 w;
-            if constexpr (KIND == DENSE_F32) w = load<F32x16>(from);
-            if constexpr (KIND == DENSE_BF16) w = from_bf16(load<U16x16>(from));
-            if constexpr (KIND == DENSE_F16) w = from_f16(load<U16x16>(from));
-            OFFMOE_UNROLL
-            for (int t = 0; t < T; ++t) sums[t] += w * static_cast<const float*>(x[t])[column];
-        }
-        OFFMOE_UNROLL
-        for (int t = 0; t < T; ++t)
-            for (int64_t lane = 0; lane < count; ++lane) out[t * stride + row + lane - begin] = sums[t][lane];
+    constexpr int V = kBeside / kLanes / (T == 1 ? 1 : 4);
+    int64_t row = begin;
+    for (; row + V * kLanes <= end; row += V * kLanes) {
+        multiply_beside<KIND, T, V>(matrix, row, V * kLanes, x, out + row - begin, stride);
+    }
+    for (; row < end; row += kLanes) {
+        multiply_beside<KIND, T, 1>(matrix, row, end - row < kLanes ? end - row : kLanes, x, out + row - begin, stride);
     }
 }
 
@@ -190,7 +211,7 @@ void multiply_kind(const Matrix& matrix, int64_t begin, int64_t end, const void*
 inline void general_multiply(const Matrix& matrix, int32_t, int64_t begin, int64_t end, const void* const* x,
                              int32_t num_x, float* out, int64_t stride) {
     // Few rows at a time, so that a second pass finds them in the cache.
-    const int64_t step = matrix.transposed ? 64 : 8;
+    const int64_t step = matrix.transposed ? kBeside : 8;
     for (; begin < end; begin += step, out += step) {
         const int64_t stop = begin + step < end ? begin + step : end;
         switch (matrix.kind) {
