@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from largest import Largest
 from transformers import (
     AttentionInterface,
     DeepseekV3Config,
@@ -31,20 +31,6 @@ SHARED = Qwen3MoeConfig(
     vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, head_dim=16,
     intermediate_size=64, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
-
-
-class Largest(TorchFunctionMode):
-    """The largest tensor that an operation was given or made, in numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.largest = max(self.largest, result.numel())
-        return result
 
 
 @pytest.fixture(autouse=True)

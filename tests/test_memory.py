@@ -14,7 +14,14 @@ import torch
 from benchlib.gguf_writer import convert
 from quant_makers import save_mxfp4
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 EXPERT_BYTES = 3 * 512 * 384 * 2
 NUM_EXPERTS = 4 * 64
@@ -28,7 +35,7 @@ base = rss_bytes()
 with offmoe.load(sys.argv[1], ram=sys.argv[2], context_length=2 * int(sys.argv[3])) as engine:
     ids = [(7 * position + 3) % 8000 for position in range(int(sys.argv[3]))]
     engine.generate(ids, max_new_tokens=8, temperature=0, ignore_end=True)
-    print(json.dumps({"growth": peak_rss_bytes() - base, **engine.stats()}))
+    print(json.dumps({"growth": peak_rss_bytes() - base, "prefill_chunk": engine.plan.prefill_chunk, **engine.stats()}))
 """
 
 
@@ -155,3 +162,19 @@ def test_quantised_experts_are_never_unpacked_whole(form: str, checkpoint: Path,
     record = grow(source, 740, 512)
     assert record["growth"] <= 740 << 20
     assert record["experts_cached"] == NUM_EXPERTS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_growth_with_sinks(tmp_path: Path) -> None:
+    """Written out, the scores of a piece of the prompt would be 50 MB: of 128 tokens for 3,200, in 16 heads."""
+    config = GptOssConfig(
+        vocab_size=8000, hidden_size=512, num_hidden_layers=3, num_attention_heads=16, num_key_value_heads=4,
+        head_dim=64, intermediate_size=384, num_local_experts=64, num_experts_per_tok=8, sliding_window=128,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    record = grow(tmp_path, 660, 1600)
+    assert record["growth"] <= 660 << 20
+    assert record["misses"] > 0
+    assert record["prefill_chunk"] > 64

@@ -48,9 +48,13 @@ class ModelShape:
 
 
 def shape_of(
-    config: Mapping[str, Any], *, item_bytes: int, eager_attention: bool, largest_matrix_bytes: int
-) -> ModelShape:
-    """The shape of the text model that `config` (with `text_config` or without) describes."""
+    config: Mapping[str, Any], *, item_bytes: int, eager_attention: bool, eager_on_device: bool,
+    largest_matrix_bytes: int,
+) -> ModelShape:  # fmt: skip
+    """The shape of the text model that `config` (with `text_config` or without) describes.
+
+    `eager_attention`: transformers' plain form, which writes scores out; `eager_on_device` where a device computes.
+    """
     text = text_config(config)
     width = largest_number(text, "hidden_size", 1)
     heads = largest_number(text, "num_attention_heads", 1)
@@ -69,7 +73,7 @@ def shape_of(
         vocab_size=largest_number(text, "vocab_size", 1),
         item_bytes=item_bytes,
         score_bytes=_score_bytes(text, heads, item_bytes, eager=eager_attention, on_device=False),
-        device_score_bytes=_score_bytes(text, heads, item_bytes, eager=eager_attention, on_device=True),
+        device_score_bytes=_score_bytes(text, heads, item_bytes, eager=eager_on_device, on_device=True),
         context_bytes=item_bytes * heads * _context_width(text, head_width, copies_heads=eager_attention),
         device_context_bytes=item_bytes * heads * _context_width(text, head_width, copies_heads=True),
         latent_width=_latent_width(text),

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from offmoe.models.latent_attention import LatentAttention, find_latent_attention
 from offmoe.models.native import agree
+from offmoe.models.sinks import fuse_sinks
 
 _NAME = "sdpa"
 _MARK = "_offmoe_attention"
@@ -29,7 +30,8 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def save_memory(model: PreTrainedModel) -> None:
-    """Let the attention modules of `model` that call "sdpa" compute this way."""
+    """Let the attention modules of `model` that call "sdpa" compute this way. Those with sinks: sinks.py."""
+    fuse_sinks(model)
     if getattr(model.config.get_text_config(), "_attn_implementation", None) != _NAME:
         return
     current = AttentionInterface()[_NAME]

@@ -19,6 +19,7 @@ from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.formats.layout import device_slot_bytes
 from offmoe.models.probe import ModelProbe, foresee_kv_bytes
 from offmoe.models.resident import resident_bytes
+from offmoe.models.sinks import EAGER, SINKS
 
 if TYPE_CHECKING:
     from offmoe.tiers.device import Device
@@ -90,10 +91,11 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     config = model.config.get_text_config()
     vocab = int(config.vocab_size)
     matrices = [p.nbytes for p in model.parameters() if p.dim() == 2 and vocab not in p.shape]
+    attention = getattr(config, "_attn_implementation", "sdpa")
     renamed = {name: getattr(config, own, None) for name, own in config.attribute_map.items()}
     return shape_of(
         {**renamed, **config.to_dict()}, item_bytes=model.dtype.itemsize,
-        eager_attention=getattr(config, "_attn_implementation", "sdpa") == "eager",
+        eager_attention=attention == EAGER, eager_on_device=attention in (EAGER, SINKS),
         largest_matrix_bytes=max(matrices, default=0),
     )  # fmt: skip
 

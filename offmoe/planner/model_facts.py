@@ -25,18 +25,10 @@ _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 _KINDS = {"BF16": "bf16", "F16": "bf16", "F32": "f32", "F64": "f32"}
 _LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
 _EMBEDDING = re.compile(r"\b(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
-# Families whose attention transformers only has in its plain form, which writes scores out.
-_EAGER = (
-    "deepseek_v4",
-    "flint",
-    "gemma4",
-    "gpt_oss",
-    "granitemoe_swa",
-    "hy_v4",
-    "inkling2",
-    "mimo_v2_flash",
-    "nllb_moe",
-)
+# Families whose attention transformers only has in its plain form, which writes scores out; and those of them whose
+# sinks offmoe leaves to the fused operation, on the CPU (models/sinks.py).
+_EAGER = ("gemma4", "hy_v4", "inkling2", "inkling2_text", "nllb_moe")
+_SINKS = ("deepseek_v4", "flint", "gpt_oss", "granitemoe_swa", "mimo_v2_flash")
 # Bytes a weight as `offmoe quantize` writes experts in groups of 32, scales in 16 bits.
 QUANTISED_BYTES = {"int4": 0.5 + 2 / 32, "int8": 1 + 2 / 32}
 # What the loader has of one batch of resident weights at once.
@@ -123,11 +115,14 @@ def facts_of(
     layers = {prefix for prefix, _ in spans}
     first = next(iter(per_expert))[2] if per_expert else stacked[0][0]
     model_type = str(config.get("model_type"))
-    eager = model_type in _EAGER or str(text_config(config).get("model_type")) in _EAGER
+    names = {model_type, str(text_config(config).get("model_type"))}
     top_k = min(max(numbers(config, TOP_K), default=1), len(spans) // len(layers))
     total_resident = sum(memory.values())
     sizes = ModelSizes(
-        shape=shape_of(config, item_bytes=item, eager_attention=eager, largest_matrix_bytes=max(matrices, default=0)),
+        shape=shape_of(
+            config, item_bytes=item, eager_attention=not names.isdisjoint(_EAGER),
+            eager_on_device=not names.isdisjoint(_EAGER + _SINKS), largest_matrix_bytes=max(matrices, default=0),
+        ),
         resident_bytes=total_resident,
         load_bytes=min(total_resident, _BATCH_BYTES + 2 * max(memory.values(), default=0)),
         slot_bytes=common_slot_bytes(spans.values(), direct=direct),
