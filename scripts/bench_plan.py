@@ -154,8 +154,9 @@ def probe_line(record: MachineRecord) -> str:
     layers = record.layers
     return (
         f"read {record.read_bytes_per_s / 1e9:.1f} GB/s; experts (GB/s) {rates}; drive {disk}; a layer "
-        f"{layers.whole_s * 1e3:.3f} ms by the kernels, {layers.modules_s * 1e3:.3f} by modules, a token "
-        f"{layers.token_s * 1e3:.3f} beside; a layer that fetches {record.fetch_s * 1e3:.2f} ms"
+        f"{layers.whole_s * 1e3:.3f} ms by the kernels, a token {layers.whole_token_s * 1e3:.3f} beside; "
+        f"{layers.modules_s * 1e3:.3f} by modules, {layers.token_s * 1e3:.3f} beside; while experts are missing "
+        f"{record.watched_layer_s * 1e3:.2f} more, a layer that fetches {record.fetch_s * 1e3:.2f}"
     )
 
 

@@ -19,11 +19,13 @@ from offmoe.planner.layer_costs import WHOLE, latent_operations, layer_cost
 from offmoe.planner.model_facts import ModelFacts, read_facts
 from offmoe.planner.predict import Prediction, Step, predict
 
-COSTS = LayerCosts(whole_s=1e-4, modules_s=5e-4, token_s=1e-3)
+SMALL = LayerCosts(whole_s=1e-5, whole_token_s=3e-4, modules_s=2e-4, token_s=4e-4)
+COSTS = LayerCosts(whole_s=1e-4, whole_token_s=1e-3, modules_s=5e-4, token_s=2e-3)
 RECORD = MachineRecord(
     name="a machine", ram_bytes=1 << 34, num_cores=4, read_bytes_per_s=4e10,
-    cpu_bytes_per_s={"bf16": 2e10, "bf16 turned": 5e9, "int4": 1e10}, cpu_flops_per_s=1e11, cached_bytes_per_s=6e10,
-    cache_bytes=1 << 20, layers=COSTS, cached_layers=LayerCosts(whole_s=1e-5, modules_s=2e-4, token_s=3e-4),
+    cpu_bytes_per_s={"bf16": 2e10, "bf16 turned": 5e9, "bf16 turned, off lines": 4e9, "int4": 1e10},
+    cpu_flops_per_s=1e11, cached_bytes_per_s=6e10,
+    cache_bytes=1 << 20, layers=COSTS, cached_layers=SMALL,
     watched_layer_s=5e-5, fetch_s=2e-4, libraries_bytes=1 << 28,
 )  # fmt: skip
 DRIVE = DriveSpeed(direct_bytes_per_s=2e9, buffered_bytes_per_s=1e9)
@@ -82,8 +84,13 @@ def test_missing_experts_wait_for_the_drive_less_what_is_computed_meanwhile(demo
 
 
 def test_the_form_of_the_experts_counts(demo: ModelFacts) -> None:
-    turned = replace(demo, expert_kind="bf16 turned")
+    turned = replace(demo, expert_kind="bf16 turned", is_off_lines=False)
     assert steps_of(predicted(turned))["experts (bf16 turned)"].rate == 5e9
+    half = demo.sizes.num_experts // 2
+    assert steps_of(predicted(turned, num_slots=half))["experts (bf16 turned)"].rate == 5e9
+    off_lines = replace(turned, is_off_lines=True)
+    assert steps_of(predicted(off_lines, num_slots=half))["experts (bf16 turned)"].rate == 4e9
+    assert steps_of(predicted(off_lines))["experts (bf16 turned)"].rate == 5e9, "with room for all they are moved"
     assert steps_of(predicted(replace(demo, expert_kind="int4")))["experts (int4)"].rate == 1e10
 
 
@@ -99,9 +106,10 @@ def test_latent_attention_computes_with_the_whole_context(demo: ModelFacts) -> N
 
 
 def test_costs_by_family() -> None:
-    assert layer_cost("qwen3_moe", COSTS) == 1e-4
-    assert layer_cost("gpt_oss", COSTS) == layer_cost("a new one", COSTS) == 5e-4
-    assert layer_cost("gpt_oss", COSTS) < layer_cost("jamba", COSTS) < layer_cost("zaya", COSTS)
+    assert layer_cost("qwen3_moe", COSTS) == (1e-4, 1e-3)
+    assert layer_cost("gpt_oss", COSTS) == layer_cost("a new one", COSTS) == (5e-4, 2e-3)
+    plain, long, longest = (layer_cost(name, COSTS)[0] for name in ("gpt_oss", "jamba", "zaya"))
+    assert plain < long < longest
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "glm4_moe", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe"])

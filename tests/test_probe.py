@@ -26,12 +26,12 @@ from offmoe.cli.main import main
 from offmoe.cli.probe import probe_machine
 from offmoe.executor import sample_experts, speeds
 from offmoe.executor.sample_experts import MOST_S, REPEATS, SampleExperts, usual_s
-from offmoe.executor.speeds import FORMATS, TURNED, drive_speed, link_costs
+from offmoe.executor.speeds import FORMATS, TURNED, TURNED_OFF_LINES, drive_speed, link_costs
 from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.report.probe import measure_drive, run_probe
 from offmoe.tiers.inline import InlineCopier
 
-COSTS = LayerCosts(whole_s=1e-4, modules_s=5e-4, token_s=1e-3)
+COSTS = LayerCosts(whole_s=1e-4, whole_token_s=1e-3, modules_s=5e-4, token_s=2e-3)
 RECORD = MachineRecord(
     name="a machine", ram_bytes=1 << 34, num_cores=4, read_bytes_per_s=3e10,
     cpu_bytes_per_s={"bf16": 2e10, "int4": 1e10}, cpu_flops_per_s=1e11, cached_bytes_per_s=4e10,
@@ -59,7 +59,7 @@ def test_kept_and_read_back() -> None:
     [
         {"version": 99}, {"read_bytes_per_s": -1}, {"read_bytes_per_s": "fast"}, {"cpu_bytes_per_s": {}},
         {"cpu_bytes_per_s": [1]}, {"drives": 3}, {"layers": None}, {"layers": {"whole_s": 1}},
-        {"cached_layers": {"whole_s": "x", "modules_s": 1, "token_s": 1}},
+        {"cached_layers": {"whole_s": "x", "whole_token_s": 1, "modules_s": 1, "token_s": 1}},
         {"fetch_s": -1}, {"more": 1}, {"drives": {"a": {"b": 1}}},
     ],
     ids=str,
@@ -112,9 +112,9 @@ def test_all_of_it_over_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         small=True,
     )  # fmt: skip
     assert write_record(record) is None and read_record() == record
-    assert told[0] == "1/10" and told[-1] == "10/10"
+    assert told[0] == "1/11" and told[-1] == "11/11"
     kernels, _ = load_cpu_kernels()
-    assert set(record.cpu_bytes_per_s) == (set(FORMATS) if kernels is not None else {"bf16", "bf16 turned"})
+    assert set(record.cpu_bytes_per_s) == (set(FORMATS) if kernels is not None else {"bf16", TURNED, TURNED_OFF_LINES})
     if kernels is not None:
         kernels.close()
     assert record.libraries_bytes > 50 << 20
@@ -138,8 +138,23 @@ def test_a_drive_is_only_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_sample_experts_are_alike_in_bytes(name: str) -> None:
-    experts = SampleExperts(FORMATS[name], width_D=256, width_F=128, working_set=1 << 18, turned=name == TURNED)
-    bits = {"bf16": 16, TURNED: 16, "int8": 8.5, "int4": 4.5, "fp8": 8 + 32 / 128**2, "mxfp4": 4.25}[name]
+    experts = SampleExperts(
+        FORMATS[name],
+        width_D=256,
+        width_F=128,
+        working_set=1 << 18,
+        turned=name.startswith(TURNED),
+        shift=48 * (name != TURNED),
+    )
+    bits = {
+        "bf16": 16,
+        TURNED: 16,
+        TURNED_OFF_LINES: 16,
+        "int8": 8.5,
+        "int4": 4.5,
+        "fp8": 8 + 32 / 128**2,
+        "mxfp4": 4.25,
+    }[name]
     assert experts.expert_bytes == 3 * 256 * 128 * bits / 8
     assert experts.bytes_per_s(None, repeats=1) > 0
     experts.close()

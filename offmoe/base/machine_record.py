@@ -20,7 +20,9 @@ import psutil
 
 from offmoe.base.machine import num_cores
 
-VERSION = 2
+VERSION = 3
+# Behind a format's name: its rate where experts do not begin with a cache line.
+OFF_LINES = ", off lines"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,11 @@ class DriveSpeed:
 @dataclass(frozen=True, kw_only=True)
 class LayerCosts:
     """Seconds of a token whatever it reads. A layer: that the kernels compute `whole_s`, or its `modules_s` one by one;
-    `token_s`: what comes beside the layers.
+    `whole_token_s` and `token_s` are what comes beside the layers, in a model of the one kind and of the other.
     """
 
     whole_s: float
+    whole_token_s: float
     modules_s: float
     token_s: float
 
@@ -88,9 +91,12 @@ class MachineRecord:
         """For JSON."""
         return asdict(self)
 
-    def cpu_rate(self, kind: str) -> float:
-        """Experts of format `kind` on the CPU; of the slowest that was measured where that one was not."""
-        return self.cpu_bytes_per_s.get(kind) or min(self.cpu_bytes_per_s.values())
+    def cpu_rate(self, kind: str, *, off_lines: bool = False) -> float:
+        """Experts of format `kind` on the CPU; of the slowest that was measured where that one was not. `off_lines`:
+        they do not begin with a line of the processor's caches, which counts for some formats.
+        """
+        rates = self.cpu_bytes_per_s
+        return (off_lines and rates.get(f"{kind}{OFF_LINES}")) or rates.get(kind) or min(rates.values())
 
     def drive(self, path: Path) -> DriveSpeed | None:
         """Of the drive that `path` is on, or of the only one that was measured."""

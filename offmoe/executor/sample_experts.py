@@ -50,8 +50,11 @@ class SampleExperts:
 
     def __init__(
         self, form: QuantFormat | None, *, width_D: int = WIDTH_D, width_F: int = WIDTH_F,
-        working_set: int = WORKING_SET_BYTES, turned: bool = False,
+        working_set: int = WORKING_SET_BYTES, turned: bool = False, experts_a_call: int = EXPERTS_A_CALL,
+        shift: int = 0,
     ) -> None:  # fmt: skip
+        """`shift`: bytes from a cache line's begin to each expert, less than 4096."""
+        self.experts_a_call = experts_a_call
         self.width_D, self.width_F = width_D, width_F
         self.math = ExpertMath(
             activate=_swiglu, up_bias_EF=None, down_bias_ED=None, post_norm=None, transposed=turned,
@@ -61,16 +64,16 @@ class SampleExperts:
         if turned:
             shapes = ((width_D, 2 * width_F), (width_F, width_D))
         self.expert_bytes = sum(tensor.nbytes for shape in shapes for tensor in _tensors(_blank(form, shape)))
-        num_calls = max(2, -(-working_set // (EXPERTS_A_CALL * self.expert_bytes)))
+        num_calls = max(2, -(-working_set // (experts_a_call * self.expert_bytes)))
         slot_bytes = (-(-self.expert_bytes // DIRECT_ALIGN_BYTES) + 1) * DIRECT_ALIGN_BYTES
-        self.pool = HostPool(num_slots=num_calls * EXPERTS_A_CALL, slot_bytes=slot_bytes)
+        self.pool = HostPool(num_slots=num_calls * experts_a_call, slot_bytes=slot_bytes)
         generator = torch.Generator().manual_seed(0)
         first = [_blank(form, shape) for shape in shapes]
         for matrix, shape in zip(first, shapes, strict=True):
             fill_at_random(matrix, shape[1], generator)
         self.weights = []
         for slot in range(self.pool.num_slots):  # all alike: speed does not depend on the values
-            up, down = _placed(first, self.pool.tensor(slot))
+            up, down = _placed(first, self.pool.tensor(slot)[shift:])
             self.weights.append(ExpertWeights((up,), (down,)))
 
     def bytes_per_s(self, kernels: CpuKernels | None, *, num_tokens: int = 1, repeats: int = REPEATS) -> float:
@@ -91,7 +94,8 @@ class SampleExperts:
 
     def _run(self, kernels: CpuKernels | None, num_tokens: int) -> Callable[[], None]:
         x_TD = torch.randn(num_tokens, self.width_D).to(torch.bfloat16)
-        calls = [range(at, at + EXPERTS_A_CALL) for at in range(0, len(self.weights), EXPERTS_A_CALL)]
+        each = self.experts_a_call
+        calls = [range(at, at + each) for at in range(0, len(self.weights), each)]
         if kernels is None:
 
             def by_torch() -> None:
@@ -100,8 +104,8 @@ class SampleExperts:
 
             return by_torch
         layer = kernels.layer(self.math, self.weights[0])
-        y_SD = torch.empty(num_tokens * EXPERTS_A_CALL, self.width_D, dtype=torch.bfloat16)
-        weights_TK = torch.rand(1, EXPERTS_A_CALL) if num_tokens == 1 else None
+        y_SD = torch.empty(num_tokens * each, self.width_D, dtype=torch.bfloat16)
+        weights_TK = torch.rand(1, each) if num_tokens == 1 else None
         tokens = range(num_tokens)
         rows = [
             [(idx, self.weights[idx], tokens, range(at * num_tokens, (at + 1) * num_tokens))

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from offmoe.base.costs import Costs
-from offmoe.base.machine_record import DriveSpeed
+from offmoe.base.machine_record import OFF_LINES, DriveSpeed
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES, ShardFile
 from offmoe.executor.calibrate import measure
@@ -33,9 +33,13 @@ READ_BYTES = 256 << 20
 # Small enough for caches: of the bundled model's size.
 CACHED_D, CACHED_F = 256, 128
 TURNED = "bf16 turned"  # inputs by outputs, as gpt-oss and others have their experts stacked
+TURNED_OFF_LINES = f"{TURNED}{OFF_LINES}"
+# Of gpt-oss's shape: how fast these are read depends on how far apart their rows lie (16 GB/s at 3 KB, 10 at 11 KB).
+TURNED_WIDTH, TURNED_A_CALL, OFF_LINE_BYTES = 2880, 2, 48
 FORMATS: dict[str, QuantFormat | None] = {
     "bf16": None,
     TURNED: None,
+    TURNED_OFF_LINES: None,
     "int8": QuantFormat(kind="int8", group=32, offset=128),
     "int4": QuantFormat(kind="int4", group=32, offset=8),
     "fp8": QuantFormat(kind="fp8", group=128, group_rows=128, scale_dtype="F32"),
@@ -61,7 +65,12 @@ def cpu_speeds(
         if form is not None and kernels is None:
             continue
         progress(name)
-        experts = SampleExperts(form, working_set=working_set, turned=name == TURNED)
+        is_turned = name in (TURNED, TURNED_OFF_LINES)
+        sizes = {"working_set": working_set}
+        if is_turned and working_set >= WORKING_SET_BYTES:
+            sizes |= {"width_D": TURNED_WIDTH, "width_F": TURNED_WIDTH, "experts_a_call": TURNED_A_CALL}
+        shift = OFF_LINE_BYTES if name == TURNED_OFF_LINES else 0
+        experts = SampleExperts(form, turned=is_turned, shift=shift, **sizes)
         try:
             found[name] = experts.bytes_per_s(kernels)
             if name == "bf16":

@@ -31,12 +31,12 @@ _LONGEST = frozenset({
 _LONG_FACTOR, _LONGEST_FACTOR = 1.5, 3.0
 
 
-def layer_cost(model_type: str, costs: LayerCosts) -> float:
-    """Seconds of one layer of the family, beside its bytes."""
+def layer_cost(model_type: str, costs: LayerCosts) -> tuple[float, float]:
+    """Seconds of one layer of the family, beside its bytes; and of a token, beside its layers."""
     if model_type in WHOLE:
-        return costs.whole_s
+        return costs.whole_s, costs.whole_token_s
     factor = _LONGEST_FACTOR if model_type in _LONGEST else _LONG_FACTOR if model_type in _LONG else 1.0
-    return factor * costs.modules_s
+    return factor * costs.modules_s, costs.token_s
 
 
 def latent_operations(config: dict[str, Any], num_tokens: int) -> float:

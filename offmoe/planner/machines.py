@@ -45,7 +45,7 @@ def _machine(
     )  # fmt: skip
 
 
-_LAYERS = LayerCosts(whole_s=0.25e-3, modules_s=0.7e-3, token_s=0.7e-3)
+_LAYERS = LayerCosts(whole_s=0.25e-3, whole_token_s=0.7e-3, modules_s=0.7e-3, token_s=0.7e-3)
 _SHARES = {"bf16": 1.0, "bf16 turned": 0.4, "f32": 1.0, "fp8": 0.9, "int8": 0.7, "int4": 0.7, "mxfp4": 0.7}
 _KNOWN = (
     _machine(

@@ -13,7 +13,7 @@ from offmoe.base.division import ModelSizes
 from offmoe.base.errors import UnsupportedModelError
 from offmoe.base.shape import LATENT_MATRIX, largest_number, shape_of, text_config
 from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
-from offmoe.checkpoint.expert_index import Span, common_slot_bytes
+from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, Span, common_slot_bytes
 from offmoe.checkpoint.index import CheckpointIndex, read_config
 from offmoe.checkpoint.quant_config import read_quantisation
 from offmoe.checkpoint.quantised import QuantEntry
@@ -41,7 +41,8 @@ class ModelFacts:
 
     `device_resident_bytes`: on a device quantised linears are unpacked. `dense_bytes` are those of the resident weights
     that every token reads: all but the embedding's other rows. `unused_bytes` are of tensors that are not loaded:
-    layers beyond those of the model, for guessing tokens ahead.
+    layers beyond those of the model, for guessing tokens ahead. `is_off_lines`: in the files, not all parts of experts
+    begin with a cache line.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ModelFacts:
     dense_bytes: int
     device_resident_bytes: int
     expert_kind: str
+    is_off_lines: bool
     item_bytes: int
     longest_context: int | None
     path: Path | None = None
@@ -75,7 +77,7 @@ class ModelFacts:
         total = expert_bytes * self.sizes.num_experts
         return replace(
             self, sizes=replace(self.sizes, slot_bytes=slot, device_slot_bytes=aligned(expert_bytes)),
-            expert_bytes=expert_bytes, experts_total_bytes=total, expert_kind=kind,
+            expert_bytes=expert_bytes, experts_total_bytes=total, expert_kind=kind, is_off_lines=False,
             total_bytes=self.total_bytes - self.experts_total_bytes + total,
         )  # fmt: skip
 
@@ -137,6 +139,7 @@ def facts_of(
         total_bytes=index.num_bytes, dense_bytes=total_resident - embedding,
         device_resident_bytes=sum(_unpacked_bytes(entry, item) for entry in resident),
         expert_kind=_turned(config, stacked) or _kind(first), item_bytes=item,
+        is_off_lines=any(span.start % BUFFERED_ALIGN_BYTES for one in spans.values() for span in one),
         longest_context=max(numbers(config, ("max_position_embeddings",)), default=None), path=path,
     )  # fmt: skip
 

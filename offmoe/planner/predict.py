@@ -68,14 +68,16 @@ def _decode_on_cpu(
     small = facts.dense_bytes + facts.routed_bytes <= record.cache_bytes / 2
     costs = record.cached_layers if small else record.layers
     faster = record.cached_bytes_per_s / record.cpu_rate("bf16") if small else 1.0
-    rate = faster * record.cpu_rate(facts.expert_kind)
+    # With room for all experts, each is moved to a line's begin once.
+    off_lines = facts.is_off_lines and plan.num_slots < plan.num_experts
+    rate = faster * record.cpu_rate(facts.expert_kind, off_lines=off_lines)
+    layer_s, token_s = layer_cost(facts.model_type, costs)
     steps = [
         _read("resident weights", facts.dense_bytes, faster * record.cpu_rate("bf16")),
         _read(f"experts ({facts.expert_kind})", facts.routed_bytes, rate),
         _read("KV cache, half full", plan.kv_bytes / 2, record.read_bytes_per_s),
-        _layers(facts, layer_cost(facts.model_type, costs)),
-        Step(what="a token, beside its layers", amount=1, rate=1 / max(costs.token_s, 1e-9), seconds=costs.token_s,
-             unit="times"),
+        _times("layers, whatever they read", facts.num_layers, layer_s),
+        _times("a token, beside its layers", 1, token_s),
     ]  # fmt: skip
     latent = latent_operations(facts.config, num_tokens)
     if latent:
@@ -90,13 +92,11 @@ def _missing(
 ) -> Iterator[Step]:  # fmt: skip
     """What fetching takes. A layer's missing experts are read together, while those that are there are computed."""
     num_layers, per_layer = facts.num_moe_layers, facts.sizes.top_k
-    yield Step(what="layers, while experts are missing", amount=num_layers, rate=1 / max(record.watched_layer_s, 1e-9),
-               seconds=num_layers * record.watched_layer_s, unit="times")  # fmt: skip
+    yield _times("layers, while experts are missing", num_layers, record.watched_layer_s)
     read = _read("missed experts, from disk", (1 - hit_rate) * facts.routed_bytes, disk)
     calls = num_layers * (1 - hit_rate**per_layer)
     yield read
-    yield Step(what="layers that fetch", amount=calls, rate=1 / max(record.fetch_s, 1e-9),
-               seconds=calls * record.fetch_s, unit="times")  # fmt: skip
+    yield _times("layers that fetch", calls, record.fetch_s)
     hidden_s = 0.0
     for missed in range(1, per_layer):
         chance = math.comb(per_layer, missed) * (1 - hit_rate) ** missed * hit_rate ** (per_layer - missed)
@@ -116,7 +116,7 @@ def _decode_on_device(
         _read("resident weights", facts.dense_bytes, speed),
         _read("experts in device slots", hit_rate * facts.routed_bytes, speed),
         _read("KV cache, half full", plan.device.kv_bytes / 2, speed),
-        _layers(facts, record.device_layer_s or record.layers.modules_s),
+        _times("layers, whatever they read", facts.num_layers, record.device_layer_s or record.layers.modules_s),
     ]
     if missed:
         link, cpu = record.link_pinned_bytes_per_s, record.cpu_rate(facts.expert_kind)
@@ -153,10 +153,8 @@ def _read(what: str, num_bytes: float, rate: float) -> Step:
     return Step(what=what, amount=num_bytes, rate=rate, seconds=num_bytes / rate)
 
 
-def _layers(facts: ModelFacts, layer_s: float) -> Step:
-    seconds = facts.num_layers * layer_s
-    return Step(what="layers, whatever they read", amount=facts.num_layers, rate=1 / max(layer_s, 1e-9),
-                seconds=seconds, unit="times")  # fmt: skip
+def _times(what: str, amount: float, each_s: float) -> Step:
+    return Step(what=what, amount=amount, rate=1 / max(each_s, 1e-9), seconds=amount * each_s, unit="times")
 
 
 def _compute(what: str, operations: float, rate: float) -> Step:

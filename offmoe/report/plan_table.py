@@ -100,19 +100,24 @@ def _speed_rows(speed: Prediction) -> Rows:
         rows.append(("hits, RAM counted", format_percent(speed.ram_hit_rate)))
     rows += [(step.what, _arithmetic(step)) for step in speed.decode_steps]
     total = sum(step.seconds for step in speed.decode_steps)
-    rows.append(("a token", f"{total * 1e3:.1f} ms = {speed.decode_tok_per_s:.1f} tok/s"))
+    rows.append(("a token", f"{_seconds(total)} = {speed.decode_tok_per_s:.1f} tok/s"))
     rows += [(f"prompt: {step.what}", _arithmetic(step)) for step in speed.prompt_steps]
     rows.append((f"first token after {speed.prompt_tokens}", format_seconds(speed.ttft_s)))
     return rows
 
 
 def _arithmetic(step: Step) -> str:
-    seconds = f"{step.seconds * 1e3:.1f} ms"
+    seconds = _seconds(step.seconds)
     if step.unit == "bytes":
         return f"{format_traffic(step.amount)} / {format_bandwidth(step.rate)} = {seconds}"
     if step.unit == "times":
         return f"{step.amount:.0f} x {1e3 / step.rate:.3f} ms = {seconds}"
     return f"{step.amount / 1e9:.1f} G / {step.rate / 1e9:.0f} G {step.unit}/s = {seconds}"
+
+
+def _seconds(seconds: float) -> str:
+    """With a digit more than elsewhere below a second: parts of a token are fractions of a millisecond."""
+    return f"{seconds * 1e3:.1f} ms" if abs(seconds) < 1 else format_seconds(seconds)
 
 
 def _whose(record: MachineRecord) -> str:

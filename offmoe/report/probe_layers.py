@@ -1,16 +1,21 @@
 """What a token costs whatever it reads, measured on the bundled model: its weights are nearly nothing.
 
-Layers run as they are (by the kernels, where they can) and module by module, each with caches that hold the model, and
-after other memory was read, as in a model that no cache holds.
+A layer and what is beside the layers are told apart by running the model with one layer as well, and, where layers are
+called one by one, by hooks on them: as they are (by the kernels, where they can) and module by module. Each is measured
+with caches that hold the model, and after other memory was read, as in a model that no cache holds: before a token
+where one call computes all layers, before each layer otherwise.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -70,21 +75,12 @@ def measure_costs(baseline_bytes: int, kernels: CpuKernels | None) -> ModelCosts
     with _demo(baseline_bytes) as engine:
         _decode(engine)  # experts come from disk, modules check themselves
         cold, rate = torch.ones(COLD_BYTES // 4), cached_speed(kernels)
-        layer_bytes, rest_bytes = _bytes_of(engine)
-        found = {}
-        for name, memory in (("layers", cold), ("cached_layers", None)):
-            whole_s, token_s = _layer_times(engine, memory)
-            with _module_by_module(engine.model):
-                modules_s, _ = _layer_times(engine, memory)
-            found[name] = LayerCosts(
-                whole_s=max(0.0, whole_s - layer_bytes / rate), modules_s=max(0.0, modules_s - layer_bytes / rate),
-                token_s=max(0.0, token_s - rest_bytes / rate),
-            )  # fmt: skip
-        step_s, _ = _decode(engine)
+        found = {name: _costs(engine, memory, rate) for name, memory in (("layers", cold), ("cached_layers", None))}
+        step_s, _ = _decode(engine, cold)
         num_experts, libraries_bytes = engine.plan.num_experts, engine.plan.runtime_bytes
         num_layers, per_layer = len(engine._parts.experts.layers), engine.top_k
-    watched_s, _ = _with_slots(baseline_bytes, num_experts - 1)
-    fetching_s, hit_rate = _with_slots(baseline_bytes, num_experts // 4)
+    watched_s, _ = _with_slots(baseline_bytes, num_experts - 1, cold)
+    fetching_s, hit_rate = _with_slots(baseline_bytes, num_experts // 4, cold)
     calls = num_layers * (1 - hit_rate**per_layer)
     return ModelCosts(
         **found, watched_layer_s=max(0.0, watched_s - step_s) / num_layers,
@@ -93,30 +89,85 @@ def measure_costs(baseline_bytes: int, kernels: CpuKernels | None) -> ModelCosts
     )  # fmt: skip
 
 
+def _costs(engine: Engine, cold: torch.Tensor | None, rate: float) -> LayerCosts:
+    """With `cold` read in between; weights come at `rate` bytes a second, which is taken off."""
+    layer_bytes, rest_bytes = _bytes_of(engine)
+    whole_s, whole_token_s = _layer_times(engine, cold)
+    with _module_by_module(engine.model):
+        modules_s, token_s = _layer_times(engine, cold)
+    if cold is None or _is_joined(engine.model):  # without hooks, which cost something themselves
+        whole_s, whole_token_s = _times_by_depth(engine, cold) or (whole_s, whole_token_s)
+    return LayerCosts(
+        whole_s=max(0.0, whole_s - layer_bytes / rate), modules_s=max(0.0, modules_s - layer_bytes / rate),
+        whole_token_s=max(0.0, whole_token_s - rest_bytes / rate), token_s=max(0.0, token_s - rest_bytes / rate),
+    )  # fmt: skip
+
+
+def _times_by_depth(engine: Engine, cold: torch.Tensor | None) -> tuple[float, float] | None:
+    """Seconds of one layer, and of a token beside its layers. None where no file can be made for a model of one layer
+    beside the bundled one.
+    """
+    num_layers = len(_decoder_layers(engine.model))
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            _make_shallow(Path(name))
+            with _demo(0, folder=Path(name)) as shallow:
+                _decode(shallow)
+                all_s, one_s = _decode(engine, cold)[0], _decode(shallow, cold)[0]
+    except (OSError, NotImplementedError):
+        return None
+    layer_s = max(0.0, all_s - one_s) / (num_layers - 1)
+    return layer_s, max(0.0, one_s - layer_s)
+
+
+def _make_shallow(folder: Path) -> None:
+    """The bundled model with its first layer alone: another config beside links to its files. Raises OSError."""
+    for file in demo_model_folder().iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    config = json.loads((demo_model_folder() / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}), encoding="utf-8")
+
+
+def _is_joined(model: nn.Module) -> bool:
+    """One call computes all layers of a token: hooks on a layer would have each computed by itself."""
+    layers = _decoder_layers(model)
+    return any("forward" in vars(module) and layers[0] in module.modules() and module not in layers
+               for module in model.modules())  # fmt: skip
+
+
 @contextmanager
-def _demo(baseline_bytes: int, **options: Any) -> Iterator[Engine]:
+def _demo(baseline_bytes: int, *, folder: Path | None = None, **options: Any) -> Iterator[Engine]:
     config = make_config(**{"device": "cpu", "prefetch": "off", "compile": "off", "warm_start": False, **options})
     with Engine(
-        demo_model_folder(), config, baseline_bytes=baseline_bytes, progress=lambda stage, done, total: None
+        folder or demo_model_folder(), config, baseline_bytes=baseline_bytes, progress=lambda stage, done, total: None
     ) as engine:
         yield engine
 
 
-def _with_slots(baseline_bytes: int, num_slots: int) -> tuple[float, float]:
+def _with_slots(baseline_bytes: int, num_slots: int, cold: torch.Tensor) -> tuple[float, float]:
     """A token's seconds and hit rate, with prefetching as it is by itself."""
     with _demo(baseline_bytes, experts=num_slots, prefetch="auto") as engine:
         _decode(engine)
-        return _decode(engine)
+        return _decode(engine, cold)
 
 
-def _decode(engine: Engine) -> tuple[float, float]:
-    """Seconds of a token, and hits."""
+def _decode(engine: Engine, cold: torch.Tensor | None = None) -> tuple[float, float]:
+    """Seconds of a token, and hits; `cold` is read before each, in time that does not count."""
     # Other ids each time than the model would write: it repeats itself, and real text does not.
     ids = iter(range(40, engine.vocab_size, 37))
-    stats = engine.generate(
-        PROMPT, max_new_tokens=NUM_TOKENS, ignore_end=True, choose=lambda _, __: next(ids)
-    ).stats  # fmt: skip
-    return median(stats.step_s[NUM_WARM:]), stats.decode.hit_rate
+    marks: list[tuple[float, float]] = []
+
+    def choose(_: torch.Tensor, __: torch.Tensor) -> int:
+        begin_s = time.perf_counter()
+        if cold is not None:
+            cold.numpy().sum()
+        marks.append((begin_s, time.perf_counter()))
+        return next(ids)
+
+    stats = engine.generate(PROMPT, max_new_tokens=NUM_TOKENS, ignore_end=True, choose=choose).stats
+    pairs = zip(marks[NUM_WARM:], marks[NUM_WARM + 1 :], strict=False)
+    return median(end_s - begin_s for (_, begin_s), (end_s, _) in pairs), stats.decode.hit_rate
 
 
 def _layer_times(engine: Engine, cold: torch.Tensor | None) -> tuple[float, float]:

@@ -46,9 +46,13 @@ def probe_rows(record: MachineRecord) -> list[tuple[str, str]]:
 
 def _costs(costs: LayerCosts) -> str:
     return (
-        f"{costs.whole_s * 1e3:.3f} ms by the kernels, {costs.modules_s * 1e3:.3f} ms by modules; a token "
-        f"{costs.token_s * 1e3:.3f} ms beside"
+        f"{_ms(costs.whole_s)} by the kernels, a token {_ms(costs.whole_token_s)} beside; {_ms(costs.modules_s)} by "
+        f"modules, {_ms(costs.token_s)} beside"
     )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms"
 
 
 def _rate(bytes_per_s: float | None) -> str:
