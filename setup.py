@@ -53,6 +53,7 @@ class BuildKernels(build_ext):
             "decode.cpp",
             "layer.cpp",
             "route.cpp",
+            "run.cpp",
             "library.cpp",
         ]
         objects += self._compile(common, levels)

@@ -15,6 +15,7 @@ import offmoe
 from offmoe.kernels.cpu.loader import load_cpu_kernels, usable_levels
 from offmoe.models.native_hooks import mark_observer
 from offmoe.models.native_layer import LayerStep, _is_plain
+from offmoe.models.native_model import DecoderStep
 from offmoe.models.native_moe import MoeStep, _Call, _find_route, _Router
 
 NUM_NEW = 10
@@ -63,8 +64,10 @@ def logits(engine: offmoe.Engine, num_new: int = NUM_NEW) -> torch.Tensor:
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[offmoe.Engine]:
-    """All experts in RAM, and everything compared."""
+    """All experts in RAM, and everything compared; layers are computed one by one."""
     with open_tiny(save_tiny(tmp_path), experts=16, compile="off") as opened:
+        for step in steps(opened, DecoderStep):
+            opened._parts.native.put_back(step.module, "decoders")
         logits(opened)
         yield opened
 

@@ -11,16 +11,30 @@ from offmoe.formats.dense import ExpertWeights
 
 
 class Contents:
-    """What lies where. `policy` knows every key that has a slot, READY or FILLING."""
+    """What lies where. `policy` knows every key that has a slot, READY or FILLING.
+
+    `changes`: the keys whose weights came or went since `take_changes`; no more than there are keys, if nobody asks.
+    """
 
     def __init__(self, num_slots: int, policy: Policy) -> None:
         self.slots, self.policy = SlotTable(num_slots), policy
         self.weights: list[ExpertWeights | None] = [None] * num_slots
+        self.changes: set[ExpertKey] = set()
 
     def find(self, key: ExpertKey) -> ExpertWeights | None:
         """The weights of a READY key."""
         slot = self.slots.find(key)
         return None if slot is None else self.weights[slot]
+
+    def take_changes(self) -> set[ExpertKey]:
+        """`changes`, which begins anew."""
+        taken, self.changes = self.changes, set()
+        return taken
+
+    def fill(self, key: ExpertKey, slot: int, weights: ExpertWeights) -> None:
+        """The bytes of `key` have arrived in its slot."""
+        self.weights[slot] = weights
+        self.changes.add(key)
 
     def slot_of(self, key: ExpertKey) -> int:
         """The slot of a key that has one."""
@@ -44,6 +58,7 @@ class Contents:
         """A READY key that is not held goes; its slot is free."""
         self.policy.removed(key)
         self.weights[self.slots.evict(key)] = None
+        self.changes.add(key)
 
     def fail(self, key: ExpertKey, slot: int) -> None:
         """What was to fill `slot` did not: it is free."""
@@ -54,6 +69,7 @@ class Contents:
         """After a call was broken off between any two lines: what is READY stays, in the policy's order; all else goes.
         Nobody may be writing to a slot any more.
         """
+        self.changes.update(self.slots.keys())
         hand_over(self.policy, self.policy, set(self.slots.recover(lambda slot: self.weights[slot] is not None)))
         for slot in range(len(self.slots)):
             if self.slots.state(slot) is not SlotState.READY:
@@ -61,4 +77,5 @@ class Contents:
 
     def clear(self) -> None:
         """Drop every view of the slots."""
+        self.changes.update(self.slots.keys())
         self.weights = [None] * len(self.weights)

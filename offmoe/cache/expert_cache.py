@@ -21,7 +21,7 @@ from offmoe.base.keys import ExpertKey
 from offmoe.cache.ahead_books import AheadBooks
 from offmoe.cache.contents import Contents
 from offmoe.cache.fetch import Fetch, wait_out
-from offmoe.cache.policy import Policy
+from offmoe.cache.policy import KeepAllPolicy, Policy
 from offmoe.cache.sources import Source
 from offmoe.formats.dense import ExpertWeights
 
@@ -38,6 +38,7 @@ class ExpertCache:
         self.slots = self.contents.slots
         self.books = AheadBooks(counters, source.num_bytes)
         self._num_layers, self._clock_ns = num_layers, clock_ns
+        self._keeps_all = isinstance(policy, KeepAllPolicy)
         self._coming: dict[ExpertKey, Fetch] = {}
         self._layer_idx = num_layers
         self.on_layer: Callable[[int, Sequence[int] | None], None] | None = None
@@ -113,9 +114,12 @@ class ExpertCache:
             found.append(weights)
         return found
 
-    def touch(self, keys: Sequence[ExpertKey]) -> None:
-        """READY keys were used without being held."""
-        for key in dict.fromkeys(sorted(keys)):
+    def touch(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
+        """READY experts of a layer were used without being held."""
+        if self._keeps_all and not self.books.unused:
+            return
+        for expert_idx in sorted(set(expert_ids)):
+            key = ExpertKey(layer_idx, expert_idx)
             self.policy.touched(key)
             self.books.used(key, late=False, waited_ns=0)
 
@@ -212,7 +216,7 @@ class ExpertCache:
         return weights
 
     def _arrived(self, fetch: Fetch) -> None:
-        self.contents.weights[fetch.slot] = self._source.contents(fetch.key, fetch.slot)
+        self.contents.fill(fetch.key, fetch.slot, self._source.contents(fetch.key, fetch.slot))
         self._forget_coming(fetch)
         self.slots.mark_ready(fetch.slot)
 

@@ -51,6 +51,10 @@ class SlotTable:
         """The slot of `key`, FILLING or READY; None when it has none."""
         return self._slot_of.get(key)
 
+    def keys(self) -> set[ExpertKey]:
+        """Those that have a slot, by the map or by the slot, should a call have been broken off between the two."""
+        return {*self._slot_of, *(key for key in self._keys if key is not None)}
+
     def state(self, slot: int) -> SlotState:
         """The slot's state."""
         return self._states[slot]

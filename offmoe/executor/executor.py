@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -79,23 +79,34 @@ class Executor:
         ahead, (ids,) = self.ahead, expert_ids_1K.tolist()
         if (ahead is not None and not ahead.is_asleep) or min(ids) < 0 or max(ids) >= num_experts:
             return None
-        keys = [ExpertKey(layer_idx, idx) for idx in ids]
-        weights = self.cache.ready(keys)
+        weights = self.cache.ready([ExpertKey(layer_idx, idx) for idx in ids])
         layer = None if weights is None else rows.layer(layer_idx, math, weights[0])
         if weights is None or layer is None:
             return None
-        if ahead is not None:
-            ahead.router_spoke(layer_idx, ids, 1)
-        self.recorder.record(layer_idx, len(ids), ids, weights_1K)
-        self.cache.begin_layer(layer_idx, ids)
+        self.begin_ready(layer_idx, ids, weights_1K)
         begin = self.clock_ns()
         y_1D = rows.token_sum(layer_idx, layer, ids, weights, x_1D, weights_1K)
-        self.cache.touch(keys)
-        self._counters.hits += len(set(ids))
-        self._counters.compute_ns += self.clock_ns() - begin
-        if ahead is not None:
-            ahead.layer_ended(layer_idx)
+        self.end_ready(layer_idx, ids, self.clock_ns() - begin)
         return y_1D
+
+    def begin_ready(
+        self, layer_idx: int, ids: Sequence[int], weights_1K: torch.Tensor, *, now_s: float | None = None
+    ) -> None:
+        """Books: one token's router chose experts that are all here, and nobody looks ahead. `now_s`: told late, of
+        that time.
+        """
+        if self.ahead is not None:
+            self.ahead.router_spoke(layer_idx, ids, 1, now_s=now_s)
+        self.recorder.record(layer_idx, len(ids), ids, weights_1K)
+        self.cache.begin_layer(layer_idx, ids)
+
+    def end_ready(self, layer_idx: int, ids: Sequence[int], compute_ns: int, *, now_s: float | None = None) -> None:
+        """Books: they were computed."""
+        self.cache.touch(layer_idx, ids)
+        self._counters.hits += len(set(ids))
+        self._counters.compute_ns += compute_ns
+        if self.ahead is not None:
+            self.ahead.layer_ended(layer_idx, now_s=now_s)
 
     def _to_host(self, expert_ids_TK: torch.Tensor) -> torch.Tensor:
         """The ids on the host; with them, in the same copy and wait, the guesses for layers to come."""

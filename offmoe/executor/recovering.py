@@ -6,11 +6,19 @@ raises inside the bookkeeping itself is beyond that: a slot may be off the free 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
 import torch
 
 from offmoe.base.errors import OffmoeError
+from offmoe.executor.cpu_rows import CpuRows
 from offmoe.executor.executor import Executor
+from offmoe.executor.joined import JoinedExperts
 from offmoe.kernels.reference import ExpertMath
+
+Result = TypeVar("Result")
 
 
 class RecoveringExecutor:
@@ -25,11 +33,24 @@ class RecoveringExecutor:
         x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """The experts' weighted sum, (T, D) in x's dtype."""
+        return self.guard(
+            partial(self._executor.run_layer, layer_idx, math, num_experts, x_TD, expert_ids_TK, weights_TK)
+        )
+
+    def joined(self) -> JoinedExperts | None:
+        """Its experts for calls that compute several layers, made within `guard`; None where rows are not the CPU
+        kernels'.
+        """
+        rows = self._executor.rows
+        return JoinedExperts(self._executor, rows) if isinstance(rows, CpuRows) else None
+
+    def guard(self, call: Callable[[], Result]) -> Result:
+        """What `call`, which uses the executor, returns."""
         if self._in_call:  # a second Ctrl-C broke off the recovery of the call before
             self._executor.recover()
         self._in_call = True
         try:
-            y_TD = self._executor.run_layer(layer_idx, math, num_experts, x_TD, expert_ids_TK, weights_TK)
+            result = call()
         except OffmoeError:  # a read that failed: the executor has cleaned up
             self._in_call = False
             raise
@@ -38,4 +59,4 @@ class RecoveringExecutor:
             self._in_call = False
             raise
         self._in_call = False
-        return y_TD
+        return result

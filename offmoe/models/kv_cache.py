@@ -34,16 +34,53 @@ def _allocate(keys: torch.Tensor, values: torch.Tensor, room: int) -> Buffers:
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer, (batch, heads, capacity, head width), of which the first `length` are valid."""
+    """Keys and values of one layer, (batch, heads, capacity, head width), of which the first `length` are valid.
 
-    keys: Any
-    values: Any
+    `keys` and `values` are views of those, made when somebody asks: kernels that know the buffers need none.
+    """
+
     is_initialized: bool
 
     def __init__(self, capacity: int) -> None:
+        self._length, self._is_stale = 0, False
+        self._keys: Any = None
+        self._values: Any = None
         super().__init__()
         self._capacity = capacity
         self.buffers: Buffers | None = None
+
+    @property
+    def keys(self) -> Any:
+        """The valid ones; None before the first."""
+        self._make_views()
+        return self._keys
+
+    @keys.setter
+    def keys(self, states: Any) -> None:
+        self._make_views()
+        self._keys = states
+        self._length = 0 if states is None or states.dim() < 2 else states.shape[-2]
+
+    @property
+    def values(self) -> Any:
+        """The valid ones; None before the first."""
+        self._make_views()
+        return self._values
+
+    @values.setter
+    def values(self, states: Any) -> None:
+        self._make_views()
+        self._values = states
+
+    def _make_views(self) -> None:
+        if self._is_stale:
+            assert self.buffers is not None
+            self._keys, self._values = (buffer[..., : self._length, :] for buffer in self.buffers)
+            self._is_stale = False
+
+    def get_seq_length(self) -> int:
+        """Valid tokens."""
+        return self._length if self.is_initialized else 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -59,27 +96,31 @@ class PreallocatedLayer(DynamicLayer):
         keys, values = self.buffers
         keys[..., begin:end, :] = key_states
         values[..., begin:end, :] = value_states
-        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        self.grow_to(end)
         return self.keys, self.values
 
     def open_row(self) -> Buffers:
         """One token more: all rows that it sees, the last of which the caller writes, (batch, heads, rows, width)."""
-        self.grow_to(self.keys.shape[-2] + 1)
+        self.grow_to(self._length + 1)
         return self.keys, self.values
 
     def last_rows(self) -> Buffers:
         """All rows that the token appended last sees, itself the last."""
         return self.keys, self.values
 
+    def count_row(self) -> int:
+        """As `open_row`, for who knows the buffers; returns how many rows there are now."""
+        self._length, self._is_stale = self._length + 1, True
+        return self._length
+
     @property
     def can_open(self) -> bool:
         """There are rows already, and room for one more."""
-        return self.buffers is not None and self.keys is not None and self.keys.shape[-2] < self._capacity
+        return self.buffers is not None and 0 < self._length < self._capacity
 
     def grow_to(self, length: int) -> None:
-        """Others wrote tokens into the buffers: `length` of them are valid now."""
-        assert self.buffers is not None
-        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+        """Others write tokens into the buffers: `length` of them are valid now."""
+        self._length, self._is_stale = length, True
 
     def reset(self) -> None:
         """Forget the tokens; the buffers stay."""

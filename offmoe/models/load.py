@@ -36,6 +36,7 @@ from offmoe.models.native import NativeModules
 from offmoe.models.native_attention import swap_attention
 from offmoe.models.native_layer import swap_layers
 from offmoe.models.native_mlp import swap_mlps
+from offmoe.models.native_model import swap_decoders
 from offmoe.models.native_moe import swap_moe
 from offmoe.models.probe import ModelProbe, probe_model
 from offmoe.models.quantised_linears import QuantisedLinears
@@ -281,6 +282,7 @@ def _swap_modules(model: PreTrainedModel, serving: Serving, kernels: CpuKernels 
     swap_attention(native, model)
     swap_moe(native, model)
     swap_layers(native, model)
+    swap_decoders(native, model)
     if serving.cpu_rows is not None:
         native.threads.begin(model, serving.cpu_rows.reasons, attends=native.counts["attentions"] > 0)
     return native

@@ -124,7 +124,7 @@ class _Masks:
     def sees_all(self, mask: Any) -> bool:
         """The one token sees every row that the cache gives it."""
         if mask is not self._last:
-            self._last, self._sees_all = mask, _sees_all(mask)
+            self._last, self._sees_all = mask, mask_sees_all(mask)
         return self._sees_all
 
 
@@ -156,20 +156,26 @@ class AttentionStep:
 
     def cache_layer(self, hidden: Any, kwargs: dict[str, Any]) -> Any:
         """Where the token's keys and values go; None where this is no step for the kernels."""
+        past = kwargs.get("past_key_values")
+        if past is None or not self.sees_all(hidden, kwargs):
+            return None
+        return self.own_layer(past)
+
+    def sees_all(self, hidden: Any, kwargs: dict[str, Any]) -> bool:
+        """It is one token, and of the rows that the cache gives it, it sees all."""
         if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
-            return None
-        angles, past = kwargs.get("position_embeddings"), kwargs.get("past_key_values")
-        if not isinstance(hidden, torch.Tensor) or hidden.shape[:-1] != (1, 1) or past is None or angles is None:
-            return None
+            return False
+        if not isinstance(hidden, torch.Tensor) or hidden.shape[:-1] != (1, 1):
+            return False
+        if kwargs.get("position_embeddings") is None or kwargs.get("output_attentions"):
+            return False
+        return self._masks.sees_all(kwargs.get("attention_mask"))
+
+    def own_layer(self, past: Any) -> Any:
+        """Its layer of the cache, if that is ours and has room for one token more; else None."""
         layers, layer_idx = past.layers, self.module.layer_idx
         layer = layers[layer_idx] if layer_idx < len(layers) else None
-        if not isinstance(layer, (PreallocatedLayer, SlidingLayer)) or not layer.can_open:
-            return None
-        return (
-            layer
-            if self._masks.sees_all(kwargs.get("attention_mask")) and not kwargs.get("output_attentions")
-            else None
-        )
+        return layer if isinstance(layer, (PreallocatedLayer, SlidingLayer)) and layer.can_open else None
 
     def _run(self, hidden: torch.Tensor, angles: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         module, (cos, sin) = self.module, angles
@@ -209,7 +215,7 @@ class AttentionStep:
         return theirs
 
 
-def _sees_all(mask: Any) -> bool:
+def mask_sees_all(mask: Any) -> bool:
     """The one token sees every row that the cache gives it. Masks are of one sequence: a row is one number."""
     if mask is None:
         return True

@@ -37,6 +37,15 @@ class Hooks:
         self._tables += [module._forward_hooks for module in told]
         self._told: list[dict[int, Any]] = [module._forward_pre_hooks for module in told]
 
+    @classmethod
+    def joined(cls, several: Iterable[Hooks]) -> Hooks:
+        """All of them, to be asked at once whether they may be passed by."""
+        hooks = cls(())
+        for each in several:
+            hooks._tables += each._tables[2:]
+            hooks._told += each._told
+        return hooks
+
     @property
     def may_pass(self) -> bool:
         """Nobody but who can be told would be called."""

@@ -156,36 +156,45 @@ class LayerStep:
         parts: tuple[nn.Module, nn.Module, nn.Module], norms: tuple[CpuNorm, CpuNorm], linears: list[CpuLinear],
     ) -> None:  # fmt: skip
         """`parts`: the norm before attention, that after it, and the block; `linears`: attention's."""
-        self._native, self.layer, self._attention, self._block = native, layer, attention, parts[2]
+        self._native, self.layer, self.attention, self.block = native, layer, attention, parts[2]
         self._original = type(layer).forward
-        moe: MoeStep | None = step_of(self._block, MoeStep)
-        self._moe = moe
-        self._kernel = CpuTokenLayer(
+        moe: MoeStep | None = step_of(self.block, MoeStep)
+        self.moe = moe
+        self.kernel = CpuTokenLayer(
             native.kernels, attention.attention, norms, linears, None if moe is None else (moe.router, moe.route)
         )
-        self._shape = (1, 1, self._kernel.normed_1D.numel())
+        self._shape = (1, 1, self.kernel.normed_1D.numel())
         passed, told = [*attention.module.modules(), *parts[:2]], [parts[1]]
         if moe is not None:  # otherwise the block is called, and calls its own
-            passed += self._block.modules()
-            told = list(dict.fromkeys((parts[1], self._block, moe.gate)))
-        self._hooks, self._told = Hooks(passed, told), range(1, len(told))
+            passed += self.block.modules()
+            told = list(dict.fromkeys((parts[1], self.block, moe.gate)))
+        self.hooks, self._told = Hooks(passed, told), range(1, len(told))
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own, for one token whose cache is ours by the kernels."""
-        attention, kernel, moe = self._attention, self._kernel, self._moe
+        attention, kernel, moe = self.attention, self.kernel, self.moe
         if attention.has_failed:
             self._native.put_back(self.layer, _KIND)
         rows = None
-        if not args and attention.is_settled and self._hooks.may_pass and (moe is None or moe.has_executor):
+        if not args and attention.is_settled and self.hooks.may_pass and (moe is None or moe.has_executor):
             rows = attention.cache_layer(hidden_states, kwargs)
         if rows is None or not kernel.takes(hidden_states):
             return self._original(self.layer, hidden_states, *args, **kwargs)
         keys, values = rows.open_row()
         cos, sin = kwargs["position_embeddings"]
         state = kernel(hidden_states, cos, sin, keys, values, half_angles=bool(attention.half_angles))
-        self._hooks.tell(0, state)
+        self.tell(state)
         if moe is None:
-            return state + self._block(kernel.normed_1D.view(self._shape))
+            return state + self.block(kernel.normed_1D.view(self._shape))
+        return self.finish(state)
+
+    def tell(self, state: torch.Tensor) -> None:
+        """Whoever can be told: of the state after attention, and of what the experts are given."""
+        self.hooks.tell(0, state)
         for place in self._told:
-            self._hooks.tell(place, kernel.normed_1D)
-        return state + moe.finish(kernel.normed_1D).view(self._shape)
+            self.hooks.tell(place, self.kernel.normed_1D)
+
+    def finish(self, state: torch.Tensor) -> torch.Tensor:
+        """The output of a layer with experts, of the shape of `state`: the kernels have chosen them, with the state."""
+        assert self.moe is not None
+        return state + self.moe.finish(self.kernel.normed_1D).view(state.shape)

@@ -39,7 +39,7 @@ def swap_mlps(native: NativeModules, model: nn.Module) -> None:
         with without_hooks(module.modules()):
             mlp = _find(native.kernels, module, linears, act)
         if mlp is not None:
-            native.swap(module, _forward(module, mlp), _KIND)
+            native.swap(module, MlpStep(module, mlp).forward, _KIND)
 
 
 def _find(kernels: CpuKernels, module: nn.Module, modules: Sequence[nn.Linear], act: Curve) -> CpuMlp | None:
@@ -80,15 +80,19 @@ def _make(kernels: CpuKernels, gate: CpuLinear, up: CpuLinear, down: CpuLinear, 
     return CpuMlp(kernels, math, weights, max_rows=MAX_ROWS) if kernels.supports(math, weights) is None else None
 
 
-def _forward(module: nn.Module, mlp: CpuMlp) -> Callable[[torch.Tensor], torch.Tensor]:
-    original, hooks = type(module).forward, Hooks(child for child in module.modules() if child is not module)
+class MlpStep:
+    """The `forward` of one MLP."""
 
-    def forward(x: torch.Tensor | None = None, **named: torch.Tensor) -> torch.Tensor:
-        few = x is not None and not named and mlp.takes(x)
-        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or not few or not hooks.may_pass:
-            result: torch.Tensor = original(module, **named) if x is None else original(module, x, **named)
+    def __init__(self, module: nn.Module, mlp: CpuMlp) -> None:
+        self._module, self.mlp, self._original = module, mlp, type(module).forward
+        self._hooks = Hooks(child for child in module.modules() if child is not module)
+
+    def forward(self, x: torch.Tensor | None = None, **named: torch.Tensor) -> torch.Tensor:
+        """As the module's own, for a few rows by the kernels."""
+        few = x is not None and not named and self.mlp.takes(x)
+        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or not few or not self._hooks.may_pass:
+            module = self._module
+            result: torch.Tensor = self._original(module, **named) if x is None else self._original(module, x, **named)
             return result
         assert x is not None
-        return mlp(x)
-
-    return forward
+        return self.mlp(x)

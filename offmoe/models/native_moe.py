@@ -194,9 +194,9 @@ def _find_sum(block: nn.Module, experts: nn.Module, router: nn.Module, calls: li
     """What the block makes of the experts' answer: itself, or with its shared experts', or with a share of it."""
     others = [child for child in block.children() if child is not experts and router not in child.modules()]
     others = [child for child in others if any(True for _ in child.parameters())]
-    sums: list[Sum] = [] if others else [_alone]
+    sums: list[Sum] = [] if others else [alone]
     if len(others) == 1:
-        sums = [_with_shared(others[0])]
+        sums = [WithShared(others[0])]
     elif len(others) == 2:
         sums = [_with_gated(*pair) for pair in itertools.permutations(others)]
     for total in sums:
@@ -208,12 +208,20 @@ def _find_sum(block: nn.Module, experts: nn.Module, router: nn.Module, calls: li
     return None
 
 
-def _alone(x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
+def alone(x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
+    """The experts' answer as it is."""
     return y_TD
 
 
-def _with_shared(shared: nn.Module) -> Sum:
-    return lambda x_TD, y_TD: y_TD + shared(x_TD)
+@dataclass(frozen=True, slots=True)
+class WithShared:
+    """The sum with a shared expert's answer."""
+
+    shared: nn.Module
+
+    def __call__(self, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
+        """Both together."""
+        return y_TD + self.shared(x_TD)  # type: ignore[no-any-return]
 
 
 def _with_gated(shared: nn.Module, gate: nn.Module) -> Sum:
@@ -228,8 +236,8 @@ class MoeStep:
     ) -> None:
         """`gate` is the module that has the router's weight: the block itself, or a part of it."""
         self.block, self.gate, self.router, self.route = block, gate, router, route
-        self._binding, self._total = binding, total
-        self._experts = next(child for child in block.children() if find_binding(child) is binding)
+        self.binding, self.total = binding, total
+        self.experts = next(child for child in block.children() if find_binding(child) is binding)
         self._original = type(block).forward
         self._told = [] if gate is block else [gate]
         self._hooks = Hooks((module for module in block.modules() if module is not block), self._told)
@@ -237,12 +245,12 @@ class MoeStep:
     @property
     def has_executor(self) -> bool:
         """Somebody computes the experts, and nobody stands in their module's place, as who asks for ids alone does."""
-        return self._binding.executor is not None and "forward" not in vars(self._experts)
+        return self.binding.executor is not None and "forward" not in vars(self.experts)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the block's own, for one token by the kernels."""
         x = hidden_states
-        one = x.numel() == self.router.num_inputs and x.is_contiguous() and x.dtype == self._binding.dtype
+        one = x.numel() == self.router.num_inputs and x.is_contiguous() and x.dtype == self.binding.dtype
         if args or kwargs or not one or torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
             return self._original(self.block, x, *args, **kwargs)
         if not self._hooks.may_pass or not self.has_executor:
@@ -255,9 +263,9 @@ class MoeStep:
 
     def finish(self, x_1D: torch.Tensor) -> torch.Tensor:
         """The block's output, (1, D), for the ids and weights that the route has given."""
-        binding, route = self._binding, self.route
+        binding, route = self.binding, self.route
         assert binding.executor is not None and binding.math is not None, f"{binding=}"
         y_1D = binding.executor.run_layer(
             binding.layer_idx, binding.math, binding.num_experts, x_1D, route.ids_1K, route.weights_1K
         )
-        return self._total(x_1D, y_1D)
+        return self.total(x_1D, y_1D)

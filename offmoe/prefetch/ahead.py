@@ -49,10 +49,12 @@ class AheadOfTime:
         """A pending prediction, as numbers."""
         self.lookahead.take(layer_idx, ids_TK)
 
-    def router_spoke(self, layer_idx: int, expert_ids: Sequence[int], num_tokens: int) -> None:
-        """Before anything of the layer is used or fetched."""
+    def router_spoke(
+        self, layer_idx: int, expert_ids: Sequence[int], num_tokens: int, *, now_s: float | None = None
+    ) -> None:
+        """Before anything of the layer is used or fetched. `now_s`: told late, of that time by its clock."""
         if layer_idx == self._first:
-            self._begin_s, self._num_tokens = self._clock(), num_tokens
+            self._begin_s, self._num_tokens = self._clock() if now_s is None else now_s, num_tokens
         if self.lookahead.is_asleep:
             if num_tokens == 1:
                 return
@@ -77,11 +79,12 @@ class AheadOfTime:
         if not self.lookahead.is_asleep:
             self.prefetcher.pump()
 
-    def layer_ended(self, layer_idx: int) -> None:
-        """The layer's sum is made."""
+    def layer_ended(self, layer_idx: int, *, now_s: float | None = None) -> None:
+        """The layer's sum is made. `now_s`: as of `router_spoke`."""
         self.pump()
         if layer_idx == self._last and self._num_tokens:
-            self.prefetcher.pass_ended(self._clock() - self._begin_s, num_tokens=self._num_tokens)
+            end_s = self._clock() if now_s is None else now_s
+            self.prefetcher.pass_ended(end_s - self._begin_s, num_tokens=self._num_tokens)
             if self._num_tokens == 1 and self.prefetcher.is_idle:
                 self.lookahead.sleep()
             else:

@@ -175,6 +175,16 @@ class CpuTokenExperts:
         )  # fmt: skip
         self._address = ctypes.addressof(self._call)
 
+    def call_between(
+        self, x_1D: torch.Tensor, weights_1K: torch.Tensor, y_1D: torch.Tensor, chosen_K: ctypes.Array[ctypes.c_void_p]
+    ) -> structs.Call:
+        """A call that always reads and writes there, for the experts that `chosen_K` points at. Keep this object."""
+        assert self.takes(x_1D, weights_1K) and y_1D.dtype == x_1D.dtype and len(chosen_K) == len(self._tokens)
+        call = structs.Call.from_buffer_copy(self._call)
+        call.x, call.weights, call.total = x_1D.data_ptr(), weights_1K.data_ptr(), y_1D.data_ptr()
+        call.experts = ctypes.addressof(chosen_K)
+        return call
+
     def takes(self, x_1D: torch.Tensor, weights_1K: torch.Tensor) -> bool:
         """They are of the types that were shown, and as many; contiguous."""
         return (

@@ -32,8 +32,8 @@ ExpertRows = tuple[int, ExpertWeights, Sequence[int], Sequence[int]]
 
 
 @dataclass(slots=True)
-class _Described:
-    """One expert at one place in memory."""
+class DescribedExpert:
+    """One expert at one place in memory. `address` is that of its struct, which lives as long as this object."""
 
     place: int
     struct: structs.Expert
@@ -55,18 +55,22 @@ class CpuLayer:
             up_limit=numbers.inf if activation.up_limit is None else activation.up_limit,
             offset=activation.offset,
         )
-        self._described: dict[int, _Described] = {}
+        self._described: dict[int, DescribedExpert] = {}
 
     def expert_address(self, expert_idx: int, weights: ExpertWeights) -> int:
-        """Of the expert's struct: made when the expert was not seen yet or lies elsewhere now."""
+        """Of the expert's struct, until the expert lies elsewhere."""
+        return self.describe(expert_idx, weights).address
+
+    def describe(self, expert_idx: int, weights: ExpertWeights) -> DescribedExpert:
+        """The expert's struct: made when the expert was not seen yet or lies elsewhere now."""
         first = weights.up[0]
         place = (first.codes if isinstance(first, QuantMatrix) else first).data_ptr()
         known = self._described.get(expert_idx)
         if known is None or known.place != place:
             known = self._described[expert_idx] = self._describe(expert_idx, weights, place)
-        return known.address
+        return known
 
-    def _describe(self, expert_idx: int, weights: ExpertWeights, place: int) -> _Described:
+    def _describe(self, expert_idx: int, weights: ExpertWeights, place: int) -> DescribedExpert:
         up, down = (
             [describe(part, transposed=self.math.transposed) for part in parts] for parts in (weights.up, weights.down)
         )
@@ -80,7 +84,7 @@ class CpuLayer:
             num_up=len(ups),
             num_down=len(downs),
         )
-        return _Described(place, struct, ctypes.addressof(struct), (ups, downs))
+        return DescribedExpert(place, struct, ctypes.addressof(struct), (ups, downs))
 
 
 class _Closed:
@@ -220,6 +224,15 @@ class CpuKernels:
     def run_layer(self, address: int) -> None:
         """A `structs.Layer`; see layer.py. Raises MemoryError."""
         self._call(self._library.offmoe_layer, address, "a token's layer")
+
+    def run_layers(self, address: int) -> int:
+        """A `structs.Run`; see run.py. The number of the first layer whose experts were not computed, or the end.
+        Raises MemoryError.
+        """
+        stop: int = self._library.offmoe_run(self._handle, address)
+        if stop < 0:
+            raise MemoryError("no memory for a token's layers")
+        return stop
 
     def run_route(self, address: int, logits: int, scores: int) -> None:
         """A `structs.Route` on one row of float32 logits; see layer.py."""

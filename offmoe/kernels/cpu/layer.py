@@ -124,6 +124,18 @@ class CpuTokenLayer:
         attend.query, attend.key, attend.value, attend.output = places
         self._address = ctypes.addressof(call)
 
+    @property
+    def router(self) -> tuple[CpuLinear, CpuRoute] | None:
+        """What it ends with."""
+        return self._keep[3]
+
+    def call_between(self, x_1D: torch.Tensor, state_1D: torch.Tensor) -> structs.Layer:
+        """A call that always reads and writes these rows; its cache and angles are to be set. Keep this object."""
+        assert self.takes(x_1D) and self.takes(state_1D), f"{x_1D.shape=} {state_1D.shape=}"
+        call = structs.Layer.from_buffer_copy(self._call)
+        call.x, call.state = x_1D.data_ptr(), state_1D.data_ptr()
+        return call
+
     def takes(self, x: torch.Tensor) -> bool:
         """One row, contiguous, of the layer's type and width."""
         return x.numel() == self._width and x.dtype == self.normed_1D.dtype and x.is_contiguous()

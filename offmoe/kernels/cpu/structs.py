@@ -7,7 +7,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
 DENSE_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -115,3 +115,18 @@ class Layer(ctypes.Structure):
         ("router", c_void_p), ("router_bias", c_void_p), ("route", Route), ("width", c_int64),
         ("input_eps", c_float), ("output_eps", c_float), ("input_kind", c_int32), ("output_kind", c_int32),
     )  # fmt: skip
+
+
+class Step(ctypes.Structure):
+    """One layer of a run of layers."""
+
+    _fields_ = (
+        ("layer", c_void_p), ("experts", c_void_p), ("table", c_void_p), ("chosen", c_void_p), ("mlp", c_void_p),
+        ("output", c_void_p), ("ids", c_void_p), ("routed_ns", c_int64), ("ended_ns", c_int64),
+    )  # fmt: skip
+
+
+class Run(ctypes.Structure):
+    """Consecutive layers of one token."""
+
+    _fields_ = (("steps", c_void_p), ("num_rows", c_void_p), ("begin", c_int64), ("end", c_int64))

@@ -145,4 +145,24 @@ struct Layer {
     int32_t input_kind, output_kind;
 };
 
+// One layer of a run of layers: `layer`, whose x is the output of the layer before; then its experts, or an MLP that is
+// always there, or both; and the sum. `experts` and `mlp` read the layer's normed row.
+struct Step {
+    Layer* layer;
+    Call* experts;               // or null; its K experts are looked up in `table`
+    const Expert* const* table;  // for each expert of the layer: where it is described, null where it is not in RAM
+    const Expert** chosen;       // (K): where `experts` has its experts
+    const Call* mlp;             // or null
+    void* output;                // (width): the layer's state and what the experts and the MLP add to it
+    int32_t* ids;                // (K): what the router chose
+    int64_t routed_ns, ended_ns;  // when it had chosen and when the layer ended, since the run began
+};
+
+// Consecutive layers of one token, from `begin` on. `num_rows`: of every layer's cache, this token's included.
+struct Run {
+    Step* steps;
+    const int64_t* num_rows;
+    int64_t begin, end;
+};
+
 }  // namespace offmoe

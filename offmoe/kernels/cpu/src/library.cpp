@@ -62,7 +62,7 @@ bool has_instructions(const char* level) {
 extern "C" {
 
 // Changes with abi.h.
-int32_t offmoe_abi_version() { return 5; }
+int32_t offmoe_abi_version() { return 6; }
 
 // The idx-th best level that was compiled, or null; `usable`: this processor has it.
 const char* offmoe_level(int32_t idx, int32_t* usable) {
@@ -118,6 +118,12 @@ int32_t offmoe_layer(void* handle, const offmoe::Layer* call) {
     Kernels& kernels = *static_cast<Kernels*>(handle);
     std::lock_guard<std::mutex> lock(kernels.pool.calls());
     return offmoe::run_layer(kernels.pool, kernels.level, kernels.space, *call);
+}
+
+int64_t offmoe_run(void* handle, const offmoe::Run* call) {
+    Kernels& kernels = *static_cast<Kernels*>(handle);
+    std::lock_guard<std::mutex> lock(kernels.pool.calls());
+    return offmoe::run_run(kernels.pool, kernels.level, kernels.space, *call);
 }
 
 // One row of logits of the route's type, to try a rule out. `scores`: room for three numbers an expert.
