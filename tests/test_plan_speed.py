@@ -19,14 +19,14 @@ from offmoe.planner.layer_costs import WHOLE, latent_operations, layer_cost
 from offmoe.planner.model_facts import ModelFacts, read_facts
 from offmoe.planner.predict import Prediction, Step, predict
 
-SMALL = LayerCosts(whole_s=1e-5, whole_token_s=3e-4, modules_s=2e-4, token_s=4e-4)
-COSTS = LayerCosts(whole_s=1e-4, whole_token_s=1e-3, modules_s=5e-4, token_s=2e-3)
+SMALL = LayerCosts(whole_s=1e-5, whole_token_s=3e-4, modules_s=2e-4, token_s=4e-4, watched_s=1e-5, fetch_s=5e-5)
+COSTS = LayerCosts(whole_s=1e-4, whole_token_s=1e-3, modules_s=5e-4, token_s=2e-3, watched_s=5e-5, fetch_s=2e-4)
 RECORD = MachineRecord(
     name="a machine", ram_bytes=1 << 34, num_cores=4, read_bytes_per_s=4e10,
     cpu_bytes_per_s={"bf16": 2e10, "bf16 turned": 5e9, "bf16 turned, off lines": 4e9, "int4": 1e10},
     cpu_flops_per_s=1e11, cached_bytes_per_s=6e10,
     cache_bytes=1 << 20, layers=COSTS, cached_layers=SMALL,
-    watched_layer_s=5e-5, fetch_s=2e-4, libraries_bytes=1 << 28,
+    libraries_bytes=1 << 28,
 )  # fmt: skip
 DRIVE = DriveSpeed(direct_bytes_per_s=2e9, buffered_bytes_per_s=1e9)
 
@@ -76,10 +76,10 @@ def test_missing_experts_wait_for_the_drive_less_what_is_computed_meanwhile(demo
         missed = pattern.bit_count()
         chance = (1 - hits) ** missed * hits ** (top_k - missed)
         if missed:
-            reading = RECORD.fetch_s + missed * demo.expert_bytes / 2e9
+            reading = COSTS.fetch_s + missed * demo.expert_bytes / 2e9
             waited += chance * max(0.0, reading - (top_k - missed) * demo.expert_bytes / 2e10)
     more = 1 / found.decode_tok_per_s - 1 / predicted(demo).decode_tok_per_s
-    assert more == pytest.approx(demo.num_moe_layers * (waited + RECORD.watched_layer_s))
+    assert more == pytest.approx(demo.num_moe_layers * (waited + COSTS.watched_s))
     assert steps_of(found)["of that, while others are computed"].seconds < 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +31,11 @@ from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.report.probe import measure_drive, run_probe
 from offmoe.tiers.inline import InlineCopier
 
-COSTS = LayerCosts(whole_s=1e-4, whole_token_s=1e-3, modules_s=5e-4, token_s=2e-3)
+COSTS = LayerCosts(whole_s=1e-4, whole_token_s=1e-3, modules_s=5e-4, token_s=2e-3, watched_s=0.0, fetch_s=1e-4)
 RECORD = MachineRecord(
     name="a machine", ram_bytes=1 << 34, num_cores=4, read_bytes_per_s=3e10,
     cpu_bytes_per_s={"bf16": 2e10, "int4": 1e10}, cpu_flops_per_s=1e11, cached_bytes_per_s=4e10,
-    cache_bytes=1 << 25, layers=COSTS, cached_layers=COSTS, watched_layer_s=0.0, fetch_s=1e-4, libraries_bytes=1 << 28,
+    cache_bytes=1 << 25, layers=COSTS, cached_layers=COSTS, libraries_bytes=1 << 28,
     drives={"fd00": DriveSpeed(direct_bytes_per_s=2e9, buffered_bytes_per_s=None, measured_on="x")},
 )  # fmt: skip
 
@@ -59,8 +59,8 @@ def test_kept_and_read_back() -> None:
     [
         {"version": 99}, {"read_bytes_per_s": -1}, {"read_bytes_per_s": "fast"}, {"cpu_bytes_per_s": {}},
         {"cpu_bytes_per_s": [1]}, {"drives": 3}, {"layers": None}, {"layers": {"whole_s": 1}},
-        {"cached_layers": {"whole_s": "x", "whole_token_s": 1, "modules_s": 1, "token_s": 1}},
-        {"fetch_s": -1}, {"more": 1}, {"drives": {"a": {"b": 1}}},
+        {"cached_layers": {**asdict(COSTS), "whole_s": "x"}},
+        {"layers": {**asdict(COSTS), "fetch_s": -1}}, {"more": 1}, {"drives": {"a": {"b": 1}}},
     ],
     ids=str,
 )  # fmt: skip

@@ -37,13 +37,16 @@ class DriveSpeed:
 @dataclass(frozen=True, kw_only=True)
 class LayerCosts:
     """Seconds of a token whatever it reads. A layer: that the kernels compute `whole_s`, or its `modules_s` one by one;
-    `whole_token_s` and `token_s` are what comes beside the layers, in a model of the one kind and of the other.
+    `whole_token_s` and `token_s` are what comes beside the layers, in a model of the one kind and of the other. A layer
+    takes `watched_s` more while not all experts are in memory, and `fetch_s` more, beside the bytes, when it fetches.
     """
 
     whole_s: float
     whole_token_s: float
     modules_s: float
     token_s: float
+    watched_s: float
+    fetch_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +58,6 @@ class MachineRecord:
     cpu_flops_per_s        the same for many rows
     cached_bytes_per_s     experts on the CPU ("bf16") where `cache_bytes`, those of the processor, hold them
     layers, cached_layers  what a token costs whatever it reads, when it reads more than caches hold, and less
-    watched_layer_s        what a layer takes more while not all experts are in memory
-    fetch_s                what a layer takes more when it has to fetch, beside the bytes
     libraries_bytes        what the process grows by before a model's own memory
     link_*                 host to device, from pinned and pageable memory, and beside computing experts
     pin_quota_bytes        memory that may be page-locked; None: no limit, or not asked
@@ -72,8 +73,6 @@ class MachineRecord:
     cache_bytes: int
     layers: LayerCosts
     cached_layers: LayerCosts
-    watched_layer_s: float
-    fetch_s: float
     libraries_bytes: int
     device_name: str | None = None
     vram_bytes: int | None = None
@@ -174,7 +173,7 @@ def _is_sane(record: MachineRecord) -> bool:
     for drive in record.drives.values():
         flat += [rate for rate in (drive.direct_bytes_per_s, drive.buffered_bytes_per_s) if rate is not None]
     costs = [*asdict(record.layers).values(), *asdict(record.cached_layers).values()]
-    costs += [record.watched_layer_s, record.fetch_s]  # what is not measurable is zero
+    # What is not measurable is zero.
     flat += [cost + 1e-9 if isinstance(cost, (int, float)) else -1 for cost in costs]
     is_number = all(isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0 for rate in flat)
     return is_number and bool(record.cpu_bytes_per_s)

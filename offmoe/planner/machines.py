@@ -31,7 +31,7 @@ def _machine(
     record = MachineRecord(
         name=name, ram_bytes=ram * GIB, num_cores=cores, read_bytes_per_s=ram_rate * 1e9, cpu_bytes_per_s=cpu,
         cpu_flops_per_s=cores * 40e9, cached_bytes_per_s=2 * ram_rate * 1e9, cache_bytes=8 * MIB, layers=_LAYERS,
-        cached_layers=_LAYERS, watched_layer_s=50e-6, fetch_s=100e-6, libraries_bytes=_LIBRARIES_CPU_BYTES,
+        cached_layers=_LAYERS, libraries_bytes=_LIBRARIES_CPU_BYTES,
         drives={"": DriveSpeed(direct_bytes_per_s=disk * 1e9, buffered_bytes_per_s=disk * 0.7e9)},
         source=source,
     )  # fmt: skip
@@ -45,7 +45,9 @@ def _machine(
     )  # fmt: skip
 
 
-_LAYERS = LayerCosts(whole_s=0.25e-3, whole_token_s=0.7e-3, modules_s=0.7e-3, token_s=0.7e-3)
+_LAYERS = LayerCosts(
+    whole_s=0.25e-3, whole_token_s=0.7e-3, modules_s=0.7e-3, token_s=0.7e-3, watched_s=50e-6, fetch_s=100e-6
+)
 _SHARES = {"bf16": 1.0, "bf16 turned": 0.4, "f32": 1.0, "fp8": 0.9, "int8": 0.7, "int4": 0.7, "mxfp4": 0.7}
 _KNOWN = (
     _machine(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from offmoe.base.budget import MemoryPlan
-from offmoe.base.machine_record import DriveSpeed, MachineRecord
+from offmoe.base.machine_record import DriveSpeed, LayerCosts, MachineRecord
 from offmoe.planner.hit_rates import HitCurve
 from offmoe.planner.layer_costs import latent_operations, layer_cost
 from offmoe.planner.model_facts import ModelFacts
@@ -83,24 +83,24 @@ def _decode_on_cpu(
     if latent:
         steps.append(_compute("attention to latents", latent, record.cpu_flops_per_s))
     if plan.num_slots < plan.num_experts:
-        steps += _missing(facts, record, hit_rate, disk, rate)
+        steps += _missing(facts, costs, hit_rate, disk, rate)
     return tuple(steps)
 
 
 def _missing(
-    facts: ModelFacts, record: MachineRecord, hit_rate: float, disk: float, rate: float
+    facts: ModelFacts, costs: LayerCosts, hit_rate: float, disk: float, rate: float
 ) -> Iterator[Step]:  # fmt: skip
     """What fetching takes. A layer's missing experts are read together, while those that are there are computed."""
     num_layers, per_layer = facts.num_moe_layers, facts.sizes.top_k
-    yield _times("layers, while experts are missing", num_layers, record.watched_layer_s)
+    yield _times("layers, while experts are missing", num_layers, costs.watched_s)
     read = _read("missed experts, from disk", (1 - hit_rate) * facts.routed_bytes, disk)
     calls = num_layers * (1 - hit_rate**per_layer)
     yield read
-    yield _times("layers that fetch", calls, record.fetch_s)
+    yield _times("layers that fetch", calls, costs.fetch_s)
     hidden_s = 0.0
     for missed in range(1, per_layer):
         chance = math.comb(per_layer, missed) * (1 - hit_rate) ** missed * hit_rate ** (per_layer - missed)
-        waiting_s = record.fetch_s + missed * facts.expert_bytes / disk
+        waiting_s = costs.fetch_s + missed * facts.expert_bytes / disk
         hidden_s += num_layers * chance * min(waiting_s, (per_layer - missed) * facts.expert_bytes / rate)
     yield Step(what="of that, while others are computed", amount=calls, rate=-calls / max(hidden_s, 1e-9),
                seconds=-hidden_s, unit="times")  # fmt: skip

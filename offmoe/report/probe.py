@@ -48,8 +48,8 @@ def run_probe(path: Path, *, baseline_bytes: int, progress: Progress, small: boo
             name=f"this machine, {num_cores()} cores", ram_bytes=int(psutil.virtual_memory().total),
             num_cores=num_cores(), read_bytes_per_s=read, cpu_bytes_per_s=cpu, cpu_flops_per_s=flops,
             cached_bytes_per_s=max(costs.cached_bytes_per_s, cpu["bf16"]), cache_bytes=cpu_cache_bytes(),
-            layers=costs.layers, cached_layers=costs.cached_layers, watched_layer_s=costs.watched_layer_s,
-            fetch_s=costs.fetch_s, libraries_bytes=costs.libraries_bytes, pin_quota_bytes=_pin_quota(),
+            layers=costs.layers, cached_layers=costs.cached_layers,
+            libraries_bytes=costs.libraries_bytes, pin_quota_bytes=_pin_quota(),
         )  # fmt: skip
         tell("drive")
         record = replace(record, drives=measure_drive(path))
@@ -62,7 +62,7 @@ def run_probe(path: Path, *, baseline_bytes: int, progress: Progress, small: boo
 
 def measure_drive(path: Path) -> dict[str, DriveSpeed]:
     """The drive that `path` (a model, or any file) is on, by its largest file. Empty without a file to read."""
-    file = _largest_file(path)
+    file = largest_file(path)
     if file is None:
         return {}
     try:
@@ -71,7 +71,8 @@ def measure_drive(path: Path) -> dict[str, DriveSpeed]:
         return {}
 
 
-def _largest_file(path: Path) -> Path | None:
+def largest_file(path: Path) -> Path | None:
+    """The largest file of a model, or `path` itself; None in a folder without one."""
     if path.is_file():
         return path
     files = [file for pattern in ("*.safetensors", f"*{GGUF_SUFFIX}") for file in path.glob(pattern)]

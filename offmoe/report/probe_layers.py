@@ -44,8 +44,6 @@ class ModelCosts:
 
     layers: LayerCosts
     cached_layers: LayerCosts
-    watched_layer_s: float
-    fetch_s: float
     libraries_bytes: int
     cached_bytes_per_s: float
 
@@ -74,33 +72,38 @@ def measure_costs(baseline_bytes: int, kernels: CpuKernels | None) -> ModelCosts
     """Some seconds. First of all: what libraries take is seen in the process's growth."""
     with _demo(baseline_bytes) as engine:
         _decode(engine)  # experts come from disk, modules check themselves
-        cold, rate = torch.ones(COLD_BYTES // 4), cached_speed(kernels)
-        found = {name: _costs(engine, memory, rate) for name, memory in (("layers", cold), ("cached_layers", None))}
-        step_s, _ = _decode(engine, cold)
+        memories = {"layers": torch.ones(COLD_BYTES // 4), "cached_layers": None}
+        rate = cached_speed(kernels)
+        resident = {name: _resident_costs(engine, cold, rate) for name, cold in memories.items()}
+        step_s = {name: _decode(engine, cold)[0] for name, cold in memories.items()}
         num_experts, libraries_bytes = engine.plan.num_experts, engine.plan.runtime_bytes
         num_layers, per_layer = len(engine._parts.experts.layers), engine.top_k
-    watched_s, _ = _with_slots(baseline_bytes, num_experts - 1, cold)
-    fetching_s, hit_rate = _with_slots(baseline_bytes, num_experts // 4, cold)
-    calls = num_layers * (1 - hit_rate**per_layer)
-    return ModelCosts(
-        **found, watched_layer_s=max(0.0, watched_s - step_s) / num_layers,
-        fetch_s=max(0.0, fetching_s - max(watched_s, step_s)) / max(1e-9, calls), libraries_bytes=libraries_bytes,
-        cached_bytes_per_s=rate,
-    )  # fmt: skip
+    watched, fetching = (_with_slots(num_slots, memories) for num_slots in (num_experts - 1, num_experts // 4))
+    found = {}
+    for name, costs in resident.items():
+        watched_s, (fetching_s, hit_rate) = max(step_s[name], watched[name][0]), fetching[name]
+        calls = num_layers * (1 - hit_rate**per_layer)
+        found[name] = LayerCosts(
+            **costs, watched_s=(watched_s - step_s[name]) / num_layers,
+            fetch_s=max(0.0, fetching_s - watched_s) / max(1e-9, calls),
+        )  # fmt: skip
+    return ModelCosts(**found, libraries_bytes=libraries_bytes, cached_bytes_per_s=rate)
 
 
-def _costs(engine: Engine, cold: torch.Tensor | None, rate: float) -> LayerCosts:
-    """With `cold` read in between; weights come at `rate` bytes a second, which is taken off."""
+def _resident_costs(engine: Engine, cold: torch.Tensor | None, rate: float) -> dict[str, float]:
+    """With all experts in memory, and `cold` read in between; weights come at `rate` bytes a second, which is taken
+    off.
+    """
     layer_bytes, rest_bytes = _bytes_of(engine)
     whole_s, whole_token_s = _layer_times(engine, cold)
     with _module_by_module(engine.model):
         modules_s, token_s = _layer_times(engine, cold)
     if cold is None or _is_joined(engine.model):  # without hooks, which cost something themselves
         whole_s, whole_token_s = _times_by_depth(engine, cold) or (whole_s, whole_token_s)
-    return LayerCosts(
-        whole_s=max(0.0, whole_s - layer_bytes / rate), modules_s=max(0.0, modules_s - layer_bytes / rate),
-        whole_token_s=max(0.0, whole_token_s - rest_bytes / rate), token_s=max(0.0, token_s - rest_bytes / rate),
-    )  # fmt: skip
+    return {
+        "whole_s": max(0.0, whole_s - layer_bytes / rate), "modules_s": max(0.0, modules_s - layer_bytes / rate),
+        "whole_token_s": max(0.0, whole_token_s - rest_bytes / rate), "token_s": max(0.0, token_s - rest_bytes / rate),
+    }  # fmt: skip
 
 
 def _times_by_depth(engine: Engine, cold: torch.Tensor | None) -> tuple[float, float] | None:
@@ -145,11 +148,11 @@ def _demo(baseline_bytes: int, *, folder: Path | None = None, **options: Any) ->
         yield engine
 
 
-def _with_slots(baseline_bytes: int, num_slots: int, cold: torch.Tensor) -> tuple[float, float]:
-    """A token's seconds and hit rate, with prefetching as it is by itself."""
-    with _demo(baseline_bytes, experts=num_slots, prefetch="auto") as engine:
+def _with_slots(num_slots: int, memories: dict[str, torch.Tensor | None]) -> dict[str, tuple[float, float]]:
+    """A token's seconds and hit rate, with prefetching as it is by itself, for each of `memories`."""
+    with _demo(0, experts=num_slots, prefetch="auto") as engine:
         _decode(engine)
-        return _decode(engine, cold)
+        return {name: _decode(engine, cold) for name, cold in memories.items()}
 
 
 def _decode(engine: Engine, cold: torch.Tensor | None = None) -> tuple[float, float]:

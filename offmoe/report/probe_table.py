@@ -18,9 +18,9 @@ def probe_rows(record: MachineRecord) -> list[tuple[str, str]]:
         ("products on the CPU", f"{record.cpu_flops_per_s / 1e9:.0f} GFLOP/s"),
         ("experts in caches", f"{format_bandwidth(record.cached_bytes_per_s)}, of {format_bytes(record.cache_bytes)}"),
         ("a layer, whatever it reads", _costs(record.layers)),
-        ("the same in caches", _costs(record.cached_layers)),
-        ("a layer while experts are missing", f"{record.watched_layer_s * 1e3:.3f} ms more, {record.fetch_s * 1e3:.3f} "
-                                              "ms more where one is fetched"),
+        ("that in caches", _costs(record.cached_layers)),
+        ("a layer while experts are missing", _missing(record.layers)),
+        ("that in caches", _missing(record.cached_layers)),
         ("libraries", format_bytes(record.libraries_bytes)),
         ("may be page-locked", "no limit known" if record.pin_quota_bytes is None
          else format_bytes(record.pin_quota_bytes)),
@@ -49,6 +49,10 @@ def _costs(costs: LayerCosts) -> str:
         f"{_ms(costs.whole_s)} by the kernels, a token {_ms(costs.whole_token_s)} beside; {_ms(costs.modules_s)} by "
         f"modules, {_ms(costs.token_s)} beside"
     )
+
+
+def _missing(costs: LayerCosts) -> str:
+    return f"{_ms(costs.watched_s)} more, {_ms(costs.fetch_s)} more where one is fetched"
 
 
 def _ms(seconds: float) -> str:
