@@ -100,7 +100,8 @@ def compare(model: str | None, share: float, args: argparse.Namespace, record: M
     plan = run_plan(
         model, dict(options), machine=None, trace=None, prompt_tokens=min(args.prefill, args.context_length)
     )
-    if plan.memory is None or plan.prediction is None:
+    memory = plan.memory
+    if memory is None or plan.prediction is None:
         raise SystemExit(f"error: {plan.line()}")
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     ids = [] if model is None else [f"--ids={Path(model) / 'ids.json'}"]
@@ -117,7 +118,7 @@ def compare(model: str | None, share: float, args: argparse.Namespace, record: M
 
     def predicted(speed: DriveSpeed) -> float:
         return predict(
-            plan.facts, plan.memory, record, curve, drive=speed, direct=make_config().io != "buffered",
+            plan.facts, memory, record, curve, drive=speed, direct=make_config().io != "buffered",
             prompt_tokens=args.prefill, context_length=2 * args.prefill + args.decode,
         ).decode_tok_per_s  # fmt: skip
 
@@ -126,7 +127,7 @@ def compare(model: str | None, share: float, args: argparse.Namespace, record: M
         by_run = predicted(DriveSpeed(direct_bytes_per_s=in_run, buffered_bytes_per_s=in_run))
     return {
         "model": plan.facts.name, "slots": options["experts"], "experts": num_experts,
-        "predicted_peak_bytes": plan.memory.expected_bytes, "measured_peak_bytes": run["peak_rss_growth_bytes"],
+        "predicted_peak_bytes": memory.expected_bytes, "measured_peak_bytes": run["peak_rss_growth_bytes"],
         "hit_rate": hit_rate, "predicted_tok_per_s": predicted(drive), "predicted_with_run_tok_per_s": by_run,
         "measured_tok_per_s": run["decode_tok_per_s"], "published_tok_per_s": plan.prediction.decode_tok_per_s,
         "drive_bytes_per_s": drive.direct_bytes_per_s or drive.buffered_bytes_per_s, "run_bytes_per_s": in_run,
@@ -147,7 +148,7 @@ def mean_speed(*speeds: DriveSpeed) -> DriveSpeed:
 def kept_share(run: dict[str, Any], facts: ModelFacts) -> float:
     """Of the experts that a token used, by bytes: those that were in memory and had not been fetched ahead for it."""
     ahead = run["ahead_bytes_per_token"]
-    used = run["disk_bytes_per_token"] - ahead + (run["prefetch_useful"] or 0.0) * ahead
+    used: float = run["disk_bytes_per_token"] - ahead + (run["prefetch_useful"] or 0.0) * ahead
     return max(0.0, 1 - used / facts.routed_bytes)
 
 

@@ -29,6 +29,7 @@ from offmoe.executor.speeds import cached_speed
 from offmoe.generation.engine import Engine
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.models.native_layer import LayerStep
+from offmoe.models.native_model import DecoderStep
 from offmoe.models.native_moe import MoeStep
 
 PROMPT = list(range(1, 17))
@@ -95,11 +96,12 @@ def _resident_costs(engine: Engine, cold: torch.Tensor | None, rate: float) -> d
     off.
     """
     layer_bytes, rest_bytes = _bytes_of(engine)
-    whole_s, whole_token_s = _layer_times(engine, cold)
+    by_depth = None
+    if cold is None or _is_joined(engine.model):  # without hooks, which cost something themselves
+        by_depth = _times_by_depth(engine, cold)
+    whole_s, whole_token_s = by_depth or _layer_times(engine, cold)
     with _module_by_module(engine.model):
         modules_s, token_s = _layer_times(engine, cold)
-    if cold is None or _is_joined(engine.model):  # without hooks, which cost something themselves
-        whole_s, whole_token_s = _times_by_depth(engine, cold) or (whole_s, whole_token_s)
     return {
         "whole_s": max(0.0, whole_s - layer_bytes / rate), "modules_s": max(0.0, modules_s - layer_bytes / rate),
         "whole_token_s": max(0.0, whole_token_s - rest_bytes / rate), "token_s": max(0.0, token_s - rest_bytes / rate),
@@ -201,11 +203,11 @@ def _layer_times(engine: Engine, cold: torch.Tensor | None) -> tuple[float, floa
 
 @contextmanager
 def _module_by_module(model: nn.Module) -> Iterator[None]:
-    """Within: no layer and no block of experts is computed whole."""
+    """Within: no layer, no block of experts and no run of layers is computed whole."""
     swapped = {
         module: module.__dict__.pop("forward")
         for module in model.modules()
-        if isinstance(getattr(module.__dict__.get("forward"), "__self__", None), (LayerStep, MoeStep))
+        if isinstance(getattr(module.__dict__.get("forward"), "__self__", None), (DecoderStep, LayerStep, MoeStep))
     }
     try:
         yield
