@@ -1,4 +1,5 @@
-// Any format and type, multiplied in float32: weights are unpacked 128 columns at a time, then multiplied with every x.
+// Dense weights, and codes in groups of any size, multiplied in float32: 128 columns are unpacked at a time, then multiplied
+// with every x.
 #pragma once
 #include "blocks.h"
 #include "level.h"
@@ -8,7 +9,7 @@ namespace {
 
 inline bool in_nibbles(const Matrix& matrix) { return matrix.kind == INT4 || matrix.kind == MXFP4; }
 
-inline int64_t code_bits(int32_t kind) {
+constexpr int64_t code_bits(int32_t kind) {
     switch (kind) {
         case DENSE_F32: return 32;
         case DENSE_BF16: case DENSE_F16: return 16;
@@ -20,13 +21,6 @@ inline int64_t code_bits(int32_t kind) {
 inline int64_t row_code_bytes(const Matrix& matrix) {
     if (!is_blocks(matrix.kind)) return (matrix.columns * code_bits(matrix.kind) + 7) / 8;
     return matrix.columns / block_columns(matrix.kind) * block_bytes(matrix.kind);
-}
-
-// Where the chunk begins that begins with `column`; the chunks of a block of 256 columns begin with the block.
-template <int32_t KIND>
-inline int64_t chunk_at(int64_t column) {
-    if constexpr (is_blocks(KIND)) return column / block_columns(KIND) * block_bytes(KIND);
-    return column * code_bits(KIND) / 8;
 }
 
 inline float scale_at(const Matrix& matrix, const uint8_t* scales, int64_t group) {
@@ -83,7 +77,6 @@ inline void group_lanes(const Matrix& matrix, int64_t row, int64_t column, int64
 // 128 columns of a row from `column` on; `codes` has that many, whatever the row has.
 template <int32_t KIND>
 inline void unpack(const Matrix& matrix, int64_t row, int64_t column, const uint8_t* codes, F32x16* out) {
-    if constexpr (is_blocks(KIND)) return unpack_blocks<KIND>(codes, column, out);
     F32x16 scale, zero;
     if constexpr (KIND == INT4 || KIND == MXFP4) group_lanes(matrix, row, column, 8, scale, zero);
     OFFMOE_UNROLL
@@ -124,7 +117,7 @@ void multiply_rows(const Matrix& matrix, int64_t begin, int64_t end, const void*
         F32x16 w[kVectors];
         alignas(64) uint8_t last[kChunk * 4];
         for (int64_t chunk = 0; chunk * kChunk < matrix.columns; ++chunk) {
-            const uint8_t* from = codes + chunk_at<KIND>(chunk * kChunk);
+            const uint8_t* from = codes + chunk * kChunk * code_bits(KIND) / 8;
             if (chunk == whole) {
                 std::memset(last, 0, sizeof last);
                 std::memcpy(last, from, row_code_bytes(matrix) - (from - codes));
@@ -222,12 +215,6 @@ inline void general_multiply(const Matrix& matrix, int32_t, int64_t begin, int64
             case INT4: multiply_kind<INT4>(matrix, begin, stop, x, num_x, out, stride); break;
             case MXFP4: multiply_kind<MXFP4>(matrix, begin, stop, x, num_x, out, stride); break;
             case FP8: multiply_kind<FP8>(matrix, begin, stop, x, num_x, out, stride); break;
-            case Q4_0: multiply_kind<Q4_0>(matrix, begin, stop, x, num_x, out, stride); break;
-            case Q8_0: multiply_kind<Q8_0>(matrix, begin, stop, x, num_x, out, stride); break;
-            case Q4_K: multiply_kind<Q4_K>(matrix, begin, stop, x, num_x, out, stride); break;
-            case Q5_K: multiply_kind<Q5_K>(matrix, begin, stop, x, num_x, out, stride); break;
-            case Q6_K: multiply_kind<Q6_K>(matrix, begin, stop, x, num_x, out, stride); break;
-            case MXFP4_BLOCKS: multiply_kind<MXFP4_BLOCKS>(matrix, begin, stop, x, num_x, out, stride); break;
             default: break;
         }
     }

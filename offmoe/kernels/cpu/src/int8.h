@@ -69,13 +69,16 @@ struct Rounded {
           scales(reinterpret_cast<const float*>(codes + num_groups * kXGroup)), sums(scales + num_groups) {}
 };
 
-inline int64_t int8_prepared_bytes(const Matrix& matrix, int32_t type) {
-    if (!takes_int8(matrix)) return general_prepared_bytes(matrix, type);
+// LEVEL multiplies what is not rounded.
+template <const Level& LEVEL>
+int64_t int8_prepared_bytes(const Matrix& matrix, int32_t type) {
+    if (!takes_int8(matrix)) return LEVEL.prepared_bytes(matrix, type);
     return (num_x_groups(matrix) * (kXGroup + 8) + 63) / 64 * 64;
 }
 
-inline void int8_prepare(const Matrix& matrix, int32_t type, const float* x, void* prepared) {
-    if (!takes_int8(matrix)) return general_prepare(matrix, type, x, prepared);
+template <const Level& LEVEL>
+void int8_prepare(const Matrix& matrix, int32_t type, const float* x, void* prepared) {
+    if (!takes_int8(matrix)) return LEVEL.prepare(matrix, type, x, prepared);
     const int64_t count = num_x_groups(matrix);
     int8_t* codes = static_cast<int8_t*>(prepared);
     float *scales = reinterpret_cast<float*>(codes + count * kXGroup), *sums = scales + count;
@@ -146,10 +149,10 @@ void int8_kind(const Matrix& matrix, int64_t begin, int64_t end, const void* con
     for (; num_x > 0; --num_x, ++x, out += stride) int8_rows<Unit, KIND, 1>(matrix, begin, end, x, out, stride);
 }
 
-template <class Unit>
+template <class Unit, const Level& LEVEL>
 void int8_multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, const void* const* x, int32_t num_x,
                    float* out, int64_t stride) {
-    if (!takes_int8(matrix)) return general_multiply(matrix, type, begin, end, x, num_x, out, stride);
+    if (!takes_int8(matrix)) return LEVEL.multiply(matrix, type, begin, end, x, num_x, out, stride);
     for (; begin < end; begin += 8, out += 8) {  // a second pass finds the rows in the cache
         const int64_t stop = std::min(begin + 8, end);
         switch (matrix.kind) {

@@ -1,10 +1,11 @@
+// AVX2: codes by kernels of their own, everything else in the compiler's vectors.
 #include "activate.h"
+#include "coded_avx2.h"
 #include "decode.h"
-#include "general.h"
 #include "int8_avx2.h"
 
 namespace offmoe {
-const Level kAvx2 = {"avx2", general_prepared_bytes, general_prepare, general_multiply, general_activate,
-    norm_row, rotate, attend_floats, attend_any};
-const Rounding kAvx2Int8 = {int8_prepared_bytes, int8_prepare, int8_multiply<Avx2Unit>};
+const Level kAvx2 = {"avx2", coded_prepared_bytes, coded_prepare<Avx2Vectors>, coded_multiply<Avx2Vectors>,
+    general_activate, norm_row, rotate, attend_floats, attend_any};
+const Rounding kAvx2Int8 = {int8_prepared_bytes<kAvx2>, int8_prepare<kAvx2>, int8_multiply<Avx2Unit, kAvx2>};
 }  // namespace offmoe

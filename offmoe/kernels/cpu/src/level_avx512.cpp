@@ -1,6 +1,7 @@
-// AVX-512: bfloat16 by its own kernels, everything else as on any processor.
+// AVX-512: bfloat16 by its own kernels, codes x floats by others, everything else as on any processor.
 #include "activate.h"
 #include "blocks_avx512.h"
+#include "coded_floats_avx512.h"
 #include "decode.h"
 #include "dense_avx512.h"
 
@@ -23,7 +24,7 @@ bool has_minima(const Matrix& matrix) { return matrix.kind == Q4_K || matrix.kin
 
 // With zero points a sum for each group, to the end of a vector; with minima sixteen for every 256 columns.
 int64_t prepared_bytes(const Matrix& matrix, int32_t type) {
-    if (!is_fast(matrix, type)) return general_prepared_bytes(matrix, type);
+    if (!is_fast(matrix, type)) return coded_prepared_bytes(matrix, type);
     if (has_minima(matrix)) return 2 * padded(matrix.columns) + matrix.columns / 256 * 64;
     const int64_t num_sums = needs_sums(matrix) ? (num_groups(matrix) + kLanes - 1) / kLanes * kLanes : 0;
     return 2 * padded(matrix.columns) + 4 * num_sums;
@@ -78,7 +79,7 @@ void prepare_blocks(const Matrix& matrix, const float* x, uint16_t* out) {
 }
 
 void prepare(const Matrix& matrix, int32_t type, const float* x, void* prepared) {
-    if (!is_fast(matrix, type)) return general_prepare(matrix, type, x, prepared);
+    if (!is_fast(matrix, type)) return coded_prepare<Avx512Vectors>(matrix, type, x, prepared);
     uint16_t* out = static_cast<uint16_t*>(prepared);
     if (is_blocks(matrix.kind)) return prepare_blocks(matrix, x, out);
     if (in_nibbles(matrix)) return prepare_chunks<Nibbles>(matrix, x, out);
@@ -131,7 +132,7 @@ void run_kernel(const Matrix& matrix, int64_t begin, int64_t end, const void* co
 
 void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, const void* const* x, int32_t num_x,
               float* out, int64_t stride) {
-    if (!is_fast(matrix, type)) return general_multiply(matrix, type, begin, end, x, num_x, out, stride);
+    if (!is_fast(matrix, type)) return coded_multiply<Avx512Vectors>(matrix, type, begin, end, x, num_x, out, stride);
     const bool zeros = matrix.zeros != nullptr;
     switch (matrix.kind) {
         case DENSE_BF16: return run_kernel<Dense>(matrix, begin, end, x, num_x, out, stride);

@@ -6,15 +6,13 @@ namespace offmoe {
 namespace {
 
 int64_t prepared_bytes(const Matrix& matrix, int32_t type) {
-    if (!takes_int8(matrix)) return kAvx512.prepared_bytes(matrix, type);
-    if (!takes_vnni(matrix)) return int8_prepared_bytes(matrix, type);
+    if (!takes_int8(matrix) || !takes_vnni(matrix)) return int8_prepared_bytes<kAvx512>(matrix, type);
     if (matrix.kind != INT8) return (matrix.columns + 127) / 128 * chunk_bytes<NibbleBytes<false>>();
     return (matrix.columns + 63) / 64 * chunk_bytes<PlainBytes>();
 }
 
 void prepare(const Matrix& matrix, int32_t type, const float* x, void* prepared) {
-    if (!takes_int8(matrix)) return kAvx512.prepare(matrix, type, x, prepared);
-    if (!takes_vnni(matrix)) return int8_prepare(matrix, type, x, prepared);
+    if (!takes_int8(matrix) || !takes_vnni(matrix)) return int8_prepare<kAvx512>(matrix, type, x, prepared);
     uint8_t* to = static_cast<uint8_t*>(prepared);
     if (matrix.kind == INT8) return prepare_vnni<PlainBytes>(matrix, x, to);
     if (matrix.kind == MXFP4) return prepare_vnni<NibbleBytes<true>>(matrix, x, to);
@@ -61,8 +59,8 @@ void run_kernel(const Matrix& matrix, int64_t begin, int64_t end, const void* co
 
 void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, const void* const* x, int32_t num_x,
               float* out, int64_t stride) {
-    if (!takes_int8(matrix)) return kAvx512.multiply(matrix, type, begin, end, x, num_x, out, stride);
-    if (!takes_vnni(matrix)) return int8_multiply<Avx2Unit>(matrix, type, begin, end, x, num_x, out, stride);
+    if (!takes_int8(matrix) || !takes_vnni(matrix))
+        return int8_multiply<Avx2Unit, kAvx512>(matrix, type, begin, end, x, num_x, out, stride);
     const bool zeros = matrix.zeros != nullptr;
     if (matrix.kind == MXFP4)
         return run_kernel<Bytes<NibbleBytes<true>, false>>(matrix, begin, end, x, num_x, out, stride);

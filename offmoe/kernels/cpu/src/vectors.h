@@ -7,6 +7,10 @@
 
 #include "abi.h"
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 // Loops over accumulators: only unrolled do these stay in registers.
 #define OFFMOE_UNROLL _Pragma("GCC unroll 16")
 
@@ -46,6 +50,14 @@ inline F32x16 choose(I32x16 mask, F32x16 yes, F32x16 no) {
 inline F32x16 from_bf16(U16x16 half) { return bits<F32x16>(__builtin_convertvector(half, U32x16) << 16); }
 
 inline F32x16 from_f16(U16x16 half) {
+#if defined(__AVX512F__)
+    return bits<F32x16>(_mm512_cvtph_ps(bits<__m256i>(half)));
+#elif defined(__F16C__)
+    __m128i parts[2];
+    std::memcpy(parts, &half, sizeof parts);
+    const __m256 floats[2] = {_mm256_cvtph_ps(parts[0]), _mm256_cvtph_ps(parts[1])};
+    return load<F32x16>(floats);
+#else
     const U32x16 wide = __builtin_convertvector(half, U32x16);
     const U32x16 magnitude = wide & 0x7fffu;
     const F32x16 small = __builtin_convertvector(bits<I32x16>(magnitude), F32x16) * 0x1p-24f;
@@ -54,6 +66,7 @@ inline F32x16 from_f16(U16x16 half) {
     const I32x16 is_small = magnitude < 0x0400u, is_special = magnitude >= 0x7c00u;
     const F32x16 value = choose(is_special, bits<F32x16>(special), choose(is_small, small, bits<F32x16>(normal)));
     return bits<F32x16>(bits<U32x16>(value) | ((wide & 0x8000u) << 16));
+#endif
 }
 
 // The finite numbers of e4m3 and its NaN.

@@ -1,0 +1,89 @@
+// Rows of codes x floats for AVX2, and F16C, which every processor with AVX2 has.
+#pragma once
+#include <immintrin.h>
+
+#include "coded.h"
+
+namespace offmoe {
+namespace {
+
+// Two vectors of sixteen float16 numbers, each 2^-8 of the e4m3 that `codes` are: those of every 16 bytes' first half, and
+// of the second.
+inline void fp8_to_f16(__m256i codes, __m256i* halves) {
+    const __m256i none = _mm256_setzero_si256();
+    const __m256i above[2] = {_mm256_unpacklo_epi8(none, codes), _mm256_unpackhi_epi8(none, codes)};
+    for (int i = 0; i < 2; ++i) {
+        // The sign stays, magnitudes move one down; what was the sign's copy goes.
+        const __m256i moved = _mm256_and_si256(_mm256_srai_epi16(above[i], 1), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+        const __m256i magnitude = _mm256_and_si256(moved, _mm256_set1_epi16(0x7fff));
+        halves[i] = _mm256_or_si256(moved, _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80)));  // NaN
+    }
+}
+
+struct Avx2Vectors {
+    typedef float Vec __attribute__((vector_size(32)));
+    // Bytes are moved to the tops of 32-bit numbers.
+    static constexpr float kScale = 0x1p-24f, kFp8Scale = 0x1p8f;
+    struct Weights {
+        __m256 parts[4];
+    };
+
+    static inline Weights widen(I8x32 bytes) {
+        Weights w;
+        OFFMOE_UNROLL
+        for (int i = 0; i < 4; ++i) {  // the i-th byte of every four
+            const int top = i << 24 | 0x808080;
+            const __m256i places = _mm256_setr_epi32(top, top + (4 << 24), top + (8 << 24), top + (12 << 24), top,
+                                                     top + (4 << 24), top + (8 << 24), top + (12 << 24));
+            w.parts[i] = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(bits<__m256i>(bytes), places));
+        }
+        return w;
+    }
+
+    static inline Weights widen_fp8(U8x32 codes) {
+        __m256i halves[2];
+        fp8_to_f16(bits<__m256i>(codes), halves);
+        return {{_mm256_cvtph_ps(_mm256_castsi256_si128(halves[0])), _mm256_cvtph_ps(_mm256_castsi256_si128(halves[1])),
+                 _mm256_cvtph_ps(_mm256_extracti128_si256(halves[0], 1)),
+                 _mm256_cvtph_ps(_mm256_extracti128_si256(halves[1], 1))}};
+    }
+
+    static inline Vec dot(const Weights& w, const float* x) {
+        const __m256 first = _mm256_mul_ps(w.parts[0], _mm256_loadu_ps(x));
+        const __m256 second = _mm256_mul_ps(w.parts[1], _mm256_loadu_ps(x + 8));
+        return _mm256_fmadd_ps(w.parts[2], _mm256_loadu_ps(x + 16), first) +
+               _mm256_fmadd_ps(w.parts[3], _mm256_loadu_ps(x + 24), second);
+    }
+
+    static inline Vec dot_halves(const Weights& w, const float* x, float a, float b) {
+        return dot(w, x) * _mm256_insertf128_ps(_mm256_set1_ps(a), _mm_set1_ps(b), 1);
+    }
+
+    static inline U8x32 nibbles(const uint8_t* codes) {
+        const __m128i pairs = load<__m128i>(codes);
+        const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(pairs), _mm_srli_epi16(pairs, 4), 1);
+        return bits<U8x32>(_mm256_and_si256(both, _mm256_set1_epi8(15)));
+    }
+
+    static inline I8x32 e2m1_twice(U8x32 nibble) {
+        const __m256i table = _mm256_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12, 0, 1, 2, 3, 4, 6,
+                                               8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+        return bits<I8x32>(_mm256_shuffle_epi8(table, bits<__m256i>(nibble)));
+    }
+
+    static inline Vec splat(float number) { return _mm256_set1_ps(number); }
+
+    static inline float total(Vec sums) {
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+    }
+
+    template <bool FP8_CODES>
+    static int64_t byte_at(int64_t at) {
+        return FP8_CODES ? at : at % 8 * 4 + at / 8;
+    }
+};
+
+}  // namespace
+}  // namespace offmoe

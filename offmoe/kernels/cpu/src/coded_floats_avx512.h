@@ -1,0 +1,49 @@
+// Rows of codes x floats for AVX-512: for x that is not bfloat16.
+#pragma once
+#include "coded_avx2.h"
+
+namespace offmoe {
+namespace {
+
+struct Avx512Vectors {
+    typedef float Vec __attribute__((vector_size(64)));
+    static constexpr float kScale = 1.0f, kFp8Scale = 0x1p8f;
+    struct Weights {
+        __m512 first, second;
+    };
+
+    static inline Weights widen(I8x32 bytes) {
+        const __m256i all = bits<__m256i>(bytes);
+        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(all))),
+                _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(all, 1)))};
+    }
+
+    static inline Weights widen_fp8(U8x32 codes) {
+        __m256i halves[2];
+        fp8_to_f16(bits<__m256i>(codes), halves);
+        return {_mm512_cvtph_ps(halves[0]), _mm512_cvtph_ps(halves[1])};
+    }
+
+    static inline Vec dot(const Weights& w, const float* x) {
+        return _mm512_fmadd_ps(w.second, _mm512_loadu_ps(x + 16), _mm512_mul_ps(w.first, _mm512_loadu_ps(x)));
+    }
+
+    static inline Vec dot_halves(const Weights& w, const float* x, float a, float b) {
+        const __m512 first = _mm512_mul_ps(w.first, _mm512_loadu_ps(x)), second = _mm512_mul_ps(w.second, _mm512_loadu_ps(x + 16));
+        return _mm512_fmadd_ps(second, _mm512_set1_ps(b), _mm512_mul_ps(first, _mm512_set1_ps(a)));
+    }
+
+    static inline U8x32 nibbles(const uint8_t* codes) { return Avx2Vectors::nibbles(codes); }
+    static inline I8x32 e2m1_twice(U8x32 nibble) { return Avx2Vectors::e2m1_twice(nibble); }
+    static inline Vec splat(float number) { return _mm512_set1_ps(number); }
+    static inline float total(Vec sums) { return _mm512_reduce_add_ps(sums); }
+
+    // Of e4m3, bytes 0 to 7 and 16 to 23 come first.
+    template <bool FP8_CODES>
+    static int64_t byte_at(int64_t at) {
+        return FP8_CODES ? at / 16 * 8 + at % 16 / 8 * 16 + at % 8 : at;
+    }
+};
+
+}  // namespace
+}  // namespace offmoe
