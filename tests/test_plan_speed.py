@@ -15,7 +15,7 @@ from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.models.native_layer import LayerStep
 from offmoe.planner.foresee import against_plan
 from offmoe.planner.hit_rates import HitCurve
-from offmoe.planner.layer_costs import WHOLE, latent_operations, layer_cost
+from offmoe.planner.layer_costs import WHOLE, latent_work, layer_cost
 from offmoe.planner.model_facts import ModelFacts, read_facts
 from offmoe.planner.predict import Prediction, Step, predict
 
@@ -24,7 +24,7 @@ COSTS = LayerCosts(whole_s=1e-4, whole_token_s=1e-3, modules_s=5e-4, token_s=2e-
 RECORD = MachineRecord(
     name="a machine", ram_bytes=1 << 34, num_cores=4, read_bytes_per_s=4e10,
     cpu_bytes_per_s={"bf16": 2e10, "bf16 turned": 5e9, "bf16 turned, off lines": 4e9, "int4": 1e10},
-    cpu_flops_per_s=1e11, cached_bytes_per_s=6e10,
+    cpu_flops_per_s=1e11, latent_flops_per_s=5e10, latent_bytes_per_s=8e9, cached_bytes_per_s=6e10,
     cache_bytes=1 << 20, layers=COSTS, cached_layers=SMALL,
     libraries_bytes=1 << 28,
 )  # fmt: skip
@@ -96,20 +96,22 @@ def test_the_form_of_the_experts_counts(demo: ModelFacts) -> None:
 
 def test_latent_attention_computes_with_the_whole_context(demo: ModelFacts) -> None:
     config = {
-        "kv_lora_rank": 512, "num_attention_heads": 16, "qk_rope_head_dim": 64, "num_hidden_layers": 3,
+        "kv_lora_rank": 512, "num_attention_heads": 16, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+        "v_head_dim": 128, "num_hidden_layers": 3,
     }  # fmt: skip
     scores, results = 512 + 64, 512
-    assert latent_operations(config, 500) == 2 * 3 * 500 * 16 * (scores + results)
-    assert latent_operations({**config, "kv_lora_rank": None}, 500) == latent_operations({}, 500) == 0
-    found = steps_of(predicted(replace(demo, config=config)))["attention to latents"]
-    assert found.seconds == pytest.approx(latent_operations(config, 500) / 1e11)
+    assert latent_work(config, 500) == (2 * 3 * 500 * 16 * (scores + results), 3 * 16 * 512 * 256)
+    assert latent_work({**config, "kv_lora_rank": None}, 500) == latent_work({}, 500) == (0, 0)
+    found = steps_of(predicted(replace(demo, config=config)))
+    assert found["attention to latents"].seconds == pytest.approx(latent_work(config, 500)[0] / 5e10)
+    assert found["between heads and latents"].seconds == pytest.approx(3 * 16 * 512 * 256 * 2 / 8e9)
 
 
 def test_costs_by_family() -> None:
     assert layer_cost("qwen3_moe", COSTS) == (1e-4, 1e-3)
     assert layer_cost("gpt_oss", COSTS) == layer_cost("a new one", COSTS) == (5e-4, 2e-3)
     plain, long, longest = (layer_cost(name, COSTS)[0] for name in ("gpt_oss", "jamba", "zaya"))
-    assert plain < long < longest
+    assert plain < long < longest == layer_cost("deepseek_v3", COSTS, has_latents=True)[0]
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "glm4_moe", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe"])
@@ -149,6 +151,19 @@ def test_load_says_the_plan_and_what_came_of_it(probed: MachineRecord, capsys: p
     with offmoe.load(experts=48, device="cpu", context_length=128, tell=None):
         pass
     assert not capsys.readouterr().err
+
+
+def test_what_the_device_held_is_said_beside_its_plan() -> None:
+    totals = {
+        "predicted": {"peak_bytes": 3 << 30, "hit_rate": 0.5, "decode_tok_per_s": 10.0}, "decoded_tokens": 4,
+        "decode_tok_per_s": 9.0, "peak_rss_growth_bytes": 2 << 30, "decode_hit_rate": 0.25,
+    }  # fmt: skip
+    on_cpu = against_plan(totals)
+    assert on_cpu is not None and "device" not in on_cpu
+    not_counted = {**totals, "device_planned_bytes": 6 << 30, "device_peak_bytes": None}
+    assert against_plan(not_counted) == on_cpu
+    on_device = against_plan({**not_counted, "device_peak_bytes": 5 << 30})
+    assert on_device == on_cpu + "; on the device 6.00 GiB, its driver counted, measured 5.00 GiB"
 
 
 def test_a_machine_that_was_not_probed_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

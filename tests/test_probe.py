@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,13 +29,15 @@ from offmoe.executor import sample_experts, speeds
 from offmoe.executor.sample_experts import MOST_S, REPEATS, SampleExperts, usual_s
 from offmoe.executor.speeds import FORMATS, TURNED, TURNED_OFF_LINES, drive_speed, link_costs
 from offmoe.kernels.cpu.loader import load_cpu_kernels
+from offmoe.report import probe_layers
 from offmoe.report.probe import measure_drive, run_probe
 from offmoe.tiers.inline import InlineCopier
 
 COSTS = LayerCosts(whole_s=1e-4, whole_token_s=1e-3, modules_s=5e-4, token_s=2e-3, watched_s=0.0, fetch_s=1e-4)
 RECORD = MachineRecord(
     name="a machine", ram_bytes=1 << 34, num_cores=4, read_bytes_per_s=3e10,
-    cpu_bytes_per_s={"bf16": 2e10, "int4": 1e10}, cpu_flops_per_s=1e11, cached_bytes_per_s=4e10,
+    cpu_bytes_per_s={"bf16": 2e10, "int4": 1e10}, cpu_flops_per_s=1e11, latent_flops_per_s=5e10,
+    latent_bytes_per_s=8e9, cached_bytes_per_s=4e10,
     cache_bytes=1 << 25, layers=COSTS, cached_layers=COSTS, libraries_bytes=1 << 28,
     drives={"fd00": DriveSpeed(direct_bytes_per_s=2e9, buffered_bytes_per_s=None, measured_on="x")},
 )  # fmt: skip
@@ -88,6 +91,35 @@ def test_a_folder_that_cannot_be_written(own_cache: Path, monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match="the figures are not kept") as caught:
         assert probe_machine(None, None, refresh=False, quiet=True) == RECORD
     assert len(caught) == 1
+
+
+def test_a_full_drive(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line about it, and nothing half written: the probe itself writes to no drive."""
+
+    def write(path: Path, text: str, **_: object) -> int:
+        path.write_bytes(text[:10].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("offmoe.report.probe.run_probe", lambda *_, **__: RECORD)
+    monkeypatch.setattr("offmoe.cli.probe.process_baseline_bytes", lambda: 0)
+    monkeypatch.setattr(Path, "write_text", write)
+    with pytest.warns(UserWarning, match="not kept: .*No space left on device; set OFFMOE_CACHE") as caught:
+        assert probe_machine(None, None, refresh=False, quiet=True) == RECORD
+    assert len(caught) == 1 and not list(own_cache.iterdir())
+
+
+def test_without_a_place_for_a_model_of_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are then told apart by hooks."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with probe_layers._demo(0) as engine:
+        whole = probe_layers._resident_costs(engine, None, 1e12)
+        monkeypatch.setattr(probe_layers.tempfile, "TemporaryDirectory", refuse)
+        assert probe_layers._times_by_depth(engine, None) is None
+        assert probe_layers._resident_costs(engine, None, 1e12).keys() == whole.keys()
+    assert 0 < whole["whole_token_s"] < 1 and 0 < whole["modules_s"] < 1
 
 
 def test_what_is_known_is_not_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

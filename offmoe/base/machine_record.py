@@ -20,7 +20,7 @@ import psutil
 
 from offmoe.base.machine import num_cores
 
-VERSION = 3
+VERSION = 4
 # Behind a format's name: its rate where experts do not begin with a cache line.
 OFF_LINES = ", off lines"
 
@@ -56,6 +56,8 @@ class MachineRecord:
     read                   RAM, read as a stream
     cpu                    experts computed on the CPU for one token, by format ("bf16", "int4", ...)
     cpu_flops_per_s        the same for many rows
+    latent_flops_per_s     one token's attention to latents (DeepSeek's)
+    latent_bytes_per_s     the matrices between heads and latents, likewise
     cached_bytes_per_s     experts on the CPU ("bf16") where `cache_bytes`, those of the processor, hold them
     layers, cached_layers  what a token costs whatever it reads, when it reads more than caches hold, and less
     libraries_bytes        what the process grows by before a model's own memory
@@ -69,6 +71,8 @@ class MachineRecord:
     read_bytes_per_s: float
     cpu_bytes_per_s: dict[str, float]
     cpu_flops_per_s: float
+    latent_flops_per_s: float
+    latent_bytes_per_s: float
     cached_bytes_per_s: float
     cache_bytes: int
     layers: LayerCosts

@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from offmoe.base.costs import Costs
 from offmoe.base.machine_record import OFF_LINES, DriveSpeed
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES, ShardFile
 from offmoe.executor.calibrate import measure
-from offmoe.executor.sample_experts import EXPERTS_A_CALL, WORKING_SET_BYTES, SampleExperts, best_s
+from offmoe.executor.sample_experts import EXPERTS_A_CALL, WORKING_SET_BYTES, SampleExperts, best_s, usual_s
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.reference import experts_forward
 from offmoe.tiers.copier import Copier
@@ -45,6 +46,8 @@ FORMATS: dict[str, QuantFormat | None] = {
     "fp8": QuantFormat(kind="fp8", group=128, group_rows=128, scale_dtype="F32"),
     "mxfp4": QuantFormat(kind="mxfp4", group=32, scale_dtype="U8"),
 }  # fmt: skip
+# Of DeepSeek-V3: heads, their width, latent and rotated width.
+LATENT_SHAPE, LATENT_TOKENS = (128, 128, 512, 64), 512
 # Of a drive: bytes that are read each way at most, and seconds after which it is enough.
 DISK_BYTES, DISK_S = 1 << 30, 2.5
 
@@ -78,6 +81,26 @@ def cpu_speeds(
         finally:
             experts.close()
     return found, flops
+
+
+def latent_speeds() -> tuple[float, float]:
+    """One token's attention to latents as models/latent_attention.py computes it, by torch on one thread: operations a
+    second of scores and results, and bytes a second of the matrices between the heads and the latents.
+    """
+    heads, width, latent, rotated = LATENT_SHAPE
+    keys_HNC = torch.randn(heads, width, latent).to(torch.bfloat16)
+    x_H1N = torch.randn(heads, 1, width).to(torch.bfloat16)
+    query = torch.randn(1, 1, heads, latent + rotated).to(torch.bfloat16)
+    states = torch.randn(1, 1, LATENT_TOKENS, latent + rotated).to(torch.bfloat16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            attend_s = usual_s(lambda: functional.scaled_dot_product_attention(query, states, states))
+            read_s = usual_s(lambda: torch.matmul(x_H1N, keys_HNC))
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * LATENT_TOKENS * heads * (2 * latent + rotated) / attend_s, keys_HNC.nbytes / read_s
 
 
 def cached_speed(kernels: CpuKernels | None) -> float:

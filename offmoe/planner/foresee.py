@@ -79,9 +79,13 @@ def against_plan(totals: dict[str, Any]) -> str | None:
     speeds = foreseen["decode_tok_per_s"], totals["decode_tok_per_s"]
     peaks = foreseen["peak_bytes"], totals["peak_rss_growth_bytes"]
     hits = foreseen["hit_rate"], totals["decode_hit_rate"]
+    device = ""
+    if totals.get("device_peak_bytes") is not None:
+        planned, measured = totals["device_planned_bytes"], totals["device_peak_bytes"]
+        device = f"; on the device {format_bytes(planned)}, its driver counted, measured {format_bytes(measured)}"
     return (
         f"plan: predicted {speeds[0]:.1f} tok/s, measured {speeds[1]:.1f}; hits {format_percent(hits[0])}, measured "
-        f"{format_percent(hits[1])}; peak {format_bytes(peaks[0])}, measured {format_bytes(peaks[1])}"
+        f"{format_percent(hits[1])}; peak {format_bytes(peaks[0])}, measured {format_bytes(peaks[1])}{device}"
     )
 
 

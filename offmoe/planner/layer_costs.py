@@ -31,23 +31,29 @@ _LONGEST = frozenset({
 _LONG_FACTOR, _LONGEST_FACTOR = 1.5, 3.0
 
 
-def layer_cost(model_type: str, costs: LayerCosts) -> tuple[float, float]:
-    """Seconds of one layer of the family, beside its bytes; and of a token, beside its layers."""
+def layer_cost(model_type: str, costs: LayerCosts, *, has_latents: bool = False) -> tuple[float, float]:
+    """Seconds of one layer of the family, beside its bytes; and of a token, beside its layers. `has_latents`: it
+    attends to latents (measured on DeepSeek-V2-Lite's layers: 2.0 ms where `modules_s` was 0.5).
+    """
     if model_type in WHOLE:
         return costs.whole_s, costs.whole_token_s
-    factor = _LONGEST_FACTOR if model_type in _LONGEST else _LONG_FACTOR if model_type in _LONG else 1.0
+    is_longest = model_type in _LONGEST or has_latents
+    factor = _LONGEST_FACTOR if is_longest else _LONG_FACTOR if model_type in _LONG else 1.0
     return factor * costs.modules_s, costs.token_s
 
 
-def latent_operations(config: dict[str, Any], num_tokens: int) -> float:
-    """Of one token that attends to the latents of `num_tokens` tokens, by every head. 0 for other attention."""
+def latent_work(config: dict[str, Any], num_tokens: int) -> tuple[float, float]:
+    """Of one token that attends to the latents of `num_tokens` tokens, by every head: operations, and weights between
+    heads and latents, in all layers. Zeros for other attention.
+    """
     text = text_config(config)
     sizes: list[int] = []
-    for name in ("kv_lora_rank", "num_attention_heads", "qk_rope_head_dim"):
+    for name in ("kv_lora_rank", "num_attention_heads", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
         size = text.get(name)
         if type(size) is not int or size <= 0:
-            return 0.0
+            return 0.0, 0.0
         sizes.append(size)
-    latent, num_heads, rotated = sizes
+    latent, num_heads, rotated, keys, values = sizes
     num_layers = max(numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0)
-    return 2.0 * num_layers * num_tokens * num_heads * (2 * latent + rotated)
+    operations = 2.0 * num_layers * num_tokens * num_heads * (2 * latent + rotated)
+    return operations, float(num_layers * num_heads * latent * (keys + values))

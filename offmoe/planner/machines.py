@@ -30,7 +30,8 @@ def _machine(
     both = min(1.0, ram_rate / (ram_rate + link)) if link else 0.0
     record = MachineRecord(
         name=name, ram_bytes=ram * GIB, num_cores=cores, read_bytes_per_s=ram_rate * 1e9, cpu_bytes_per_s=cpu,
-        cpu_flops_per_s=cores * 40e9, cached_bytes_per_s=2 * ram_rate * 1e9, cache_bytes=8 * MIB, layers=_LAYERS,
+        cpu_flops_per_s=cores * 40e9, latent_flops_per_s=40e9, latent_bytes_per_s=8e9,
+        cached_bytes_per_s=2 * ram_rate * 1e9, cache_bytes=8 * MIB, layers=_LAYERS,
         cached_layers=_LAYERS, libraries_bytes=_LIBRARIES_CPU_BYTES,
         drives={"": DriveSpeed(direct_bytes_per_s=disk * 1e9, buffered_bytes_per_s=disk * 0.7e9)},
         source=source,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from offmoe.base.budget import MemoryPlan
 from offmoe.base.machine_record import DriveSpeed, LayerCosts, MachineRecord
 from offmoe.planner.hit_rates import HitCurve
-from offmoe.planner.layer_costs import latent_operations, layer_cost
+from offmoe.planner.layer_costs import latent_work, layer_cost
 from offmoe.planner.model_facts import ModelFacts
 
 # A token's multiplications are two operations a weight.
@@ -71,7 +71,8 @@ def _decode_on_cpu(
     # With room for all experts, each is moved to a line's begin once.
     off_lines = facts.is_off_lines and plan.num_slots < plan.num_experts
     rate = faster * record.cpu_rate(facts.expert_kind, off_lines=off_lines)
-    layer_s, token_s = layer_cost(facts.model_type, costs)
+    operations, weights = latent_work(facts.config, num_tokens)
+    layer_s, token_s = layer_cost(facts.model_type, costs, has_latents=operations > 0)
     steps = [
         _read("resident weights", facts.dense_bytes, faster * record.cpu_rate("bf16")),
         _read(f"experts ({facts.expert_kind})", facts.routed_bytes, rate),
@@ -79,9 +80,11 @@ def _decode_on_cpu(
         _times("layers, whatever they read", facts.num_layers, layer_s),
         _times("a token, beside its layers", 1, token_s),
     ]  # fmt: skip
-    latent = latent_operations(facts.config, num_tokens)
-    if latent:
-        steps.append(_compute("attention to latents", latent, record.cpu_flops_per_s))
+    if operations:
+        steps += [
+            _compute("attention to latents", operations, record.latent_flops_per_s),
+            _read("between heads and latents", weights * facts.item_bytes, record.latent_bytes_per_s),
+        ]
     if plan.num_slots < plan.num_experts:
         steps += _missing(facts, costs, hit_rate, disk, rate)
     return tuple(steps)

@@ -43,10 +43,12 @@ def run_probe(path: Path, *, baseline_bytes: int, progress: Progress, small: boo
         tell("memory")
         little = {"working_set": 1 << 20} if small else {}
         read = speeds.host_read(*((1 << 20,) if small else ()))
+        latent_flops, latent_bytes = speeds.latent_speeds()
         cpu, flops = speeds.cpu_speeds(kernels, tell, **little)
         record = MachineRecord(
             name=f"this machine, {num_cores()} cores", ram_bytes=int(psutil.virtual_memory().total),
             num_cores=num_cores(), read_bytes_per_s=read, cpu_bytes_per_s=cpu, cpu_flops_per_s=flops,
+            latent_flops_per_s=latent_flops, latent_bytes_per_s=latent_bytes,
             cached_bytes_per_s=max(costs.cached_bytes_per_s, cpu["bf16"]), cache_bytes=cpu_cache_bytes(),
             layers=costs.layers, cached_layers=costs.cached_layers,
             libraries_bytes=costs.libraries_bytes, pin_quota_bytes=_pin_quota(),

@@ -79,7 +79,7 @@ def measure_costs(baseline_bytes: int, kernels: CpuKernels | None) -> ModelCosts
         step_s = {name: _decode(engine, cold)[0] for name, cold in memories.items()}
         num_experts, libraries_bytes = engine.plan.num_experts, engine.plan.runtime_bytes
         num_layers, per_layer = len(engine._parts.experts.layers), engine.top_k
-    watched, fetching = (_with_slots(num_slots, memories) for num_slots in (num_experts - 1, num_experts // 4))
+    watched, fetching = (_with_slots(num_slots, memories) for num_slots in (num_experts - 1, num_experts // 2))
     found = {}
     for name, costs in resident.items():
         watched_s, (fetching_s, hit_rate) = max(step_s[name], watched[name][0]), fetching[name]

@@ -16,6 +16,8 @@ def probe_rows(record: MachineRecord) -> list[tuple[str, str]]:
     rows += [(f"experts on the CPU, {name}", format_bandwidth(rate)) for name, rate in record.cpu_bytes_per_s.items()]
     rows += [
         ("products on the CPU", f"{record.cpu_flops_per_s / 1e9:.0f} GFLOP/s"),
+        ("attention to latents", f"{record.latent_flops_per_s / 1e9:.0f} GFLOP/s, its matrices "
+                                 f"{format_bandwidth(record.latent_bytes_per_s)}"),
         ("experts in caches", f"{format_bandwidth(record.cached_bytes_per_s)}, of {format_bytes(record.cache_bytes)}"),
         ("a layer, whatever it reads", _costs(record.layers)),
         ("that in caches", _costs(record.cached_layers)),
