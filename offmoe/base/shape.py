@@ -21,7 +21,7 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Widths in numbers, `item_bytes` of one number.
+    """Widths in numbers, `item_bytes` of one number; `num_groups` of heads that share keys and values.
 
     `score_bytes`: what the scores of one token for another take where they are written out; `device_score_bytes`: on a
     device. `context_bytes` and `device_context_bytes`: what one cached token takes while a prompt attends to it, beside
@@ -32,6 +32,7 @@ class ModelShape:
 
     width: int
     num_heads: int
+    num_groups: int
     head_width: int
     dense_width: int
     expert_width: int
@@ -66,6 +67,7 @@ def shape_of(
     return ModelShape(
         width=width,
         num_heads=heads,
+        num_groups=min(heads, largest_number(text, "num_key_value_heads", heads)),
         head_width=head_width,
         dense_width=dense,
         expert_width=largest_number(text, "moe_intermediate_size", dense),

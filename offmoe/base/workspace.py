@@ -16,22 +16,25 @@ MAX_WORKSPACE_SHARE = 0.06
 def workspace_bytes(shape: ModelShape, *, chunk: int, context_length: int, on_device: bool = False) -> int:
     """Peak of temporaries for `chunk` tokens against `context_length` cached ones, where the model computes."""
     item, width = shape.item_bytes, shape.width
-    heads_width = shape.num_heads * shape.head_width
-    # Hidden states: residual, normed copy in float32 and its square, block input and output.
-    hidden = chunk * width * (4 * item + 3 * 4)
+    heads_width, groups_width = shape.num_heads * shape.head_width, shape.num_groups * shape.head_width
+    # Hidden states: the residual, what a block is given and gives, their sum.
+    hidden = chunk * width * 5 * item
+    # A normed copy in float32 and its square.
+    norm = chunk * width * 3 * 4
     # Queries, keys, values before and after rotary embedding, attention output.
-    attention = chunk * heads_width * item * 8
+    attention = chunk * (5 * heads_width + 4 * groups_width) * item
     # The mask, as bool and as float; and the scores, where they are written out.
     mask = chunk * context_length * (1 + item)
     attention += chunk * context_length * (shape.device_score_bytes if on_device else shape.score_bytes)
     # Experts' outputs for every choice, the sort, and one expert's own activations for at most `chunk` rows.
     experts = chunk * shape.top_k * (width * item + 32) + chunk * (width + 4 * shape.expert_width) * item
-    mlp = chunk * shape.dense_width * item * 4
+    mlp = chunk * shape.dense_width * item * 3
     # Linear-attention and state-space layers run in float32 here.
     if shape.has_recurrence:
         attention += chunk * max(heads_width, 2 * width) * 4 * 12
     fixed = fixed_workspace_bytes(shape, chunk=chunk, context_length=context_length, on_device=on_device)
-    return hidden + mask + max(attention, experts, mlp) + experts // 2 + fixed
+    # One is under way at a time; of what the one before has freed, the C library keeps pieces that fit nowhere.
+    return hidden + mask + sum(sorted((norm, attention, experts, mlp))[-2:]) + fixed
 
 
 def fixed_workspace_bytes(shape: ModelShape, *, chunk: int, context_length: int, on_device: bool) -> int:
