@@ -12,6 +12,7 @@ from offmoe.base.division import Division, Machine
 from offmoe.base.errors import BudgetError, UsageError
 from offmoe.base.kv import KvEstimate, estimate_kv
 from offmoe.base.machine_record import DriveSpeed, MachineRecord
+from offmoe.base.units import format_seconds
 from offmoe.planner.hit_rates import HitCurve
 from offmoe.planner.model_facts import ModelFacts
 from offmoe.planner.predict import Prediction, predict
@@ -43,7 +44,7 @@ class Plan:
             return f"{self.memory.line()}; speed: not predicted, run `offmoe probe` once"
         return (
             f"{self.memory.line()}; predicted {speed.decode_tok_per_s:.1f} tok/s, first token of a prompt of "
-            f"{speed.prompt_tokens} after {speed.ttft_s:.1f} s"
+            f"{speed.prompt_tokens} after {format_seconds(speed.ttft_s)}"
         )
 
     def predicted(self) -> dict[str, float] | None:
