@@ -1,5 +1,5 @@
-// Rows of codes x floats, 32 columns at a time: small whole numbers become floats, and the scale is applied to the sum of
-// their products. Products with 16-bit x are the same as after rounding nothing: x is never rounded.
+// Rows of weights x floats, 32 columns at a time: codes are small whole numbers that become floats, and the scale is
+// applied to the sum of their products. x is never rounded.
 //
 // A prepared row: x in the order in which `Unit` has the 32 numbers of a piece, zeros after the last, then a sum a piece,
 // which zero points and minima are multiplied with. An output is added up in an order that does not depend on T.
@@ -7,11 +7,12 @@
 // `Unit` has an instruction set's vectors:
 //   Weights widen(bytes)                  32 signed bytes, divided by kScale
 //   Weights widen_fp8(codes)              32 numbers of e4m3, divided by kFp8Scale
+//   Weights dense<KIND>(from)             32 dense ones
 //   Vec dot(weights, x)                   sums of their products, in lanes
 //   Vec dot_halves(weights, x, a, b)      the same, the first 16 columns times a, the others times b
 //   Vec splat(number), float total(sums)  the lanes in one fixed order
 //   U8x32 nibbles(codes)                  of 16 bytes: the low ones, then the high ones
-//   int64_t byte_at<fp8>(at)              which of the 32 bytes the at-th float of x is multiplied with
+//   int64_t place(kind, at)               which of the 32 the at-th float of x is multiplied with
 #pragma once
 #include "general.h"
 
@@ -23,10 +24,12 @@ typedef int8_t I8x32 __attribute__((vector_size(32)));
 
 constexpr int64_t kPiece = 32;
 
+constexpr bool is_dense(int32_t kind) { return kind <= DENSE_F16; }
+
 // Whether these kernels multiply it; others are left to the general ones.
 inline bool takes_codes(const Matrix& matrix) {
-    if (is_blocks(matrix.kind)) return true;
-    return matrix.kind >= INT8 && (matrix.group % kPiece == 0 || matrix.group >= matrix.columns);
+    if (is_blocks(matrix.kind) || is_dense(matrix.kind)) return !matrix.transposed;
+    return (matrix.group % kPiece == 0 || matrix.group >= matrix.columns);
 }
 
 inline int64_t num_pieces(const Matrix& matrix) { return (matrix.columns + kPiece - 1) / kPiece; }
@@ -162,11 +165,12 @@ void coded_prepare(const Matrix& matrix, int32_t type, const float* x, void* pre
     float *out = static_cast<float*>(prepared), *sums = out + count * kPiece;
     int64_t column_at[kPiece];
     for (int64_t at = 0; at < kPiece; ++at) {
-        const int64_t byte = matrix.kind == FP8 ? Unit::template byte_at<true>(at) : Unit::template byte_at<false>(at);
-        column_at[at] = in_nibbles(matrix) ? byte % 16 * 2 + byte / 16 : byte;
+        const int64_t place = Unit::place(matrix.kind, at);
+        column_at[at] = in_nibbles(matrix) ? place % 16 * 2 + place / 16 : place;
     }
     // A power of two, and in x, as scales may be the smallest numbers that there are.
-    const float unit = matrix.kind == FP8 ? Unit::kFp8Scale : matrix.kind == MXFP4 ? Unit::kScale * 0.5f : Unit::kScale;
+    float unit = matrix.kind == FP8 ? Unit::kFp8Scale : matrix.kind == MXFP4 ? Unit::kScale * 0.5f : Unit::kScale;
+    if (is_dense(matrix.kind)) unit = 1.0f;
     for (int64_t piece = 0; piece < count; ++piece, out += kPiece) {
         float last[kPiece] = {};
         const int64_t begin = piece * kPiece, left = matrix.columns - begin;
@@ -186,6 +190,11 @@ struct RowSums {
     inline void add(const typename Unit::Weights& w, int64_t piece, float scale) {
         OFFMOE_UNROLL
         for (int t = 0; t < T; ++t) sums[t] += Unit::dot(w, xs[t] + piece * kPiece) * Unit::splat(scale);
+    }
+
+    inline void add(const typename Unit::Weights& w, int64_t piece) {
+        OFFMOE_UNROLL
+        for (int t = 0; t < T; ++t) sums[t] += Unit::dot(w, xs[t] + piece * kPiece);
     }
 
     inline void add_halves(const typename Unit::Weights& w, int64_t piece, const float* scales) {
@@ -212,6 +221,24 @@ struct RowSums {
 inline void prefetch_codes(const uint8_t* from) {
     __builtin_prefetch(from + 16384, 0, 2);
     __builtin_prefetch(from + 2048, 0, 3);
+}
+
+template <class Unit, int32_t KIND, int T>
+void dense_row(const Matrix& matrix, int64_t row, const void* const* x, float* out, int64_t stride) {
+    constexpr int64_t kBytes = kPiece * code_bits(KIND) / 8;
+    const int64_t whole = matrix.columns / kPiece;
+    const uint8_t* from = matrix.codes + row * matrix.row_bytes;
+    RowSums<Unit, T> sums(x, num_pieces(matrix));
+    for (int64_t piece = 0; piece < whole; ++piece, from += kBytes) {
+        for (int64_t line = 0; line < kBytes; line += 64) prefetch_codes(from + line);
+        sums.add(Unit::template dense<KIND>(from), piece);
+    }
+    if (whole < num_pieces(matrix)) {
+        alignas(64) uint8_t last[kBytes] = {};
+        std::memcpy(last, from, row_code_bytes(matrix) - whole * kBytes);
+        sums.add(Unit::template dense<KIND>(last), whole);
+    }
+    sums.store(out, stride);
 }
 
 // GGUF's blocks of 32 or 256 columns.
@@ -271,7 +298,8 @@ void group_row(const Matrix& matrix, int64_t row, const void* const* x, float* o
 template <class Unit, int32_t KIND, bool LESS, int T>
 void coded_rows(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, float* out, int64_t stride) {
     for (int64_t row = begin; row < end; ++row, ++out) {
-        if constexpr (is_blocks(KIND)) block_row<Unit, KIND, T>(matrix, row, x, out, stride);
+        if constexpr (is_dense(KIND)) dense_row<Unit, KIND, T>(matrix, row, x, out, stride);
+        else if constexpr (is_blocks(KIND)) block_row<Unit, KIND, T>(matrix, row, x, out, stride);
         else group_row<Unit, KIND, LESS, T>(matrix, row, x, out, stride);
     }
 }
@@ -294,6 +322,9 @@ void coded_multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t e
     for (; begin < end; begin += 8, out += 8) {  // a second pass finds the rows in the cache
         const int64_t stop = begin + 8 < end ? begin + 8 : end;
         switch (matrix.kind) {
+            case DENSE_F32: coded_kind<Unit, DENSE_F32, false>(matrix, begin, stop, x, num_x, out, stride); break;
+            case DENSE_BF16: coded_kind<Unit, DENSE_BF16, false>(matrix, begin, stop, x, num_x, out, stride); break;
+            case DENSE_F16: coded_kind<Unit, DENSE_F16, false>(matrix, begin, stop, x, num_x, out, stride); break;
             case INT8:
                 if (zeros || matrix.zero != (matrix.code_signed ? 0 : 128))
                     coded_kind<Unit, INT8, true>(matrix, begin, stop, x, num_x, out, stride);
@@ -338,6 +369,13 @@ struct AnyVectors {
         return {from_fp8(halves.first), from_fp8(halves.second)};
     }
 
+    template <int32_t KIND>
+    static inline Weights dense(const uint8_t* from) {
+        if constexpr (KIND == DENSE_F32) return {load<F32x16>(from), load<F32x16>(from + 64)};
+        else if constexpr (KIND == DENSE_F16) return {from_f16(load<U16x16>(from)), from_f16(load<U16x16>(from + 32))};
+        else return {from_bf16(load<U16x16>(from)), from_bf16(load<U16x16>(from + 32))};
+    }
+
     static inline F32x16 dot(const Weights& w, const float* x) {
         return w.first * load<F32x16>(x) + w.second * load<F32x16>(x + kLanes);
     }
@@ -355,10 +393,7 @@ struct AnyVectors {
     static inline F32x16 splat(float number) { return offmoe::splat(number); }
     static inline float total(F32x16 sums) { return sum(sums); }
 
-    template <bool FP8_CODES>
-    static int64_t byte_at(int64_t at) {
-        return at;
-    }
+    static int64_t place(int32_t, int64_t at) { return at; }
 };
 
 }  // namespace

@@ -48,6 +48,18 @@ struct Avx2Vectors {
                  _mm256_cvtph_ps(_mm256_extracti128_si256(halves[1], 1))}};
     }
 
+    template <int32_t KIND>
+    static inline Weights dense(const uint8_t* from) {
+        Weights w;
+        OFFMOE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (KIND == DENSE_F32) w.parts[i] = load<__m256>(from + 32 * i);
+            else if constexpr (KIND == DENSE_F16) w.parts[i] = _mm256_cvtph_ps(load<__m128i>(from + 16 * i));
+            else w.parts[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from + 16 * i)), 16));
+        }
+        return w;
+    }
+
     static inline Vec dot(const Weights& w, const float* x) {
         const __m256 first = _mm256_mul_ps(w.parts[0], _mm256_loadu_ps(x));
         const __m256 second = _mm256_mul_ps(w.parts[1], _mm256_loadu_ps(x + 8));
@@ -79,10 +91,7 @@ struct Avx2Vectors {
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
     }
 
-    template <bool FP8_CODES>
-    static int64_t byte_at(int64_t at) {
-        return FP8_CODES ? at : at % 8 * 4 + at / 8;
-    }
+    static int64_t place(int32_t kind, int64_t at) { return kind == FP8 || is_dense(kind) ? at : at % 8 * 4 + at / 8; }
 };
 
 }  // namespace

@@ -24,6 +24,17 @@ struct Avx512Vectors {
         return {_mm512_cvtph_ps(halves[0]), _mm512_cvtph_ps(halves[1])};
     }
 
+    template <int32_t KIND>
+    static inline Weights dense(const uint8_t* from) {
+        if constexpr (KIND == DENSE_F32) return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 64)};
+        else if constexpr (KIND == DENSE_F16) return {_mm512_cvtph_ps(load<__m256i>(from)), _mm512_cvtph_ps(load<__m256i>(from + 32))};
+        else return {from_bf16_512(from), from_bf16_512(from + 32)};
+    }
+
+    static inline __m512 from_bf16_512(const uint8_t* from) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16));
+    }
+
     static inline Vec dot(const Weights& w, const float* x) {
         return _mm512_fmadd_ps(w.second, _mm512_loadu_ps(x + 16), _mm512_mul_ps(w.first, _mm512_loadu_ps(x)));
     }
@@ -39,10 +50,7 @@ struct Avx512Vectors {
     static inline float total(Vec sums) { return _mm512_reduce_add_ps(sums); }
 
     // Of e4m3, bytes 0 to 7 and 16 to 23 come first.
-    template <bool FP8_CODES>
-    static int64_t byte_at(int64_t at) {
-        return FP8_CODES ? at / 16 * 8 + at % 16 / 8 * 16 + at % 8 : at;
-    }
+    static int64_t place(int32_t kind, int64_t at) { return kind == FP8 ? at / 16 * 8 + at % 16 / 8 * 16 + at % 8 : at; }
 };
 
 }  // namespace

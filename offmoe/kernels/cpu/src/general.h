@@ -1,5 +1,5 @@
-// Dense weights, and codes in groups of any size, multiplied in float32: 128 columns are unpacked at a time, then multiplied
-// with every x.
+// What coded.h does not take, multiplied in float32: dense weights that are stored the other way round, and codes in groups
+// of any size, of which 128 columns are unpacked at a time and then multiplied with every x.
 #pragma once
 #include "blocks.h"
 #include "level.h"
@@ -81,9 +81,6 @@ inline void unpack(const Matrix& matrix, int64_t row, int64_t column, const uint
     if constexpr (KIND == INT4 || KIND == MXFP4) group_lanes(matrix, row, column, 8, scale, zero);
     OFFMOE_UNROLL
     for (int64_t i = 0; i < kVectors; ++i) {
-        if constexpr (KIND == DENSE_F32) out[i] = load<F32x16>(codes + 64 * i);
-        if constexpr (KIND == DENSE_BF16) out[i] = from_bf16(load<U16x16>(codes + 32 * i));
-        if constexpr (KIND == DENSE_F16) out[i] = from_f16(load<U16x16>(codes + 32 * i));
         if constexpr (KIND == INT4 || KIND == MXFP4) {
             const U32x16 nibble = (load<U32x16>(codes) >> static_cast<uint32_t>(4 * i)) & 15u;
             const F32x16 value = KIND == MXFP4 ? e2m1(nibble) : __builtin_convertvector(bits<I32x16>(nibble), F32x16) - zero;
@@ -186,10 +183,8 @@ void multiply_transposed(const Matrix& matrix, int64_t begin, int64_t end, const
 template <int32_t KIND, int T>
 inline void multiply_part(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, float* out,
                           int64_t stride) {
-    if constexpr (KIND <= DENSE_F16) {
-        if (matrix.transposed) return multiply_transposed<KIND, T>(matrix, begin, end, x, out, stride);
-    }
-    multiply_rows<KIND, T>(matrix, begin, end, x, out, stride);
+    if constexpr (KIND <= DENSE_F16) multiply_transposed<KIND, T>(matrix, begin, end, x, out, stride);
+    else multiply_rows<KIND, T>(matrix, begin, end, x, out, stride);
 }
 
 template <int32_t KIND>
