@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from offmoe.models.angles import AngleTable
 from offmoe.models.kv_cache import PreallocatedLayer, SlidingLayer
 from offmoe.models.native import NativeModules
 from offmoe.models.native_attention import mask_sees_all
@@ -177,16 +178,15 @@ class _Way:
         self, embed: nn.Module, rotary: nn.Module, norm: nn.Module, output: type[ModelOutput], *,
         positions_by_name: bool, has_masks: bool, flags: dict[str, Any],
     ) -> None:  # fmt: skip
-        self.embed, self._rotary, self.norm, self.output = embed, rotary, norm, output
-        self._by_name, self.has_masks, self._flags = positions_by_name, has_masks, flags
+        self.embed, self.norm, self.output = embed, norm, output
+        self._angles, self.has_masks, self._flags = AngleTable(rotary, by_name=positions_by_name), has_masks, flags
 
     def layer_arguments(self, x: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What every layer is given beside its input."""
         positions = kwargs["position_ids"]
-        angles = self._rotary(x, position_ids=positions) if self._by_name else self._rotary(x, positions)
         return {
             **self._flags, "attention_mask": None, "position_ids": positions, "use_cache": True,
-            "past_key_values": kwargs["past_key_values"], "position_embeddings": angles,
+            "past_key_values": kwargs["past_key_values"], "position_embeddings": self._angles(x, positions),
         }  # fmt: skip
 
 

@@ -1,4 +1,6 @@
 // AVX-512: bfloat16 by its own kernels, codes x floats by others, everything else as on any processor.
+#include <type_traits>
+
 #include "activate.h"
 #include "blocks_avx512.h"
 #include "coded_floats_avx512.h"
@@ -44,11 +46,37 @@ void prepare_group_sums(const Matrix& matrix, const float* x, float* sums) {
     for (int64_t group = num; group % kLanes != 0; ++group) sums[group] = 0.0f;
 }
 
+// 128 columns as Nibbles has them: of the numbers' tops, the i-th of every four go to the i-th vector.
+void prepare_nibbles(const float* x, uint16_t* out) {
+    alignas(64) static const uint16_t kPairs[32] = {0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60,
+                                                    1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61};
+    const __m512i first_two = load_512(kPairs), last_two = _mm512_add_epi16(first_two, _mm512_set1_epi16(2));
+    __m512i tops[4], halves[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m512i low = load_512(x + 32 * i), high = load_512(x + 32 * i + 16);
+        tops[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16))),
+                                     _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)), 1);
+    }
+    // Of 64 columns: the first and the second of every four, then the third and the fourth.
+    for (int i = 0; i < 2; ++i) {
+        halves[2 * i] = _mm512_permutex2var_epi16(tops[2 * i], first_two, tops[2 * i + 1]);
+        halves[2 * i + 1] = _mm512_permutex2var_epi16(tops[2 * i], last_two, tops[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m512i even = _mm512_shuffle_i64x2(halves[i], halves[2 + i], 0x44), odd = _mm512_shuffle_i64x2(halves[i], halves[2 + i], 0xee);
+        _mm512_storeu_si512(out + 64 * i, even);
+        _mm512_storeu_si512(out + 64 * i + 32, odd);
+    }
+}
+
 // Bfloat16, zeros after the last.
 template <class Order>
 void prepare_chunks(const Matrix& matrix, const float* x, uint16_t* out) {
     const int64_t all = padded(matrix.columns);
-    for (int64_t at = 0; at < all; ++at) {
+    int64_t at = 0;
+    if constexpr (std::is_same_v<Order, Nibbles>)
+        for (; at + Nibbles::kColumns <= matrix.columns; at += Nibbles::kColumns) prepare_nibbles(x + at, out + at);
+    for (; at < all; ++at) {
         const int64_t column = Order::column_at(at);
         out[at] = column < matrix.columns ? static_cast<uint16_t>(bits<uint32_t>(x[column]) >> 16) : 0;
     }
