@@ -19,7 +19,7 @@ WATCHED_LAYERS, FEWEST_SLOTS = 4, 32
 # counted: what is in the shadow caches then is out of date.
 WATCHED_FIRST, BURST, GAP, SETTLE = 384, 120, 240, 16
 # A window of so many expert lookups is judged at once; earlier ones count less and less.
-WINDOW_LOOKUPS, FADING = 1024, 0.8
+WINDOW_LOOKUPS, FADING = 512, 0.8
 # The choice is replaced by what is this much better over the faded windows, and was better in the last ones, too.
 MARGIN, STREAK = 0.01, 2
 # Plain LRU comes back after so many windows in a row in which it was better than the choice.
