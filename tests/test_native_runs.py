@@ -142,30 +142,44 @@ def test_hooks_within_are_run(engine: offmoe.Engine, name: str) -> None:
 
 
 def test_who_can_be_told_is_told_in_order(engine: offmoe.Engine) -> None:
-    seen: list[tuple[int, torch.Tensor]] = []
+    seen: list[tuple[str, torch.Tensor]] = []
+    names = ["model.layers.0", "model.layers.0.mlp.gate", "model.layers.2", "model.layers.2.mlp.gate"]
 
-    def watch(layer_idx: int) -> None:
+    def watch(name: str) -> None:
         def tell(state: torch.Tensor) -> None:
-            seen.append((layer_idx, state.reshape(-1).clone()))
+            seen.append((name, state.reshape(-1).clone()))
 
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             if args[0].numel() == args[0].shape[-1]:
                 tell(args[0])
 
         mark_observer(hook, tell)
-        engine.model.get_submodule(f"model.layers.{layer_idx}.mlp.gate").register_forward_pre_hook(hook)
+        engine.model.get_submodule(name).register_forward_pre_hook(hook)
 
-    for layer_idx in (0, 2):
-        watch(layer_idx)
+    for name in names:
+        watch(name)
     assert runs_of(engine) == 3
     passing = seen.copy()
     seen.clear()
     put_back(engine)
     assert runs_of(engine) == 0
-    assert [layer_idx for layer_idx, _ in passing] == [0, 2] * 3
+    assert [name for name, _ in passing] == names * 3
     for one, other in zip(passing, seen, strict=True):
         assert one[0] == other[0]
         assert torch.equal(one[1], other[1])
+
+
+def test_layers_are_joined_while_the_lookahead_sleeps(tmp_path: Path) -> None:
+    """It has hooks on layers and norms all the time; awake it must be told before the next layer runs."""
+    with open_tiny(save_tiny(tmp_path), experts=9, compile="off", prefetch="auto") as engine:
+        logits(engine, 4)
+        ahead = engine._parts.serving.ahead
+        assert ahead is not None
+        (run,) = decoder(engine)._current_parts()
+        assert isinstance(run, LayerRun)
+        for is_asleep in (True, False):
+            ahead.lookahead.is_asleep = is_asleep
+            assert (run._ready() is not None) == is_asleep
 
 
 def test_an_executor_that_is_lent_computes(engine: offmoe.Engine) -> None:

@@ -67,12 +67,13 @@ def _mlp_of(step: LayerStep) -> CpuMlp | None:
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """What a run is as long as nothing is swapped. `states` are (1, 1, D)."""
+    """What a run is as long as nothing is swapped. Of each layer, (1, 1, D): `inputs`, and `states` after attention."""
 
     version: int
     executor: RecoveringExecutor
     experts: JoinedExperts
     run: CpuTokenRun
+    inputs: list[torch.Tensor]
     states: list[torch.Tensor]
 
 
@@ -83,9 +84,9 @@ class LayerRun:
         self._native, self.steps = native, tuple(steps)
         self.layers = [step.layer for step in steps]
         self._bindings = [step.moe.binding for step in steps if step.moe is not None]
-        inside = [module for step in steps for module in (step.layer, *step.block.modules())]
+        inside = [module for step in steps for module in step.block.modules()]
         told = {id(module) for step in steps if step.moe is not None for module in (step.block, step.moe.gate)}
-        own = Hooks(module for module in inside if id(module) not in told)
+        own = Hooks((module for module in inside if id(module) not in told), self.layers)
         self._hooks = Hooks.joined([own, *(step.hooks for step in steps)])
         self._experts: list[tuple[LayerBinding, object, dict[str, Any]]] = []
         self._made: _Made | None = None
@@ -139,7 +140,8 @@ class LayerRun:
             return None  # none of a layer's experts was seen yet, or the kernels do not compute them
         run = CpuTokenRun(self._native.kernels, [_described(step, experts) for step in steps])
         self._past = None
-        return _Made(self._native.version, executor, experts, run, [state.view(1, 1, -1) for state in run.states])
+        inputs, states = ([row.view(1, 1, -1) for row in rows] for rows in ((run.x_1D, *run.outputs[:-1]), run.states))
+        return _Made(self._native.version, executor, experts, run, inputs, states)
 
     def _open_rows(self, run: CpuTokenRun, past: Any, rows: list[Any], cos: torch.Tensor, sin: torch.Tensor) -> None:
         """One token more in every layer's cache. Whole caches of full attention are only longer than before."""
@@ -157,10 +159,15 @@ class LayerRun:
             stop = made.executor.guard(partial(self._compute, made, begin))
             if stop < end:  # an expert is missing: as always
                 step, state = self.steps[stop], made.states[stop]
-                step.tell(state)
+                self._tell(made, stop)
                 made.run.outputs[stop].copy_(step.finish(state).view(1, -1))
             begin = stop + 1
         return made.run.outputs[-1]
+
+    def _tell(self, made: _Made, idx: int) -> None:
+        """Whoever watches the layer's modules, in the order in which they would be called."""
+        self._hooks.tell(idx, made.inputs[idx])  # the layers come first in there
+        self.steps[idx].tell(made.states[idx])
 
     def _compute(self, made: _Made, begin: int) -> int:
         """One call, and its books; returns the layer that it ended at."""
@@ -169,7 +176,7 @@ class LayerRun:
         stop = made.run(begin)
         for idx in range(begin, stop):
             step = self.steps[idx]
-            step.tell(made.states[idx])
+            self._tell(made, idx)
             if step.moe is not None:
                 routed_ns, ended_ns = made.run.times_ns(idx)
                 made.experts.ran(

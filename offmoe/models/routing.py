@@ -145,15 +145,19 @@ def _hook_input(
 ) -> RemovableHandle:
     name, rest = layer.input_name, tail.steps[0].form.rest
 
+    def tell(state: torch.Tensor) -> None:
+        if not observer.is_asleep and state.numel() % torch.Size(rest).numel() == 0:
+            observer.observe_input(layer.layer_idx, state.reshape(-1, *rest))
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_dynamo_compiling() or observer.is_asleep:
             return
         if side_names:
             side.see({key: value for key, value in by_name(args, kwargs).items() if key in side_names})
-        state = _argument(name, args, kwargs)
-        if state.numel() % torch.Size(rest).numel() == 0:
-            observer.observe_input(layer.layer_idx, state.reshape(-1, *rest))
+        tell(_argument(name, args, kwargs))
 
+    if not side_names:  # else it has to see all that the layer is given
+        mark_observer(hook, tell)
     return layer.decoder_layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
