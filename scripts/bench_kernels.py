@@ -102,7 +102,7 @@ def bench_format(
     for num_tokens in tokens:
         steps, plain_steps = experts.by_kernels(kernels, num_tokens), experts.by_torch(num_tokens)
         torch.set_num_threads(kernels.num_threads)
-        plains = [clock.time(step) for step in plain_steps] if name == "bf16" else []
+        plains = [clock.time(step) for step in plain_steps] if name == "bf16" and args.dtype == "bfloat16" else []
         torch.set_num_threads(1)
         time.sleep(SPIN_S)
         for step in steps:
@@ -150,7 +150,7 @@ def report(args: argparse.Namespace, kernels: CpuKernels, found: Sequence[Timed]
         f"- machine: {', '.join(f'{key} {value}' for key, value in machine.items())}",
         f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}",
         f"- kernels: {kernels.level}, {kernels.num_threads} threads; the read and torch likewise",
-        f"- experts: width {args.width}, hidden {args.hidden}, bfloat16 rows; {EXPERTS_A_CALL} experts a call, "
+        f"- experts: width {args.width}, hidden {args.hidden}, {args.dtype} rows; {EXPERTS_A_CALL} experts a call, "
         f"{args.megabytes} MB of them in turn; {args.rounds} rounds; {'CPU' if args.cpu_time else 'wall'} time",
         "",
         *table(found),
@@ -172,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=60, help="of three calls (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=None, help="default: as many as torch has")
     parser.add_argument("--level", default="auto", help="avx512, avx2 or portable")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the rows")
     parser.add_argument("--cpu-time", action="store_true", help="CPU time instead of the clock on the wall")
     parser.add_argument("--out", type=Path, help="also write a result file")
     args = parser.parse_args(command)
@@ -191,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = list[Timed]()
     gc.disable()
     for name in args.formats.split(","):
-        experts = Experts(FORMATS[name], args.width, args.hidden, args.megabytes * 10**6)
+        dtype = getattr(torch, args.dtype)
+        experts = Experts(FORMATS[name], args.width, args.hidden, args.megabytes * 10**6, dtype)
         tokens = [int(count) for count in args.tokens.split(",")]
         found += bench_format(name, experts, kernels, tokens, args)
     print("\n".join(table(found)), file=sys.stderr)

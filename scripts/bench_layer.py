@@ -7,9 +7,9 @@
 All experts are cached. `layer us` is the median of one call of a decoder layer, over layers and tokens; `rest us` what
 a token takes beside its layers: embedding, mask, rotary angles, last norm, logits, sampling; `token ms` both, as timed.
 With `--cold`, that much memory is read before each layer, outside of what is timed, so that no cache holds the layer's
-code and weights; without, layers follow each other as always. Systems: `layers` computes each layer in two calls,
-`modules` its norms, linears and attention one by one, `torch` nothing. A table goes to stderr, one JSON object to
-stdout, last.
+code and weights; without, layers follow each other as always. Systems: `joined` computes all layers in one call, of
+which a layer has its share (and `--cold` reads memory once a token), `layers` each layer in two calls, `modules` its
+norms, linears and attention one by one, `torch` nothing. A table goes to stderr, one JSON object to stdout, last.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -35,10 +36,12 @@ from torch import nn
 import offmoe
 from offmoe.base.errors import OffmoeError
 from offmoe.models.native_layer import LayerStep
+from offmoe.models.native_model import DecoderStep
 from offmoe.models.native_moe import MoeStep
+from offmoe.models.native_run import LayerRun
 
 ROOT = Path(__file__).parents[1]
-SYSTEMS = ("layers", "modules", "torch")
+SYSTEMS = ("joined", "layers", "modules", "torch")
 PROMPT = list(range(3, 35))
 
 
@@ -54,7 +57,7 @@ class Timed:
 
 @dataclass
 class Stopwatch:
-    """Hooks of every decoder layer: when it began and ended."""
+    """When every decoder layer began and ended."""
 
     cold: torch.Tensor | None
     layer_s: list[float] = field(default_factory=list)
@@ -73,6 +76,36 @@ class Stopwatch:
         """Stops."""
         self.layer_s.append(time.perf_counter() - self._begin_s)
 
+    @contextmanager
+    def on(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """Within: by hooks of each."""
+        handles = [layer.register_forward_pre_hook(self.before) for layer in layers]
+        handles += [layer.register_forward_hook(self.after) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def on_runs(self) -> Iterator[None]:
+        """Within: by the calls that compute several, of which each layer has its share."""
+        forward = LayerRun.forward
+
+        def timed(run: LayerRun, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+            self.before()
+            state = forward(run, hidden, kwargs)
+            seconds = time.perf_counter() - self._begin_s
+            assert state is not None, "layers could not be joined"
+            self.layer_s += [seconds / len(run.layers)] * len(run.layers)
+            return state
+
+        LayerRun.forward = timed  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            LayerRun.forward = forward  # type: ignore[method-assign]
+
 
 class Systems:
     """Puts the model's modules into one of the ways to run them."""
@@ -82,10 +115,12 @@ class Systems:
 
     def use(self, system: str) -> None:
         """From now on."""
+        left_out: dict[str, tuple[type, ...]] = {
+            "joined": (), "layers": (DecoderStep,), "modules": (DecoderStep, LayerStep, MoeStep), "torch": (object,),
+        }  # fmt: skip
         for module, forward in self._swapped.items():
-            is_step = isinstance(getattr(forward, "__self__", None), (LayerStep, MoeStep))
             module.__dict__.pop("forward", None)
-            if system == "layers" or (system == "modules" and not is_step):
+            if not isinstance(getattr(forward, "__self__", None), left_out[system]):
                 module.__dict__["forward"] = forward
 
 
@@ -120,19 +155,16 @@ def bench(engine: offmoe.Engine, args: argparse.Namespace) -> list[Timed]:
     cold = torch.ones(parse_bytes(args.cold) // 4) if args.cold else None
     watch, systems = Stopwatch(cold), Systems(engine.model)
     layers = decoder_layers(engine.model)
-    handles = [layer.register_forward_pre_hook(watch.before) for layer in layers]
-    handles += [layer.register_forward_hook(watch.after) for layer in layers]
     found: dict[str, tuple[list[float], list[float]]] = {system: ([], []) for system in args.systems}
     for round_idx in range(args.rounds + 1):
         for system in args.systems:
             systems.use(system)
-            layer_us, rest_us = time_tokens(engine, args.tokens, watch)
+            with watch.on_runs() if system == "joined" else watch.on(layers):
+                layer_us, rest_us = time_tokens(engine, args.tokens, watch)
             if round_idx:  # the first one warms up
                 found[system][0].extend(layer_us)
                 found[system][1].extend(rest_us)
-    systems.use("layers")
-    for handle in handles:
-        handle.remove()
+    systems.use("joined")
     return [
         Timed(
             system=system, layer_us=median(layer_us), rest_us=median(rest_us),

@@ -25,12 +25,15 @@ Step = Callable[[], object]
 
 
 class Experts:
-    """Random experts of one format, `working_set` bytes of them, and one layer's arithmetic."""
+    """Random experts of one format, `working_set` bytes of them, and one layer's arithmetic on rows of `dtype`."""
 
-    def __init__(self, make: Callable[[Shape], Weight], width: int, hidden: int, working_set: int) -> None:
-        self.width = width
+    def __init__(
+        self, make: Callable[[Shape], Weight], width: int, hidden: int, working_set: int,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
+        self.width, self.dtype = width, dtype
         self.math = ExpertMath(
-            activate=swiglu, up_bias_EF=None, down_bias_ED=None, post_norm=None, transposed=False, dtype=torch.bfloat16
+            activate=swiglu, up_bias_EF=None, down_bias_ED=None, post_norm=None, transposed=False, dtype=dtype
         )
         first = ExpertWeights((make((2 * hidden, width)),), (make((width, hidden)),))
         self.expert_bytes = sum(num_bytes(part) for part in (*first.up, *first.down))
@@ -61,7 +64,7 @@ class Experts:
         layer = kernels.layer(self.math, self.weights[0])
         if num_tokens == 1:
             return self._decoding(kernels, layer)
-        x_TD = torch.randn(num_tokens, self.width).to(torch.bfloat16)
+        x_TD = torch.randn(num_tokens, self.width).to(self.dtype)
         y_SD = torch.empty(num_tokens * EXPERTS_A_CALL, self.width, dtype=torch.bfloat16)
         tokens = range(num_tokens)
         calls = [
@@ -75,7 +78,7 @@ class Experts:
         return [partial(kernels.experts, layer, rows, x_TD, y_SD, None) for rows in calls]
 
     def _decoding(self, kernels: CpuKernels, layer: CpuLayer) -> list[Step]:
-        x_1D, weights_1K = torch.randn(1, self.width).to(torch.bfloat16), torch.rand(1, EXPERTS_A_CALL)
+        x_1D, weights_1K = torch.randn(1, self.width).to(self.dtype), torch.rand(1, EXPERTS_A_CALL)
         token = CpuTokenExperts(kernels, layer, EXPERTS_A_CALL, x_1D, weights_1K)
         return [
             partial(token, list(call), [self.weights[idx] for idx in call], x_1D, weights_1K) for call in self.calls()
@@ -83,7 +86,7 @@ class Experts:
 
     def by_torch(self, num_tokens: int) -> list[Step]:
         """The same by the reference."""
-        x_TD = torch.randn(num_tokens, self.width).to(torch.bfloat16)
+        x_TD = torch.randn(num_tokens, self.width).to(self.dtype)
         return [
             partial(experts_forward, self.math, [(idx, self.weights[idx], x_TD) for idx in call])
             for call in self.calls()
