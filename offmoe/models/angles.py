@@ -29,7 +29,7 @@ class AngleTable:
     def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> Angles:
         """Of `positions`, (1, 1), as the module itself gives them for `x`, of which it sees type and device."""
         rotary = self._rotary
-        if not self._is_fixed or rotary._forward_hooks or rotary._forward_pre_hooks or positions.is_cuda:
+        if not self._is_fixed or rotary._forward_hooks or rotary._forward_pre_hooks or positions.device.type != "cpu":
             return self._ask(x, positions)
         block, at = divmod(int(positions), _BLOCK)
         known = (block, x.dtype, id(getattr(rotary, "inv_freq", None)))
