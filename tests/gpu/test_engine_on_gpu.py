@@ -66,6 +66,7 @@ def test_ids_are_those_of_the_cpu(setting: str, folders: dict[str, Path], load_o
     with load_on_device(folder, experts=quarter(folder), **SETTINGS[setting]) as engine:
         assert greedy(engine, PROMPT) == expected
         assert greedy(engine, PROMPT) == expected  # with slots, queues and predictors as the first run left them
+        engine._parts.cache.settle()  # admitted experts may be on their way still: nobody waits for them
         assert_at_rest(engine)
 
 
