@@ -2,7 +2,7 @@
 
     python scripts/make_checkpoint.py --like qwen3-30b-a3b --tiny --layers 24 --out checkpoints/tiny-24
     python scripts/bench_layer.py checkpoints/tiny-24 --cold 64MB      # fixed costs: the weights are nearly nothing
-    python scripts/bench_layer.py checkpoints/qwen3-6l --out benchmarks/2026-11-22-cpu-layer.md
+    python scripts/bench_layer.py checkpoints/qwen3-6l --out benchmarks/DATE-cpu-layer.md
 
 All experts are cached. `layer us` is the median of one call of a decoder layer, over layers and tokens; `rest us` what
 a token takes beside its layers: embedding, mask, rotary angles, last norm, logits, sampling; `token ms` both, as timed.
