@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from benchlib.machine import describe_machine, describe_versions
@@ -100,11 +101,8 @@ class Stopwatch:
             self.layer_s += [seconds / len(run.layers)] * len(run.layers)
             return state
 
-        LayerRun.forward = timed  # type: ignore[method-assign]
-        try:
+        with mock.patch.object(LayerRun, "forward", timed):
             yield
-        finally:
-            LayerRun.forward = forward  # type: ignore[method-assign]
 
 
 class Systems:
