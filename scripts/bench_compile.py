@@ -1,6 +1,6 @@
 """What compiling the decode step saves: milliseconds a layer, eager and compiled, in turn at the same token.
 
-    python scripts/bench_compile.py --families qwen3_moe,gpt_oss --layers 12 --steps 200 --out benchmarks/compile.md
+    python scripts/bench_compile.py --families qwen3_moe,gpt_oss --layers 12 --out benchmarks/DATE-compiled-steps.md
 
 Models of the tests' tiny width, so that the host's work a layer is all there is. "resident" has experts that answer
 zero; "whole" has all experts cached. The last line on stdout is one JSON object.

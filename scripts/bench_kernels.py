@@ -2,7 +2,7 @@
 
     python scripts/bench_kernels.py                                # Qwen3-30B-A3B's experts, all formats: some minutes
     python scripts/bench_kernels.py --formats int4 --tokens 1,4    # a part of it
-    python scripts/bench_kernels.py --out benchmarks/2026-11-22-cpu-kernels.md
+    python scripts/bench_kernels.py --out benchmarks/DATE-cpu-kernels.md
 
 A call computes eight experts, up to down, each for all T rows, other experts than the call before: together they are
 many times larger than the caches. GB/s are bytes of codes, scales and zero points a second. The read is torch's sum of

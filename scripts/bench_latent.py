@@ -1,7 +1,7 @@
 """Time tokens of a model that caches latents (DeepSeek's attention): reading them as they are, and expanding them.
 
     python scripts/make_checkpoint.py --like deepseek-v2-lite --layers 2 --out checkpoints/deepseek-2l
-    python scripts/bench_latent.py checkpoints/deepseek-2l --ram 1.5GiB --out benchmarks/2026-11-23-latent-attention.md
+    python scripts/bench_latent.py checkpoints/deepseek-2l --ram 1.5GiB --out benchmarks/DATE-latent-attention.md
 
 The prompt is read once for each length; then tokens are decoded, four one way and four the other, and the medians kept.
 Growth is what the process took at its peak beyond what it had before, which `--ram` is the budget of; it is told of the

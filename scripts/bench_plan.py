@@ -1,6 +1,6 @@
 """Hold what `offmoe plan` predicts against what a run measures: peak RAM, and tok/s while decoding.
 
-    python scripts/bench_plan.py --models checkpoints/qwen3-6l checkpoints/olmoe --out benchmarks/2026-11-22-plan.md
+    python scripts/bench_plan.py --models checkpoints/qwen3-6l checkpoints/olmoe --out benchmarks/DATE-plan.md
 
 Before each model the machine is probed (OFFMOE_CACHE keeps the figures), and the drive again right before and right
 after each run: what both do changes by the minute where others use them too. The model then runs warm, with all experts

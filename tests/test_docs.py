@@ -14,6 +14,7 @@ from offmoe.cli.main import main
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [page.name for page in PAGES]
+WITH_LINKS = [*PAGES, *sorted((ROOT / "benchmarks").glob("*.md"))]
 # Flags that are not offmoe's own.
 FOREIGN_FLAGS = {"--out", "--rounds"}
 NAMED_FILE = re.compile(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|h|cpp|toml))\b")
@@ -29,7 +30,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.parametrize("page", WITH_LINKS, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", text_of(page))
     for link in links:
@@ -39,6 +40,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = (page.parent / name).resolve() if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_measurements_that_are_named_exist() -> None:
+    named = [*WITH_LINKS, ROOT / "CHANGELOG.md", *(ROOT / "offmoe").rglob("*.py")]
+    found = {name for path in named for name in re.findall(r"\b20\d\d-\d\d-\d\d-[\w-]+\.md", text_of(path))}
+    there = {path.name for path in (ROOT / "benchmarks").iterdir()}
+    assert len(found) > 20
+    assert found <= there, sorted(found - there)
 
 
 def test_file_names_are_found() -> None:
