@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import invoke
+from commands import invoke, succeed
+from published import write_published
 
 from offmoe.checkpoint.locate import demo_model_folder
 
@@ -52,6 +53,20 @@ def test_commands_run(line: str) -> None:
     args = [str(demo_model_folder()) if arg.startswith("path/to/") else arg for arg in args]
     result = invoke(*args, *shorter, stdin="hello\n")
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(("page", "rows"), [("README.md", 9), ("docs/tuning.md", 11)])
+def test_the_plan_that_is_shown_is_what_plan_says(page: str, rows: int, tmp_path: Path) -> None:
+    """Line by line, but for the width of its columns."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    block = next(
+        block for block in re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) if "a token " in block
+    )
+    shown = [line.partition("(from:")[0].split() for line in block.splitlines() if not line.startswith(("...", "$"))]
+    model = write_published("qwen3-30b-a3b", tmp_path / "model")
+    said = [line.split() for line in succeed("plan", model, "--for", "laptop without GPU, 32 GB").stdout.splitlines()]
+    assert len(shown) == rows
+    assert [line for line in shown if line not in said] == []
 
 
 def test_there_are_examples() -> None:
