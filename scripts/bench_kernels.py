@@ -31,10 +31,12 @@ from statistics import median
 
 import torch
 from benchlib.machine import describe_machine, describe_versions
-from benchlib.random_experts import EXPERTS_A_CALL, FORMATS, Experts
 from benchlib.report import without_folders
 
 from offmoe.base.errors import OffmoeError
+from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat, QuantKind
+from offmoe.executor.sample_experts import EXPERTS_A_CALL, SampleExperts
+from offmoe.executor.speeds import FORMATS as PROBED
 from offmoe.kernels.cpu import CpuKernels, load_cpu_kernels
 from offmoe.tiers.huge_pages import in_huge_pages
 
@@ -42,6 +44,23 @@ ROOT = Path(__file__).parents[1]
 READ_BYTES, READ_PIECES = 256 << 20, 4
 CALLS_A_ROUND = 3
 SPIN_S = 0.3  # for torch's threads, which look for work a while after their last, to go to sleep
+
+
+def _blocks(kind: QuantKind) -> QuantFormat:
+    return QuantFormat(kind=kind, group=BLOCK_KINDS[kind].num_columns, scale_dtype="U8")
+
+
+FORMATS: dict[str, QuantFormat | None] = {
+    **{name: PROBED[name] for name in ("bf16", "int8", "fp8", "int4")},
+    "int4-zeros": QuantFormat(kind="int4", group=32, offset=8, symmetric=False),
+    "mxfp4": PROBED["mxfp4"],
+    "q8_0": _blocks("q8_0"),
+    "q6_k": _blocks("q6_k"),
+    "q5_k": _blocks("q5_k"),
+    "q4_k": _blocks("q4_k"),
+    "q4_0": _blocks("q4_0"),
+    "mxfp4-gguf": _blocks("mxfp4_gguf"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +113,13 @@ class Reader:
 
 
 def bench_format(
-    name: str, experts: Experts, kernels: CpuKernels, tokens: Sequence[int], args: argparse.Namespace
+    name: str, experts: SampleExperts, kernels: CpuKernels, tokens: Sequence[int], args: argparse.Namespace
 ) -> list[Timed]:
     """Every number of rows, after calls of all experts that are not timed."""
     clock, reader, found = Clock(kernels.num_threads, cpu_time=args.cpu_time), Reader(kernels.num_threads), []
     call_bytes = EXPERTS_A_CALL * experts.expert_bytes
     for num_tokens in tokens:
-        steps, plain_steps = experts.by_kernels(kernels, num_tokens), experts.by_torch(num_tokens)
+        steps, plain_steps = experts.calls(kernels, num_tokens), experts.calls(None, num_tokens)
         torch.set_num_threads(kernels.num_threads)
         plains = [clock.time(step) for step in plain_steps] if name == "bf16" and args.dtype == "bfloat16" else []
         torch.set_num_threads(1)
@@ -193,9 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.disable()
     for name in args.formats.split(","):
         dtype = getattr(torch, args.dtype)
-        experts = Experts(FORMATS[name], args.width, args.hidden, args.megabytes * 10**6, dtype)
+        experts = SampleExperts(
+            FORMATS[name], width_D=args.width, width_F=args.hidden, working_set=args.megabytes * 10**6, dtype=dtype
+        )
         tokens = [int(count) for count in args.tokens.split(",")]
         found += bench_format(name, experts, kernels, tokens, args)
+        experts.close()
     print("\n".join(table(found)), file=sys.stderr)
     if args.out is not None:
         args.out.write_text(report(args, kernels, found, command))

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cpu_cases import LEVELS, open_kernels
 from hypothesis import HealthCheck, settings
 from makers import LAYOUTS, Measured, TinyExperts, make_tiny_experts
+
+from offmoe.kernels.cpu.kernels import CpuKernels
 
 # A busy machine is no failure.
 settings.register_profile("offmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -74,3 +77,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyExperts:
 def tiny_of_layout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyExperts:
     """The same experts, once in each layout. Nobody writes to them."""
     return make_tiny_experts(tmp_path_factory.mktemp("tiny"), layout=request.param)
+
+
+@pytest.fixture(params=LEVELS or ["none"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[CpuKernels]:
+    """At every level that this processor has."""
+    opened = open_kernels(request.param)
+    yield opened
+    opened.close()

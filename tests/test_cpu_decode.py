@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
+from cpu_cases import needs_library, open_kernels
 
 from offmoe.kernels.cpu.decode import NORM_KINDS, AttentionShape, CpuAttention, CpuLinear, CpuNorm, NormKind
 from offmoe.kernels.cpu.kernels import CpuKernels
-from offmoe.kernels.cpu.loader import load_cpu_kernels, usable_levels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the largest number: one rounding of the output, and of what is rounded on the way.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-LEVELS = usable_levels()
 
-pytestmark = pytest.mark.skipif(not LEVELS, reason="the CPU kernels were not built")
-
-
-@pytest.fixture(params=LEVELS or ["none"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[CpuKernels]:
-    found, _ = load_cpu_kernels(request.param, threads=2)
-    assert found is not None
-    yield found
-    found.close()
+pytestmark = needs_library
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -145,8 +135,7 @@ def test_attention_of_one_token(kernels: CpuKernels, dtype: torch.dtype, options
 def test_the_number_of_threads_changes_no_bit() -> None:
     outputs = []
     for threads in (1, 2):
-        kernels, _ = load_cpu_kernels("auto", threads=threads)
-        assert kernels is not None
+        kernels = open_kernels(threads=threads)
         outputs.append(Case(dtype=torch.bfloat16, num_heads=8, num_groups=4, width=64, num_rows=900).run(kernels))
         kernels.close()
     assert torch.equal(*outputs)

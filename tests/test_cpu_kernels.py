@@ -3,57 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
+from cpu_cases import linear, needs_library, open_kernels
+from slot_cases import clamped_gate, gelu_gate, gelu_tanh_gate, relu_squared, silu_gate
 
 from offmoe.base.errors import UsageError
 from offmoe.formats.dense import ExpertWeights
-from offmoe.kernels import cpu
-from offmoe.kernels.cpu import CpuKernels, ExpertRows, describe, load_cpu_kernels
+from offmoe.kernels.cpu import CpuKernels, ExpertRows, load_cpu_kernels
+from offmoe.kernels.cpu.decode import CpuTokenExperts
 from offmoe.kernels.reference import ExpertMath, combine_rows, experts_forward
 
-pytestmark = pytest.mark.skipif(not cpu.usable_levels(), reason="the library was not built")
+pytestmark = needs_library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the largest value: rounding once more or once less.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture(params=cpu.usable_levels())
-def kernels(request: pytest.FixtureRequest) -> Iterator[CpuKernels]:
-    opened, note = load_cpu_kernels(request.param, threads=2)
-    assert opened is not None, note
-    yield opened
-    opened.close()
-
-
-def swiglu(up: torch.Tensor) -> torch.Tensor:
-    gate, value = up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * value
-
-
-def geglu(up: torch.Tensor) -> torch.Tensor:
-    gate, value = up.chunk(2, dim=-1)
-    return torch.nn.functional.gelu(gate) * value
-
-
-def geglu_tanh(up: torch.Tensor) -> torch.Tensor:
-    gate, value = up.chunk(2, dim=-1)
-    return torch.nn.functional.gelu(gate, approximate="tanh") * value
-
-
-def clamped_in_turns(up: torch.Tensor) -> torch.Tensor:
-    gate, value = up[..., ::2].clamp(max=1.5), up[..., 1::2].clamp(-1.5, 1.5)
-    return (value + 1) * (gate * torch.sigmoid(gate * 1.702))
-
-
-def relu_squared(up: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.relu(up).square()
-
-
-GATED = (swiglu, geglu, geglu_tanh, clamped_in_turns)
+GATED = (silu_gate, gelu_gate, gelu_tanh_gate, clamped_gate)
 PLAIN = (relu_squared, torch.nn.functional.silu, torch.nn.functional.gelu)
 
 
@@ -140,7 +110,7 @@ def test_every_activation(
 def test_shapes_and_layouts(
     kernels: CpuKernels, dtype: torch.dtype, width: int, hidden: int, biases: bool, transposed: bool, split: bool
 ) -> None:
-    layer = Layer(dtype, swiglu, width=width, hidden=hidden, biases=biases, transposed=transposed, split=split)
+    layer = Layer(dtype, silu_gate, width=width, hidden=hidden, biases=biases, transposed=transposed, split=split)
     x_TD = torch.randn(9, width).to(dtype)
     rows = layer.rows(9, 3)
     assert_close(layer.computed(kernels, rows, x_TD, 27), layer.expected(rows, x_TD, 27))
@@ -148,10 +118,9 @@ def test_shapes_and_layouts(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_depends_on_itself_alone(kernels: CpuKernels, dtype: torch.dtype) -> None:
-    layer = Layer(dtype, swiglu, width=300, hidden=70)
+    layer = Layer(dtype, silu_gate, width=300, hidden=70)
     x_TD = torch.randn(37, layer.width).to(dtype)
-    alone, note = load_cpu_kernels(kernels.level, threads=1)
-    assert alone is not None, note
+    alone = open_kernels(kernels.level, threads=1)
     for num_rows in (*range(1, 18), 37):
         rows: list[ExpertRows] = [(1, layer.weights[1], list(range(num_rows)), list(range(num_rows)))]
         together = layer.computed(kernels, rows, x_TD, num_rows)
@@ -163,16 +132,18 @@ def test_a_row_depends_on_itself_alone(kernels: CpuKernels, dtype: torch.dtype) 
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_weighted_sum_is_torchs(kernels: CpuKernels, dtype: torch.dtype, weights_dtype: torch.dtype) -> None:
-    layer = Layer(dtype, swiglu, width=600)
-    x_TD, weights_TK = torch.randn(5, 600).to(dtype), torch.rand(5, 3).to(weights_dtype)
-    y_SD = torch.zeros(15, 600, dtype=dtype)
-    total = kernels.experts(kernels.layer(layer.math, layer.weights[0]), layer.rows(5, 3), x_TD, y_SD, weights_TK)
-    assert total is not None and total.dtype == dtype
-    assert_close(total, combine_rows(y_SD, weights_TK, dtype))
+    layer = Layer(dtype, silu_gate, width=600)
+    x_1D, weights_1K = torch.randn(1, 600).to(dtype), torch.rand(1, 3).to(weights_dtype)
+    rows: list[ExpertRows] = [(idx, layer.weights[idx], [0], [choice]) for choice, idx in enumerate((4, 0, 2))]
+    y_KD = layer.computed(kernels, rows, x_1D, 3)
+    token = CpuTokenExperts(kernels, kernels.layer(layer.math, layer.weights[0]), 3, x_1D, weights_1K)
+    total = token([idx for idx, *_ in rows], [weights for _, weights, *_ in rows], x_1D, weights_1K)
+    assert total.dtype == dtype
+    assert_close(total, combine_rows(y_KD, weights_1K, dtype))
 
 
 def test_an_expert_that_moved_is_read_where_it_lies(kernels: CpuKernels) -> None:
-    layer = Layer(torch.float32, swiglu)
+    layer = Layer(torch.float32, silu_gate)
     plan, x_TD = kernels.layer(layer.math, layer.weights[0]), torch.randn(1, layer.width)
     for weights in layer.weights:
         y_SD = torch.zeros(1, layer.width)
@@ -187,7 +158,7 @@ def test_linear(kernels: CpuKernels, dtype: torch.dtype) -> None:
         weight, bias = torch.randn(num_outputs, num_inputs).to(dtype), torch.randn(num_outputs).to(dtype)
         x_TK = torch.randn(num_rows, num_inputs + 3).to(dtype)[:, :num_inputs]
         for stored in (weight, weight.t().contiguous().t()):
-            got = kernels.linear(x_TK, describe(stored), bias)
+            got = linear(kernels, x_TK, stored, bias)
             assert_close(got, torch.nn.functional.linear(x_TK, weight, bias))
 
 
@@ -195,7 +166,7 @@ def test_what_is_not_supported_is_said(kernels: CpuKernels) -> None:
     layer = Layer(torch.bfloat16, lambda up: torch.sin(up[..., :37]))
     reason = kernels.supports(layer.math, layer.weights[0])
     assert reason is not None and "activation" in reason
-    weights = Layer(torch.float32, swiglu).weights[0]
+    weights = Layer(torch.float32, silu_gate).weights[0]
     reason = kernels.supports(layer.math, weights)
     assert reason is not None and "torch.float32 weights" in reason
 

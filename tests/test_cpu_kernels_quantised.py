@@ -7,16 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cpu_cases import LEVELS, linear, needs_library, open_kernels
+from slot_cases import silu_gate
 
 from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat, QuantKind
 from offmoe.formats.dense import ExpertWeights
 from offmoe.formats.quantised import QuantMatrix
-from offmoe.kernels import cpu
-from offmoe.kernels.cpu import CpuKernels, describe, load_cpu_kernels, unreadable
+from offmoe.kernels.cpu import CpuKernels, unreadable
 from offmoe.kernels.random_weights import fill_at_random
 from offmoe.kernels.reference import ExpertMath, experts_forward
 
-pytestmark = pytest.mark.skipif(not cpu.usable_levels(), reason="the library was not built")
+pytestmark = needs_library
 
 SCALES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # How many bits of the sum of absolute products may be lost.
@@ -111,10 +112,9 @@ def matrices() -> Iterator[tuple[str, QuantMatrix]]:
 MATRICES = dict(matrices())
 
 
-@pytest.fixture(scope="module", params=cpu.usable_levels())
+@pytest.fixture(scope="module", params=LEVELS or ["none"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[CpuKernels]:
-    opened, note = load_cpu_kernels(request.param, threads=2)
-    assert opened is not None, note
+    opened = open_kernels(request.param)
     yield opened
     opened.close()
 
@@ -126,7 +126,7 @@ def test_products_are_those_of_the_published_values(kernels: CpuKernels, name: s
     for dtype, num_rows in itertools.product(TOLERANCES, (1, 2, 3, 5, 8, 11, 16)):
         assert unreadable(matrix, dtype) is None
         x_TK = torch.randn(num_rows, matrix.shape[1]).to(dtype)
-        got = kernels.linear(x_TK, describe(matrix))
+        got = linear(kernels, x_TK, matrix)
         expected = x_TK.double() @ exact.t()
         limit = TOLERANCES[dtype] * (x_TK.double().abs() @ exact.abs().t()) + 1e-7
         wrong = (got.double() - expected).abs() > limit
@@ -135,12 +135,12 @@ def test_products_are_those_of_the_published_values(kernels: CpuKernels, name: s
 
 @pytest.mark.parametrize("name", MATRICES)
 def test_a_row_depends_on_itself_alone(kernels: CpuKernels, name: str) -> None:
-    described = describe(MATRICES[name])
+    matrix = MATRICES[name]
     for dtype in TOLERANCES:
         x_TK = torch.randn(17, MATRICES[name].shape[1]).to(dtype)
-        alone = torch.cat([kernels.linear(row[None], described) for row in x_TK])
+        alone = torch.cat([linear(kernels, row[None], matrix) for row in x_TK])
         for num_rows in range(2, 18):
-            assert torch.equal(kernels.linear(x_TK[:num_rows], described), alone[:num_rows]), f"{dtype=} {num_rows=}"
+            assert torch.equal(linear(kernels, x_TK[:num_rows], matrix), alone[:num_rows]), f"{dtype=} {num_rows=}"
 
 
 def test_the_smallest_and_largest_codes_of_fp8(kernels: CpuKernels) -> None:
@@ -151,7 +151,7 @@ def test_the_smallest_and_largest_codes_of_fp8(kernels: CpuKernels) -> None:
         codes.view(torch.float8_e4m3fn), torch.ones(2, 2), None,
     )  # fmt: skip
     for dtype in TOLERANCES:
-        got = kernels.linear(torch.eye(256).to(dtype), describe(matrix))
+        got = linear(kernels, torch.eye(256).to(dtype), matrix)
         assert torch.equal(got[:, 0], codes[0].view(torch.float8_e4m3fn).to(dtype))
 
 
@@ -164,16 +164,14 @@ def test_the_smallest_scale_of_mxfp4(kernels: CpuKernels) -> None:
     x_TK = torch.full((1, 32), 2.0**40)
     expected = (6.0 * 32 * 2.0**40 * torch.exp2(exponents.double() - 127)).t()
     for dtype in (torch.float32, torch.bfloat16):
-        torch.testing.assert_close(
-            kernels.linear(x_TK.to(dtype), describe(matrix)).double(), expected, rtol=1e-6, atol=0.0
-        )
+        torch.testing.assert_close(linear(kernels, x_TK.to(dtype), matrix).double(), expected, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("kind", ["q4_k", "q6_k", "q8_0"])
 def test_each_column_of_a_block_has_its_own_place(kernels: CpuKernels, kind: QuantKind) -> None:
     matrix = blocks(kind, (37, 512))
     for dtype, tolerance in TOLERANCES.items():
-        got = kernels.linear(torch.eye(512).to(dtype), describe(matrix)).double()
+        got = linear(kernels, torch.eye(512).to(dtype), matrix).double()
         values = matrix.dequantise(torch.float64).t()
         torch.testing.assert_close(got, values, rtol=tolerance, atol=2**-20)
 
@@ -187,7 +185,7 @@ def test_every_exponent_of_gguf_mxfp4_but_the_infinite_one(kernels: CpuKernels) 
             x_TK = torch.zeros(1, 32, dtype=dtype)
             x_TK[0, column] = 2.0**10
             expected = (code * 2.0**10 * torch.exp2(torch.arange(255.0, dtype=torch.float64) - 127))[None].to(dtype)
-            assert torch.equal(kernels.linear(x_TK, describe(matrix)), expected)
+            assert torch.equal(linear(kernels, x_TK, matrix), expected)
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "mxfp4", "fp8", *PAIRS, *LARGE])
@@ -204,13 +202,9 @@ def test_experts_agree_with_the_reference(kernels: CpuKernels, kind: QuantKind, 
             return int8(shape, 64, packed=True, symmetric=True, scale_dtype="BF16")
         return mxfp4(shape) if kind == "mxfp4" else fp8(shape, 128)
 
-    def swiglu(up: torch.Tensor) -> torch.Tensor:
-        gate, value = up.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * value
-
     width, hidden = (512, 256) if kind in LARGE else (192, 64)
     math = ExpertMath(
-        activate=swiglu, up_bias_EF=torch.randn(4, 2 * hidden), down_bias_ED=torch.randn(4, width), post_norm=None,
+        activate=silu_gate, up_bias_EF=torch.randn(4, 2 * hidden), down_bias_ED=torch.randn(4, width), post_norm=None,
         transposed=kind == "mxfp4", dtype=torch.float32,
     )  # fmt: skip
     weights = [

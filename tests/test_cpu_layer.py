@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from cpu_cases import LEVELS, needs_library, open_kernels
 
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu.decode import AttentionShape, CpuAttention, CpuLinear, CpuNorm
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.layer import CpuRoute, CpuTokenLayer, RouteRule
-from offmoe.kernels.cpu.loader import load_cpu_kernels, usable_levels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEVELS = usable_levels()
 WIDTH, HEADS, GROUPS, HEAD, EXPERTS, TOP_K, ROWS = 96, 6, 2, 24, 40, 5, 9
 
-pytestmark = pytest.mark.skipif(not LEVELS, reason="the CPU kernels were not built")
-
-
-@pytest.fixture(params=LEVELS or ["none"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[CpuKernels]:
-    found, _ = load_cpu_kernels(request.param, threads=2)
-    assert found is not None
-    yield found
-    found.close()
+pytestmark = needs_library
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -96,8 +86,7 @@ def test_one_call_gives_the_bits_of_many(kernels: CpuKernels, dtype: torch.dtype
 def test_any_number_of_threads_gives_the_same_bits(level: str) -> None:
     results = []
     for threads in (1, 2):
-        kernels, _ = load_cpu_kernels(level, threads=threads)
-        assert kernels is not None
+        kernels = open_kernels(level, threads=threads)
         parts = Parts(kernels, torch.bfloat16, torch.bfloat16, quantised=False)
         x, cos, sin = (draw(1, 1, width, dtype=torch.bfloat16, seed=width) for width in (WIDTH, HEAD, HEAD))
         caches = [draw(GROUPS, ROWS, HEAD, dtype=torch.bfloat16, seed=i) for i in (4, 5)]
@@ -145,8 +134,7 @@ RULES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("top_k", [1, 6, 24])
 def test_rules_choose_as_torch_does_also_among_equals(name: str, dtype: torch.dtype, top_k: int) -> None:
-    kernels, _ = load_cpu_kernels()
-    assert kernels is not None
+    kernels = open_kernels()
     rule = RouteRule(num_experts=64, top_k=top_k, weights_dtype=dtype, **RULES[name])
     assert rule.fits()
     route = CpuRoute(kernels, rule, dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -12,8 +14,9 @@ from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES
 from offmoe.formats.dense import ExpertWeights
 from offmoe.formats.quantised import QuantMatrix
+from offmoe.kernels.cpu.decode import CpuTokenExperts
 from offmoe.kernels.cpu.kernels import CpuKernels
-from offmoe.kernels.random_weights import fill_at_random
+from offmoe.kernels.random_weights import blank_matrix, fill_at_random
 from offmoe.kernels.reference import ExpertMath, experts_forward
 from offmoe.tiers.host import HostPool
 
@@ -51,24 +54,25 @@ class SampleExperts:
     def __init__(
         self, form: QuantFormat | None, *, width_D: int = WIDTH_D, width_F: int = WIDTH_F,
         working_set: int = WORKING_SET_BYTES, turned: bool = False, experts_a_call: int = EXPERTS_A_CALL,
-        shift: int = 0,
+        shift: int = 0, dtype: torch.dtype = torch.bfloat16,
     ) -> None:  # fmt: skip
-        """`shift`: bytes from a cache line's begin to each expert, less than 4096."""
+        """`shift`: bytes from a cache line's begin to each expert, less than 4096; `dtype`: the rows'. Plain experts
+        are in bfloat16.
+        """
         self.experts_a_call = experts_a_call
         self.width_D, self.width_F = width_D, width_F
         self.math = ExpertMath(
-            activate=_swiglu, up_bias_EF=None, down_bias_ED=None, post_norm=None, transposed=turned,
-            dtype=torch.bfloat16,
-        )  # fmt: skip
+            activate=_swiglu, up_bias_EF=None, down_bias_ED=None, post_norm=None, transposed=turned, dtype=dtype
+        )
         shapes = ((2 * width_F, width_D), (width_D, width_F))
         if turned:
             shapes = ((width_D, 2 * width_F), (width_F, width_D))
-        self.expert_bytes = sum(tensor.nbytes for shape in shapes for tensor in _tensors(_blank(form, shape)))
+        first = [blank_matrix(form, shape, torch.bfloat16) for shape in shapes]
+        self.expert_bytes = sum(tensor.nbytes for matrix in first for tensor in _tensors(matrix))
         num_calls = max(2, -(-working_set // (experts_a_call * self.expert_bytes)))
         slot_bytes = (-(-self.expert_bytes // DIRECT_ALIGN_BYTES) + 1) * DIRECT_ALIGN_BYTES
         self.pool = HostPool(num_slots=num_calls * experts_a_call, slot_bytes=slot_bytes)
         generator = torch.Generator().manual_seed(0)
-        first = [_blank(form, shape) for shape in shapes]
         for matrix, shape in zip(first, shapes, strict=True):
             fill_at_random(matrix, shape[1], generator)
         self.weights = []
@@ -78,7 +82,8 @@ class SampleExperts:
 
     def bytes_per_s(self, kernels: CpuKernels | None, *, num_tokens: int = 1, repeats: int = REPEATS) -> float:
         """Weights read a second, all experts in turn; by the reference where there are no kernels."""
-        seconds = usual_s(self._run(kernels, num_tokens), repeats)
+        calls = self.calls(kernels, num_tokens)
+        seconds = usual_s(lambda: [call() for call in calls], repeats)
         return len(self.weights) * self.expert_bytes / seconds
 
     def flops_per_s(self, kernels: CpuKernels | None) -> float:
@@ -92,32 +97,28 @@ class SampleExperts:
         self.weights.clear()
         self.pool.close()
 
-    def _run(self, kernels: CpuKernels | None, num_tokens: int) -> Callable[[], None]:
-        x_TD = torch.randn(num_tokens, self.width_D).to(torch.bfloat16)
-        each = self.experts_a_call
-        calls = [range(at, at + each) for at in range(0, len(self.weights), each)]
+    def calls(self, kernels: CpuKernels | None, num_tokens: int) -> list[Callable[[], object]]:
+        """What computes all experts in turn, `experts_a_call` at once, each for `num_tokens` rows: one token's as when
+        it is decoded, with their weighted sum. By the reference where there are no kernels.
+        """
+        x_TD = torch.randn(num_tokens, self.width_D).to(self.math.dtype)
+        calls = [range(at, at + self.experts_a_call) for at in range(0, len(self.weights), self.experts_a_call)]
         if kernels is None:
-
-            def by_torch() -> None:
-                for call in calls:
-                    experts_forward(self.math, [(idx, self.weights[idx], x_TD) for idx in call])
-
-            return by_torch
+            return [
+                partial(experts_forward, self.math, [(idx, self.weights[idx], x_TD) for idx in call]) for call in calls
+            ]
         layer = kernels.layer(self.math, self.weights[0])
-        y_SD = torch.empty(num_tokens * each, self.width_D, dtype=torch.bfloat16)
-        weights_TK = torch.rand(1, each) if num_tokens == 1 else None
-        tokens = range(num_tokens)
+        if num_tokens == 1:
+            weights_1K = torch.rand(1, self.experts_a_call)
+            token = CpuTokenExperts(kernels, layer, self.experts_a_call, x_TD, weights_1K)
+            return [partial(token, call, [self.weights[idx] for idx in call], x_TD, weights_1K) for call in calls]
+        y_SD = torch.empty(num_tokens * self.experts_a_call, self.width_D, dtype=self.math.dtype)
         rows = [
-            [(idx, self.weights[idx], tokens, range(at * num_tokens, (at + 1) * num_tokens))
+            [(idx, self.weights[idx], range(num_tokens), range(at * num_tokens, (at + 1) * num_tokens))
              for at, idx in enumerate(call)]
             for call in calls
         ]  # fmt: skip
-
-        def by_kernels() -> None:
-            for one in rows:
-                kernels.experts(layer, one, x_TD, y_SD, weights_TK)
-
-        return by_kernels
+        return [partial(kernels.experts, layer, one, x_TD, y_SD) for one in rows]
 
 
 def _swiglu(up: torch.Tensor) -> torch.Tensor:
@@ -125,39 +126,27 @@ def _swiglu(up: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * value
 
 
-def _blank(form: QuantFormat | None, shape: tuple[int, int]) -> torch.Tensor | QuantMatrix:
-    rows, columns = shape
-    if form is None:
-        return torch.empty(shape, dtype=torch.bfloat16)
-    if form.kind == "fp8":
-        scales = torch.empty(-(-rows // form.group_rows), -(-columns // form.group), dtype=torch.float32)
-        return QuantMatrix(form, shape, torch.empty(shape, dtype=torch.float8_e4m3fn), scales, None)
-    if form.kind == "mxfp4":
-        scales = torch.empty(rows, columns // form.group, dtype=torch.uint8)
-        return QuantMatrix(form, shape, torch.empty(rows, columns // 2, dtype=torch.uint8), scales, None)
-    per_word = 8 if form.kind == "int4" else 4
-    scales = torch.empty(rows, columns // form.group, dtype=torch.bfloat16)
-    return QuantMatrix(form, shape, torch.empty(rows, columns // per_word, dtype=torch.int32), scales, None)
-
-
 def _tensors(weight: torch.Tensor | QuantMatrix) -> list[torch.Tensor]:
     if isinstance(weight, torch.Tensor):
         return [weight]
-    return [tensor for tensor in (weight.codes, weight.scales) if tensor is not None]
+    return [tensor for tensor in (weight.codes, weight.scales, weight.zeros) if tensor is not None]
 
 
-def _placed(
-    matrices: list[torch.Tensor | QuantMatrix], memory: torch.Tensor
-) -> list[torch.Tensor | QuantMatrix]:  # fmt: skip
+def _placed(matrices: list[torch.Tensor | QuantMatrix], memory: torch.Tensor) -> list[torch.Tensor | QuantMatrix]:
     """Copies of `matrices` in a slot, each tensor at a multiple of 64 bytes."""
-    end, placed = 0, list[torch.Tensor | QuantMatrix]()
+    end = 0
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal end
+        there = memory[end : end + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        end += -(-tensor.nbytes // 64) * 64
+        return there.copy_(tensor)
+
+    placed = list[torch.Tensor | QuantMatrix]()
     for matrix in matrices:
-        copies = []
-        for tensor in _tensors(matrix):
-            copies.append(memory[end : end + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor))
-            end += -(-tensor.nbytes // 64) * 64
         if isinstance(matrix, torch.Tensor):
-            placed.append(copies[0])
+            placed.append(place(matrix))
         else:
-            placed.append(QuantMatrix(matrix.format, matrix.shape, copies[0], copies[1], None))
+            scales, zeros = (None if part is None else place(part) for part in (matrix.scales, matrix.zeros))
+            placed.append(replace(matrix, codes=place(matrix.codes), scales=scales, zeros=zeros))
     return placed

@@ -22,7 +22,15 @@ from offmoe.base.machine_record import OFF_LINES, DriveSpeed
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES, ShardFile
 from offmoe.executor.calibrate import measure
-from offmoe.executor.sample_experts import EXPERTS_A_CALL, WORKING_SET_BYTES, SampleExperts, best_s, usual_s
+from offmoe.executor.sample_experts import (
+    EXPERTS_A_CALL,
+    WIDTH_D,
+    WIDTH_F,
+    WORKING_SET_BYTES,
+    SampleExperts,
+    best_s,
+    usual_s,
+)
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.reference import experts_forward
 from offmoe.tiers.copier import Copier
@@ -69,11 +77,12 @@ def cpu_speeds(
             continue
         progress(name)
         is_turned = name in (TURNED, TURNED_OFF_LINES)
-        sizes = {"working_set": working_set}
-        if is_turned and working_set >= WORKING_SET_BYTES:
-            sizes |= {"width_D": TURNED_WIDTH, "width_F": TURNED_WIDTH, "experts_a_call": TURNED_A_CALL}
-        shift = OFF_LINE_BYTES if name == TURNED_OFF_LINES else 0
-        experts = SampleExperts(form, turned=is_turned, shift=shift, **sizes)
+        is_wide = is_turned and working_set >= WORKING_SET_BYTES
+        experts = SampleExperts(
+            form, turned=is_turned, working_set=working_set, shift=OFF_LINE_BYTES if name == TURNED_OFF_LINES else 0,
+            width_D=TURNED_WIDTH if is_wide else WIDTH_D, width_F=TURNED_WIDTH if is_wide else WIDTH_F,
+            experts_a_call=TURNED_A_CALL if is_wide else EXPERTS_A_CALL,
+        )  # fmt: skip
         try:
             found[name] = experts.bytes_per_s(kernels)
             if name == "bf16":
@@ -129,7 +138,7 @@ def link_costs(
             if kernels is None or layer is None:
                 experts_forward(experts.math, [(0, experts.weights[idx], x_1D)])
             else:
-                kernels.experts(layer, [(0, experts.weights[idx], range(1), range(1))], x_1D, y_1D, None)
+                kernels.experts(layer, [(0, experts.weights[idx], range(1), range(1))], x_1D, y_1D)
 
         with torch.inference_mode():
             return measure(copier, copies, compute, disk_bytes_per_s=1.0, cpu_flops_per_s=1.0, synchronize=synchronize)

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from offmoe.checkpoint.quant_format import BLOCK_KINDS
+from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat
+from offmoe.formats.dense import STORED_DTYPES
 from offmoe.formats.quantised import QuantMatrix
 
 # The root mean square of values whose codes are as likely each.
@@ -18,6 +19,26 @@ _SPREAD = {
 _HALVES: dict[str, dict[int, float]] = {
     "q4_0": {0: 1.0}, "q8_0": {0: 1.0}, "q4_k": {0: 1.0, 2: 7.5}, "q5_k": {0: 1.0, 2: 15.5}, "q6_k": {208: 1.0},
 }  # fmt: skip
+
+
+def blank_matrix(form: QuantFormat | None, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | QuantMatrix:
+    """Memory for a matrix of (outputs, inputs), a plain one in `dtype`; int4 and int8 in words of 32 bits."""
+    num_out, num_in = shape
+    if form is None:
+        return torch.empty(shape, dtype=dtype)
+    if form.is_blocks:
+        block = BLOCK_KINDS[form.kind]
+        row_bytes = num_in // block.num_columns * block.num_bytes
+        return QuantMatrix(form, shape, torch.empty(num_out, row_bytes, dtype=torch.uint8), None, None)
+    groups = -(-num_in // form.group)
+    scales = torch.empty(-(-num_out // form.group_rows), groups, dtype=STORED_DTYPES[form.scale_dtype])
+    if form.kind in ("fp8", "mxfp4"):
+        per_item, stored = (1, torch.float8_e4m3fn) if form.kind == "fp8" else (2, torch.uint8)
+        return QuantMatrix(form, shape, torch.empty(num_out, num_in // per_item, dtype=stored), scales, None)
+    per_word = 8 if form.kind == "int4" else 4
+    codes = torch.empty(num_out, num_in // per_word, dtype=torch.int32)
+    zeros = None if form.symmetric else torch.empty(-(-num_out // per_word), groups, dtype=torch.int32)
+    return QuantMatrix(form, shape, codes, scales, zeros)
 
 
 def fill_at_random(part: torch.Tensor | QuantMatrix, num_in: int, generator: torch.Generator) -> None:

@@ -13,8 +13,8 @@ from offmoe.base.errors import UsageError
 from offmoe.checkpoint.expert_index import ExpertIndex, QuantPart
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.formats.encode import encode, integer_format
+from offmoe.kernels.cpu.decode import CpuLinear
 from offmoe.kernels.cpu.kernels import CpuKernels
-from offmoe.kernels.cpu.matrices import describe
 from offmoe.kernels.int8_activations import round_activations, rounds
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def _agree(kernels: CpuKernels, kind: str) -> bool:
     weight_NK, x_TK = (torch.randn(5, 96, generator=generator) for _ in range(2))
     matrix = encode(weight_NK, integer_format(kind, group=32, scale_dtype="F32"), name=kind)
     values_KN, rounded_TK = matrix.dequantise(torch.float64).t(), round_activations(x_TK)
-    error_TN = (kernels.linear(x_TK, describe(matrix)).double() - rounded_TK @ values_KN).abs()
+    linear = CpuLinear(kernels, matrix, None, dtype=x_TK.dtype)
+    error_TN = (linear(x_TK).double() - rounded_TK @ values_KN).abs()
     return bool((error_TN <= _TOLERANCE * (rounded_TK.abs() @ values_KN.abs())).all())
 
 

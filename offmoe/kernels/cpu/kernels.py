@@ -24,7 +24,7 @@ from offmoe.formats.dense import ExpertWeights
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.activations import Activation, find_activation
 from offmoe.kernels.cpu import structs
-from offmoe.kernels.cpu.matrices import CpuMatrix, Weight, describe, unreadable
+from offmoe.kernels.cpu.matrices import Weight, describe, unreadable
 from offmoe.kernels.reference import ExpertMath
 
 # (expert_idx, its weights, the tokens that its rows read, the choices that they write): lists of equal length
@@ -154,19 +154,17 @@ class CpuKernels:
         return CpuLayer(math, activation, _outputs(weights.down, math), _inputs(weights.down, math))
 
     def experts(
-        self, layer: CpuLayer, rows: Sequence[ExpertRows], x_TD: torch.Tensor, y_SD: torch.Tensor,
-        weights_TK: torch.Tensor | None = None, total_dtype: torch.dtype | None = None,
-    ) -> torch.Tensor | None:  # fmt: skip
-        """Write every row's y to `y_SD` (the layer's type) at its choice; valid on return.
+        self, layer: CpuLayer, rows: Sequence[ExpertRows], x_TD: torch.Tensor, y_SD: torch.Tensor
+    ) -> None:  # fmt: skip
+        """Write every row's y to `y_SD` (the layer's type) at its choice; valid on return. Raises MemoryError.
 
-        With `weights_TK`, where `rows` has every choice of every token, returns their weighted sum y_TD in
-        `total_dtype` (by default x's), as `combine_rows` does. Raises MemoryError.
+        One token's, with their weighted sum, are `decode.CpuTokenExperts`.
         """
         begin = list(itertools.accumulate((len(tokens) for _, _, tokens, _ in rows), initial=0))
         addresses = [layer.expert_address(expert_idx, weights) for expert_idx, weights, _, _ in rows]
         tokens = list(itertools.chain.from_iterable(item[2] for item in rows))
         choices = list(itertools.chain.from_iterable(item[3] for item in rows))
-        num_rows, total = begin[-1], None
+        num_rows = begin[-1]
         assert x_TD.stride(-1) == 1 and y_SD.stride(-1) == 1 and y_SD.dtype == layer.math.dtype, f"{x_TD=} {y_SD=}"
         assert x_TD.shape[1] == y_SD.shape[1] == layer.width, f"{x_TD.shape=} {y_SD.shape=} {layer.width=}"
         assert not choices or (min(choices) >= 0 and max(choices) < len(y_SD)), f"{choices=}"
@@ -182,28 +180,7 @@ class CpuKernels:
             len(rows), len(x_TD), 0, structs.TYPES[layer.math.dtype], structs.TYPES[x_TD.dtype], 0, 0, layer.width,
             layer.hidden,
         )  # fmt: skip
-        if weights_TK is not None:
-            assert num_rows == weights_TK.numel() and weights_TK.is_contiguous(), f"{num_rows=} {weights_TK.shape=}"
-            total = torch.empty(len(x_TD), layer.width, dtype=total_dtype or x_TD.dtype)
-            call.weights, call.total, call.top_k = weights_TK.data_ptr(), total.data_ptr(), weights_TK.shape[1]
-            call.weights_type, call.total_type = structs.TYPES[weights_TK.dtype], structs.TYPES[total.dtype]
-            call.total_row_bytes = total.stride(0) * total.element_size()
         self._call(self._library.offmoe_experts, ctypes.addressof(call), f"{num_rows} rows of experts")
-        return total
-
-    def linear(self, x_TK: torch.Tensor, matrix: CpuMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x @ matrix.T + bias, (T, N) in x's type, rounded once. The bias has x's type. Raises MemoryError."""
-        assert x_TK.stride(-1) == 1 and x_TK.shape[1] == matrix.struct.columns, f"{x_TK.shape=}"
-        assert bias is None or (bias.dtype == x_TK.dtype and bias.is_contiguous()), f"{bias=}"
-        y_TN = torch.empty(x_TK.shape[0], matrix.struct.rows, dtype=x_TK.dtype)
-        type_idx = structs.TYPES[x_TK.dtype]
-        call = structs.Linear(
-            ctypes.addressof(matrix.struct), None if bias is None else bias.data_ptr(), x_TK.data_ptr(),
-            y_TN.data_ptr(), x_TK.stride(0) * x_TK.element_size(), y_TN.stride(0) * y_TN.element_size(), x_TK.shape[0],
-            type_idx, type_idx,
-        )  # fmt: skip
-        self._call(self._library.offmoe_linear, ctypes.addressof(call), f"{x_TK.shape[0]} rows of a linear")
-        return y_TN
 
     def run_experts(self, address: int) -> None:
         """A `structs.Call`; see decode.py. Raises MemoryError."""
