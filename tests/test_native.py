@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,9 +163,21 @@ def test_code_that_does_more_than_attend_is_left_alone() -> None:
             query, key = apply_rotary_pos_emb(self.q_proj(hidden_states), self.k_proj(hidden_states), cos, sin)
             return self.o_proj(self.gate(past.update(query, key)))
 
+    class Clipped(Plain):
+        def forward(self, hidden_states: Any, position_embeddings: Any, past: Any) -> Any:
+            cos, sin = position_embeddings
+            query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+            if self.config.most is not None:
+                query.clamp_(max=self.config.most)
+            query, key = apply_rotary_pos_emb(query, key, cos, sin)
+            return self.o_proj(past.update(query, key))
+
     assert _is_plain(Plain)
     assert not _is_plain(Scaled)
     assert not _is_plain(Gated)
+    assert _is_plain(Clipped, SimpleNamespace(most=None))
+    assert not _is_plain(Clipped, SimpleNamespace(most=4.0))
+    assert not _is_plain(Clipped, SimpleNamespace())
 
 
 def apply_rotary_pos_emb(query: Any, key: Any, cos: Any, sin: Any) -> tuple[Any, Any]:

@@ -30,7 +30,7 @@ FAMILIES = {
     "glm4_moe": (3, 2),  # groups, a correction, shared experts
     "exaone_moe": (1, 2),  # attention keeps its own code in two layers, and with it the layer
     "deepseek_v3": (0, 2),  # another kind of attention
-    "gpt_oss": (0, 0),  # the block answers with its scores, too
+    "gpt_oss": (3, 3),  # sinks, windows, biases; the block answers with its weights, too
 }
 
 

@@ -82,7 +82,7 @@ def told_both_ways(folder: Path, **options: Any) -> tuple[int, int]:
     return calls.runs, calls.single
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "glm4_moe"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss"])
 @pytest.mark.parametrize("experts", [24, 9, 4])
 def test_logits_and_books_are_those_of_single_layers(name: str, experts: int, tmp_path: Path) -> None:
     runs, single = told_both_ways(save_tiny(tmp_path, name), experts=experts)

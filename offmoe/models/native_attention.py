@@ -33,28 +33,33 @@ _NUM_CHECKS = 2
 
 def swap_attention(native: NativeModules, model: nn.Module) -> None:
     """Swap the attention of every layer that is understood."""
-    plain: dict[type[nn.Module], bool] = {}
+    plain: dict[tuple[type[nn.Module], int], bool] = {}
     masks = _Masks()
     for module in model.modules():
         if not all(isinstance(getattr(module, name, None), nn.Linear) for name in _PROJECTIONS):
             continue
-        if type(module) not in plain:
-            plain[type(module)] = _is_plain(type(module))
-        if plain[type(module)]:
+        config = getattr(module, "config", None)
+        kind = (type(module), id(config))
+        if kind not in plain:
+            plain[kind] = _is_plain(type(module), config)
+        if plain[kind]:
             step = _make_step(native, module, masks)
             if step is not None:
                 native.swap(module, step, _KIND)
 
 
-def _is_plain(attention: type[nn.Module]) -> bool:
-    """Its forward calls only what is known, and computes nothing by itself."""
+def _is_plain(attention: type[nn.Module], config: object = None) -> bool:
+    """Its forward calls only what is known, and computes nothing by itself. What it does only where a number of
+    `config` is set that is not (OLMoE: clips queries and keys) does not count.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(attention.forward)))
     except (OSError, TypeError, SyntaxError):
         return False
     function = tree.body[0]
     assert isinstance(function, ast.FunctionDef)
-    nodes = [node for statement in function.body for node in ast.walk(statement)]
+    statements = [statement for statement in function.body if not _is_passed_by(statement, config)]
+    nodes = [node for statement in statements for node in ast.walk(statement)]
     called = {
         node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "?")
         for node in nodes
@@ -62,6 +67,16 @@ def _is_plain(attention: type[nn.Module]) -> bool:
     }
     computes = any(isinstance(node, (ast.BinOp, ast.AugAssign)) for node in nodes)
     return "apply_rotary_pos_emb" in called and called <= _KNOWN_CALLS and not computes
+
+
+def _is_passed_by(statement: ast.stmt, config: object) -> bool:
+    """`if self.config.number is not None: ...`, and it is None."""
+    if not isinstance(statement, ast.If) or statement.orelse:
+        return False
+    start, end = "self.config.", " is not None"
+    name = ast.unparse(statement.test).removeprefix(start).removesuffix(end)
+    same = ast.unparse(statement.test) == f"{start}{name}{end}"
+    return same and name.isidentifier() and getattr(config, name, ...) is None
 
 
 def _make_step(native: NativeModules, module: Any, masks: _Masks) -> Callable[..., Any] | None:

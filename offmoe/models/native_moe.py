@@ -48,13 +48,16 @@ def swap_moe(native: NativeModules, model: nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """Rows, and what the block did with them. `answer_TD`: what it was told to be the experts' sums."""
+    """Rows, and what the block did with them. `answer_TD`: what it was told to be the experts' sums. `has_weights`: it
+    gave the experts' weights beside its output, as gpt-oss's does.
+    """
 
     x_TD: torch.Tensor
     ids_TK: torch.Tensor
     weights_TK: torch.Tensor
     answer_TD: torch.Tensor
     output_TD: torch.Tensor
+    has_weights: bool = False
 
 
 class _Tap:
@@ -80,8 +83,8 @@ def _make_step(native: NativeModules, block: nn.Module, experts: nn.Module, bind
         calls = calls or list(_ask(block, binding, router.weight_ED.shape[1]))
         found = _find_route(native.kernels, router, calls) if calls else None
         total = None if found is None else _find_sum(block, experts, router.module, calls)
-        if found is not None and total is not None:
-            return MoeStep(block, binding, router.module, *found, total)
+        if found is not None and total is not None and len({call.has_weights for call in calls}) == 1:
+            return MoeStep(block, binding, router.module, *found, total, has_weights=calls[0].has_weights)
     return None
 
 
@@ -95,18 +98,32 @@ def _ask(block: nn.Module, binding: LayerBinding, width: int) -> Iterator[_Call]
         for num_rows in (1, *[_NUM_ROWS] * _NUM_CALLS):
             x = (torch.randn(num_rows, width, generator=generator) * sizes[:num_rows]).to(dtype)
             tap = binding.executor = _Tap(torch.randn(num_rows, width, generator=generator).to(dtype))
-            output = type(block).forward(block, x[None])
+            output, *others = _as_tuple(type(block).forward(block, x[None]))
             if len(tap.calls) != 1 or not isinstance(output, torch.Tensor) or output.shape != (1, *x.shape):
                 return
             given, ids, weights = tap.calls[0]
             if not torch.equal(given, x) or ids.dtype != torch.int64 or output.dtype != dtype:
                 return
-            calls.append(_Call(x_TD=x, ids_TK=ids, weights_TK=weights, answer_TD=tap.answer_TD, output_TD=output[0]))
+            if len(others) > 1 or not all(_same(other, weights) for other in others):
+                return
+            call = _Call(
+                x_TD=x, ids_TK=ids, weights_TK=weights, answer_TD=tap.answer_TD, output_TD=output[0],
+                has_weights=bool(others),
+            )  # fmt: skip
+            calls.append(call)
     except _FAILURES:
         return
     finally:
         binding.executor = executor
     yield from calls
+
+
+def _as_tuple(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) and output else (output,)
+
+
+def _same(given: object, known: torch.Tensor) -> bool:
+    return isinstance(given, torch.Tensor) and given.dtype == known.dtype and torch.equal(given, known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,10 +249,14 @@ class MoeStep:
     """The `forward` of one MoE block. `router` and `route` give `route.ids_1K` and `route.weights_1K`."""
 
     def __init__(
-        self, block: nn.Module, binding: LayerBinding, gate: nn.Module, router: CpuLinear, route: CpuRoute, total: Sum
-    ) -> None:
-        """`gate` is the module that has the router's weight: the block itself, or a part of it."""
+        self, block: nn.Module, binding: LayerBinding, gate: nn.Module, router: CpuLinear, route: CpuRoute, total: Sum,
+        *, has_weights: bool,
+    ) -> None:  # fmt: skip
+        """`gate` is the module that has the router's weight: the block itself, or a part of it. `has_weights`: the
+        block gives the experts' weights, too.
+        """
         self.block, self.gate, self.router, self.route = block, gate, router, route
+        self._has_weights = has_weights
         self.binding, self.total = binding, total
         self.experts = next(child for child in block.children() if find_binding(child) is binding)
         self._original = type(block).forward
@@ -259,7 +280,11 @@ class MoeStep:
         if self._told:
             self._hooks.tell(0, x_1D)
         self.route(self.router(x_1D.to(self.router.dtype)))
-        return self.finish(x_1D).view(x.shape)
+        return self.answer(self.finish(x_1D).view(x.shape))
+
+    def answer(self, y: torch.Tensor) -> Any:
+        """What the block's own code returns where its output is `y`."""
+        return (y, self.route.weights_1K.clone()) if self._has_weights else y
 
     def finish(self, x_1D: torch.Tensor) -> torch.Tensor:
         """The block's output, (1, D), for the ids and weights that the route has given."""

@@ -14,15 +14,15 @@ from offmoe.base.shape import text_config
 from offmoe.planner.survey import numbers
 
 WHOLE = frozenset({
-    "aria", "aria_text", "deepseek_ocr2", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "glm4v_moe",
-    "glm4v_moe_text", "hy_v3", "mellum", "minimax_m2", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_omni_moe",
-    "qwen3_vl_moe", "qwen3_vl_moe_text", "solar_open", "unlimited_ocr",
+    "aria", "aria_text", "deepseek_ocr2", "dots1", "glm4_moe", "glm4v_moe", "glm4v_moe_text", "gpt_oss", "hy_v3",
+    "mellum", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_omni_moe", "qwen3_vl_moe",
+    "qwen3_vl_moe_text", "solar_open", "unlimited_ocr",
 })  # fmt: skip
 # More than attention and a block of experts: latent attention, states of recurrent layers, indices, several streams.
 _LONG = frozenset({
     "afmoe", "axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note",
     "dots3_note_text", "gemma4", "gemma4_text", "glm4_moe_lite", "glm_moe_dsa", "granitemoehybrid", "jamba",
-    "kimi_linear", "longcat_flash", "minimax_m3_vl", "minimax_m3_vl_text", "mistral4", "mistral_large4", "olmoe",
+    "kimi_linear", "longcat_flash", "minimax_m3_vl", "minimax_m3_vl_text", "mistral4", "mistral_large4",
     "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text",
 })  # fmt: skip
 _LONGEST = frozenset({
