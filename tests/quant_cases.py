@@ -10,10 +10,8 @@ import torch
 
 from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart, Span
 from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat, QuantKind
-from offmoe.formats.dense import STORED_DTYPES, view_expert
-from offmoe.formats.layout import layout_of
+from offmoe.formats.dense import STORED_DTYPES
 from offmoe.kernels.random_weights import fill_at_random
-from offmoe.kernels.reference import ExpertMath
 
 CHANNEL = 0
 FORMATS: dict[str, dict[str, Any]] = {
@@ -90,23 +88,8 @@ def make_quantised(
         name=name, num_experts=num_experts, top_k=top_k, up=up, down=down, transposed=transposed,
         spans=(spans,) * num_experts,
     )  # fmt: skip
-    generator = torch.Generator().manual_seed(5)
-    present = [expert for expert in range(num_experts) if expert not in missing]
-    slot_bytes = layout_of(layer).slot_bytes + 256
-    slab = torch.zeros((len(present) + 1) * slot_bytes, dtype=torch.uint8)
-    slot_of_E = torch.full((num_experts,), -1, dtype=torch.int32)
-    for slot, expert in enumerate(reversed(present)):
-        slot_of_E[expert] = slot
-        weights = view_expert(layer, slab[slot * slot_bytes : (slot + 1) * slot_bytes], layout_of(layer).offsets)
-        for part in (*weights.up, *weights.down):
-            fill_at_random(part, part.shape[1], generator)
     width_up = 2 * width_F if gated else width_F
-    up_bias, down_bias = (torch.randn(num_experts, width, generator=generator) for width in (width_up, width_D))
-    math = ExpertMath(
-        activate=activate, up_bias_EF=up_bias.to(device, dtype) if biases else None,
-        down_bias_ED=down_bias.to(device, dtype) if biases else None, post_norm=None, transposed=transposed,
-        dtype=dtype,
+    return cases.fill_slab(
+        layer, lambda part, generator: fill_at_random(part, part.shape[1], generator),
+        (width_up, width_D) if biases else None, activate=activate, dtype=dtype, missing=missing, device=device,
     )  # fmt: skip
-    return cases.SlotCase(
-        layer=layer, math=math, slab=slab.to(device), slot_bytes=slot_bytes, slot_of_E=slot_of_E.to(device)
-    )

@@ -13,7 +13,10 @@ import torch
 from offmoe.checkpoint.expert_index import MoeLayer, Part, Span
 from offmoe.formats.dense import view_expert
 from offmoe.formats.layout import layout_of
+from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.reference import ExpertMath
+
+Weight = torch.Tensor | QuantMatrix
 
 LAYOUTS = ("published", "stacked", "transposed", "turned", "interleaved")
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -55,21 +58,45 @@ def make_case(
         name=layout, num_experts=num_experts, top_k=top_k, up=up, down=down, transposed=layout == "transposed",
         spans=(spans,) * num_experts,
     )  # fmt: skip
+    width_up = 2 * width_F if gated else width_F
+
+    def fill(part: Weight, generator: torch.Generator) -> None:
+        assert isinstance(part, torch.Tensor)
+        part.copy_(torch.randn(part.shape, generator=generator) * part.shape[1] ** -0.5)
+
+    return fill_slab(
+        layer,
+        fill,
+        (width_up, width_D) if biases else None,
+        activate=activate,
+        dtype=dtype,
+        missing=missing,
+        device=device,
+    )
+
+
+def fill_slab(
+    layer: MoeLayer, fill: Callable[[Weight, torch.Generator], None], biases: tuple[int, int] | None, *,
+    activate: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, missing: tuple[int, ...], device: str,
+) -> SlotCase:  # fmt: skip
+    """The layer's experts but `missing` in slots, last one first, each matrix by `fill`. `biases`: the
+    widths of up's and down's."""
     generator = torch.Generator().manual_seed(5)
-    present = [expert for expert in range(num_experts) if expert not in missing]
+    present = [expert for expert in range(layer.num_experts) if expert not in missing]
     slot_bytes = layout_of(layer).slot_bytes + 256
     slab = torch.zeros((len(present) + 1) * slot_bytes, dtype=torch.uint8)
-    slot_of_E = torch.full((num_experts,), -1, dtype=torch.int32)
+    slot_of_E = torch.full((layer.num_experts,), -1, dtype=torch.int32)
     for slot, expert in enumerate(reversed(present)):
         slot_of_E[expert] = slot
         weights = view_expert(layer, slab[slot * slot_bytes : (slot + 1) * slot_bytes], layout_of(layer).offsets)
         for part in (*weights.up, *weights.down):
-            part.copy_(torch.randn(part.shape, generator=generator) * part.shape[1] ** -0.5)
-    width_up = 2 * width_F if gated else width_F
-    up_bias, down_bias = (torch.randn(num_experts, width, generator=generator) for width in (width_up, width_D))
+            fill(part, generator)
+    up_bias, down_bias = (
+        None if biases is None else torch.randn(layer.num_experts, width, generator=generator).to(device, dtype)
+        for width in biases or (0, 0)
+    )
     math = ExpertMath(
-        activate=activate, up_bias_EF=up_bias.to(device, dtype) if biases else None,
-        down_bias_ED=down_bias.to(device, dtype) if biases else None, post_norm=None, transposed=layer.transposed,
+        activate=activate, up_bias_EF=up_bias, down_bias_ED=down_bias, post_norm=None, transposed=layer.transposed,
         dtype=dtype,
     )  # fmt: skip
     return SlotCase(layer=layer, math=math, slab=slab.to(device), slot_bytes=slot_bytes, slot_of_E=slot_of_E.to(device))

@@ -1,14 +1,7 @@
-"""The Triton kernels against the reference, in Triton's interpreter, in a process of their own.
-
-The interpreter is chosen when the kernels are imported, by an environment variable; so one test here runs this file
-again with it, and the others are what that process runs. tests/gpu runs the same cases on a device.
-"""
+"""The Triton kernels against the reference, in Triton's interpreter. tests/gpu runs the same cases on a device."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from unittest.mock import MagicMock
@@ -16,14 +9,13 @@ from unittest.mock import MagicMock
 import pytest
 import slot_cases as cases
 import torch
+from triton_interpreter import interpreted, outer, pass_under_the_interpreter
 
 from offmoe.kernels.activations import Activation
 from offmoe.kernels.slot_kernels import SlotKernels, TorchSlotKernels, make_slot_kernels
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter")
 
 BY_NAME = {
     "silu": cases.silu_gate, "gelu": cases.gelu_gate, "gelu_tanh": cases.gelu_tanh_gate, "clamped": cases.clamped_gate,
@@ -33,14 +25,9 @@ BY_NAME = {
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.04, torch.float16: 0.003}
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
+@outer
 def test_under_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=280,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    pass_under_the_interpreter(__file__)
 
 
 def both(case: cases.SlotCase) -> tuple[SlotKernels, SlotKernels, torch.Tensor]:
@@ -72,16 +59,20 @@ def test_every_layout(layout: str, biases: bool, dtype: torch.dtype) -> None:
     compare(case)
 
 
-def compare(case: cases.SlotCase) -> None:
-    """One token: rows, tokens and look-up, all row by row. Five tokens: tiles."""
+def compare(case: cases.SlotCase, *, top_k: int = 3, with_slots: bool = True) -> None:
+    """One token: rows, tokens and look-up, all row by row. Five tokens: tiles.
+
+    `with_slots`: also tokens whose slots are given, which are computed as those whose slots are looked up.
+    """
     fast, slow, missing_L = both(case)
-    x_TD, ids_TK, weights_TK = case.rows(1, 3)
+    x_TD, ids_TK, weights_TK = case.rows(1, top_k)
     slot_TK = case.slot_of_E[ids_TK]
-    rows = (0, x_TD, torch.zeros(3, dtype=torch.int32), slot_TK[0], ids_TK[0])
+    rows = (0, x_TD, torch.zeros(top_k, dtype=torch.int32), slot_TK[0], ids_TK[0])
     assert_close(fast.rows_forward(*rows), slow.rows_forward(*rows), case.math.dtype)
     tokens = (0, x_TD, ids_TK, slot_TK, weights_TK)
     expected = slow.tokens_forward(*tokens)
-    assert_close(fast.tokens_forward(*tokens), expected, case.math.dtype)
+    if with_slots:
+        assert_close(fast.tokens_forward(*tokens), expected, case.math.dtype)
     assert_close(fast.lookup_forward(0, x_TD, ids_TK, weights_TK), expected, case.math.dtype)
     assert int(missing_L) == int((slot_TK < 0).sum())
     x_TD, ids_TK, _ = case.rows(5, 3)

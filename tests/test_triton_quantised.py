@@ -1,18 +1,16 @@
-"""The Triton kernels on quantised experts, interpreted in a process of their own as in test_triton_experts."""
+"""The Triton kernels on quantised experts, in Triton's interpreter."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import quant_cases
 import slot_cases as cases
+import test_triton_experts
 import torch
-from test_triton_experts import compare
+from triton_interpreter import interpreted, outer, pass_under_the_interpreter
 
 from offmoe.checkpoint.expert_index import MoeLayer, QuantPart
 from offmoe.formats.dense import view_expert
@@ -22,8 +20,6 @@ from offmoe.kernels.slot_kernels import TorchSlotKernels, make_slot_kernels
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter")
 SHAPES = {
     "fp8": (132, 20), "int8 zeros": (64, 128), "int4 channel": (40, 24), "int8 bytes": (36, 20),
     **dict.fromkeys(quant_cases.LARGE_BLOCKS, (256, 32)),
@@ -31,21 +27,21 @@ SHAPES = {
 BLOCKS = (*quant_cases.SMALL_BLOCKS, *quant_cases.LARGE_BLOCKS)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
+@outer
 def test_under_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=280,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    pass_under_the_interpreter(__file__)
+
+
+def compare(case: cases.SlotCase) -> None:
+    """What reads weights: choosing and projecting rows, projecting and summing a token's, tiles."""
+    test_triton_experts.compare(case, top_k=2, with_slots=False)
 
 
 def make(name: str, **options: Any) -> cases.SlotCase:
     width_D, width_F = SHAPES.get(name, (96, 32))
     if name in quant_cases.LARGE_BLOCKS:
         options = {"down_name": "q8_0", **options}
-    return quant_cases.make_quantised(name, **{"width_D": width_D, "width_F": width_F, **options})
+    return quant_cases.make_quantised(name, **{"width_D": width_D, "width_F": width_F, "num_experts": 4, **options})
 
 
 @interpreted
@@ -67,9 +63,9 @@ def test_values_are_those_of_the_format_to_the_bit(name: str) -> None:
     rows = torch.arange(width_D)
     slots = torch.full((width_D,), slot, dtype=torch.int32)
     x_TD = torch.eye(width_D)
-    some, num_some = rows[::3].contiguous(), len(rows[::3])
-    got = kernels.choose(x_TD, some, slots[:num_some] * 0 + 1, slots[:num_some])
-    assert torch.equal(got, expected[::3])
+    some = rows[:: 3 if width_D == 64 else 7].contiguous()  # at every place of a word and of 32 columns
+    got = kernels.choose(x_TD, some, slots[: len(some)] * 0 + 1, slots[: len(some)])
+    assert torch.equal(got, expected[some])
     tiles = make_tiles(slots, 64, 2)
     seen: list[torch.Tensor] = []
     kernels._math = replace(case.math, activate=lambda up: seen.append(up) or up)  # type: ignore[func-returns-value]
