@@ -119,6 +119,9 @@ class Case:
     [
         {}, {"norm": "head"}, {"norm": "all"}, {"has_sinks": True}, {"half": True}, {"num_angles": 16},
         {"num_rows": 1}, {"num_heads": 2}, {"width": 64, "num_angles": 64, "num_rows": 300},
+        # Several chunks of rows, and groups of 15 and of 8 heads: each number of heads that is computed together.
+        {"num_heads": 15, "num_groups": 1, "num_rows": 700, "has_sinks": True},
+        {"num_heads": 16, "width": 128, "num_angles": 128, "num_rows": 257},
     ],
     ids=str,
 )  # fmt: skip

@@ -1,59 +1,83 @@
-// One token's attention as a job: query and key are made ready by one thread, then groups of heads are shared out.
+// One token's attention as a job: query and key are made ready by one thread, groups of heads and chunks of rows shared
+// out, and their parts joined by one.
 #pragma once
 #include <algorithm>
+#include <cmath>
 
+#include "attend_parts.h"
 #include "jobs.h"
 
 namespace offmoe {
 namespace {
 
-constexpr int64_t kLanes = 16;
-// Bytes of keys and values from which on several threads share the groups: below, waking them costs as much.
+// Bytes of keys and values from which on several threads share the work: below, waking them costs as much.
 constexpr int64_t kSharedBytes = 256 << 10;
-
-int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
-int64_t size_of(int32_t type) { return type == F32 ? 4 : 2; }
 
 float* floats(Scratch& scratch, int64_t count) { return reinterpret_cast<float*>(scratch.reserve(4 * count)); }
 
 // As floats, padded with zeros to whole vectors.
 void read_padded(int32_t type, const void* from, int64_t count, float* to) {
-    std::fill(to + count, to + padded(count), 0.0f);
+    std::fill(to + count, to + in_vectors(count), 0.0f);
     read_row(type, from, count, to);
 }
 
 class AttendJob final : public Job {
 public:
     AttendJob(Pool& pool, const Level& level, Workspace& space, const Attend& call)
-        : level_(level), call_(call), width_(padded(call.width)), scratch_floats_(padded(level.attend_floats(call))) {
+        : level_(level), call_(call), width_(in_vectors(call.width)), part_floats_(part_floats(call)) {
         const int64_t all_heads = call.num_heads + call.num_groups;
         heads_ = floats(space.inputs, all_heads * width_);
-        small_ = floats(space.hidden, padded(std::max(call.norm_width, call.num_heads * call.width)) * 2 + 2 * padded(call.num_angles));
-        scratch_ = floats(space.outputs, scratch_floats_ * pool.num_threads());
+        small_ = floats(space.hidden, in_vectors(std::max(call.norm_width, call.num_heads * call.width)) * 2 + 2 * in_vectors(call.num_angles));
+        scores_ = floats(space.outputs, kScoreFloats * pool.num_threads() + num_chunks(call) * call.num_heads * part_floats_);
+        parts_ = scores_ + kScoreFloats * pool.num_threads();
     }
 
-    bool has_memory() const { return heads_ && small_ && scratch_; }
+    bool has_memory() const { return heads_ && small_ && scores_; }
     int32_t num_phases() const override { return 1; }
-    int64_t num_tasks(int32_t) const override { return call_.num_groups; }
+    int64_t num_tasks(int32_t) const override { return call_.num_groups * num_chunks(call_); }
     bool is_shared() const { return call_.num_rows * call_.num_groups * (call_.width + call_.value_width) * size_of(call_.type) > kSharedBytes; }
 
-    void run(int32_t, int64_t group, int32_t worker) override {
-        level_.attend(call_, group, heads_, scratch_ + worker * scratch_floats_);
+    void run(int32_t, int64_t task, int32_t worker) override {
+        const int64_t chunks = num_chunks(call_);
+        level_.attend(call_, task / chunks, task % chunks, heads_, parts_, scores_ + worker * kScoreFloats);
+    }
+
+    // The parts of all chunks to the output.
+    void finish() {
+        for (int64_t head = 0; head < call_.num_heads; ++head) {
+            float* first = parts_ + head * part_floats_;
+            const int64_t next = call_.num_heads * part_floats_, end = num_chunks(call_) * next;
+            float most = first[0], sink = 0;
+            if (call_.sinks != nullptr) {
+                read_row(call_.type, static_cast<const uint8_t*>(call_.sinks) + head * size_of(call_.type), 1, &sink);
+                most = std::max(most, sink);
+            }
+            for (int64_t at = next; at < end; at += next) most = std::max(most, first[at]);
+            float total = call_.sinks != nullptr ? std::exp(sink - most) : 0.0f;
+            for (int64_t at = 0; at < end; at += next) {
+                const float weight = std::exp(first[at] - most);
+                total += first[at + 1] * weight;
+                float *sums = first + kVectorFloats, *added = sums + at;
+                for (int64_t i = 0; i < call_.value_width; ++i) sums[i] = added[i] * weight + (at > 0 ? sums[i] : 0.0f);
+            }
+            for (int64_t i = 0; i < call_.value_width; ++i) first[kVectorFloats + i] /= total;
+            write_row(call_.type, first + kVectorFloats, call_.value_width, static_cast<uint8_t*>(call_.output) + head * call_.value_width * size_of(call_.type));
+        }
     }
 
     // Query and key normed and rotated, key and value in the cache.
     void prepare() {
-        float *angles = small_, *rows = small_ + 2 * padded(call_.num_angles);
+        float *angles = small_, *rows = small_ + 2 * in_vectors(call_.num_angles);
         if (call_.cos != nullptr) {
             read_row(call_.type, call_.cos, call_.num_angles, angles);
-            read_row(call_.type, call_.sin, call_.num_angles, angles + padded(call_.num_angles));
+            read_row(call_.type, call_.sin, call_.num_angles, angles + in_vectors(call_.num_angles));
         }
         float* key = heads_ + call_.num_heads * width_;
         read_heads(call_.query, call_.query_norm, call_.num_heads, rows, heads_);
         read_heads(call_.key, call_.key_norm, call_.num_groups, rows, key);
         if (call_.cos != nullptr)
             for (int64_t head = 0; head < call_.num_heads + call_.num_groups; ++head)
-                level_.rotate(heads_ + head * width_, angles, angles + padded(call_.num_angles), call_.rotary, call_.num_angles, call_.type);
+                level_.rotate(heads_ + head * width_, angles, angles + in_vectors(call_.num_angles), call_.rotary, call_.num_angles, call_.type);
         const int64_t last = call_.num_rows - 1, size = size_of(call_.type);
         for (int64_t group = 0; group < call_.num_groups; ++group) {
             write_row(call_.type, key + group * width_, call_.width, static_cast<uint8_t*>(call_.keys) + group * call_.key_group_bytes + last * call_.key_row_bytes);
@@ -71,7 +95,7 @@ private:
             for (int64_t head = 0; head < num_heads; ++head) read_padded(call_.type, bytes + head * call_.width * size, call_.width, heads + head * width_);
             return;
         }
-        float* row = rows + padded(norm_width);
+        float* row = rows + in_vectors(norm_width);
         read_padded(call_.type, norm, norm_width, rows);
         for (int64_t begin = 0; begin < num_heads * call_.width; begin += norm_width) {
             read_padded(call_.type, bytes + begin * size, norm_width, row);
@@ -86,8 +110,8 @@ private:
 
     const Level& level_;
     const Attend& call_;
-    const int64_t width_, scratch_floats_;
-    float *heads_, *small_, *scratch_;
+    const int64_t width_, part_floats_;
+    float *heads_, *small_, *scores_, *parts_;
 };
 
 }  // namespace

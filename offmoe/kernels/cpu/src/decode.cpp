@@ -4,7 +4,7 @@
 namespace offmoe {
 
 int32_t run_norm(const Level& level, Workspace& space, const Norm& call) {
-    const int64_t width = padded(call.width), row_bytes = call.width * size_of(call.type);
+    const int64_t width = in_vectors(call.width), row_bytes = call.width * size_of(call.type);
     float* memory = floats(space.inputs, 2 * width);
     if (memory == nullptr) return 1;
     read_padded(call.type, call.weight, call.width, memory);
@@ -23,8 +23,9 @@ int32_t run_attend(Pool& pool, const Level& level, Workspace& space, const Atten
     if (job.is_shared()) {
         pool.run(job);
     } else {
-        for (int64_t group = 0; group < call.num_groups; ++group) job.run(0, group, 0);
+        for (int64_t task = 0; task < job.num_tasks(0); ++task) job.run(0, task, 0);
     }
+    job.finish();
     return 0;
 }
 

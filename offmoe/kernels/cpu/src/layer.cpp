@@ -18,7 +18,7 @@ public:
         if (call.router != nullptr) add_matrix(4, *call.router, call.route.logits_type);
         const int64_t num_experts = call.router != nullptr ? call.route.num_experts : 0;
         const int64_t heads = call.attend.num_heads * call.attend.value_width;
-        const int64_t sizes[] = {padded(call.width), padded(call.width), padded(heads), padded(num_experts), padded(3 * num_experts), kMostOutputs * pool.num_threads()};
+        const int64_t sizes[] = {in_vectors(call.width), in_vectors(call.width), in_vectors(heads), in_vectors(num_experts), in_vectors(3 * num_experts), kMostOutputs * pool.num_threads()};
         int64_t total = 0, bytes = 0;
         for (int64_t size : sizes) total += size;
         for (int32_t i = 0; i < num_matrices_; ++i) bytes += input_bytes_[i];
@@ -44,7 +44,7 @@ public:
     int64_t num_tasks(int32_t phase) const override {
         switch (phase) {
             case PROJECT: return tasks_[0] + tasks_[1] + tasks_[2];
-            case ATTEND: return call_.attend.num_groups;
+            case ATTEND: return attend_.num_tasks(0);
             case ADD: return tasks_[3];
             case SCORE: return tasks_[4];
             default: return 1;
@@ -61,6 +61,7 @@ public:
             case TURN: return attend_.prepare();
             case ATTEND: return attend_.run(0, task, worker);
             case JOIN:
+                attend_.finish();
                 read_row(type_, call_.attend.output, call_.attend.num_heads * call_.attend.value_width, heads_);
                 return level_.prepare(*call_.projections[3], type_, heads_, inputs_[3]);
             case ADD: return add(task, worker);

@@ -18,12 +18,13 @@ struct Level {
     // out[i] = f(gate[i]) * (up[i] + offset), or f(up[i]); every step rounded to `type` where torch rounds it.
     void (*activate)(const Activation& activation, int32_t type, const float* gate, const float* up, int64_t count,
                      float* out);
-    // decode.h: one row's norm, a head's rotation, and the attention of the heads of one group.
+    // decode.h: one row's norm, a head's rotation.
     void (*norm_row)(const float* x, const float* weight, int32_t type, int64_t width, float eps, int32_t kind,
                      float* out);
     void (*rotate)(float* head, const float* cos, const float* sin, int64_t rotary, int64_t num_angles, int32_t type);
-    int64_t (*attend_floats)(const Attend& attend);
-    void (*attend)(const Attend& attend, int64_t group, const float* query, float* scratch);
+    // attend.h: the heads that share the keys and values of `group`, and chunk number `chunk` of those. `query`: of all
+    // heads, padded; `parts`: of all chunks and heads; `scores`: kScoreFloats.
+    void (*attend)(const Attend& attend, int64_t group, int64_t chunk, const float* query, float* parts, float* scores);
 };
 
 // The same three of a level's functions, with activations rounded to 8 bits where weights are integers (int8.h).

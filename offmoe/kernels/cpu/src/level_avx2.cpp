@@ -1,11 +1,12 @@
 // AVX2: codes by kernels of their own, everything else in the compiler's vectors.
 #include "activate.h"
+#include "attend.h"
 #include "coded_avx2.h"
 #include "decode.h"
 #include "int8_avx2.h"
 
 namespace offmoe {
 const Level kAvx2 = {"avx2", coded_prepared_bytes, coded_prepare<Avx2Vectors>, coded_multiply<Avx2Vectors>,
-    general_activate, norm_row, rotate, attend_floats, attend_any};
+    general_activate, norm_row, rotate, attend_any};
 const Rounding kAvx2Int8 = {int8_prepared_bytes<kAvx2>, int8_prepare<kAvx2>, int8_multiply<Avx2Unit, kAvx2>};
 }  // namespace offmoe

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "activate.h"
+#include "attend.h"
 #include "blocks_avx512.h"
 #include "coded_floats_avx512.h"
 #include "decode.h"
@@ -183,6 +184,6 @@ void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, co
 }  // namespace
 
 const Level kAvx512 = {"avx512", prepared_bytes, prepare, multiply, general_activate,
-                       norm_row, rotate, attend_floats, attend_any};
+                       norm_row, rotate, attend_any};
 
 }  // namespace offmoe

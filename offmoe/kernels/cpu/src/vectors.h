@@ -41,13 +41,25 @@ inline V load(const void* address) {
     return value;
 }
 
-inline F32x16 splat(float value) { return value - F32x16{}; }
+template <class V = F32x16>
+inline V splat(float value) { return value - V{}; }
 
-inline F32x16 choose(I32x16 mask, F32x16 yes, F32x16 no) {
-    return bits<F32x16>((mask & bits<I32x16>(yes)) | (~mask & bits<I32x16>(no)));
+// What a comparison of two of them gives: integers of the same size.
+template <class V>
+using IntsOf = decltype(V{} < V{});
+
+template <class V>
+inline V choose(IntsOf<V> mask, V yes, V no) {
+    return bits<V>((mask & bits<IntsOf<V>>(yes)) | (~mask & bits<IntsOf<V>>(no)));
 }
 
-inline F32x16 from_bf16(U16x16 half) { return bits<F32x16>(__builtin_convertvector(half, U32x16) << 16); }
+inline F32x16 from_bf16(U16x16 half) {
+#if defined(__AVX512F__)
+    return bits<F32x16>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits<__m256i>(half)), 16));
+#else
+    return bits<F32x16>(__builtin_convertvector(half, U32x16) << 16);
+#endif
+}
 
 inline F32x16 from_f16(U16x16 half) {
 #if defined(__AVX512F__)
@@ -117,24 +129,27 @@ inline float sum(F32x16 x) {
     return lanes[0];
 }
 
-inline F32x16 minimum(F32x16 a, F32x16 b) { return choose((a < b) | (a != a), a, b); }
-inline F32x16 maximum(F32x16 a, F32x16 b) { return choose((a > b) | (a != a), a, b); }
+template <class V>
+inline V minimum(V a, V b) { return choose((a < b) | (a != a), a, b); }
+template <class V>
+inline V maximum(V a, V b) { return choose((a > b) | (a != a), a, b); }
 
 // e^x within two units of the last place (Cephes' polynomial).
-inline F32x16 exponential(F32x16 x) {
-    const F32x16 bounded = maximum(minimum(x, splat(88.37626f)), splat(-87.33654f));
-    const F32x16 shifted = bounded * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-    const F32x16 power = shifted - 12582912.0f;
-    const F32x16 rest = (bounded - power * 0.693359375f) - power * -2.12194440e-4f;
-    F32x16 value = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+template <class V>
+inline V exponential(V x) {
+    const V bounded = maximum(minimum(x, splat<V>(88.37626f)), splat<V>(-87.33654f));
+    const V shifted = bounded * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+    const V power = shifted - 12582912.0f;
+    const V rest = (bounded - power * 0.693359375f) - power * -2.12194440e-4f;
+    V value = rest * 1.9875691500e-4f + 1.3981999507e-3f;
     value = value * rest + 8.3334519073e-3f;
     value = value * rest + 4.1665795894e-2f;
     value = value * rest + 1.6666665459e-1f;
     value = value * rest + 5.0000001201e-1f;
     value = value * rest * rest + rest + 1.0f;
-    const I32x16 exponent = __builtin_convertvector(power, I32x16);
-    const F32x16 scaled = bits<F32x16>(bits<I32x16>(value) + (exponent << 23));
-    const F32x16 limited = choose(x > 88.37626f, splat(INFINITY), choose(x < -87.33654f, splat(0.0f), scaled));
+    const IntsOf<V> exponent = __builtin_convertvector(power, IntsOf<V>);
+    const V scaled = bits<V>(bits<IntsOf<V>>(value) + (exponent << 23));
+    const V limited = choose(x > 88.37626f, splat<V>(INFINITY), choose(x < -87.33654f, splat<V>(0.0f), scaled));
     return choose(x != x, x, limited);
 }
 
