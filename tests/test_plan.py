@@ -179,6 +179,12 @@ def test_what_is_set_stays_or_is_refused() -> None:
     assert "leave out one of the two" in one_line(caught)
 
 
+def test_experts_of_no_kind_are_refused() -> None:
+    result = CliRunner().invoke(main, ["plan", "--experts", "int3"], catch_exceptions=False)
+    assert result.exit_code == 2
+    assert result.stderr == "error: experts is 'int3'; use a whole number of at least 1, auto, int4 or int8\n"
+
+
 def test_another_machine(folders: Path) -> None:
     asked = [str(folders / "qwen3-30b-a3b"), "--for", "rtx 4060 laptop", "--json"]
     found = json.loads(run("plan", *asked, "--experts", "int4"))

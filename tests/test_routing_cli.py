@@ -205,6 +205,15 @@ def test_places_that_cannot_be_written_are_told_at_once(tiny: Path, recorded: Pa
     assert "neither .png nor .svg" in fail("replay", recorded, "--plot", tmp_path / "a.gif")
 
 
+def test_folders_of_results_are_made(recorded: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    succeed("replay", recorded, "--plot", tmp_path / "new" / "plot.svg")
+    assert (tmp_path / "new" / "plot.svg").exists()
+    prompts = write(tmp_path / "p", "Once\n")
+    succeed("trace", "--prompts", prompts, "-o", tmp_path / "other" / "t", "--max-new-tokens", 2, *RAM)
+    assert (tmp_path / "other" / "t").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

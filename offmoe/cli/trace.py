@@ -27,6 +27,7 @@ def run_trace(
 
     with open_engine(model, engine_given, quiet=quiet) as engine:
         ids = encode_all(engine, prompts)
+        output.parent.mkdir(parents=True, exist_ok=True)
         try:
             with ProgressReporter(quiet=quiet) as progress:
                 record_prompts(

@@ -7,7 +7,7 @@ from typing import Any
 
 from offmoe.base.auto import Facts
 from offmoe.base.config import make_config
-from offmoe.base.errors import OffmoeError
+from offmoe.base.errors import OffmoeError, UsageError
 from offmoe.base.machine import available_ram_bytes, free_vram_bytes
 from offmoe.base.machine_record import DriveSpeed, MachineRecord, read_record
 from offmoe.base.trace_reader import read_trace
@@ -38,6 +38,8 @@ def run_plan(
     kind = options.pop("experts", None)
     if isinstance(kind, str) and kind in QUANTISED_BYTES:
         config = make_config(**options)
+    elif isinstance(kind, str) and kind != "auto" and not kind.lstrip("-").isdigit():
+        raise UsageError(f"experts is {kind!r}; use a whole number of at least 1, auto, {' or '.join(QUANTISED_BYTES)}")
     else:
         config, kind = make_config(**options, experts=kind), None
     other = None if machine is None else find_machine(machine)

@@ -57,6 +57,7 @@ def write_plot(curves: Curves, title: str, path: Path) -> None:
     axes[0].legend(loc="lower right", frameon=True, framealpha=0.95, edgecolor="none", fontsize=9)
     figure.suptitle(title, fontsize=12)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise OutputError(f"the plot {path} cannot be written: {error.strerror or error}") from None
