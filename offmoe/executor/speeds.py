@@ -31,6 +31,7 @@ from offmoe.executor.sample_experts import (
     best_s,
     usual_s,
 )
+from offmoe.kernels.cpu.decode import AttentionShape, CpuAttention
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.reference import experts_forward
 from offmoe.tiers.copier import Copier
@@ -92,9 +93,10 @@ def cpu_speeds(
     return found, flops
 
 
-def latent_speeds() -> tuple[float, float]:
-    """One token's attention to latents as models/latent_attention.py computes it, by torch on one thread: operations a
-    second of scores and results, and bytes a second of the matrices between the heads and the latents.
+def latent_speeds(kernels: CpuKernels | None) -> tuple[float, float]:
+    """One token's attention to latents as models/latent_attention.py computes it: operations a second of scores and
+    results, by the kernels if there are any, and bytes a second of the matrices between the heads and the latents, by
+    torch on one thread.
     """
     heads, width, latent, rotated = LATENT_SHAPE
     keys_HNC = torch.randn(heads, width, latent).to(torch.bfloat16)
@@ -105,7 +107,15 @@ def latent_speeds() -> tuple[float, float]:
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            attend_s = usual_s(lambda: functional.scaled_dot_product_attention(query, states, states))
+            if kernels is None:
+                attend_s = usual_s(lambda: functional.scaled_dot_product_attention(query, states, states))
+            else:
+                shape = AttentionShape(
+                    num_heads=heads, num_groups=1, width=latent + rotated, value_width=latent, scale=1.0,
+                    dtype=torch.bfloat16,
+                )  # fmt: skip
+                attention = CpuAttention(kernels, shape)
+                attend_s = usual_s(lambda: attention.attend(query, states[0], states[0, ..., :latent]))
             read_s = usual_s(lambda: torch.matmul(x_H1N, keys_HNC))
     finally:
         torch.set_num_threads(threads)

@@ -4,7 +4,8 @@ That function copies keys and values to every query head where a mask is given, 
 where values are narrower than keys (latent attention). On the CPU torch's fused operation needs neither: it reads
 shared heads as they are, with the same bits as result, and values with zeros beside them. Measured with 512 tokens
 against 2,048: 0.93x the time with shared heads; 0.53x for DeepSeek-V2-Lite's shape, whose scores took 420 MB. Few
-tokens of a model that caches latents need no keys and values at all: models/latent_attention.py.
+tokens of a model that caches latents need no keys and values at all: models/latent_attention.py. One token's attention
+is computed by the CPU kernels: models/token_attention.py.
 
 The function is one for the process, so it asks each module whether it is ours; all others get transformers' own.
 """
@@ -17,9 +18,12 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
+from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.models.latent_attention import LatentAttention, find_latent_attention
 from offmoe.models.native import agree
-from offmoe.models.sinks import fuse_sinks
+from offmoe.models.native_attention import mask_sees_all
+from offmoe.models.sinks import fuse_sinks, has_fused_sinks
+from offmoe.models.token_attention import TokenAttention, set_token_attention, token_attention
 
 _NAME = "sdpa"
 _MARK = "_offmoe_attention"
@@ -51,6 +55,19 @@ def absorb_latents(model: PreTrainedModel) -> None:
             latent.check(agree)
 
 
+def attend_by_kernels(model: PreTrainedModel, kernels: CpuKernels) -> TokenAttention | None:
+    """Let one token's attention be computed by the kernels, until that is closed; None: nobody asks for it.
+
+    Modules that were taken whole keep torch's, which those are compared with.
+    """
+    modules = [module for module in model.modules() if hasattr(module, _MARK) or has_fused_sinks(module)]
+    modules = [module for module in modules if "forward" not in module.__dict__]
+    attention = TokenAttention(kernels)
+    for module in modules:
+        set_token_attention(module, attention)
+    return attention if modules else None
+
+
 def _choosing(theirs: Any) -> Any:
     def sdpa(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -64,6 +81,12 @@ def _choosing(theirs: Any) -> Any:
             key, value = latent.expand(key, value)
         if plain and hasattr(module, _MARK) and query.shape[2] > 1 and query.device.type == "cpu":
             return _attend(theirs, module, query, key, value, attention_mask, **options)
+        one = token_attention(module) if plain else None
+        if one is not None and one.takes(query, key, value, None) and mask_sees_all(attention_mask):
+            return one.attend(
+                query, key, value, options.get("scaling"),
+                lambda: theirs(module, query, key, value, attention_mask, **options)[0],
+            ), None  # fmt: skip
         result: Result = theirs(module, query, key, value, attention_mask, **options)
         return result
 

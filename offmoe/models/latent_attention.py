@@ -18,6 +18,8 @@ import torch
 from torch.nn import functional
 
 from offmoe.base.shape import MAX_ABSORBED_TOKENS
+from offmoe.models.native_attention import mask_sees_all
+from offmoe.models.token_attention import token_attention
 
 _CHECKED_TOKENS, _CHECKED_CONTEXT = 3, 9
 
@@ -64,15 +66,30 @@ class LatentAttention:
         plain, turned = query.split([self._key_width, query.shape[-1] - self._key_width], dim=-1)
         query = torch.cat([torch.matmul(plain, keys_HNC), turned], dim=-1)
         states = _joined(latents, rotated)
-        if query.shape[2] == 1:  # the heads as so many queries of one head
-            mixed = functional.scaled_dot_product_attention(
-                query.transpose(1, 2), states, states, attn_mask=mask, scale=scaling
-            ).transpose(1, 2)
+        if query.shape[2] == 1:
+            mixed = self._mix_one(query, states, mask, scaling, value_width=latents.shape[-1])
         else:
             mixed = functional.scaled_dot_product_attention(
                 query, states, states, attn_mask=mask, scale=scaling, enable_gqa=True
             )
         return torch.matmul(mixed[..., : latents.shape[-1]], values_HVC.transpose(1, 2)).transpose(1, 2).contiguous()
+
+    def _mix_one(
+        self, query: torch.Tensor, states: torch.Tensor, mask: torch.Tensor | None, scaling: float | None, *,
+        value_width: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """The states (1, 1, S, C + R) as each head (1, H, 1, C + R) weighs them, at least their first `value_width`."""
+
+        def fused() -> torch.Tensor:  # the heads as so many queries of one head
+            mixed = functional.scaled_dot_product_attention(
+                query.transpose(1, 2), states, states, attn_mask=mask, scale=scaling
+            )
+            return mixed[..., :value_width]
+
+        one, values = token_attention(self._module), states[..., :value_width]
+        if one is not None and one.takes(query, states, values, None) and mask_sees_all(mask):
+            return one.attend(query, states, values, scaling, fused).transpose(1, 2)
+        return fused().transpose(1, 2)
 
     def check(self, agree: Any) -> None:
         """Absorb from now on, if a few random tokens give what the module's own way gives. Its weights are loaded."""

@@ -27,7 +27,7 @@ from offmoe.executor.uncached import UncachedExecutor
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.models.adapters.base import AdaptedExperts
-from offmoe.models.attention import absorb_latents
+from offmoe.models.attention import absorb_latents, attend_by_kernels
 from offmoe.models.budgets import Budgets, fit_to_free, shrink
 from offmoe.models.build import build_on_meta, read_model_config
 from offmoe.models.device_failures import explained, release_unused
@@ -283,8 +283,12 @@ def _swap_modules(model: PreTrainedModel, serving: Serving, kernels: CpuKernels 
     swap_moe(native, model)
     swap_layers(native, model)
     swap_decoders(native, model)
+    attention = attend_by_kernels(model, kernels)
+    if attention is not None:
+        serving.closing.callback(attention.close)
     if serving.cpu_rows is not None:
-        native.threads.begin(model, serving.cpu_rows.reasons, attends=native.counts["attentions"] > 0)
+        attends = attention is not None or native.counts["attentions"] > 0
+        native.threads.begin(model, serving.cpu_rows.reasons, attends=attends)
     return native
 
 

@@ -23,6 +23,8 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from offmoe.models.native import agree
+from offmoe.models.native_attention import mask_sees_all
+from offmoe.models.token_attention import token_attention
 
 SINKS = "offmoe_sinks"
 EAGER = "eager"
@@ -56,6 +58,11 @@ def fuse_sinks(model: PreTrainedModel) -> None:
     AttentionInterface.register(SINKS, _attention)
     AttentionMaskInterface.register(SINKS, AttentionMaskInterface()[EAGER])
     config._attn_implementation = SINKS
+
+
+def has_fused_sinks(module: nn.Module) -> bool:
+    """Its attention is computed here."""
+    return hasattr(module, _MARK)
 
 
 def _calls(module: nn.Module, name: str) -> bool:
@@ -94,7 +101,14 @@ def _attention(
     if not plain or not fitting or torch.is_grad_enabled() or torch.compiler.is_compiling():
         result: Result = getattr(module, _MARK)(module, query, key, value, attention_mask, **options)
         return result
-    return _fused(query, key, value, attention_mask, options["scaling"], getattr(module, "sinks", None)), None
+    sinks, scaling, one = getattr(module, "sinks", None), options["scaling"], token_attention(module)
+
+    def fused() -> torch.Tensor:
+        return _fused(query, key, value, attention_mask, scaling, sinks)
+
+    if one is not None and one.takes(query, key, value, sinks) and mask_sees_all(attention_mask):
+        return one.attend(query, key, value, scaling, fused, sinks), None
+    return fused(), None
 
 
 def _fused(

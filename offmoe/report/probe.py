@@ -43,7 +43,7 @@ def run_probe(path: Path, *, baseline_bytes: int, progress: Progress, small: boo
         tell("memory")
         little = {"working_set": 1 << 20} if small else {}
         read = speeds.host_read(*((1 << 20,) if small else ()))
-        latent_flops, latent_bytes = speeds.latent_speeds()
+        latent_flops, latent_bytes = speeds.latent_speeds(kernels)
         cpu, flops = speeds.cpu_speeds(kernels, tell, **little)
         record = MachineRecord(
             name=f"this machine, {num_cores()} cores", ram_bytes=int(psutil.virtual_memory().total),

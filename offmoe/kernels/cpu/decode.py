@@ -103,6 +103,15 @@ class CpuAttention:
         self._kernels.run_attend(self._address)
         return output
 
+    def attend(self, query: torch.Tensor, keys_GSW: torch.Tensor, values_GSW: torch.Tensor) -> torch.Tensor:
+        """The same where the caches have the token's key and value, and the query is normed and rotated already."""
+        call = self.struct
+        output = query.new_empty(call.num_heads * call.value_width)
+        call.query, call.key, call.value, call.output = query.data_ptr(), None, None, output.data_ptr()
+        set_position(call, None, None, keys_GSW, values_GSW, half_angles=False)
+        self._kernels.run_attend(self._address)
+        return output
+
 
 def set_position(
     call: structs.Attend, cos: torch.Tensor | None, sin: torch.Tensor | None, keys_GSW: torch.Tensor,

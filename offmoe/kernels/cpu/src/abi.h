@@ -91,7 +91,7 @@ struct Norm {
 // contiguous and all of `type`, like everything else here.
 struct Attend {
     const void* query;
-    const void* key;
+    const void* key;  // null where the cache has key and value of the token already
     const void* value;
     const void* query_norm;  // weights, or null
     const void* key_norm;

@@ -32,7 +32,7 @@ constexpr int64_t kAheadRows = 16;
 
 #if defined(__AVX512BF16__)
 // Numbers of a vector of bfloat16 pairs; of a head's query that are multiplied as such.
-constexpr int64_t kPairs = 32, kMostPairs = 512;
+constexpr int64_t kPairs = 32, kMostPairs = 1024;
 inline int64_t in_pairs(int64_t width) { return (width + kPairs - 1) / kPairs * kPairs; }
 #endif
 

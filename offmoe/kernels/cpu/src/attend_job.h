@@ -65,7 +65,7 @@ public:
         }
     }
 
-    // Query and key normed and rotated, key and value in the cache.
+    // Query and key normed and rotated, key and value in the cache, where they are given.
     void prepare() {
         float *angles = small_, *rows = small_ + 2 * in_vectors(call_.num_angles);
         if (call_.cos != nullptr) {
@@ -74,10 +74,11 @@ public:
         }
         float* key = heads_ + call_.num_heads * width_;
         read_heads(call_.query, call_.query_norm, call_.num_heads, rows, heads_);
-        read_heads(call_.key, call_.key_norm, call_.num_groups, rows, key);
+        if (call_.key != nullptr) read_heads(call_.key, call_.key_norm, call_.num_groups, rows, key);
         if (call_.cos != nullptr)
-            for (int64_t head = 0; head < call_.num_heads + call_.num_groups; ++head)
+            for (int64_t head = 0; head < call_.num_heads + (call_.key != nullptr ? call_.num_groups : 0); ++head)
                 level_.rotate(heads_ + head * width_, angles, angles + in_vectors(call_.num_angles), call_.rotary, call_.num_angles, call_.type);
+        if (call_.key == nullptr) return;
         const int64_t last = call_.num_rows - 1, size = size_of(call_.type);
         for (int64_t group = 0; group < call_.num_groups; ++group) {
             write_row(call_.type, key + group * width_, call_.width, static_cast<uint8_t*>(call_.keys) + group * call_.key_group_bytes + last * call_.key_row_bytes);

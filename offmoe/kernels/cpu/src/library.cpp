@@ -62,7 +62,7 @@ bool has_instructions(const char* level) {
 extern "C" {
 
 // Changes with abi.h.
-int32_t offmoe_abi_version() { return 6; }
+int32_t offmoe_abi_version() { return 7; }
 
 // The idx-th best level that was compiled, or null; `usable`: this processor has it.
 const char* offmoe_level(int32_t idx, int32_t* usable) {
