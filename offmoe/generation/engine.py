@@ -34,7 +34,8 @@ from offmoe.generation.translate import translate_step
 from offmoe.models.device_failures import explain, peak_bytes
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.kv_prefix import KeptCache
-from offmoe.models.load import LoadedModel, Progress, load_model
+from offmoe.models.load import Progress, load_model
+from offmoe.models.loaded import LoadedModel
 
 if TYPE_CHECKING:
     from offmoe.tiers.device import Device

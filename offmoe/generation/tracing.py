@@ -13,7 +13,7 @@ from offmoe.base.trace import Recorder
 from offmoe.base.trace_file import TraceHeader, TraceWriter
 from offmoe.checkpoint.identity import model_hash
 from offmoe.executor.resident import ResidentExecutor
-from offmoe.models.load import LoadedModel
+from offmoe.models.loaded import LoadedModel
 from offmoe.models.routing import map_routing
 from offmoe.models.seam import find_binding
 from offmoe.models.transformers_internals import experts_modules

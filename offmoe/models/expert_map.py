@@ -16,15 +16,13 @@ from offmoe.checkpoint.quantised import QuantEntry, quant_part
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.formats.dense import torch_dtype
 from offmoe.models.adapters.base import AdaptedExperts
+from offmoe.models.strides import Matrix, Piece, transpose
 from offmoe.models.transformers_internals import (
     KeyMapping,
-    Matrix,
-    Piece,
     Target,
     expert_matrix,
     experts_modules,
     refuse_unknown_operations,
-    transpose,
 )
 
 _TOP_K_NAMES = (

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from offmoe.base.auto import Facts, complete_config
-from offmoe.base.budget import DevicePlan, MemoryPlan
+from offmoe.base.budget import MemoryPlan
 from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
 from offmoe.base.machine import give_back_freed_memory
-from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.warm_start import WarmStart
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.identity import model_hash
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.quant_config import Quantisation
-from offmoe.executor.uncached import UncachedExecutor
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.models.adapters.base import AdaptedExperts
@@ -32,6 +30,7 @@ from offmoe.models.budgets import Budgets, fit_to_free, shrink
 from offmoe.models.build import build_on_meta, read_model_config
 from offmoe.models.device_failures import explained, release_unused
 from offmoe.models.expert_map import map_experts, streamed_parameters
+from offmoe.models.loaded import LoadedModel, attach_all
 from offmoe.models.native import NativeModules
 from offmoe.models.native_attention import swap_attention
 from offmoe.models.native_layer import swap_layers
@@ -41,11 +40,11 @@ from offmoe.models.native_moe import swap_moe
 from offmoe.models.probe import ModelProbe, probe_model
 from offmoe.models.quantised_linears import QuantisedLinears
 from offmoe.models.resident import load_peak_bytes, load_resident
-from offmoe.models.rounding import ROUNDING_LABEL, note_rounding, start_rounding
-from offmoe.models.seam import ClosedExecutor, ExpertsExecutor, LayerBinding, attach, bind
+from offmoe.models.rounding import note_rounding, start_rounding
+from offmoe.models.seam import LayerBinding, bind
 from offmoe.models.serving import Serving, build_serving
 from offmoe.models.tokenizer import load_tokenizer
-from offmoe.models.transformers_internals import SEAM_NAME, KeyMapping, experts_modules
+from offmoe.models.transformers_internals import SEAM_NAME, KeyMapping, Target, experts_modules
 from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
 
@@ -55,84 +54,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 # RAM slots where the device has room for every expert: as many reads as are in flight, and as many copies.
 PASSING_SLOTS = 16
-
-
-Pools = tuple[HostPool, "DevicePool | None"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A running model and the parts that serve its experts. `device` is None when it runs on the CPU, in RAM."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    index: CheckpointIndex
-    experts: ExpertIndex
-    disk: DiskTier
-    pools: Pools
-    device: Device | None
-    serving: Serving
-    native: NativeModules | None
-    plan: MemoryPlan
-    context_length: int
-    chunkable: bool
-
-    @property
-    def device_plan(self) -> DevicePlan | None:
-        """Where the device's memory goes."""
-        return self.plan.device
-
-    @property
-    def cache(self) -> ExpertCache:
-        """The slots of the tier that computes."""
-        return self.serving.cache
-
-    @contextmanager
-    def uncached(self) -> Iterator[None]:
-        """Serve experts without the cache for a while."""
-        rows = self.serving.cpu_rows if self.device is None else None
-        _attach_all(self.model, UncachedExecutor(self.experts, self.index.files, rows))
-        try:
-            yield
-        finally:
-            _attach_all(self.model, self.serving.executor)
-
-    @property
-    def lossy(self) -> tuple[str, ...]:
-        """The settings in force that change the model's output."""
-        rows = self.serving.cpu_rows
-        rounds = self.serving.rounds and rows is not None and rows.kernels.rounds_activations
-        return (ROUNDING_LABEL,) if rounds else ()
-
-    @contextmanager
-    def exact_activations(self) -> Iterator[None]:
-        """Activations are not rounded for a while."""
-        rows = self.serving.cpu_rows
-        if rows is None or not rows.kernels.rounds_activations:
-            yield
-            return
-        rows.kernels.rounds_activations = False
-        try:
-            yield
-        finally:
-            rows.kernels.rounds_activations = True
-
-    def close(self) -> None:
-        """Take the experts away from the model, end threads, give back memory, close files.
-
-        All of it is tried, whatever fails: a lost device fails every call.
-        """
-        host_pool, device_pool = self.pools
-        with ExitStack() as last_to_first:
-            last_to_first.callback(self.index.close)
-            last_to_first.callback(host_pool.close)
-            if device_pool is not None:
-                last_to_first.callback(device_pool.close)
-            if self.device is not None:  # ends its copies: pools are closed after it
-                last_to_first.callback(self.device.close)
-            last_to_first.callback(self.serving.close)
-            last_to_first.callback(self.disk.close)
-            _attach_all(self.model, ClosedExecutor())
 
 
 def load_model(
@@ -148,65 +69,100 @@ def load_model(
         if device is not None:
             opened.callback(device.close)
         cpu_kernels, why_no_kernels = _open_kernels(config)
-        model_config, quantisation = read_model_config(folder, trust_remote_code=config.trust_remote_code)
-        index = CheckpointIndex.open(folder, quantisation)
-        opened.callback(index.close)
-        model = build_on_meta(model_config, index, trust_remote_code=config.trust_remote_code)
-        config = _settled(config, model, has_device=device is not None or torch.cuda.is_available())
-        context_length = config.context_length
-        assert context_length is not None, "settled"
-        mapping = KeyMapping(model)
-        targets = mapping.targets(index.tensors)
-        experts, expert_keys = map_experts(model, index, mapping, targets)
-        counters = Counters()
-        disk = DiskTier(index.files, io=config.io, counters=counters)
-        opened.callback(disk.close)
-        _take_experts_out(model, experts)
+        built = _build(folder, config, opened, has_device=device is not None or torch.cuda.is_available())
+        config, model, experts = built.config, built.model, built.experts
         tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
         if device is None and (device := choose_device(config)) is not None:
             opened.callback(device.close)
         kept = None
         if device is None and cpu_kernels is not None:
-            kept = QuantisedLinears(model, index, targets, cpu_kernels)
-            expert_keys |= kept.keys
+            kept = QuantisedLinears(model, built.index, built.targets, cpu_kernels)
         with explained(device):
-            budgets = Budgets(
-                model, experts, config, context_length, slot_bytes=experts.slot_bytes(direct=disk.direct),
-                load_bytes=load_peak_bytes(targets, expert_keys, index, model.dtype), baseline_bytes=baseline_bytes,
-                device=device,
-            )  # fmt: skip
-            budgets.refuse_hopeless()
-            if kept is not None:
-                kept.read(index)
-            load_resident(
-                model, index, mapping, targets, expert_keys,
-                lambda done, total: progress("resident weights", done, total),
-                device=None if device is None else device.torch_device,
-            )  # fmt: skip
-            probe = _probe(model, context_length, device)
-            plan = budgets.plan(probe)
+            plan, probe = _read_weights(built, kept, device, baseline_bytes=baseline_bytes, progress=progress)
             device_pool = None
             if device is not None:
                 plan, device_pool = _make_device_pool(plan, device, top_k=experts.top_k)
             pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
             serving = build_serving(
-                model, experts, disk, pool, plan, config, counters, cpu_kernels=cpu_kernels, device=device,
-                device_pool=device_pool, warm=_warm_start(folder, config, index, experts),
+                model, experts, built.disk, pool, plan, config, built.counters, cpu_kernels=cpu_kernels, device=device,
+                device_pool=device_pool, warm=_warm_start(folder, config, built.index, experts),
                 progress=lambda done, total: progress("experts to the device", done, total),
             )  # fmt: skip
         if config.fast_activations:
             note_rounding(serving, experts, [] if kept is None else kept.formats(), on_device=device is not None)
-        serving.notes += _notes(model, quantisation, why_no_kernels)
+        serving.notes += _notes(model, built.quantisation, why_no_kernels)
         if cpu_kernels is not None:
             serving.closing.callback(cpu_kernels.close)
-        _attach_all(model, serving.executor)
+        attach_all(model, serving.executor)
         native = _swap_modules(model, serving, cpu_kernels if device is None else None)
         opened.pop_all()
     return LoadedModel(
-        model=model, tokenizer=tokenizer, index=index, experts=experts, disk=disk, pools=(pool, device_pool),
-        serving=serving, native=native, device=device, plan=plan, context_length=context_length,
-        chunkable=probe.chunkable,
+        model=model, tokenizer=tokenizer, index=built.index, experts=experts, disk=built.disk,
+        pools=(pool, device_pool), serving=serving, native=native, device=device, plan=plan,
+        context_length=built.context_length, chunkable=probe.chunkable,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Built:
+    """A model without weights, its files, and what each tensor in them is. `config` is settled but for memory."""
+
+    config: EngineConfig
+    context_length: int
+    quantisation: Quantisation | None
+    index: CheckpointIndex
+    model: PreTrainedModel
+    mapping: KeyMapping
+    targets: dict[str, Target]
+    experts: ExpertIndex
+    expert_keys: set[str]
+    disk: DiskTier
+    counters: Counters
+
+
+def _build(folder: Path, config: EngineConfig, opened: ExitStack, *, has_device: bool) -> _Built:
+    """Everything that headers tell. What is opened is left to `opened`."""
+    model_config, quantisation = read_model_config(folder, trust_remote_code=config.trust_remote_code)
+    index = CheckpointIndex.open(folder, quantisation)
+    opened.callback(index.close)
+    model = build_on_meta(model_config, index, trust_remote_code=config.trust_remote_code)
+    config = _settled(config, model, has_device=has_device)
+    assert config.context_length is not None, "settled"
+    mapping = KeyMapping(model)
+    targets = mapping.targets(index.tensors)
+    experts, expert_keys = map_experts(model, index, mapping, targets)
+    counters = Counters()
+    disk = DiskTier(index.files, io=config.io, counters=counters)
+    opened.callback(disk.close)
+    _take_experts_out(model, experts)
+    return _Built(
+        config=config, context_length=config.context_length, quantisation=quantisation, index=index, model=model,
+        mapping=mapping, targets=targets, experts=experts, expert_keys=expert_keys, disk=disk, counters=counters,
+    )  # fmt: skip
+
+
+def _read_weights(
+    built: _Built, kept: QuantisedLinears | None, device: Device | None, *, baseline_bytes: int, progress: Progress
+) -> tuple[MemoryPlan, ModelProbe]:
+    """The resident weights in their places, and the memory that is left divided. `kept` stays as it is stored."""
+    model, index = built.model, built.index
+    keys = built.expert_keys if kept is None else built.expert_keys | kept.keys
+    budgets = Budgets(
+        model, built.experts, built.config, built.context_length,
+        slot_bytes=built.experts.slot_bytes(direct=built.disk.direct),
+        load_bytes=load_peak_bytes(built.targets, keys, index, model.dtype), baseline_bytes=baseline_bytes,
+        device=device,
+    )  # fmt: skip
+    budgets.refuse_hopeless()
+    if kept is not None:
+        kept.read(index)
+    load_resident(
+        model, index, built.mapping, built.targets, keys,
+        lambda done, total: progress("resident weights", done, total),
+        device=None if device is None else device.torch_device,
+    )  # fmt: skip
+    probe = _probe(model, built.context_length, device)
+    return budgets.plan(probe), probe
 
 
 def _probe(model: PreTrainedModel, context_length: int, device: Device | None) -> ModelProbe:
@@ -290,11 +246,6 @@ def _swap_modules(model: PreTrainedModel, serving: Serving, kernels: CpuKernels 
         attends = attention is not None or native.counts["attentions"] > 0
         native.threads.begin(model, serving.cpu_rows.reasons, attends=attends)
     return native
-
-
-def _attach_all(model: PreTrainedModel, executor: ExpertsExecutor) -> None:
-    for _, module in experts_modules(model):
-        attach(module, executor)
 
 
 def _take_experts_out(model: PreTrainedModel, experts: ExpertIndex) -> None:

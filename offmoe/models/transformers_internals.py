@@ -38,6 +38,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from offmoe.base.errors import UnsupportedModelError
+from offmoe.models.strides import Matrix, Piece, concatenate, deinterleave, transpose
 
 SEAM_NAME = "offmoe"
 _RULES_NAME = "_offmoe_key_rules"
@@ -164,31 +165,6 @@ class KeyMapping:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A strided 2-D view of one source (offset and strides in elements)."""
-
-    source: str
-    offset: int
-    shape: tuple[int, int]
-    strides: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """Pieces joined along `axis` (0 rows, 1 columns): what an expert's slice of the parameter is made of."""
-
-    pieces: tuple[Piece, ...]
-    axis: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape after joining."""
-        size = sum(piece.shape[self.axis] for piece in self.pieces)
-        other = self.pieces[0].shape[1 - self.axis]
-        return (size, other) if self.axis == 0 else (other, size)
-
-
 def expert_matrix(
     shapes: dict[str, tuple[int, int]], order: list[str], operations: list[object], param_shape: tuple[int, int],
     *, where: str,
@@ -229,47 +205,16 @@ def _apply(operation: object, state: dict[str, Matrix], param_shape: tuple[int, 
         case MergeModulelist(dim=0):
             return state
         case Concatenate(dim=dim) if dim in (1, 2, -1, -2):
-            return {next(iter(state)): _concatenate(list(state.values()), (dim - 1) % 2 if dim > 0 else dim % 2, where)}
+            return {next(iter(state)): concatenate(list(state.values()), (dim - 1) % 2 if dim > 0 else dim % 2, where)}
         case Transpose(dim0=dim0, dim1=dim1) if {dim0 % 3, dim1 % 3} == {1, 2}:
             if operation.check_dims and all(matrix.shape == param_shape for matrix in state.values()):
                 return state
             return {source: transpose(matrix) for source, matrix in state.items()}
         case Interleave(dim=dim, inverse=False) if dim in (1, 2, -1, -2):
             axis = (dim - 1) % 2 if dim > 0 else dim % 2
-            return {source: _deinterleave(matrix, axis, where) for source, matrix in state.items()}
+            return {source: deinterleave(matrix, axis, where) for source, matrix in state.items()}
         case _:
             raise _unknown_operation(operation, where)
-
-
-def _concatenate(matrices: list[Matrix], axis: int, where: str) -> Matrix:
-    if len(matrices) == 1:
-        return matrices[0]
-    pieces: list[Piece] = []
-    for matrix in matrices:
-        if len(matrix.pieces) > 1 and matrix.axis != axis:
-            raise UnsupportedModelError(f"{where}: parts joined along two axes; please report this model")
-        pieces.extend(matrix.pieces)
-    return Matrix(tuple(pieces), axis)
-
-
-def transpose(matrix: Matrix) -> Matrix:
-    """Rows become columns: other strides."""
-    pieces = tuple(Piece(p.source, p.offset, p.shape[::-1], p.strides[::-1]) for p in matrix.pieces)
-    return Matrix(pieces, 1 - matrix.axis)
-
-
-def _deinterleave(matrix: Matrix, axis: int, where: str) -> Matrix:
-    """[a0, b0, a1, b1, ...] along `axis` becomes [a0, a1, ..., b0, b1, ...]: two views of doubled stride."""
-    if len(matrix.pieces) != 1:
-        raise UnsupportedModelError(f"{where}: interleaving of merged parts is not read yet; please report this model")
-    piece = matrix.pieces[0]
-    shape, strides, step = list(piece.shape), list(piece.strides), piece.strides[axis]
-    shape[axis], strides[axis] = shape[axis] // 2, 2 * step
-    halves = tuple(
-        Piece(piece.source, piece.offset + half * step, (shape[0], shape[1]), (strides[0], strides[1]))
-        for half in range(2)
-    )
-    return Matrix(halves, axis)
 
 
 @dataclass(frozen=True, slots=True)
