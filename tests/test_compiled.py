@@ -22,7 +22,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import repeat_kv
 
 import offmoe
 from offmoe.base.errors import DiskReadError, EngineBusyError
-from offmoe.generation import engine as engine_module
+from offmoe.generation import compiled
 from offmoe.generation.compiled import DecodeCompiler, _bucket
 from offmoe.generation.compiled_step import CompiledStep
 from offmoe.generation.grouped_attention import attend, group_attention
@@ -38,7 +38,7 @@ def as_captured(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
 
 
 def lower_with(monkeypatch: pytest.MonkeyPatch, lower: Callable[..., Any]) -> None:
-    monkeypatch.setattr(engine_module, "DecodeCompiler", functools.partial(DecodeCompiler, lower=lower))
+    monkeypatch.setattr(compiled, "DecodeCompiler", functools.partial(DecodeCompiler, lower=lower))
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_in_the_background(tiny_moe: Path, expected: tuple[int, ...], monkeypatc
         return as_captured(graph, inputs)
 
     monkeypatch.setattr(
-        engine_module, "DecodeCompiler",
+        compiled, "DecodeCompiler",
         lambda model, length, **options: DecodeCompiler(
             model, length, **{**options, "background": True, "lower": held_back}
         ),

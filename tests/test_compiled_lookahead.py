@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import offmoe
 from offmoe.base.errors import EngineBusyError
-from offmoe.generation import engine as engine_module
+from offmoe.generation import compiled
 from offmoe.generation.compiled import DecodeCompiler
 from offmoe.models.routing import map_routing
 from offmoe.models.seam import LayerBinding, define_experts_operator
@@ -39,7 +39,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Graphs:
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(engine_module, "DecodeCompiler", functools.partial(DecodeCompiler, lower=keep))
+    monkeypatch.setattr(compiled, "DecodeCompiler", functools.partial(DecodeCompiler, lower=keep))
     return graphs
 
 

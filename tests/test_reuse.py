@@ -16,7 +16,7 @@ from families import build
 
 import offmoe
 from offmoe.base.errors import DiskReadError
-from offmoe.generation import engine as engine_module
+from offmoe.generation import compiled
 from offmoe.generation.compiled import DecodeCompiler
 from offmoe.models.kv_prefix import longest_with_same_angles
 from offmoe.models.transformers_internals import experts_modules
@@ -155,7 +155,7 @@ def test_compiled_steps_leave_a_cache_that_goes_on(folder: Path, monkeypatch: py
         return graph.forward
 
     monkeypatch.setattr(
-        engine_module, "DecodeCompiler", lambda *args, **named: DecodeCompiler(*args, **named, lower=as_captured)
+        compiled, "DecodeCompiler", lambda *args, **named: DecodeCompiler(*args, **named, lower=as_captured)
     )
     with open_tiny(folder, compile="on") as engine, open_tiny(folder) as other:
         ids = list(PROMPT)

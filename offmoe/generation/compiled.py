@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from offmoe.base.config import EngineConfig
 from offmoe.base.errors import OffmoeError
 from offmoe.generation.compiled_step import CompiledStep, Lowering, lower_with_inductor
 from offmoe.models.kv_cache import make_kv_cache
@@ -213,3 +214,19 @@ def _bucket(num_tokens: int, context_length: int) -> int:
     while bucket < num_tokens:
         bucket *= 2
     return min(bucket, context_length)
+
+
+def make_compiler(
+    model: PreTrainedModel, context_length: int, config: EngineConfig, progress: Callable[[str, int, int], None]
+) -> DecodeCompiler | None:
+    """ "auto" compiles on CUDA, in the background, unless rounding must not change on the way; "on" at once."""
+    if (
+        model.config.is_encoder_decoder
+        or config.compile == "off"
+        or (config.compile == "auto" and (model.device.type != "cuda" or config.placement_invariant))
+    ):
+        return None
+    return DecodeCompiler(
+        model, context_length, background=config.compile == "auto",
+        on_compile=lambda done, total: progress("compiling", done, total),
+    )  # fmt: skip

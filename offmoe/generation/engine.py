@@ -15,23 +15,22 @@ from transformers import PreTrainedModel
 from offmoe.base.budget import MemoryPlan
 from offmoe.base.config import EngineConfig, refuse_unknown
 from offmoe.base.errors import DeviceError, EngineBusyError, OffmoeError, UsageError
-from offmoe.base.machine import peak_rss_bytes
 from offmoe.base.trace import TraceEvent
 from offmoe.base.trace_file import TraceWriter
+from offmoe.generation.call import Call, answer, translate
 from offmoe.generation.chat import Message, chat_ids
-from offmoe.generation.compiled import DecodeCompiler
+from offmoe.generation.compiled import make_compiler
 from offmoe.generation.conversation import Conversation
+from offmoe.generation.engine_stats import engine_stats
 from offmoe.generation.prefill_chunk import PrefillChunk
 from offmoe.generation.prompt import encode, stop_rules
 from offmoe.generation.reasoning import split_reasoning
 from offmoe.generation.reply import Reply, collect
 from offmoe.generation.sampling import Chooser, Sampling, make_chooser, resolve_sampling
 from offmoe.generation.stats import Totals
-from offmoe.generation.step import generate_step
-from offmoe.generation.stream import Piece, stream_text
-from offmoe.generation.tracing import note_phases, record_trace
-from offmoe.generation.translate import translate_step
-from offmoe.models.device_failures import explain, peak_bytes
+from offmoe.generation.stream import Piece
+from offmoe.generation.tracing import record_trace
+from offmoe.models.device_failures import explain
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.kv_prefix import KeptCache
 from offmoe.models.load import Progress, load_model
@@ -69,7 +68,7 @@ class Engine:
         self.tokenizer = loaded.tokenizer
         self._running = threading.Lock()
         self._totals = Totals()
-        self._compiler = compiler = _make_compiler(loaded, config, progress)
+        self._compiler = compiler = make_compiler(loaded.model, loaded.context_length, config, progress)
         self._kept = KeptCache(
             loaded.model,
             compiler.empty_cache if compiler else lambda: make_kv_cache(loaded.model, loaded.context_length),
@@ -152,32 +151,11 @@ class Engine:
 
         With a device also its name, slots and memory; its peak is what torch allocated, None where that is not counted.
         """
-        cache = self._parts.cache
-        totals: dict[str, Any] = {
-            **cache.counters.as_dict(),
-            **self._totals.as_dict(),
-            "hit_rate": cache.counters.hit_rate,
-            "experts_cached": cache.num_slots,
-            "experts_total": self.plan.num_experts,
-            "io": "direct" if self._parts.disk.direct else "buffered",
-            "prefilled_tokens": self._kept.num_prefilled,
-            "reused_tokens": self._kept.num_reused,
-            "compile": self._compiler.state if self._compiler else "off",
-            "lossy": list(self.lossy),
-            **self._parts.serving.stats(),
-            "ram_bytes": self.plan.ram_bytes,
-            "planned_bytes": self.plan.total_bytes,
-            "peak_rss_growth_bytes": max(0, peak_rss_bytes() - self._baseline_bytes),
-        }
-        if self.predicted is not None:
-            totals["predicted"] = dict(self.predicted)
-        device, plan = self._parts.device, self._parts.device_plan
-        if device is not None and plan is not None:
-            totals |= {
-                "device": device.name, "device_slots": plan.num_slots, "vram_bytes": plan.vram_bytes,
-                "device_planned_bytes": plan.total_bytes, "device_peak_bytes": peak_bytes(device),
-            }  # fmt: skip
-        return totals
+        totals = engine_stats(
+            self._parts, self._kept, self._totals, baseline_bytes=self._baseline_bytes,
+            compile_state=self._compiler.state if self._compiler else "off",
+        )  # fmt: skip
+        return totals if self.predicted is None else totals | {"predicted": dict(self.predicted)}
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Reply:
         """The whole reply to `prompt` (text or token ids). Options as in `stream`."""
@@ -236,37 +214,14 @@ class Engine:
             num_prompt=len(ids), context_length=parts.context_length, max_new_tokens=max_new_tokens, stop=stop,
             end_ids=frozenset() if ignore_end else self._end_ids(), has_text=self.tokenizer is not None,
         )  # fmt: skip
-        kept, compiler, halving = self._kept, self._compiler, self._halving_chunk
-        run_token = compiler or (parts.native.threads.run_token if parts.native else None)
-        reuse = False if reuse is None and self.config.placement_invariant else reuse
-
-        def translated() -> Iterator[Piece]:
-            steps = translate_step(
-                parts.model, ids, choose or make_chooser(settings, parts.model.device), on_prefill=on_prefill
-            )
-            yield from stream_text(
-                steps, self.tokenizer, rules, parts.cache.counters, num_prompt_tokens=len(ids),
-                on_end=self._totals.add, lossy=self.lossy,
-            )  # fmt: skip
-
-        def pieces() -> Iterator[Piece]:
-            if compiler is not None:
-                compiler.begin(len(ids) + rules.max_new_tokens, num_held=len(kept.ids))
-            num_reused = kept.begin(ids, reuse=reuse)
-            steps = generate_step(
-                parts.model, ids, choose or make_chooser(settings, parts.model.device), kept=kept,
-                chunk=halving.size if halving else parts.plan.prefill_chunk, on_prefill=on_prefill, decode=run_token,
-                smaller_chunk=halving.halve if halving else None,
-            )  # fmt: skip
-            steps = note_phases(steps, parts.serving.recorder, len(ids) - num_reused)
-            counters = parts.cache.counters
-            with kept.guarded():
-                yield from stream_text(
-                    steps, self.tokenizer, rules, counters, num_prompt_tokens=len(ids), num_reused=num_reused,
-                    on_end=self._totals.add, lossy=self.lossy,
-                )  # fmt: skip
-
-        return self._exclusively(translated() if parts.model.config.is_encoder_decoder else pieces())
+        call = Call(
+            ids=ids, tokenizer=self.tokenizer, rules=rules, on_prefill=on_prefill,
+            choose=choose or make_chooser(settings, parts.model.device),
+            reuse=False if reuse is None and self.config.placement_invariant else reuse,
+        )  # fmt: skip
+        if parts.model.config.is_encoder_decoder:
+            return self._exclusively(translate(call, parts, self._totals))
+        return self._exclusively(answer(call, parts, self._totals, self._kept, self._compiler, self._halving_chunk))
 
     def _exclusively(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Hold the engine from the first piece to the last, or to the generator's end."""
@@ -323,17 +278,3 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _make_compiler(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> DecodeCompiler | None:
-    """ "auto" compiles on CUDA, in the background, unless rounding must not change on the way; "on" at once."""
-    if (
-        loaded.model.config.is_encoder_decoder
-        or config.compile == "off"
-        or (config.compile == "auto" and (loaded.model.device.type != "cuda" or config.placement_invariant))
-    ):
-        return None
-    return DecodeCompiler(
-        loaded.model, loaded.context_length, background=config.compile == "auto",
-        on_compile=lambda done, total: progress("compiling", done, total),
-    )  # fmt: skip

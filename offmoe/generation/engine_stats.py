@@ -1,0 +1,40 @@
+"""What the engine has done since it was loaded, in one dictionary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offmoe.base.machine import peak_rss_bytes
+from offmoe.generation.stats import Totals
+from offmoe.models.device_failures import peak_bytes
+from offmoe.models.kv_prefix import KeptCache
+from offmoe.models.loaded import LoadedModel
+
+
+def engine_stats(
+    parts: LoadedModel, kept: KeptCache, decoded: Totals, *, baseline_bytes: int, compile_state: str
+) -> dict[str, Any]:
+    """As `Engine.stats` says. `baseline_bytes`: what the process held before it grew by the model."""
+    cache, plan, device = parts.cache, parts.plan, parts.device
+    totals: dict[str, Any] = {
+        **cache.counters.as_dict(),
+        **decoded.as_dict(),
+        "hit_rate": cache.counters.hit_rate,
+        "experts_cached": cache.num_slots,
+        "experts_total": plan.num_experts,
+        "io": "direct" if parts.disk.direct else "buffered",
+        "prefilled_tokens": kept.num_prefilled,
+        "reused_tokens": kept.num_reused,
+        "compile": compile_state,
+        "lossy": list(parts.lossy),
+        **parts.serving.stats(),
+        "ram_bytes": plan.ram_bytes,
+        "planned_bytes": plan.total_bytes,
+        "peak_rss_growth_bytes": max(0, peak_rss_bytes() - baseline_bytes),
+    }
+    if device is not None and plan.device is not None:
+        totals |= {
+            "device": device.name, "device_slots": plan.device.num_slots, "vram_bytes": plan.device.vram_bytes,
+            "device_planned_bytes": plan.device.total_bytes, "device_peak_bytes": peak_bytes(device),
+        }  # fmt: skip
+    return totals
