@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
+from executor_cases import Call
 from makers import NUM_LAYERS, TinyExperts, open_cache
-from test_executor import Call
 
 import offmoe
 from offmoe.base.keys import ExpertKey

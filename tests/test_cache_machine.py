@@ -13,11 +13,11 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from executor_cases import Call
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from makers import NUM_EXPERTS, NUM_LAYERS, RecordingDisk, TinyExperts, make_tiny_experts, open_cache
-from test_executor import Call
 from two_tiers import open_two_tiers
 
 from offmoe.base.errors import DiskReadError

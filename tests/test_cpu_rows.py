@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from executor_cases import Call, make_math
 from makers import NUM_EXPERTS, TOP_K, TinyExperts, open_cache
-from test_executor import Call, make_math
 
 from offmoe.executor.cpu_rows import MAX_ROWS, CpuRows
 from offmoe.executor.executor import Executor

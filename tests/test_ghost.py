@@ -6,8 +6,8 @@ import random
 from collections import Counter
 
 import pytest
+from executor_cases import Call
 from makers import NUM_EXPERTS, NUM_LAYERS, TinyExperts, open_cache
-from test_executor import Call
 
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.ghost import ShadowCache

@@ -14,8 +14,8 @@ from functools import cache
 
 import pytest
 import torch
+from executor_cases import MATH
 from makers import TinyExperts, make_tiny_experts
-from test_executor import MATH
 from two_tiers import open_two_tiers
 from virtual_device import DEVICE_SPEED, EXPERT_BYTES, Engine, Machine, Pass, make_pass, open_engine
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from executor_cases import Call, make_math
 from interrupts import Interrupt, Line
 from makers import Opened, TinyExperts, failing_reads, open_cache
-from test_executor import Call, make_math
 
 import offmoe
 from offmoe.base.errors import DiskReadError

@@ -21,8 +21,8 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from executor_cases import MATH
 from makers import MATRICES, WIDTH_D, TinyExperts
-from test_executor import MATH
 from two_tiers import TwoTiers, open_two_tiers
 from virtual_machine import CancelledJobError, Job, Lane, Speeds, VirtualMachine
 
