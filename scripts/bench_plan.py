@@ -2,10 +2,11 @@
 
     python scripts/bench_plan.py --models checkpoints/qwen3-6l checkpoints/olmoe --out benchmarks/DATE-plan.md
 
-Before each model the machine is probed (OFFMOE_CACHE keeps the figures), and the drive again right before and right
-after each run: what both do changes by the minute where others use them too. The model then runs warm, with all experts
-in RAM and with slots for half of them; give --prefill a prompt that fills a prefill chunk, or the predicted peak is not
-reached. With --rounds the row is of the round whose ratio of predicted to measured speed is the median.
+Before each model the machine is probed (OFFMOE_CACHE keeps the figures), and the drive and the memory (bfloat16
+experts) again right before and right after each run: what they do changes by the minute where others use them too. The
+model then runs warm, with all experts in RAM and with slots for half of them; give --prefill a prompt that fills a
+prefill chunk, or the predicted peak is not reached. With --rounds the row is of the round whose ratio of predicted to
+measured speed is the median.
 
 Hit rates are those of the run's own counters (what was fetched ahead and used counts as a miss), so that the prediction
 is held against bandwidths and arithmetic and not against random weights' routing; the prediction with the family's
@@ -21,6 +22,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,7 +33,9 @@ from benchlib.report import without_folders
 from offmoe.base.config import make_config
 from offmoe.base.machine_record import DriveSpeed, MachineRecord, read_record
 from offmoe.checkpoint.locate import locate_model
+from offmoe.executor.sample_experts import SampleExperts
 from offmoe.executor.speeds import drive_speed
+from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.planner.foresee import run_plan
 from offmoe.planner.hit_rates import HitCurve
 from offmoe.planner.model_facts import ModelFacts, read_facts
@@ -40,7 +44,7 @@ from offmoe.report.probe import largest_file
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("model", "slots", "peak predicted GiB", "measured GiB", "ratio", "hits", "tok/s predicted", "measured",
-           "ratio", "all rounds", "drive GB/s probed", "in the run", "ratio with that",
+           "ratio", "all rounds", "memory GB/s probed", "beside the run", "drive", "in the run", "ratio with that",
            "tok/s with published hits")  # fmt: skip
 # Smaller experts come at the drive's latency, which is in what a layer that fetches takes, not at a rate.
 LEAST_BYTES = 1 << 20
@@ -107,18 +111,20 @@ def compare(model: str | None, share: float, args: argparse.Namespace, record: M
     ids = [] if model is None else [f"--ids={Path(model) / 'ids.json'}"]
     file = largest_file(locate_model(model))
     assert file is not None, "a model has a file"
-    before = drive_speed(file, most_s=DRIVE_S)
+    before, memory_before = drive_speed(file, most_s=DRIVE_S), memory_speed()
     run = offmoe(
         "bench", *([model] if model else []), *flags, *ids, f"--prefill={args.prefill}", f"--decode={args.decode}",
         "--warm", "--json",
     )  # fmt: skip
+    bytes_per_s = fmean((memory_before, memory_speed()))
     drive = mean_speed(before, drive_speed(file, most_s=DRIVE_S))
+    near = with_memory(record, bytes_per_s)
     hit_rate = kept_share(run, plan.facts)
     curve = HitCurve(at=lambda num_slots: hit_rate, source="measured")
 
     def predicted(speed: DriveSpeed) -> float:
         return predict(
-            plan.facts, memory, record, curve, drive=speed, direct=make_config().io != "buffered",
+            plan.facts, memory, near, curve, drive=speed, direct=make_config().io != "buffered",
             prompt_tokens=args.prefill, context_length=2 * args.prefill + args.decode,
         ).decode_tok_per_s  # fmt: skip
 
@@ -130,8 +136,30 @@ def compare(model: str | None, share: float, args: argparse.Namespace, record: M
         "predicted_peak_bytes": memory.expected_bytes, "measured_peak_bytes": run["peak_rss_growth_bytes"],
         "hit_rate": hit_rate, "predicted_tok_per_s": predicted(drive), "predicted_with_run_tok_per_s": by_run,
         "measured_tok_per_s": run["decode_tok_per_s"], "published_tok_per_s": plan.prediction.decode_tok_per_s,
+        "probed_memory_bytes_per_s": record.cpu_rate("bf16"), "memory_bytes_per_s": bytes_per_s,
         "drive_bytes_per_s": drive.direct_bytes_per_s or drive.buffered_bytes_per_s, "run_bytes_per_s": in_run,
     }  # fmt: skip
+
+
+def memory_speed() -> float:
+    """Bytes a second of bfloat16 experts, by the kernels if there are any."""
+    kernels, _ = load_cpu_kernels()
+    experts = SampleExperts(None)
+    try:
+        return experts.bytes_per_s(kernels)
+    finally:
+        experts.close()
+        if kernels is not None:
+            kernels.close()
+
+
+def with_memory(record: MachineRecord, bytes_per_s: float) -> MachineRecord:
+    """As if plain experts had been read so fast by the probe, and memory accordingly."""
+    share = bytes_per_s / record.cpu_rate("bf16")
+    return replace(
+        record, read_bytes_per_s=share * record.read_bytes_per_s,
+        cpu_bytes_per_s={**record.cpu_bytes_per_s, "bf16": bytes_per_s},
+    )  # fmt: skip
 
 
 def mean_speed(*speeds: DriveSpeed) -> DriveSpeed:
@@ -171,6 +199,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
             one["model"], f"{one['slots']} of {one['experts']}", f"{peaks[0] / 2**30:.3f}", f"{peaks[1] / 2**30:.3f}",
             f"{peaks[0] / peaks[1]:.3f}", f"{one['hit_rate']:.0%}", f"{one['predicted_tok_per_s']:.1f}",
             f"{measured:.1f}", f"{ratio(one):.2f}", ", ".join(f"{each:.2f}" for each in one["ratios"]),
+            f"{one['probed_memory_bytes_per_s'] / 1e9:.1f}", f"{one['memory_bytes_per_s'] / 1e9:.1f}",
             f"{one['drive_bytes_per_s'] / 1e9:.2f}",
             f"{one['run_bytes_per_s'] / 1e9:.2f}" if one["run_bytes_per_s"] else "-",
             f"{with_run / measured:.2f}" if with_run else "-", f"{one['published_tok_per_s']:.1f}",

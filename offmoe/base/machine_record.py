@@ -20,7 +20,7 @@ import psutil
 
 from offmoe.base.machine import num_cores
 
-VERSION = 4
+VERSION = 5
 # Behind a format's name: its rate where experts do not begin with a cache line.
 OFF_LINES = ", off lines"
 
