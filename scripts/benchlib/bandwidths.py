@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from benchlib.roofline import Bandwidths
+from offmoe.executor.speeds import host_read
 
 REPEATS = 5
 
@@ -41,7 +42,7 @@ def measure(device: torch.device, sizes: Sizes) -> Bandwidths:
         device_bytes_per_s=_copy(device, sizes.device_bytes),
         link_bytes_per_s=_link(device, sizes.link_bytes),
         cpu_bytes_per_s=_cpu_experts(sizes),
-        host_bytes_per_s=_host_read(sizes.host_bytes),
+        host_bytes_per_s=host_read(sizes.host_bytes),
         device_flops=_matrix(device, sizes.matrix),
         layer_s=_round_trip(device),
     )
@@ -80,12 +81,6 @@ def _link(device: torch.device, num_bytes: int) -> float:
     src = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     dst = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     return num_bytes / _best(device, lambda: dst.copy_(src, non_blocking=True))
-
-
-def _host_read(num_bytes: int) -> float:
-    """Host memory: one sum over it with torch's threads."""
-    numbers = torch.ones(num_bytes // 4, dtype=torch.float32)
-    return numbers.nbytes / _best(torch.device("cpu"), numbers.sum)
 
 
 def _cpu_experts(sizes: Sizes) -> float:
