@@ -46,9 +46,9 @@ def _machine(
     )  # fmt: skip
 
 
-# As measured on two cores of a server (benchmarks/2026-11-23-plan-again.md), which are no faster than a laptop's.
+# As measured on two cores of a server (benchmarks/2026-11-23-plan.md), which are no faster than a laptop's.
 _LAYERS = LayerCosts(
-    whole_s=0.04e-3, whole_token_s=0.4e-3, modules_s=0.5e-3, token_s=0.8e-3, watched_s=0.12e-3, fetch_s=0.6e-3
+    whole_s=0.04e-3, whole_token_s=0.4e-3, modules_s=0.5e-3, token_s=0.8e-3, watched_s=0.02e-3, fetch_s=0.7e-3
 )
 _SHARES = {"bf16": 1.0, "bf16 turned": 0.4, "f32": 1.0, "fp8": 0.9, "int8": 0.7, "int4": 0.7, "mxfp4": 0.7}
 _KNOWN = (
