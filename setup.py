@@ -51,6 +51,7 @@ class BuildKernels(build_ext):
             "values.cpp",
             "experts.cpp",
             "decode.cpp",
+            "latent.cpp",
             "layer.cpp",
             "route.cpp",
             "run.cpp",

@@ -1,9 +1,10 @@
-"""Time tokens of a model that caches latents (DeepSeek's attention): reading them as they are, and expanding them.
+"""Time tokens of a model that caches latents (DeepSeek's attention): read as they are by the CPU kernels or by torch's
+operations, and expanded.
 
     python scripts/make_checkpoint.py --like deepseek-v2-lite --layers 2 --out checkpoints/deepseek-2l
     python scripts/bench_latent.py checkpoints/deepseek-2l --ram 1.5GiB --out benchmarks/DATE-latent-attention.md
 
-The prompt is read once for each length; then tokens are decoded, four one way and four the other, and the medians kept.
+The prompt is read once for each length; then tokens are decoded, four of each way in turn, and the medians kept.
 Growth is what the process took at its peak beyond what it had before, which `--ram` is the budget of; it is told of the
 first length alone, before any token expands. A table goes to stderr, one JSON object to stdout, last.
 """
@@ -29,9 +30,12 @@ import offmoe
 from offmoe.base.errors import OffmoeError
 from offmoe.base.machine import peak_rss_bytes, rss_bytes
 from offmoe.models.latent_attention import LatentAttention
+from offmoe.models.native_latent import LatentStep
+from offmoe.models.native_layer import step_of
 
 ROOT = Path(__file__).parents[1]
 TURN = 4
+WAYS = ("kernels", "latents", "expanded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class Timed:
 
     num_tokens: int
     prompt_s: float
+    kernels_ms: float
     latents_ms: float
     expanded_ms: float
     growth_bytes: int | None
@@ -49,15 +54,21 @@ class Switch:
     """Turns the attention of one model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._found = [part for m in model.modules() for part in vars(m).values() if isinstance(part, LatentAttention)]
+        parts = [part for m in model.modules() for part in vars(m).values()]
+        self._found = [part for part in parts if isinstance(part, LatentAttention)]
+        self._steps = [step for m in model.modules() if (step := step_of(m, LatentStep)) is not None]
 
     def __len__(self) -> int:
         return sum(part.absorbs for part in self._found)
 
-    def use(self, absorbs: bool) -> None:
-        """From now on."""
+    def use(self, way: str) -> None:
+        """From now on; a name of `WAYS`. Without kernels the first is as the second."""
         for part in self._found:
-            part.absorbs = absorbs
+            part.absorbs = way != "expanded"
+        for step in self._steps:
+            vars(step.module).pop("forward", None)
+            if way == "kernels":
+                vars(step.module)["forward"] = step.forward
 
 
 def time_tokens(engine: offmoe.Engine, num_tokens: int, num_new: int, base_bytes: int | None) -> Timed:
@@ -70,31 +81,41 @@ def time_tokens(engine: offmoe.Engine, num_tokens: int, num_new: int, base_bytes
         nonlocal growth_bytes
         if len(times) == TURN and base_bytes is not None:
             growth_bytes = peak_rss_bytes() - base_bytes
-        switch.use(len(times) < TURN or (len(times) // TURN) % 2 == 0)
+        switch.use(WAYS[len(times) // TURN % len(WAYS)])
         times.append(time.perf_counter())
         return int(logits.argmax())
 
     prompt = [5 + (7 * i) % 30000 for i in range(num_tokens)]
     begin = time.perf_counter()
     engine.generate(prompt, max_new_tokens=num_new + 1, choose=choose, ignore_end=True)
-    switch.use(absorbs=True)
+    switch.use(WAYS[0])
     spent = [after - before for before, after in zip(times, times[1:], strict=False)]
-    ways: tuple[list[float], list[float]] = ([], [])
+    ways: list[list[float]] = [[] for _ in WAYS]
     for i, seconds in enumerate(spent):
         if i % TURN:  # the first of a turn warms up
-            ways[(i // TURN) % 2].append(1e3 * seconds)
+            ways[i // TURN % len(WAYS)].append(1e3 * seconds)
+    kernels_ms, latents_ms, expanded_ms = map(median, ways)
     return Timed(
-        num_tokens=num_tokens, prompt_s=times[0] - begin, latents_ms=median(ways[0]), expanded_ms=median(ways[1]),
-        growth_bytes=growth_bytes,
+        num_tokens=num_tokens, prompt_s=times[0] - begin, kernels_ms=kernels_ms, latents_ms=latents_ms,
+        expanded_ms=expanded_ms, growth_bytes=growth_bytes,
     )  # fmt: skip
 
 
 def table(found: Sequence[Timed]) -> list[str]:
     """As Markdown."""
-    lines = ["| tokens of context | prompt s | token by latents ms | expanded ms | ratio | growth |", "|" + "---|" * 6]
+    heads = (
+        "tokens of context",
+        "prompt s",
+        "token by kernels ms",
+        "latents by torch ms",
+        "expanded ms",
+        "ratio",
+        "growth",
+    )
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     return lines + [
-        f"| {t.num_tokens} | {t.prompt_s:.1f} | {t.latents_ms:.1f} | {t.expanded_ms:.1f} | "
-        f"{t.expanded_ms / t.latents_ms:.1f}x | {'-' if t.growth_bytes is None else format(t.growth_bytes, ',')} |"
+        f"| {t.num_tokens} | {t.prompt_s:.1f} | {t.kernels_ms:.1f} | {t.latents_ms:.1f} | {t.expanded_ms:.1f} | "
+        f"{t.expanded_ms / t.kernels_ms:.1f}x | {'-' if t.growth_bytes is None else format(t.growth_bytes, ',')} |"
         for t in found
     ]
 

@@ -41,7 +41,7 @@ FAMILIES = {
     "glm4_moe": 3,  # turns a part of each head
     "exaone_moe": 1,  # some layers turn nothing
     "cohere2_moe": 0,  # neighbours turn with each other
-    "deepseek_v3": 0,  # another kind of attention
+    "deepseek_v3": 3,  # attends to latents
 }
 
 

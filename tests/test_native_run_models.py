@@ -69,12 +69,12 @@ def test_weights_of_every_kind_are_joined(weights: str, experts: int, tmp_path: 
 def test_an_attention_that_fails_its_comparison_keeps_its_layer(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, other = save_tiny(tmp_path / "model", name), AttentionStep._run
+    folder, other = save_tiny(tmp_path / "model", name), AttentionStep.run
 
     def wrong(step: AttentionStep, *args: Any) -> torch.Tensor:
         return other(step, *args) + (step.module.layer_idx == 1)
 
-    monkeypatch.setattr(AttentionStep, "_run", wrong)
+    monkeypatch.setattr(AttentionStep, "run", wrong)
     with open_tiny(folder, compile="off", prefetch="off", experts=24) as engine:
         rows = torch.cat([logits(engine, NUM_NEW), logits(engine, NUM_NEW)])
         assert [step.module.layer_idx for step in steps(engine, AttentionStep)] == [0, 2]

@@ -115,7 +115,7 @@ def test_not_taken_when_closed_or_where_gradients_are_wanted(kernels: CpuKernels
     assert not ours.takes(query, key, key, None)
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v3", "deepseek_v4", "jamba"])
+@pytest.mark.parametrize("family", ["qwen3_next", "mistral4", "deepseek_v4", "jamba"])
 def test_families_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Those whose attention modules the kernels do not take whole."""
     rows: list[int] = []

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.models.latent_attention import LatentAttention, find_latent_attention
 from offmoe.models.native import agree
-from offmoe.models.native_attention import mask_sees_all
+from offmoe.models.native_token import mask_sees_all
 from offmoe.models.sinks import fuse_sinks, has_fused_sinks
 from offmoe.models.token_attention import TokenAttention, set_token_attention, token_attention
 

@@ -33,6 +33,7 @@ from offmoe.models.expert_map import map_experts, streamed_parameters
 from offmoe.models.loaded import LoadedModel, attach_all
 from offmoe.models.native import NativeModules
 from offmoe.models.native_attention import swap_attention
+from offmoe.models.native_latent import swap_latents
 from offmoe.models.native_layer import swap_layers
 from offmoe.models.native_mlp import swap_mlps
 from offmoe.models.native_model import swap_decoders
@@ -236,6 +237,7 @@ def _swap_modules(model: PreTrainedModel, serving: Serving, kernels: CpuKernels 
     native.swap_simple(model)
     swap_mlps(native, model)
     swap_attention(native, model)
+    swap_latents(native, model)
     swap_moe(native, model)
     swap_layers(native, model)
     swap_decoders(native, model)

@@ -21,9 +21,9 @@ from transformers.utils import ModelOutput
 from offmoe.models.angles import AngleTable
 from offmoe.models.kv_cache import PreallocatedLayer, SlidingLayer
 from offmoe.models.native import NativeModules
-from offmoe.models.native_attention import mask_sees_all
 from offmoe.models.native_layer import LayerStep, step_of
 from offmoe.models.native_run import LayerRun, find_runs
+from offmoe.models.native_token import mask_sees_all
 
 _KIND = "decoders"
 # Tokens that the decoder computes itself while it is looked at.

@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from offmoe.models.native import agree
-from offmoe.models.native_attention import mask_sees_all
+from offmoe.models.native_token import mask_sees_all
 from offmoe.models.token_attention import token_attention
 
 SINKS = "offmoe_sinks"

@@ -99,6 +99,8 @@ class CpuKernels:
 
     def __init__(self, library: ctypes.CDLL, level: str, level_idx: int, num_threads: int, spin_us: int) -> None:
         self.level, self.num_threads = level, num_threads
+        # Not in a library that was built before there was such a function, and that does all else.
+        self.attends_to_latents = hasattr(library, "offmoe_latent")
         self._rounds_activations = False
         self._library: ctypes.CDLL | _Closed = library
         self._handle = library.offmoe_open(level_idx, num_threads, spin_us)
@@ -197,6 +199,10 @@ class CpuKernels:
     def run_attend(self, address: int) -> None:
         """A `structs.Attend`; see decode.py. Raises MemoryError."""
         self._call(self._library.offmoe_attend, address, "a token's attention")
+
+    def run_latent(self, address: int) -> None:
+        """A `structs.Latent`; see latent.py. Raises MemoryError."""
+        self._call(self._library.offmoe_latent, address, "a token's attention to latents")
 
     def run_layer(self, address: int) -> None:
         """A `structs.Layer`; see layer.py. Raises MemoryError."""

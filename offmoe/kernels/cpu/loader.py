@@ -97,6 +97,8 @@ def _library() -> ctypes.CDLL:
     library.offmoe_close.argtypes = (ctypes.c_void_p,)
     for name in ("experts", "linear", "norm", "attend", "layer", "run"):
         getattr(library, f"offmoe_{name}").argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    if hasattr(library, "offmoe_latent"):
+        library.offmoe_latent.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     library.offmoe_run.restype = ctypes.c_int64
     library.offmoe_route.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     library.offmoe_route.restype = None

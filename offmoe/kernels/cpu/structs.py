@@ -95,6 +95,18 @@ class Attend(ctypes.Structure):
     )  # fmt: skip
 
 
+class Latent(ctypes.Structure):
+    """One token's attention to latents; strides in bytes."""
+
+    _fields_ = (
+        ("query", c_void_p), ("compressed", c_void_p), ("norm", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
+        ("keys", c_void_p), ("values", c_void_p), ("cache", c_void_p), ("output", c_void_p),
+        ("num_heads", c_int64), ("key_width", c_int64), ("rotated", c_int64), ("latent", c_int64),
+        ("value_width", c_int64), ("row_bytes", c_int64), ("num_rows", c_int64),
+        ("eps", c_float), ("scale", c_float), ("norm_kind", c_int32), ("rotation", c_int32), ("type", c_int32),
+    )  # fmt: skip
+
+
 class Route(ctypes.Structure):
     """From logits to experts and their weights."""
 

@@ -110,6 +110,29 @@ struct Attend {
     int32_t norm_kind, type;
 };
 
+// Which numbers turn with each other, and where they go: a half with the other half; neighbours, apart into halves;
+// neighbours, as complex numbers of float32 that are rounded at the end alone.
+enum Rotation : int32_t { HALVES = 0, APART = 1, PAIRS = 2 };
+constexpr int64_t kMostRotated = 512;
+
+// One token's attention to latents: norms its latent, rotates its key and each head's query, appends latent and key to
+// the cache as its last row, and attends to all `num_rows` rows. All of `type` but the angles.
+struct Latent {
+    const void* query;       // (heads, key_width + rotated)
+    const void* compressed;  // (latent + rotated): the token's, latent and key as they were projected
+    const void* norm;        // (latent)
+    const float* cos;        // (rotated / 2)
+    const float* sin;
+    const Matrix* keys;    // a head each, (latent, key_width): from the query's part to what meets latents
+    const Matrix* values;  // a head each, (value_width, latent)
+    void* cache;           // the first row that is attended to: a latent, and behind it its rotated key
+    void* output;          // (heads, value_width)
+    int64_t num_heads, key_width, rotated, latent, value_width;
+    int64_t row_bytes, num_rows;
+    float eps, scale;
+    int32_t norm_kind, rotation, type;
+};
+
 // How a router turns logits into experts and their weights: scores of all, the best top_k of them (of corrected scores,
 // where there is a correction, in the best groups), their scores divided by the sum, times `scale`. All in float32.
 enum Scoring : int32_t { SOFTMAX = 0, SIGMOID = 1, SOFTMAX_OF_CHOSEN = 2 };

@@ -41,6 +41,7 @@ int32_t run_experts(Pool& pool, const Level& level, Workspace& space, const Call
 int32_t run_linear(Pool& pool, const Level& level, Workspace& space, const Linear& call);
 int32_t run_norm(const Level& level, Workspace& space, const Norm& call);
 int32_t run_attend(Pool& pool, const Level& level, Workspace& space, const Attend& call);
+int32_t run_latent(Pool& pool, const Level& level, Workspace& space, const Latent& call);
 int32_t run_layer(Pool& pool, const Level& level, Workspace& space, const Layer& call);
 // Ends before the experts of the first layer that lacks one, whose number it returns; else `call.end`. -1: no memory.
 int64_t run_run(Pool& pool, const Level& level, Workspace& space, const Run& call);

@@ -114,6 +114,12 @@ int32_t offmoe_attend(void* handle, const offmoe::Attend* call) {
     return offmoe::run_attend(kernels.pool, kernels.level, kernels.space, *call);
 }
 
+int32_t offmoe_latent(void* handle, const offmoe::Latent* call) {
+    Kernels& kernels = *static_cast<Kernels*>(handle);
+    std::lock_guard<std::mutex> lock(kernels.pool.calls());
+    return offmoe::run_latent(kernels.pool, kernels.level, kernels.space, *call);
+}
+
 int32_t offmoe_layer(void* handle, const offmoe::Layer* call) {
     Kernels& kernels = *static_cast<Kernels*>(handle);
     std::lock_guard<std::mutex> lock(kernels.pool.calls());
