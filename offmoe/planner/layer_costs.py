@@ -31,14 +31,11 @@ _LONGEST = frozenset({
 _LONG_FACTOR, _LONGEST_FACTOR = 1.5, 3.0
 
 
-def layer_cost(model_type: str, costs: LayerCosts, *, has_latents: bool = False) -> tuple[float, float]:
-    """Seconds of one layer of the family, beside its bytes; and of a token, beside its layers. `has_latents`: it
-    attends to latents (measured on DeepSeek-V2-Lite's layers: 2.0 ms where `modules_s` was 0.5).
-    """
+def layer_cost(model_type: str, costs: LayerCosts) -> tuple[float, float]:
+    """Seconds of one layer of the family, beside its bytes; and of a token, beside its layers."""
     if model_type in WHOLE:
         return costs.whole_s, costs.whole_token_s
-    is_longest = model_type in _LONGEST or has_latents
-    factor = _LONGEST_FACTOR if is_longest else _LONG_FACTOR if model_type in _LONG else 1.0
+    factor = _LONGEST_FACTOR if model_type in _LONGEST else _LONG_FACTOR if model_type in _LONG else 1.0
     return factor * costs.modules_s, costs.token_s
 
 

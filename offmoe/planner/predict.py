@@ -72,7 +72,7 @@ def _decode_on_cpu(
     off_lines = facts.is_off_lines and plan.num_slots < plan.num_experts
     rate = faster * record.cpu_rate(facts.expert_kind, off_lines=off_lines)
     operations, weights = latent_work(facts.config, num_tokens)
-    layer_s, token_s = layer_cost(facts.model_type, costs, has_latents=operations > 0)
+    layer_s, token_s = layer_cost(facts.model_type, costs)
     steps = [
         _read("resident weights", facts.dense_bytes, faster * record.cpu_rate("bf16")),
         _read(f"experts ({facts.expert_kind})", facts.routed_bytes, rate),
