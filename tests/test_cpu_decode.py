@@ -122,6 +122,8 @@ class Case:
         # Several chunks of rows, and groups of 15 and of 8 heads: each number of heads that is computed together.
         {"num_heads": 15, "num_groups": 1, "num_rows": 700, "has_sinks": True},
         {"num_heads": 16, "width": 128, "num_angles": 128, "num_rows": 257},
+        # More rows than 64 chunks of 256.
+        {"num_heads": 1, "num_groups": 1, "width": 16, "num_angles": 16, "num_rows": 16500},
     ],
     ids=str,
 )  # fmt: skip

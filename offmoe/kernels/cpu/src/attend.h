@@ -239,11 +239,11 @@ void attend_heads(const Attend& a, int64_t group, int64_t head, int64_t first_ro
 }
 
 // The heads that share the keys and values of `group`, and chunk number `chunk` of them. `query`: all heads, padded
-// widths; `parts`: of all chunks; `scores`: kScoreFloats.
+// widths; `parts`: of all chunks; `scores`: score_floats.
 template <int32_t TYPE>
 void attend_chunk(const Attend& a, int64_t group, int64_t chunk, const float* query, float* parts, float* scores) {
-    const int64_t heads = a.num_heads / a.num_groups, first_row = chunk * kChunkRows;
-    const int64_t num_rows = std::min(kChunkRows, a.num_rows - first_row);
+    const int64_t heads = a.num_heads / a.num_groups, first_row = chunk * chunk_rows(a);
+    const int64_t num_rows = std::min(chunk_rows(a), a.num_rows - first_row);
     float* own = parts + chunk * a.num_heads * part_floats(a);
     int64_t head = group * heads;
     const int64_t end = head + heads;

@@ -28,8 +28,8 @@ public:
         const int64_t all_heads = call.num_heads + call.num_groups;
         heads_ = floats(space.inputs, all_heads * width_);
         small_ = floats(space.hidden, in_vectors(std::max(call.norm_width, call.num_heads * call.width)) * 2 + 2 * in_vectors(call.num_angles));
-        scores_ = floats(space.outputs, kScoreFloats * pool.num_threads() + num_chunks(call) * call.num_heads * part_floats_);
-        parts_ = scores_ + kScoreFloats * pool.num_threads();
+        scores_ = floats(space.outputs, score_floats(call) * pool.num_threads() + num_chunks(call) * call.num_heads * part_floats_);
+        parts_ = scores_ + score_floats(call) * pool.num_threads();
     }
 
     bool has_memory() const { return heads_ && small_ && scores_; }
@@ -39,7 +39,7 @@ public:
 
     void run(int32_t, int64_t task, int32_t worker) override {
         const int64_t chunks = num_chunks(call_);
-        level_.attend(call_, task / chunks, task % chunks, heads_, parts_, scores_ + worker * kScoreFloats);
+        level_.attend(call_, task / chunks, task % chunks, heads_, parts_, scores_ + worker * score_floats(call_));
     }
 
     // The parts of all chunks to the output.

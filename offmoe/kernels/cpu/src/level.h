@@ -23,7 +23,7 @@ struct Level {
                      float* out);
     void (*rotate)(float* head, const float* cos, const float* sin, int64_t rotary, int64_t num_angles, int32_t type);
     // attend.h: the heads that share the keys and values of `group`, and chunk number `chunk` of those. `query`: of all
-    // heads, padded; `parts`: of all chunks and heads; `scores`: kScoreFloats.
+    // heads, padded; `parts`: of all chunks and heads; `scores`: score_floats.
     void (*attend)(const Attend& attend, int64_t group, int64_t chunk, const float* query, float* parts, float* scores);
 };
 
