@@ -13,8 +13,10 @@ import inspect
 import itertools
 import threading
 import types
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from transformers import PreTrainedModel
 
 from offmoe.generation.grouped_attention import group_attention
 from offmoe.models.seam import define_experts_operator, is_observed
+from offmoe.models.stand_ins import captured
 from offmoe.models.static_cache import StaticKv
 
 # A lowering takes a graph and example inputs and returns what runs it: a torch.compile backend.
@@ -75,6 +78,7 @@ class CompiledStep:
     def __init__(self, model: PreTrainedModel, static: StaticKv, lower: Lowering) -> None:
         define_experts_operator()
         self.static = static
+        self._model = weakref.ref(model)
         self.on_cuda = static.position.is_cuda
         self._ids = torch.zeros((1, 1), dtype=torch.long, device=static.position.device)
         torch._dynamo.mark_static_address(self._ids)
@@ -94,10 +98,11 @@ class CompiledStep:
     @torch.inference_mode()
     def compile(self) -> None:
         """Compile without running anything. Raises whatever torch.compile raises."""
-        try:
+        model = self._model()
+        assert model is not None, "closed"
+        with captured(model), suppress(_Compiled):
             self._function()
-        except _Compiled:
-            self._backend.only_compile = False
+        self._backend.only_compile = False
 
     def close(self) -> None:
         """Let go of what was compiled. A compilation under way fails at its next stage."""

@@ -23,6 +23,7 @@ from offmoe.models.native import NativeModules, find_norm, make_linear
 from offmoe.models.native_attention import AttentionStep
 from offmoe.models.native_hooks import Hooks, without_hooks
 from offmoe.models.native_moe import MoeStep
+from offmoe.models.stand_ins import stand_in
 
 _KIND = "layers"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -102,18 +103,12 @@ class _Notes:
     def parts(self) -> tuple[nn.Module, nn.Module, nn.Module] | None:
         """Both norms and the block, where the layer is norm, attention, sum, norm, block, sum."""
         children = list(self._layer.children())
-        before = [child.__dict__.get("forward") for child in children]
-        for child in children:
-            child.__dict__["forward"] = self._noting(child, child.forward)
+        forward = type(self._layer).forward
         try:
-            output = type(self._layer).forward(self._layer, self._x, use_cache=True, position_ids=None, **self._given)
+            with stand_in({child: self._noting(child, child.forward) for child in children}):
+                output = forward(self._layer, self._x, use_cache=True, position_ids=None, **self._given)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
             return None
-        finally:
-            for child, forward in zip(children, before, strict=True):
-                child.__dict__.pop("forward")
-                if forward is not None:
-                    child.__dict__["forward"] = forward
         return self._read(output)
 
     def _noting(self, child: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ from offmoe.models.native import NativeModules
 from offmoe.models.native_layer import LayerStep, step_of
 from offmoe.models.native_run import LayerRun, find_runs
 from offmoe.models.native_token import mask_sees_all
+from offmoe.models.stand_ins import stand_in
 
 _KIND = "decoders"
 # Tokens that the decoder computes itself while it is looked at.
@@ -147,8 +148,11 @@ class DecoderStep:
     def _check(self, kwargs: dict[str, Any]) -> Any:
         """The decoder's own code, looked at; where its modules are called in another way, it stays."""
         children = [child for child in self.module.children() if not isinstance(child, nn.ModuleList)]
-        calls = _Calls([*children, *self._layers])
-        with_notes = calls.run(lambda: self._original(self.module, **kwargs))
+        calls = _Calls()
+        with stand_in({module: calls.noting(module) for module in (*children, *self._layers)}) as are_noted:
+            with_notes = self._original(self.module, **kwargs)
+        if not are_noted:
+            return with_notes
         self._way = calls.read(self._layers, kwargs, with_notes, slides=self._slides)
         self._checks_left -= 1
         if self._way is None:
@@ -191,26 +195,15 @@ class _Way:
 
 
 class _Calls:
-    """Notes every call of `modules`, with what it was given and what it answered."""
+    """Calls of modules, with what each was given and what it answered."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
+    def __init__(self) -> None:
         self._calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
 
-    def run(self, call: Callable[[], Any]) -> Any:
-        """What `call` returns."""
-        before = [vars(module).get("forward") for module in self._modules]
-        for module in self._modules:
-            vars(module)["forward"] = self._noting(module, module.forward)
-        try:
-            return call()
-        finally:
-            for module, forward in zip(self._modules, before, strict=True):
-                # None: it was put back meanwhile, since its attention failed its comparison.
-                if vars(module).pop("forward", None) is not None and forward is not None:
-                    vars(module)["forward"] = forward
+    def noting(self, module: nn.Module) -> Callable[..., Any]:
+        """The module's forward, but it notes its calls."""
+        forward = module.forward
 
-    def _noting(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def note(*args: Any, **kwargs: Any) -> Any:
             answer = forward(*args, **kwargs)
             self._calls.append((module, args, kwargs, answer))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from offmoe.models.call_trace import Call, LayerTrace, find_tensor, same_values, tensors_in
+from offmoe.models.stand_ins import stand_in
 
 
 class Side:
@@ -164,7 +165,9 @@ class Tail:
     scores_idx: int | None = None
 
     def expert_ids(self, state: torch.Tensor, side: Side) -> torch.Tensor | None:
-        """(T, *X) -> (T, K); None when the state has another form or a side value is not there."""
+        """(T, *X) -> (T, K); None when the state has another form, a side value is not there, or the model is being
+        captured and its block would have to be asked.
+        """
         last = self.steps[-1]
         if last.output_idx is None:
             return self._ids_from_block(state, side)
@@ -213,14 +216,12 @@ class Tail:
         def leave(*args: Any, **kwargs: Any) -> torch.Tensor:
             raise _IdsKnownError(ids_given_to_experts(args, kwargs))
 
-        assert "forward" not in vars(self.experts), f"{type(self.experts).__name__} is served by something else"
-        vars(self.experts)["forward"] = leave
-        try:
-            self.answer(state, side)
-        except _IdsKnownError as known:
-            return known.expert_ids.reshape(state.shape[0], -1)
-        finally:
-            del vars(self.experts)["forward"]
+        with stand_in({self.experts: leave}) as may_ask:
+            try:
+                if may_ask:
+                    self.answer(state, side)
+            except _IdsKnownError as known:
+                return known.expert_ids.reshape(state.shape[0], -1)
         return None
 
 

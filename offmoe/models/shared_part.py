@@ -13,6 +13,7 @@ import torch
 
 from offmoe.models.call_trace import Call, LayerTrace, tensors_in
 from offmoe.models.predictor import Side, Tail, find_tail
+from offmoe.models.stand_ins import stand_in
 
 _NOT_CALLABLE = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
 # Of the largest number in a layer's output: how far the state plus the block's answer may be from it (rounding).
@@ -62,16 +63,9 @@ def _without_experts(tail: Tail, side: Side, state_TX: torch.Tensor) -> torch.Te
     def zeros(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros_like(hidden)
 
-    held, block = vars(tail.experts), vars(tail.steps[-1].module)
-    assert "forward" not in held, f"{type(tail.experts).__name__} is served by something else"
-    stand_in = block.pop("forward", None)  # native code would go to the experts' executor
-    held["forward"] = zeros
-    try:
-        answer = tail.answer(state_TX, side)
-    finally:
-        del held["forward"]
-        if stand_in is not None:
-            block["forward"] = stand_in
+    # The block's own code: native code would go to the experts' executor.
+    with stand_in({tail.experts: zeros, tail.steps[-1].module: None}) as may_ask:
+        answer = tail.answer(state_TX, side) if may_ask else None
     return None if answer is None else _first_like(answer, state_TX)
 
 

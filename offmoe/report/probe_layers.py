@@ -31,6 +31,7 @@ from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.models.native_layer import LayerStep
 from offmoe.models.native_model import DecoderStep
 from offmoe.models.native_moe import MoeStep
+from offmoe.models.stand_ins import stand_in
 
 PROMPT = list(range(1, 17))
 # Tokens a round; the first ones, in which modules check themselves, do not count.
@@ -206,16 +207,12 @@ def _layer_times(engine: Engine, cold: torch.Tensor | None) -> tuple[float, floa
 @contextmanager
 def _module_by_module(model: nn.Module) -> Iterator[None]:
     """Within: no layer, no block of experts and no run of layers is computed whole."""
-    swapped = {
-        module: module.__dict__.pop("forward")
-        for module in model.modules()
-        if isinstance(getattr(module.__dict__.get("forward"), "__self__", None), (DecoderStep, LayerStep, MoeStep))
-    }
-    try:
+    whole = [
+        module for module in model.modules()
+        if isinstance(getattr(vars(module).get("forward"), "__self__", None), (DecoderStep, LayerStep, MoeStep))
+    ]  # fmt: skip
+    with stand_in(dict.fromkeys(whole)):
         yield
-    finally:
-        for module, forward in swapped.items():
-            module.__dict__["forward"] = forward
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
