@@ -40,14 +40,14 @@ inline float half_of_power(uint8_t exponent) {
 }
 
 inline float f16_at(const uint8_t* address) {
+#if defined(__F16C__)
+    return _cvtsh_ss(load<uint16_t>(address));
+#else
     U16x16 half = {};
     half[0] = load<uint16_t>(address);
     return from_f16(half)[0];
+#endif
 }
-
-inline U32x16 wide_bytes(const uint8_t* address) { return __builtin_convertvector(load<U8x16>(address), U32x16); }
-
-inline F32x16 to_floats(U32x16 codes) { return __builtin_convertvector(bits<I32x16>(codes), F32x16); }
 
 }  // namespace
 }  // namespace offmoe

@@ -8,119 +8,44 @@
 //   Weights widen(bytes)                  32 signed bytes, divided by kScale
 //   Weights widen_fp8(codes)              32 numbers of e4m3, divided by kFp8Scale
 //   Weights dense<KIND>(from)             32 dense ones
+//   U8x32 nibbles(codes)                  of 16 bytes: the low ones, then the high ones
+//   I8x32 e2m1_twice(nibbles)             numbers
+//   Weights of_table<KIND>(nibbles)       what 32 nibbles mean (twice e2m1), with kTables; others come by way of `widen`
 //   Vec dot(weights, x)                   sums of their products, in lanes
 //   Vec dot_halves(weights, x, a, b)      the same, the first 16 columns times a, the others times b
 //   Vec splat(number), float total(sums)  the lanes in one fixed order
-//   U8x32 nibbles(codes)                  of 16 bytes: the low ones, then the high ones
 //   int64_t place(kind, at)               which of the 32 the at-th float of x is multiplied with
+//   kSums, kMostRows                      what registers are enough for: sums of a row, rows at once
 #pragma once
-#include "general.h"
+#include "pieces.h"
 
 namespace offmoe {
 namespace {
-
-typedef uint8_t U8x32 __attribute__((vector_size(32)));
-typedef int8_t I8x32 __attribute__((vector_size(32)));
-
-constexpr int64_t kPiece = 32;
-
-constexpr bool is_dense(int32_t kind) { return kind <= DENSE_F16; }
-
-// Whether these kernels multiply it; others are left to the general ones.
-inline bool takes_codes(const Matrix& matrix) {
-    if (is_blocks(matrix.kind) || is_dense(matrix.kind)) return !matrix.transposed;
-    return (matrix.group % kPiece == 0 || matrix.group >= matrix.columns);
-}
-
-inline int64_t num_pieces(const Matrix& matrix) { return (matrix.columns + kPiece - 1) / kPiece; }
 
 // Bits move from byte to byte: to be masked.
 inline U8x32 shifted(U8x32 bytes, int count) { return bits<U8x32>(bits<U16x16>(bytes) >> count); }
 inline U8x32 times_16(U8x32 bytes) { return bits<U8x32>(bits<U16x16>(bytes) << 4); }  // of numbers below 16
 
-// Twice e2m1 by its four bits: 0 1 2 3 4 6 8 12 is the largest of three lines.
-inline I8x32 e2m1_twice(U8x32 nibble) {
-    const I8x32 magnitude = bits<I8x32>(nibble & 7), steep = magnitude + magnitude - 4, steeper = 4 * magnitude - 16;
-    const I8x32 some = magnitude > steep ? magnitude : steep, value = some > steeper ? some : steeper;
-    return bits<I8x32>(nibble) > 7 ? -value : value;
+constexpr bool is_nibbles(int32_t kind) {
+    return kind == INT4 || kind == MXFP4 || kind == Q4_0 || kind == MXFP4_BLOCKS || kind == Q4_K;
 }
 
-// A row's scales as floats, for kAtOnce pieces at a time, and what zero points come to with them.
-struct PieceScales {
-    static constexpr int64_t kAtOnce = 64;
-
-    explicit PieceScales(const Matrix& matrix, int64_t row)
-        : matrix(matrix), row(row), from(scales_of(matrix, row)),
-          pieces_a_group(matrix.group >= matrix.columns ? num_pieces(matrix) : matrix.group / kPiece) {}
-
-    // Of `count` pieces from `first` on, a multiple of kAtOnce. `bias` is taken from the codes already.
-    template <bool LESS>
-    void load_from(int64_t first, int64_t count, int64_t bias) {
-        const int64_t whole = pieces_a_group == 1 && (!LESS || matrix.zeros_packed) ? count / kLanes * kLanes : 0;
-        for (int64_t i = 0; i < whole; i += kLanes) {
-            sixteen(first + i, scale + i);
-            if constexpr (LESS) sixteen_zeros(first + i, static_cast<float>(bias), scale + i, less + i);
-        }
-        int64_t group = (first + whole) / pieces_a_group, left = (group + 1) * pieces_a_group - first - whole;
-        for (int64_t i = whole; i < count; ++group, left = pieces_a_group) {
-            const float one = scale_at(matrix, from, group);
-            const float zeros = LESS ? static_cast<float>(zero_at(matrix, row, group) - bias) * one : 0.0f;
-            for (; left > 0 && i < count; --left, ++i) {
-                scale[i] = one;
-                if constexpr (LESS) less[i] = zeros;
-            }
-        }
-    }
-
-    alignas(64) float scale[kAtOnce], less[kAtOnce];
-
-private:
-    // Plain loops: some compilers take vectors of 64 bytes apart where the processor's are smaller.
-    inline void sixteen(int64_t group, float* to) const {
-        if (matrix.scale_type == F32) {
-            std::memcpy(to, from + 4 * group, kLanes * sizeof(float));
-        } else if (matrix.scale_type == F16) {
-            const F32x16 some = from_f16(load<U16x16>(from + 2 * group));
-            std::memcpy(to, &some, sizeof some);
-        } else if (matrix.scale_type == BF16) {
-            for (int64_t i = 0; i < kLanes; ++i) to[i] = bits<float>(uint32_t{load<uint16_t>(from + 2 * (group + i))} << 16);
-        } else {
-            for (int64_t i = 0; i < kLanes; ++i) {
-                const uint32_t power = uint32_t{from[group + i]} << 23;
-                to[i] = bits<float>(power > 0x00400000u ? power : 0x00400000u);
-            }
-        }
-    }
-
-    inline void sixteen_zeros(int64_t group, float bias, const float* scales, float* to) const {
-        const int64_t width = code_bits(matrix.kind), per_word = 32 / width;
-        const uint8_t* words = matrix.zeros + row / per_word * matrix.zero_row_bytes + 4 * group;
-        const uint32_t shift = static_cast<uint32_t>(row % per_word * width), mask = (1u << width) - 1u;
-        for (int64_t i = 0; i < kLanes; ++i) {
-            const int32_t zero = static_cast<int32_t>((load<uint32_t>(words + 4 * i) >> shift) & mask);
-            to[i] = (static_cast<float>(zero) - bias) * scales[i];
-        }
-    }
-
-    const Matrix& matrix;
-    const int64_t row;
-    const uint8_t* const from;
-    const int64_t pieces_a_group;
-};
-
-// 32 codes as signed bytes; of a block of 256 columns the part-th 32. `zero` and `flip` are taken from the codes.
+// 32 nibbles; of a block of 256 columns the part-th 32.
 template <class Unit, int32_t KIND>
-inline I8x32 signed_bytes(const uint8_t* from, int part, int8_t zero, uint8_t flip) {
+inline U8x32 nibbles_of(const uint8_t* from, int part) {
+    if constexpr (KIND == Q4_K) return shifted(load<U8x32>(from + 16 + 32 * (part / 2)), 4 * (part & 1)) & 15;
+    else return Unit::nibbles(from + (KIND == Q4_0 ? 2 : KIND == MXFP4_BLOCKS ? 1 : 0));
+}
+
+// 32 codes as signed bytes. `flip` is taken from bytes.
+template <class Unit, int32_t KIND>
+inline I8x32 signed_bytes(const uint8_t* from, int part, uint8_t flip) {
     if constexpr (KIND == INT8) return bits<I8x32>(load<U8x32>(from) ^ flip);
-    if constexpr (KIND == INT4) return bits<I8x32>(Unit::nibbles(from)) - zero;
-    if constexpr (KIND == MXFP4) return Unit::e2m1_twice(Unit::nibbles(from));
     if constexpr (KIND == Q8_0) return load<I8x32>(from + 2);
-    if constexpr (KIND == Q4_0) return bits<I8x32>(Unit::nibbles(from + 2)) - 8;
-    if constexpr (KIND == MXFP4_BLOCKS) return Unit::e2m1_twice(Unit::nibbles(from + 1));
-    if constexpr (KIND == Q4_K || KIND == Q5_K) {
-        const U8x32 pairs = load<U8x32>(from + (KIND == Q5_K ? 48 : 16) + 32 * (part / 2));
-        const U8x32 low = shifted(pairs, 4 * (part & 1)) & 15;
-        if constexpr (KIND == Q4_K) return bits<I8x32>(low);
+    if constexpr (KIND == MXFP4 || KIND == MXFP4_BLOCKS) return Unit::e2m1_twice(nibbles_of<Unit, KIND>(from, part));
+    if constexpr (is_nibbles(KIND)) return bits<I8x32>(nibbles_of<Unit, KIND>(from, part)) - (KIND == Q4_K ? 0 : 8);
+    if constexpr (KIND == Q5_K) {
+        const U8x32 low = shifted(load<U8x32>(from + 48 + 32 * (part / 2)), 4 * (part & 1)) & 15;
         return bits<I8x32>(low | times_16(shifted(load<U8x32>(from + 16), part) & 1));
     }
     const int half = part / 4, quarter = part % 4;
@@ -129,33 +54,57 @@ inline I8x32 signed_bytes(const uint8_t* from, int part, int8_t zero, uint8_t fl
     return bits<I8x32>(low | times_16(high)) - 32;
 }
 
-// What a block's parts are multiplied with, and what the sums of x are: taken away.
+// What the parts of a block of 256 columns are multiplied with, and what the sums of x are: taken away. Or of up to eight
+// blocks of 32, with zeros after the last.
 template <int32_t KIND>
 struct BlockScales {
-    explicit BlockScales(const uint8_t* from) {
-        if constexpr (KIND == MXFP4_BLOCKS) scale[0] = half_of_power(from[0]);
-        if constexpr (KIND == Q4_0 || KIND == Q8_0) scale[0] = f16_at(from);
-        if constexpr (KIND == Q6_K) {
-            const F32x16 each = __builtin_convertvector(load<I8x16>(from + 192), F32x16) * f16_at(from + 208);
-            std::memcpy(scale, &each, sizeof each);
+    BlockScales(const uint8_t* from, int64_t count) {
+        if constexpr (block_columns(KIND) == kPiece) {
+            if (count >= 8) set(0, small_blocks(from));
+            else for (int64_t i = 0; i < 8; ++i) scale[i] = i < count ? small_block(from + i * block_bytes(KIND)) : 0.0f;
         }
-        if constexpr (KIND == Q4_K || KIND == Q5_K) {
+        if constexpr (KIND == Q6_K) {
+            const float all = f16_at(from + 208);
+            set(0, eight_signed(load<uint64_t>(from + 192)) * all);
+            set(8, eight_signed(load<uint64_t>(from + 200)) * all);
+        }
+        if constexpr (KIND == Q4_K || KIND == Q5_K) {  // eight scales, eight minima
             uint32_t packed[4];
             six_bits(from + 4, packed);
-            const F32x16 both = to_floats(wide_bytes(reinterpret_cast<const uint8_t*>(packed)));
-            std::memcpy(scale, &both, sizeof both);  // eight scales, eight minima
-            const float all = f16_at(from), least = f16_at(from + 2);
-            for (int i = 0; i < 8; ++i) scale[i] *= all;
-            for (int i = 8; i < 16; ++i) scale[i] *= least;
+            set(0, eight_unsigned(packed[0] | uint64_t{packed[1]} << 32) * f16_at(from));
+            set(8, eight_unsigned(packed[2] | uint64_t{packed[3]} << 32) * f16_at(from + 2));
+        }
+    }
+
+    inline void set(int at, F32x8 numbers) { std::memcpy(scale + at, &numbers, sizeof numbers); }
+
+    static inline float small_block(const uint8_t* from) {
+        return KIND == MXFP4_BLOCKS ? half_of_power(from[0]) : f16_at(from);
+    }
+
+    static inline F32x8 small_blocks(const uint8_t* from) {
+        constexpr int64_t size = block_bytes(KIND);
+        if constexpr (KIND == MXFP4_BLOCKS) {
+            uint64_t four[2];
+            for (int i = 0; i < 2; ++i, from += 4 * size)
+                four[i] = (from[0] | uint64_t{from[size]} << 8) | (uint64_t{from[2 * size]} << 16 | uint64_t{from[3 * size]} << 24);
+            return eight_half_powers(four[0] | four[1] << 32);
+        } else {
+            U16x8 halves;
+            OFFMOE_UNROLL
+            for (int i = 0; i < 8; ++i) halves[i] = load<uint16_t>(from + i * size);
+            return eight_f16(halves);
         }
     }
 
     alignas(64) float scale[16];
 };
 
+inline int64_t whole_eights(int64_t count) { return (count + 7) / 8 * 8; }
+
 inline int64_t coded_prepared_bytes(const Matrix& matrix, int32_t type) {
     if (!takes_codes(matrix)) return general_prepared_bytes(matrix, type);
-    return (num_pieces(matrix) * (kPiece + 1) * 4 + 63) / 64 * 64;
+    return ((num_pieces(matrix) * kPiece + whole_eights(num_pieces(matrix))) * 4 + 63) / 64 * 64;
 }
 
 template <class Unit>
@@ -169,8 +118,9 @@ void coded_prepare(const Matrix& matrix, int32_t type, const float* x, void* pre
         column_at[at] = in_nibbles(matrix) ? place % 16 * 2 + place / 16 : place;
     }
     // A power of two, and in x, as scales may be the smallest numbers that there are.
-    float unit = matrix.kind == FP8 ? Unit::kFp8Scale : matrix.kind == MXFP4 ? Unit::kScale * 0.5f : Unit::kScale;
-    if (is_dense(matrix.kind)) unit = 1.0f;
+    float unit = matrix.kind == FP8 ? Unit::kFp8Scale : Unit::kScale;
+    if (is_dense(matrix.kind) || (Unit::kTables && is_nibbles(matrix.kind))) unit = 1.0f;
+    if (matrix.kind == MXFP4) unit *= 0.5f;  // of twice the numbers
     for (int64_t piece = 0; piece < count; ++piece, out += kPiece) {
         float last[kPiece] = {};
         const int64_t begin = piece * kPiece, left = matrix.columns - begin;
@@ -178,49 +128,82 @@ void coded_prepare(const Matrix& matrix, int32_t type, const float* x, void* pre
         for (int64_t at = 0; at < kPiece; ++at) out[at] = last[column_at[at]] * unit;
         sums[piece] = sum(load<F32x16>(last) + load<F32x16>(last + kLanes));
     }
+    for (int64_t piece = count; piece < whole_eights(count); ++piece) sums[piece] = 0.0f;
 }
 
-// T rows of x and what they come to with one row of weights, piece after piece.
-template <class Unit, int T>
+// T rows of x and what they come to with one row of weights, piece after piece. Pieces go to the Unit's kSums sums by turns,
+// which need not wait for each other: `turn` is the piece's number, constant where loops are unrolled.
+template <class Unit, int32_t KIND, int T>
 struct RowSums {
-    RowSums(const void* const* x, int64_t num_pieces) : num_columns(num_pieces * kPiece) {
+    static constexpr int kSums = Unit::kSums;
+
+    RowSums(const void* const* x, int64_t num_pieces) : sums_at(num_pieces * kPiece) {
         for (int t = 0; t < T; ++t) xs[t] = static_cast<const float*>(x[t]);
     }
 
-    inline void add(const typename Unit::Weights& w, int64_t piece, float scale) {
+    inline void add(const typename Unit::Weights& w, int64_t piece, int64_t turn, float scale) {
         OFFMOE_UNROLL
-        for (int t = 0; t < T; ++t) sums[t] += Unit::dot(w, xs[t] + piece * kPiece) * Unit::splat(scale);
+        for (int t = 0; t < T; ++t) sums[turn % kSums][t] += Unit::dot(w, xs[t] + piece * kPiece) * Unit::splat(scale);
     }
 
-    inline void add(const typename Unit::Weights& w, int64_t piece) {
+    inline void add(const typename Unit::Weights& w, int64_t piece, int64_t turn) {
         OFFMOE_UNROLL
-        for (int t = 0; t < T; ++t) sums[t] += Unit::dot(w, xs[t] + piece * kPiece);
+        for (int t = 0; t < T; ++t) sums[turn % kSums][t] += Unit::dot(w, xs[t] + piece * kPiece);
     }
 
-    inline void add_halves(const typename Unit::Weights& w, int64_t piece, const float* scales) {
+    inline void add_halves(const typename Unit::Weights& w, int64_t piece, int64_t turn, const float* scales) {
         OFFMOE_UNROLL
-        for (int t = 0; t < T; ++t) sums[t] += Unit::dot_halves(w, xs[t] + piece * kPiece, scales[0], scales[1]);
+        for (int t = 0; t < T; ++t)
+            sums[turn % kSums][t] += Unit::dot_halves(w, xs[t] + piece * kPiece, scales[0], scales[1]);
     }
 
-    inline void take(int64_t piece, float less) {
+    // What zero points or minima of eight pieces come to.
+    inline void take(int64_t piece, const float* less) {
         OFFMOE_UNROLL
-        for (int t = 0; t < T; ++t) taken[t] += less * xs[t][num_columns + piece];
+        for (int t = 0; t < T; ++t) taken[t] += load<F32x8>(less) * load<F32x8>(xs[t] + sums_at + piece);
     }
 
     inline void store(float* out, int64_t stride) const {
         OFFMOE_UNROLL
-        for (int t = 0; t < T; ++t) out[t * stride] = Unit::total(sums[t]) - taken[t];
+        for (int t = 0; t < T; ++t) {
+            float less = 0.0f;
+            for (int lane = 0; lane < 8; ++lane) less += taken[t][lane];
+            const typename Unit::Vec sum = kSums == 1 ? sums[0][t] : sums[0][t] + sums[kSums - 1][t];
+            out[t * stride] = Unit::total(sum) - less;
+        }
     }
 
     const float* xs[T];
-    const int64_t num_columns;
-    typename Unit::Vec sums[T] = {};
-    float taken[T] = {};
+    const int64_t sums_at;
+    typename Unit::Vec sums[kSums][T] = {};
+    F32x8 taken[T] = {};
 };
 
+// 32 codes for `RowSums`.
+template <class Unit, int32_t KIND>
+inline typename Unit::Weights weights_of(const uint8_t* from, int part, uint8_t flip) {
+    if constexpr (KIND == FP8) return Unit::widen_fp8(load<U8x32>(from));
+    else if constexpr (Unit::kTables && is_nibbles(KIND)) return Unit::template of_table<KIND>(nibbles_of<Unit, KIND>(from, part));
+    else return Unit::widen(signed_bytes<Unit, KIND>(from, part, flip));
+}
+
+constexpr int64_t kNear = 2048, kFar = 16384, kRowsAhead = 4;
+
+// Far ahead only for rows that are read faster than codes are computed.
+template <int32_t KIND>
 inline void prefetch_codes(const uint8_t* from) {
-    __builtin_prefetch(from + 16384, 0, 2);
-    __builtin_prefetch(from + 2048, 0, 3);
+    if constexpr (is_dense(KIND)) __builtin_prefetch(from + kFar, 0, 2);
+    __builtin_prefetch(from + kNear, 0, 3);
+}
+
+// The first codes and scales of rows [begin, end), which nobody asked for yet.
+inline void prefetch_rows(const Matrix& matrix, int64_t begin, int64_t end) {
+    const int64_t num_rows = end - begin, codes = matrix.row_bytes * num_rows, scales = matrix.scale_row_bytes * kRowsAhead;
+    const uint8_t* from = matrix.codes + begin * matrix.row_bytes;
+    for (int64_t at = 0; at < codes && at < kFar; at += 64) __builtin_prefetch(from + at, 0, 2);
+    if (is_dense(matrix.kind) || is_blocks(matrix.kind)) return;
+    from = scales_of(matrix, begin);
+    for (int64_t at = 0; at < scales; at += 64) __builtin_prefetch(from + at, 0, 3);
 }
 
 template <class Unit, int32_t KIND, int T>
@@ -228,35 +211,45 @@ void dense_row(const Matrix& matrix, int64_t row, const void* const* x, float* o
     constexpr int64_t kBytes = kPiece * code_bits(KIND) / 8;
     const int64_t whole = matrix.columns / kPiece;
     const uint8_t* from = matrix.codes + row * matrix.row_bytes;
-    RowSums<Unit, T> sums(x, num_pieces(matrix));
-    for (int64_t piece = 0; piece < whole; ++piece, from += kBytes) {
-        for (int64_t line = 0; line < kBytes; line += 64) prefetch_codes(from + line);
-        sums.add(Unit::template dense<KIND>(from), piece);
+    RowSums<Unit, KIND, T> sums(x, num_pieces(matrix));
+    const auto add = [&](const uint8_t* numbers, int64_t piece, int64_t turn) {
+        sums.add(Unit::template dense<KIND>(numbers), piece, turn);
+    };
+    int64_t piece = 0;
+    for (; piece + 2 <= whole; piece += 2, from += 2 * kBytes) {
+        for (int64_t line = 0; line < 2 * kBytes; line += 64) prefetch_codes<KIND>(from + line);
+        add(from, piece, 0);
+        add(from + kBytes, piece + 1, 1);
     }
+    if (piece < whole) add(from, piece, 0);
     if (whole < num_pieces(matrix)) {
         alignas(64) uint8_t last[kBytes] = {};
-        std::memcpy(last, from, row_code_bytes(matrix) - whole * kBytes);
-        sums.add(Unit::template dense<KIND>(last), whole);
+        std::memcpy(last, from + (whole - piece) * kBytes, row_code_bytes(matrix) - whole * kBytes);
+        if (whole % 2) add(last, whole, 1);
+        else add(last, whole, 0);
     }
     sums.store(out, stride);
 }
 
-// GGUF's blocks of 32 or 256 columns.
+// GGUF's blocks of 32 or 256 columns, eight pieces at a time.
 template <class Unit, int32_t KIND, int T>
 void block_row(const Matrix& matrix, int64_t row, const void* const* x, float* out, int64_t stride) {
-    constexpr int kParts = block_columns(KIND) == 256 ? 8 : 1;
-    RowSums<Unit, T> sums(x, num_pieces(matrix));
+    constexpr bool kSmall = block_columns(KIND) == kPiece;
+    constexpr int64_t kBytes = block_bytes(KIND) * (kSmall ? 8 : 1);
+    const int64_t count = num_pieces(matrix);
+    RowSums<Unit, KIND, T> sums(x, count);
     const uint8_t* from = matrix.codes + row * matrix.row_bytes;
-    for (int64_t piece = 0; piece < num_pieces(matrix); piece += kParts, from += block_bytes(KIND)) {
-        for (int64_t line = 0; line < block_bytes(KIND); line += 64) prefetch_codes(from + line);
-        const BlockScales<KIND> scales(from);
+    for (int64_t piece = 0; piece < count; piece += 8, from += kBytes) {
+        for (int64_t line = 0; line < kBytes; line += 64) prefetch_codes<KIND>(from + line);
+        const BlockScales<KIND> scales(from, count - piece);
         OFFMOE_UNROLL
-        for (int part = 0; part < kParts; ++part) {
-            const typename Unit::Weights w = Unit::widen(signed_bytes<Unit, KIND>(from, part, 0, 0));
-            if constexpr (KIND == Q6_K) sums.add_halves(w, piece + part, scales.scale + 2 * part);
-            else sums.add(w, piece + part, scales.scale[part]);
-            if constexpr (KIND == Q4_K || KIND == Q5_K) sums.take(piece + part, scales.scale[8 + part]);
+        for (int part = 0; part < 8; ++part) {
+            if (kSmall && piece + part >= count) break;
+            const auto w = weights_of<Unit, KIND>(kSmall ? from + part * block_bytes(KIND) : from, kSmall ? 0 : part, 0);
+            if constexpr (KIND == Q6_K) sums.add_halves(w, piece + part, part, scales.scale + 2 * part);
+            else sums.add(w, piece + part, part, scales.scale[part]);
         }
+        if constexpr (KIND == Q4_K || KIND == Q5_K) sums.take(piece, scales.scale + 8);
     }
     sums.store(out, stride);
 }
@@ -264,33 +257,33 @@ void block_row(const Matrix& matrix, int64_t row, const void* const* x, float* o
 // Codes with scales of groups.
 template <class Unit, int32_t KIND, bool LESS, int T>
 void group_row(const Matrix& matrix, int64_t row, const void* const* x, float* out, int64_t stride) {
-    constexpr int64_t kBytes = KIND == INT8 || KIND == FP8 ? 32 : 16, kLine = T == 1 ? 64 / kBytes : 1;
-    const int8_t zero = static_cast<int8_t>(LESS ? 8 : matrix.zero);
+    constexpr int64_t kBytes = KIND == INT8 || KIND == FP8 ? 32 : 16, kLine = T == 1 ? 64 / kBytes : 2;
     const uint8_t flip = matrix.code_signed ? 0 : 128;
     const int64_t whole = matrix.columns / kPiece, count = num_pieces(matrix);
     const uint8_t* from = matrix.codes + row * matrix.row_bytes;
-    RowSums<Unit, T> sums(x, count);
+    RowSums<Unit, KIND, T> sums(x, count);
     PieceScales scales(matrix, row);
-    const auto add = [&](const uint8_t* codes, int64_t piece, int64_t at) {
-        if constexpr (KIND == FP8) sums.add(Unit::widen_fp8(load<U8x32>(codes)), piece, scales.scale[at]);
-        else sums.add(Unit::widen(signed_bytes<Unit, KIND>(codes, 0, zero, flip)), piece, scales.scale[at]);
-        if constexpr (LESS) sums.take(piece, scales.less[at]);
+    if constexpr (T == 1) scales.prefetch(row + kRowsAhead);
+    const auto add = [&](const uint8_t* codes, int64_t piece, int64_t at, int64_t turn) {
+        sums.add(weights_of<Unit, KIND>(codes, 0, flip), piece, turn, scales.scale[at]);
     };
     for (int64_t first = 0; first < count; first += PieceScales::kAtOnce) {
         const int64_t some = count - first < PieceScales::kAtOnce ? count - first : PieceScales::kAtOnce;
         scales.template load_from<LESS>(first, some, KIND == INT4 ? 8 : flip);
+        if constexpr (LESS) for (int64_t at = 0; at < some; at += 8) sums.take(first + at, scales.less + at);
         const int64_t here = first + some > whole ? whole - first : some;
         int64_t at = 0;
         for (; at + kLine <= here; at += kLine, from += kLine * kBytes) {
-            prefetch_codes(from);
+            prefetch_codes<KIND>(from);
             OFFMOE_UNROLL
-            for (int64_t i = 0; i < kLine; ++i) add(from + i * kBytes, first + at + i, at + i);
+            for (int64_t i = 0; i < kLine; ++i) add(from + i * kBytes, first + at + i, at + i, i);
         }
-        for (; at < here; ++at, from += kBytes) add(from, first + at, at);
-        if (at == some) continue;
-        alignas(32) uint8_t last[kPiece] = {};  // columns that are no whole piece
-        std::memcpy(last, from, row_code_bytes(matrix) - whole * kBytes);
-        add(last, whole, at);
+        for (; at < some; ++at, from += kBytes) {
+            alignas(32) uint8_t last[kPiece] = {};
+            std::memcpy(last, from, at < here ? kBytes : row_code_bytes(matrix) - whole * kBytes);
+            if (at % 2) add(last, first + at, at, 1);
+            else add(last, first + at, at, 0);
+        }
     }
     sums.store(out, stride);
 }
@@ -307,8 +300,9 @@ void coded_rows(const Matrix& matrix, int64_t begin, int64_t end, const void* co
 template <class Unit, int32_t KIND, bool LESS>
 void coded_kind(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, int32_t num_x, float* out,
                 int64_t stride) {
-    for (; num_x >= 8; num_x -= 8, x += 8, out += 8 * stride)
-        coded_rows<Unit, KIND, LESS, 8>(matrix, begin, end, x, out, stride);
+    if constexpr (Unit::kMostRows == 8)
+        for (; num_x >= 8; num_x -= 8, x += 8, out += 8 * stride)
+            coded_rows<Unit, KIND, LESS, 8>(matrix, begin, end, x, out, stride);
     for (; num_x >= 4; num_x -= 4, x += 4, out += 4 * stride)
         coded_rows<Unit, KIND, LESS, 4>(matrix, begin, end, x, out, stride);
     for (; num_x > 0; --num_x, ++x, out += stride) coded_rows<Unit, KIND, LESS, 1>(matrix, begin, end, x, out, stride);
@@ -319,6 +313,7 @@ void coded_multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t e
                     float* out, int64_t stride) {
     if (!takes_codes(matrix)) return general_multiply(matrix, type, begin, end, x, num_x, out, stride);
     const bool zeros = matrix.zeros != nullptr;
+    if (num_x <= 2) prefetch_rows(matrix, begin, end);
     for (; begin < end; begin += 8, out += 8) {  // a second pass finds the rows in the cache
         const int64_t stop = begin + 8 < end ? begin + 8 : end;
         switch (matrix.kind) {
@@ -332,7 +327,7 @@ void coded_multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t e
                     coded_kind<Unit, INT8, false>(matrix, begin, stop, x, num_x, out, stride);
                 break;
             case INT4:
-                if (zeros) coded_kind<Unit, INT4, true>(matrix, begin, stop, x, num_x, out, stride);
+                if (zeros || matrix.zero != 8) coded_kind<Unit, INT4, true>(matrix, begin, stop, x, num_x, out, stride);
                 else coded_kind<Unit, INT4, false>(matrix, begin, stop, x, num_x, out, stride);
                 break;
             case MXFP4: coded_kind<Unit, MXFP4, false>(matrix, begin, stop, x, num_x, out, stride); break;
@@ -346,55 +341,6 @@ void coded_multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t e
         }
     }
 }
-
-// The compiler's own vectors.
-struct AnyVectors {
-    using Vec = F32x16;
-    static constexpr float kScale = 1.0f, kFp8Scale = 1.0f;
-    struct Weights {
-        F32x16 first, second;
-    };
-    struct Halves {
-        U8x16 first, second;
-    };
-
-    static inline Weights widen(I8x32 bytes) {
-        const Halves halves = bits<Halves>(bytes);
-        return {__builtin_convertvector(bits<I8x16>(halves.first), F32x16),
-                __builtin_convertvector(bits<I8x16>(halves.second), F32x16)};
-    }
-
-    static inline Weights widen_fp8(U8x32 codes) {
-        const Halves halves = bits<Halves>(codes);
-        return {from_fp8(halves.first), from_fp8(halves.second)};
-    }
-
-    template <int32_t KIND>
-    static inline Weights dense(const uint8_t* from) {
-        if constexpr (KIND == DENSE_F32) return {load<F32x16>(from), load<F32x16>(from + 64)};
-        else if constexpr (KIND == DENSE_F16) return {from_f16(load<U16x16>(from)), from_f16(load<U16x16>(from + 32))};
-        else return {from_bf16(load<U16x16>(from)), from_bf16(load<U16x16>(from + 32))};
-    }
-
-    static inline F32x16 dot(const Weights& w, const float* x) {
-        return w.first * load<F32x16>(x) + w.second * load<F32x16>(x + kLanes);
-    }
-
-    static inline F32x16 dot_halves(const Weights& w, const float* x, float a, float b) {
-        return w.first * load<F32x16>(x) * a + w.second * load<F32x16>(x + kLanes) * b;
-    }
-
-    static inline U8x32 nibbles(const uint8_t* codes) {
-        const U8x16 both = load<U8x16>(codes);
-        return bits<U8x32>(Halves{both & 15, both >> 4});
-    }
-
-    static inline I8x32 e2m1_twice(U8x32 nibble) { return offmoe::e2m1_twice(nibble); }
-    static inline F32x16 splat(float number) { return offmoe::splat(number); }
-    static inline float total(F32x16 sums) { return sum(sums); }
-
-    static int64_t place(int32_t, int64_t at) { return at; }
-};
 
 }  // namespace
 }  // namespace offmoe

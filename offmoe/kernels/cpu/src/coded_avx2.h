@@ -24,6 +24,8 @@ struct Avx2Vectors {
     typedef float Vec __attribute__((vector_size(32)));
     // Bytes are moved to the tops of 32-bit numbers.
     static constexpr float kScale = 0x1p-24f, kFp8Scale = 0x1p8f;
+    static constexpr int kSums = 2, kMostRows = 4;  // what 16 registers hold
+    static constexpr bool kTables = true;
     struct Weights {
         __m256 parts[4];
     };
@@ -60,11 +62,43 @@ struct Avx2Vectors {
         return w;
     }
 
+    // What nibbles mean is a bfloat16 number, twice that of e2m1: looked up byte by byte.
+    template <int32_t KIND>
+    static inline Weights of_table(U8x32 nibbles) {
+        constexpr Table table = table_of(KIND);
+        const __m256i all = bits<__m256i>(nibbles);
+        const __m256i lower = _mm256_shuffle_epi8(twice(table.lower), all), upper = _mm256_shuffle_epi8(twice(table.upper), all);
+        const __m256i first = _mm256_unpacklo_epi8(lower, upper), second = _mm256_unpackhi_epi8(lower, upper);
+        const __m256i odd = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+        return {{_mm256_castsi256_ps(_mm256_slli_epi32(first, 16)), _mm256_castsi256_ps(_mm256_and_si256(first, odd)),
+                 _mm256_castsi256_ps(_mm256_slli_epi32(second, 16)), _mm256_castsi256_ps(_mm256_and_si256(second, odd))}};
+    }
+
+    struct Table {
+        uint8_t lower[16], upper[16];
+    };
+
+    static constexpr Table table_of(int32_t kind) {
+        Table table = {};
+        for (int i = 0; i < 16; ++i) {
+            const int e2m1 = i % 8 < 4 ? i % 8 : i % 8 < 6 ? 2 * (i % 8) - 4 : 4 * (i % 8) - 16;
+            const int value = kind == Q4_K ? i : kind == INT4 || kind == Q4_0 ? i - 8 : i < 8 ? e2m1 : -e2m1;
+            int magnitude = value < 0 ? -value : value, exponent = 134;
+            if (magnitude == 0) continue;
+            while (magnitude < 128) magnitude *= 2, --exponent;
+            table.lower[i] = static_cast<uint8_t>((exponent & 1) << 7 | (magnitude & 127));
+            table.upper[i] = static_cast<uint8_t>((value < 0 ? 128 : 0) | exponent >> 1);
+        }
+        return table;
+    }
+
+    static inline __m256i twice(const uint8_t* bytes) { return _mm256_broadcastsi128_si256(load<__m128i>(bytes)); }
+
     static inline Vec dot(const Weights& w, const float* x) {
-        const __m256 first = _mm256_mul_ps(w.parts[0], _mm256_loadu_ps(x));
-        const __m256 second = _mm256_mul_ps(w.parts[1], _mm256_loadu_ps(x + 8));
-        return _mm256_fmadd_ps(w.parts[2], _mm256_loadu_ps(x + 16), first) +
-               _mm256_fmadd_ps(w.parts[3], _mm256_loadu_ps(x + 24), second);
+        __m256 sum = _mm256_mul_ps(w.parts[0], _mm256_loadu_ps(x));
+        OFFMOE_UNROLL
+        for (int i = 1; i < 4; ++i) sum = _mm256_fmadd_ps(w.parts[i], _mm256_loadu_ps(x + 8 * i), sum);
+        return sum;
     }
 
     static inline Vec dot_halves(const Weights& w, const float* x, float a, float b) {
@@ -72,9 +106,8 @@ struct Avx2Vectors {
     }
 
     static inline U8x32 nibbles(const uint8_t* codes) {
-        const __m128i pairs = load<__m128i>(codes);
-        const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(pairs), _mm_srli_epi16(pairs, 4), 1);
-        return bits<U8x32>(_mm256_and_si256(both, _mm256_set1_epi8(15)));
+        const __m256i moved = _mm256_srlv_epi32(twice(codes), _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+        return bits<U8x32>(_mm256_and_si256(moved, _mm256_set1_epi8(15)));
     }
 
     static inline I8x32 e2m1_twice(U8x32 nibble) {
@@ -91,7 +124,10 @@ struct Avx2Vectors {
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
     }
 
-    static int64_t place(int32_t kind, int64_t at) { return kind == FP8 || is_dense(kind) ? at : at % 8 * 4 + at / 8; }
+    static int64_t place(int32_t kind, int64_t at) {
+        if (is_nibbles(kind)) return at % 8 / 4 * 16 + at / 16 * 8 + at % 4 * 2 + at / 8 % 2;
+        return kind == FP8 || is_dense(kind) ? at : at % 8 * 4 + at / 8;
+    }
 };
 
 }  // namespace

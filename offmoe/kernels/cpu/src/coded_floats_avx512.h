@@ -8,6 +8,8 @@ namespace {
 struct Avx512Vectors {
     typedef float Vec __attribute__((vector_size(64)));
     static constexpr float kScale = 1.0f, kFp8Scale = 0x1p8f;
+    static constexpr int kSums = 2, kMostRows = 8;
+    static constexpr bool kTables = false;
     struct Weights {
         __m512 first, second;
     };

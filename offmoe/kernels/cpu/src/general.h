@@ -27,11 +27,7 @@ inline float scale_at(const Matrix& matrix, const uint8_t* scales, int64_t group
     switch (matrix.scale_type) {
         case F32: return load<float>(scales + 4 * group);
         case BF16: return bits<float>(uint32_t{load<uint16_t>(scales + 2 * group)} << 16);
-        case F16: {
-            U16x16 half = {};
-            half[0] = load<uint16_t>(scales + 2 * group);
-            return from_f16(half)[0];
-        }
+        case F16: return f16_at(scales + 2 * group);
         default: return scales[group] ? bits<float>(uint32_t{scales[group]} << 23) : 0x1p-127f;
     }
 }

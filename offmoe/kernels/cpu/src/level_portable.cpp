@@ -1,7 +1,7 @@
 // Any processor.
 #include "activate.h"
 #include "attend.h"
-#include "coded.h"
+#include "coded_any.h"
 #include "decode.h"
 #include "int8.h"
 
