@@ -29,13 +29,13 @@ struct Pair {
     static constexpr int kParts = 1;
     static constexpr bool kMinima = false;
 
-    static inline __m512 scales(const uint8_t* step) {
+    static OFFMOE_INLINE __m512 scales(const uint8_t* step) {
         const uint8_t* second = step + block_bytes(KIND);
         if constexpr (KIND != MXFP4_BLOCKS) return two_halves(step, second);
         return _mm512_insertf32x8(_mm512_set1_ps(half_of_power(step[0])), _mm256_set1_ps(half_of_power(second[0])), 1);
     }
 
-    inline __m512 spread(int, __m512 scales) const { return scales; }
+    OFFMOE_INLINE __m512 spread(int, __m512 scales) const { return scales; }
 };
 
 struct PairQ8 : Pair<Q8_0>, ByteTables {
@@ -43,7 +43,7 @@ struct PairQ8 : Pair<Q8_0>, ByteTables {
 
     explicit PairQ8() : ByteTables([](int code) { return static_cast<float>(code); }) {}
 
-    inline void unpack(const uint8_t* step, int, __m512i* w) const {
+    OFFMOE_INLINE void unpack(const uint8_t* step, int, __m512i* w) const {
         const __m256i* first = reinterpret_cast<const __m256i*>(step + 2);
         const __m256i* second = reinterpret_cast<const __m256i*>(step + 36);
         const __m512i number =
@@ -64,7 +64,7 @@ struct PairNibbles : Pair<KIND> {
         return 2.0f * e2m1(nibble)[0];
     }
 
-    inline void unpack(const uint8_t* step, int, __m512i* w) const {
+    OFFMOE_INLINE void unpack(const uint8_t* step, int, __m512i* w) const {
         constexpr int64_t at = KIND == Q4_0 ? 2 : 1;
         const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(step + at));
         const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(step + block_bytes(KIND) + at));
@@ -100,7 +100,7 @@ struct GroupsOf32 {
     static int group_at(int part, int word) { return part / 2 * 4 + word / 16 * 2 + part % 2; }
 
     // Lanes 0 to 7 scales, 8 to 15 minima.
-    static inline __m512 scales(const uint8_t* block) {
+    static OFFMOE_INLINE __m512 scales(const uint8_t* block) {
         uint32_t packed[4];
         six_bits(block + 4, packed);
         const __m128i bytes = _mm_set_epi32(static_cast<int>(packed[3]), static_cast<int>(packed[2]),
@@ -108,9 +108,9 @@ struct GroupsOf32 {
         return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), two_halves(block, block + 2));
     }
 
-    inline __m512 spread(int part, __m512 scales) const { return _mm512_permutexvar_ps(lanes[part], scales); }
+    OFFMOE_INLINE __m512 spread(int part, __m512 scales) const { return _mm512_permutexvar_ps(lanes[part], scales); }
 
-    inline void unpack(const uint8_t* block, int part, __m512i* w) const {
+    OFFMOE_INLINE void unpack(const uint8_t* block, int part, __m512i* w) const {
         const __m512i code = load_512(block + (KIND == Q5_K ? 48 : 16) + part / 2 * 64);
         const __m512i word = part % 2 ? _mm512_srli_epi16(code, 4) : code;
         w[0] = word;
@@ -125,7 +125,7 @@ struct GroupsOf32 {
         w[1] = _mm512_permutexvar_epi16(w[1], table);
     }
 
-    static inline __m512i with_fifth(__m512i nibble, __m512i high) {  // of `high` bit 4, of `nibble` the rest
+    static OFFMOE_INLINE __m512i with_fifth(__m512i nibble, __m512i high) {  // of `high` bit 4, of `nibble` the rest
         return _mm512_ternarylogic_epi32(nibble, high, _mm512_set1_epi16(16), 0xd8);
     }
 
@@ -151,14 +151,14 @@ struct GroupsOf16 : ByteTables {
         }
     }
 
-    static inline __m512 scales(const uint8_t* block) {
+    static OFFMOE_INLINE __m512 scales(const uint8_t* block) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 192));
         return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), two_halves(block + 208, block + 208));
     }
 
-    inline __m512 spread(int part, __m512 scales) const { return _mm512_permutexvar_ps(lanes[part], scales); }
+    OFFMOE_INLINE __m512 spread(int part, __m512 scales) const { return _mm512_permutexvar_ps(lanes[part], scales); }
 
-    inline void unpack(const uint8_t* block, int part, __m512i* w) const {
+    OFFMOE_INLINE void unpack(const uint8_t* block, int part, __m512i* w) const {
         const __m512i codes = load_512(block + part / 2 * 64);
         const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 128 + part / 2 * 32));
         const __m512i low = part % 2 ? _mm512_srli_epi16(codes, 4) : codes;
@@ -221,7 +221,7 @@ struct Blocks {
 
 private:
     template <int R, int T>
-    inline void add(const Format& here, __m512 (&sums)[R][T], const uint8_t* const* steps, const uint8_t* const* x,
+    OFFMOE_INLINE void add(const Format& here, __m512 (&sums)[R][T], const uint8_t* const* steps, const uint8_t* const* x,
                     int64_t column) const {
         __m512 scales[R];
         OFFMOE_UNROLL

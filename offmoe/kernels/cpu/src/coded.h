@@ -23,8 +23,8 @@ namespace offmoe {
 namespace {
 
 // Bits move from byte to byte: to be masked.
-inline U8x32 shifted(U8x32 bytes, int count) { return bits<U8x32>(bits<U16x16>(bytes) >> count); }
-inline U8x32 times_16(U8x32 bytes) { return bits<U8x32>(bits<U16x16>(bytes) << 4); }  // of numbers below 16
+OFFMOE_INLINE U8x32 shifted(U8x32 bytes, int count) { return bits<U8x32>(bits<U16x16>(bytes) >> count); }
+OFFMOE_INLINE U8x32 times_16(U8x32 bytes) { return bits<U8x32>(bits<U16x16>(bytes) << 4); }  // of numbers below 16
 
 constexpr bool is_nibbles(int32_t kind) {
     return kind == INT4 || kind == MXFP4 || kind == Q4_0 || kind == MXFP4_BLOCKS || kind == Q4_K;
@@ -32,14 +32,14 @@ constexpr bool is_nibbles(int32_t kind) {
 
 // 32 nibbles; of a block of 256 columns the part-th 32.
 template <class Unit, int32_t KIND>
-inline U8x32 nibbles_of(const uint8_t* from, int part) {
+OFFMOE_INLINE U8x32 nibbles_of(const uint8_t* from, int part) {
     if constexpr (KIND == Q4_K) return shifted(load<U8x32>(from + 16 + 32 * (part / 2)), 4 * (part & 1)) & 15;
     else return Unit::nibbles(from + (KIND == Q4_0 ? 2 : KIND == MXFP4_BLOCKS ? 1 : 0));
 }
 
 // 32 codes as signed bytes. `flip` is taken from bytes.
 template <class Unit, int32_t KIND>
-inline I8x32 signed_bytes(const uint8_t* from, int part, uint8_t flip) {
+OFFMOE_INLINE I8x32 signed_bytes(const uint8_t* from, int part, uint8_t flip) {
     if constexpr (KIND == INT8) return bits<I8x32>(load<U8x32>(from) ^ flip);
     if constexpr (KIND == Q8_0) return load<I8x32>(from + 2);
     if constexpr (KIND == MXFP4 || KIND == MXFP4_BLOCKS) return Unit::e2m1_twice(nibbles_of<Unit, KIND>(from, part));
@@ -76,13 +76,13 @@ struct BlockScales {
         }
     }
 
-    inline void set(int at, F32x8 numbers) { std::memcpy(scale + at, &numbers, sizeof numbers); }
+    OFFMOE_INLINE void set(int at, F32x8 numbers) { std::memcpy(scale + at, &numbers, sizeof numbers); }
 
-    static inline float small_block(const uint8_t* from) {
+    static OFFMOE_INLINE float small_block(const uint8_t* from) {
         return KIND == MXFP4_BLOCKS ? half_of_power(from[0]) : f16_at(from);
     }
 
-    static inline F32x8 small_blocks(const uint8_t* from) {
+    static OFFMOE_INLINE F32x8 small_blocks(const uint8_t* from) {
         constexpr int64_t size = block_bytes(KIND);
         if constexpr (KIND == MXFP4_BLOCKS) {
             uint64_t four[2];
@@ -141,24 +141,24 @@ struct RowSums {
         for (int t = 0; t < T; ++t) xs[t] = static_cast<const float*>(x[t]);
     }
 
-    inline void add(const typename Unit::Weights& w, int64_t piece, int64_t turn, float scale) {
+    OFFMOE_INLINE void add(const typename Unit::Weights& w, int64_t piece, int64_t turn, float scale) {
         OFFMOE_UNROLL
         for (int t = 0; t < T; ++t) sums[turn % kSums][t] += Unit::dot(w, xs[t] + piece * kPiece) * Unit::splat(scale);
     }
 
-    inline void add(const typename Unit::Weights& w, int64_t piece, int64_t turn) {
+    OFFMOE_INLINE void add(const typename Unit::Weights& w, int64_t piece, int64_t turn) {
         OFFMOE_UNROLL
         for (int t = 0; t < T; ++t) sums[turn % kSums][t] += Unit::dot(w, xs[t] + piece * kPiece);
     }
 
-    inline void add_halves(const typename Unit::Weights& w, int64_t piece, int64_t turn, const float* scales) {
+    OFFMOE_INLINE void add_halves(const typename Unit::Weights& w, int64_t piece, int64_t turn, const float* scales) {
         OFFMOE_UNROLL
         for (int t = 0; t < T; ++t)
             sums[turn % kSums][t] += Unit::dot_halves(w, xs[t] + piece * kPiece, scales[0], scales[1]);
     }
 
     // What zero points or minima of eight pieces come to.
-    inline void take(int64_t piece, const float* less) {
+    OFFMOE_INLINE void take(int64_t piece, const float* less) {
         OFFMOE_UNROLL
         for (int t = 0; t < T; ++t) taken[t] += load<F32x8>(less) * load<F32x8>(xs[t] + sums_at + piece);
     }
@@ -181,7 +181,7 @@ struct RowSums {
 
 // 32 codes for `RowSums`.
 template <class Unit, int32_t KIND>
-inline typename Unit::Weights weights_of(const uint8_t* from, int part, uint8_t flip) {
+OFFMOE_INLINE typename Unit::Weights weights_of(const uint8_t* from, int part, uint8_t flip) {
     if constexpr (KIND == FP8) return Unit::widen_fp8(load<U8x32>(from));
     else if constexpr (Unit::kTables && is_nibbles(KIND)) return Unit::template of_table<KIND>(nibbles_of<Unit, KIND>(from, part));
     else return Unit::widen(signed_bytes<Unit, KIND>(from, part, flip));
@@ -191,7 +191,7 @@ constexpr int64_t kNear = 2048, kFar = 16384, kRowsAhead = 4;
 
 // Far ahead only for rows that are read faster than codes are computed.
 template <int32_t KIND>
-inline void prefetch_codes(const uint8_t* from) {
+OFFMOE_INLINE void prefetch_codes(const uint8_t* from) {
     if constexpr (is_dense(KIND)) __builtin_prefetch(from + kFar, 0, 2);
     __builtin_prefetch(from + kNear, 0, 3);
 }

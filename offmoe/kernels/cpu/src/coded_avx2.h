@@ -30,7 +30,7 @@ struct Avx2Vectors {
         __m256 parts[4];
     };
 
-    static inline Weights widen(I8x32 bytes) {
+    static OFFMOE_INLINE Weights widen(I8x32 bytes) {
         Weights w;
         OFFMOE_UNROLL
         for (int i = 0; i < 4; ++i) {  // the i-th byte of every four
@@ -42,7 +42,7 @@ struct Avx2Vectors {
         return w;
     }
 
-    static inline Weights widen_fp8(U8x32 codes) {
+    static OFFMOE_INLINE Weights widen_fp8(U8x32 codes) {
         __m256i halves[2];
         fp8_to_f16(bits<__m256i>(codes), halves);
         return {{_mm256_cvtph_ps(_mm256_castsi256_si128(halves[0])), _mm256_cvtph_ps(_mm256_castsi256_si128(halves[1])),
@@ -51,7 +51,7 @@ struct Avx2Vectors {
     }
 
     template <int32_t KIND>
-    static inline Weights dense(const uint8_t* from) {
+    static OFFMOE_INLINE Weights dense(const uint8_t* from) {
         Weights w;
         OFFMOE_UNROLL
         for (int i = 0; i < 4; ++i) {
@@ -64,7 +64,7 @@ struct Avx2Vectors {
 
     // What nibbles mean is a bfloat16 number, twice that of e2m1: looked up byte by byte.
     template <int32_t KIND>
-    static inline Weights of_table(U8x32 nibbles) {
+    static OFFMOE_INLINE Weights of_table(U8x32 nibbles) {
         constexpr Table table = table_of(KIND);
         const __m256i all = bits<__m256i>(nibbles);
         const __m256i lower = _mm256_shuffle_epi8(twice(table.lower), all), upper = _mm256_shuffle_epi8(twice(table.upper), all);
@@ -92,33 +92,33 @@ struct Avx2Vectors {
         return table;
     }
 
-    static inline __m256i twice(const uint8_t* bytes) { return _mm256_broadcastsi128_si256(load<__m128i>(bytes)); }
+    static OFFMOE_INLINE __m256i twice(const uint8_t* bytes) { return _mm256_broadcastsi128_si256(load<__m128i>(bytes)); }
 
-    static inline Vec dot(const Weights& w, const float* x) {
+    static OFFMOE_INLINE Vec dot(const Weights& w, const float* x) {
         __m256 sum = _mm256_mul_ps(w.parts[0], _mm256_loadu_ps(x));
         OFFMOE_UNROLL
         for (int i = 1; i < 4; ++i) sum = _mm256_fmadd_ps(w.parts[i], _mm256_loadu_ps(x + 8 * i), sum);
         return sum;
     }
 
-    static inline Vec dot_halves(const Weights& w, const float* x, float a, float b) {
+    static OFFMOE_INLINE Vec dot_halves(const Weights& w, const float* x, float a, float b) {
         return dot(w, x) * _mm256_insertf128_ps(_mm256_set1_ps(a), _mm_set1_ps(b), 1);
     }
 
-    static inline U8x32 nibbles(const uint8_t* codes) {
+    static OFFMOE_INLINE U8x32 nibbles(const uint8_t* codes) {
         const __m256i moved = _mm256_srlv_epi32(twice(codes), _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
         return bits<U8x32>(_mm256_and_si256(moved, _mm256_set1_epi8(15)));
     }
 
-    static inline I8x32 e2m1_twice(U8x32 nibble) {
+    static OFFMOE_INLINE I8x32 e2m1_twice(U8x32 nibble) {
         const __m256i table = _mm256_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12, 0, 1, 2, 3, 4, 6,
                                                8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
         return bits<I8x32>(_mm256_shuffle_epi8(table, bits<__m256i>(nibble)));
     }
 
-    static inline Vec splat(float number) { return _mm256_set1_ps(number); }
+    static OFFMOE_INLINE Vec splat(float number) { return _mm256_set1_ps(number); }
 
-    static inline float total(Vec sums) {
+    static OFFMOE_INLINE float total(Vec sums) {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));

@@ -27,7 +27,7 @@ struct Nibbles {
         table = load_512(values);
     }
 
-    inline void unpack(__m512i word, __m512i* w) const {
+    OFFMOE_INLINE void unpack(__m512i word, __m512i* w) const {
         w[0] = _mm512_permutexvar_epi16(word, table);
         w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(word, 4), table);
         w[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(word, 8), table);
@@ -60,12 +60,12 @@ struct ByteTables {
         }
     }
 
-    static inline __m512i with_sign(__m512i magnitude, __m512i code) {  // magnitude | (code & 0x80)
+    static OFFMOE_INLINE __m512i with_sign(__m512i magnitude, __m512i code) {  // magnitude | (code & 0x80)
         return _mm512_ternarylogic_epi32(magnitude, code, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
     }
 
     // For tables of 0 to 127.
-    inline void signed_bytes(__m512i number, __m512i* w) const {
+    OFFMOE_INLINE void signed_bytes(__m512i number, __m512i* w) const {
         const __m512i magnitude = _mm512_abs_epi8(number);
         const __m512i low = _mm512_permutex2var_epi8(lows[0], magnitude, lows[1]);
         __m512i high = _mm512_permutex2var_epi8(highs[0], magnitude, highs[1]);
@@ -91,7 +91,7 @@ struct Fp8 : ByteTables {
               return float(from_fp8(one)[0]);
           }) {}
 
-    inline void unpack(__m512i code, __m512i* w) const {
+    OFFMOE_INLINE void unpack(__m512i code, __m512i* w) const {
         const __m512i low = _mm512_permutex2var_epi8(lows[0], code, lows[1]);
         const __m512i high = with_sign(_mm512_permutex2var_epi8(highs[0], code, highs[1]), code);
         w[0] = _mm512_unpacklo_epi8(low, high);
@@ -109,7 +109,7 @@ struct Int8 : ByteTables {
         : ByteTables([](int code) { return static_cast<float>(code); }),
           flip(_mm512_set1_epi8(static_cast<char>(matrix.code_signed ? 0 : 0x80))) {}
 
-    inline void unpack(__m512i code, __m512i* w) const { signed_bytes(_mm512_xor_si512(code, flip), w); }
+    OFFMOE_INLINE void unpack(__m512i code, __m512i* w) const { signed_bytes(_mm512_xor_si512(code, flip), w); }
 
     static int64_t zero_bias(const Matrix& matrix) { return matrix.code_signed ? 0 : 128; }
 
@@ -138,7 +138,7 @@ struct Inner {
     }
 
     template <int R, int T>
-    inline void add(__m512 (&sums)[R][T], const __m512i* code, const __m512* scale, const uint8_t* const* x,
+    OFFMOE_INLINE void add(__m512 (&sums)[R][T], const __m512i* code, const __m512* scale, const uint8_t* const* x,
                     int64_t column) const {
         __m512i w[R][kVectors];
         OFFMOE_UNROLL
@@ -159,13 +159,13 @@ struct Inner {
     }
 
     // At most four groups in a step, each in the lanes of its columns.
-    inline __m512 spread(const float* of_groups) const {
+    OFFMOE_INLINE __m512 spread(const float* of_groups) const {
         return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(of_groups)));
     }
 
     // The same from where they are stored, eight bytes of them: what `load_scales` makes.
     template <int TYPE>
-    inline __m512 spread_stored(const uint8_t* of_groups) const {
+    OFFMOE_INLINE __m512 spread_stored(const uint8_t* of_groups) const {
         const __m512i found = _mm512_shuffle_epi8(_mm512_set1_epi64(load<int64_t>(of_groups)), places);
         if constexpr (TYPE == BF16) return _mm512_castsi512_ps(found);
         return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_srli_epi32(found, 1), _mm512_set1_epi32(0x00400000)));

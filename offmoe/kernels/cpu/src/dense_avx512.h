@@ -42,7 +42,7 @@ struct Dense {
     }
 
     template <int R, int T>
-    static inline void add(__m512 (&sums)[R][T], const __m512i* w, const uint8_t* const* x, int64_t at) {
+    static OFFMOE_INLINE void add(__m512 (&sums)[R][T], const __m512i* w, const uint8_t* const* x, int64_t at) {
         OFFMOE_UNROLL
         for (int t = 0; t < T; ++t) {
             const __m512i values = load_512(x[t] + at);

@@ -25,17 +25,17 @@ constexpr int64_t kBlockColumns = 4096;
 
 constexpr bool in_blocks(int num_x) { return num_x > 2; }
 
-inline __m512i load_512(const void* from) { return _mm512_loadu_si512(from); }
-inline __m512 load_floats(const void* from) { return _mm512_loadu_ps(from); }
-inline __m512 dot(__m512 sums, __m512i weights, __m512i x) {
+OFFMOE_INLINE __m512i load_512(const void* from) { return _mm512_loadu_si512(from); }
+OFFMOE_INLINE __m512 load_floats(const void* from) { return _mm512_loadu_ps(from); }
+OFFMOE_INLINE __m512 dot(__m512 sums, __m512i weights, __m512i x) {
     return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(weights), reinterpret_cast<__m512bh>(x));
 }
 
 // The first `count` of 64 bytes.
-inline __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1ull; }
+OFFMOE_INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1ull; }
 
-inline void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
-inline void prefetch_far(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
+OFFMOE_INLINE void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+OFFMOE_INLINE void prefetch_far(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
 
 // How far ahead weights are asked for: further on, or in blocks the same columns of the next rows.
 constexpr int64_t kNearBytes = 2048, kFarBytes = 16384;
@@ -50,13 +50,13 @@ inline void prefetch_first(const uint8_t* rows, int64_t row_bytes, int64_t num_r
 }
 
 template <int T>
-inline void clear(__m512 (&sums)[T]) {
+OFFMOE_INLINE void clear(__m512 (&sums)[T]) {
     OFFMOE_UNROLL
     for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
 }
 
 template <int R, int T>
-inline void begin_block(const uint8_t* first, int64_t row_bytes, const void* const* x, const __m512* kept,
+OFFMOE_INLINE void begin_block(const uint8_t* first, int64_t row_bytes, const void* const* x, const __m512* kept,
                         const uint8_t* (&codes)[R], const uint8_t* (&xs)[T], __m512 (&sums)[R][T]) {
     OFFMOE_UNROLL
     for (int t = 0; t < T; ++t) xs[t] = static_cast<const uint8_t*>(x[t]);
@@ -69,7 +69,7 @@ inline void begin_block(const uint8_t* first, int64_t row_bytes, const void* con
 }
 
 template <int R, int T>
-inline void end_block(const __m512 (&sums)[R][T], __m512* kept) {
+OFFMOE_INLINE void end_block(const __m512 (&sums)[R][T], __m512* kept) {
     OFFMOE_UNROLL
     for (int i = 0; i < R; ++i) {
         OFFMOE_UNROLL

@@ -14,7 +14,7 @@ struct RowGroups {
     alignas(64) float zeros[kMostGroups + kLanes];
 };
 
-inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(count >= kLanes ? 0xffff : (1 << count) - 1); }
+OFFMOE_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(count >= kLanes ? 0xffff : (1 << count) - 1); }
 
 inline int64_t num_groups(const Matrix& matrix) { return (matrix.columns + matrix.group - 1) / matrix.group; }
 
@@ -49,13 +49,13 @@ struct PackedZeros {
         less = _mm512_set1_epi32(static_cast<int>(bias));
     }
 
-    inline __m512 at(int64_t group, __mmask16 lanes) const {
+    OFFMOE_INLINE __m512 at(int64_t group, __mmask16 lanes) const {
         const __m512i found = _mm512_srl_epi32(_mm512_maskz_loadu_epi32(lanes, words + 4 * group), shift);
         return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_and_si512(found, mask), less));
     }
 
     // Times bfloat16 scales; zeros after the last of `count` groups.
-    inline __m512 scaled(const uint8_t* scales, int64_t group, int64_t count) const {
+    OFFMOE_INLINE __m512 scaled(const uint8_t* scales, int64_t group, int64_t count) const {
         const __mmask16 lanes = first_lanes(count - group);
         const __m512i halves = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, scales + 2 * group));
         return _mm512_maskz_mul_ps(lanes, at(group, lanes), _mm512_castsi512_ps(_mm512_slli_epi32(halves, 16)));

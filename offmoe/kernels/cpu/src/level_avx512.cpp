@@ -1,5 +1,6 @@
-// AVX-512: bfloat16 by its own kernels, codes x floats by others, everything else as on any processor.
+// AVX-512: codes and bfloat16 by its own kernels, other floats by others, everything else as on any processor.
 #include <type_traits>
+#include <vector>
 
 #include "activate.h"
 #include "attend.h"
@@ -11,9 +12,9 @@
 namespace offmoe {
 namespace {
 
-// Whether `multiply` has a kernel of its own for it.
-bool is_fast(const Matrix& matrix, int32_t type) {
-    if (type != BF16 || matrix.transposed) return false;
+// Whether there is a kernel for its products with bfloat16.
+bool is_fast(const Matrix& matrix) {
+    if (matrix.transposed) return false;
     if (matrix.kind == DENSE_BF16 || is_blocks(matrix.kind)) return true;
     if (matrix.kind < INT8 || num_groups(matrix) > kMostGroups) return false;
     if (matrix.kind == INT8 && !matrix.zeros && matrix.zero != (matrix.code_signed ? 0 : 128)) return false;
@@ -22,15 +23,28 @@ bool is_fast(const Matrix& matrix, int32_t type) {
     return matrix.group >= matrix.columns || matrix.group % columns == 0 || matrix.group == 32 || matrix.group == 64;
 }
 
+// A float16 number is the exact sum of two bfloat16 ones: codes are multiplied with both, but for bytes, which are
+// converted faster than that.
+bool in_two(const Matrix& matrix, int32_t type) {
+    return type == F16 && !is_dense(matrix.kind) && matrix.kind != INT8 && matrix.kind != Q8_0 && is_fast(matrix);
+}
+
 bool needs_sums(const Matrix& matrix) { return matrix.zeros != nullptr; }
 bool has_minima(const Matrix& matrix) { return matrix.kind == Q4_K || matrix.kind == Q5_K; }
 
 // With zero points a sum for each group, to the end of a vector; with minima sixteen for every 256 columns.
-int64_t prepared_bytes(const Matrix& matrix, int32_t type) {
-    if (!is_fast(matrix, type)) return coded_prepared_bytes(matrix, type);
+int64_t fast_bytes(const Matrix& matrix) {
     if (has_minima(matrix)) return 2 * padded(matrix.columns) + matrix.columns / 256 * 64;
     const int64_t num_sums = needs_sums(matrix) ? (num_groups(matrix) + kLanes - 1) / kLanes * kLanes : 0;
     return 2 * padded(matrix.columns) + 4 * num_sums;
+}
+
+// Where the second of two begins: not a multiple of 4096 bytes behind the first.
+int64_t second_at(const Matrix& matrix) { return fast_bytes(matrix) + 192; }
+
+int64_t prepared_bytes(const Matrix& matrix, int32_t type) {
+    if (in_two(matrix, type)) return second_at(matrix) + fast_bytes(matrix);
+    return type == BF16 && is_fast(matrix) ? fast_bytes(matrix) : coded_prepared_bytes(matrix, type);
 }
 
 // The sum of each group's numbers, then zeros to the end of a vector.
@@ -107,15 +121,28 @@ void prepare_blocks(const Matrix& matrix, const float* x, uint16_t* out) {
     prepare_minima(matrix, x, reinterpret_cast<float*>(out + padded(matrix.columns)));
 }
 
-void prepare(const Matrix& matrix, int32_t type, const float* x, void* prepared) {
-    if (!is_fast(matrix, type)) return coded_prepare<Avx512Vectors>(matrix, type, x, prepared);
-    uint16_t* out = static_cast<uint16_t*>(prepared);
+void prepare_fast(const Matrix& matrix, const float* x, uint16_t* out) {
     if (is_blocks(matrix.kind)) return prepare_blocks(matrix, x, out);
     if (in_nibbles(matrix)) return prepare_chunks<Nibbles>(matrix, x, out);
     if (matrix.kind != DENSE_BF16) return prepare_chunks<ByteTables>(matrix, x, out);
     for (int64_t column = 0; column < matrix.columns; ++column)
         out[column] = static_cast<uint16_t>(bits<uint32_t>(x[column]) >> 16);
     std::memset(out + matrix.columns, 0, 2 * (padded(matrix.columns) - matrix.columns));
+}
+
+void prepare(const Matrix& matrix, int32_t type, const float* x, void* prepared) {
+    uint16_t* out = static_cast<uint16_t*>(prepared);
+    if (in_two(matrix, type)) {
+        std::vector<float> part(matrix.columns), rest(x, x + matrix.columns);
+        for (int64_t i = 0; i < matrix.columns; ++i) {
+            part[i] = bits<float>(bits<uint32_t>(x[i]) & 0xffff0000u);
+            rest[i] -= part[i];
+        }
+        prepare_fast(matrix, part.data(), out);
+        return prepare_fast(matrix, rest.data(), out + second_at(matrix) / 2);
+    }
+    if (type == BF16 && is_fast(matrix)) return prepare_fast(matrix, x, out);
+    coded_prepare<Avx512Vectors>(matrix, type, x, prepared);
 }
 
 template <class Kernel, int R, int T>
@@ -159,9 +186,8 @@ void run_kernel(const Matrix& matrix, int64_t begin, int64_t end, const void* co
     }
 }
 
-void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, const void* const* x, int32_t num_x,
-              float* out, int64_t stride) {
-    if (!is_fast(matrix, type)) return coded_multiply<Avx512Vectors>(matrix, type, begin, end, x, num_x, out, stride);
+void multiply_fast(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, int32_t num_x, float* out,
+                   int64_t stride) {
     const bool zeros = matrix.zeros != nullptr;
     switch (matrix.kind) {
         case DENSE_BF16: return run_kernel<Dense>(matrix, begin, end, x, num_x, out, stride);
@@ -179,6 +205,33 @@ void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, co
             if (zeros) return run_kernel<Coded<Nibbles, true>>(matrix, begin, end, x, num_x, out, stride);
             return run_kernel<Coded<Nibbles, false>>(matrix, begin, end, x, num_x, out, stride);
     }
+}
+
+void multiply_in_two(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, int32_t num_x, float* out,
+                     int64_t stride) {
+    constexpr int64_t kRows = 256;
+    const int64_t second = second_at(matrix);
+    float sums[kMostX * kRows];
+    for (; begin < end; begin += kRows, out += kRows) {
+        const int64_t count = begin + kRows < end ? kRows : end - begin;
+        for (int32_t first = 0; first < num_x; first += kMostX / 2) {
+            const int32_t some = num_x - first < kMostX / 2 ? num_x - first : kMostX / 2;
+            const void* parts[kMostX];
+            for (int32_t t = 0; t < 2 * some; ++t)
+                parts[t] = static_cast<const uint8_t*>(x[first + t / 2]) + (t % 2 ? second : 0);
+            multiply_fast(matrix, begin, begin + count, parts, 2 * some, sums, kRows);
+            for (int32_t t = 0; t < some; ++t)
+                for (int64_t row = 0; row < count; ++row)
+                    out[(first + t) * stride + row] = sums[2 * t * kRows + row] + sums[(2 * t + 1) * kRows + row];
+        }
+    }
+}
+
+void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, const void* const* x, int32_t num_x,
+              float* out, int64_t stride) {
+    if (in_two(matrix, type)) return multiply_in_two(matrix, begin, end, x, num_x, out, stride);
+    if (type == BF16 && is_fast(matrix)) return multiply_fast(matrix, begin, end, x, num_x, out, stride);
+    coded_multiply<Avx512Vectors>(matrix, type, begin, end, x, num_x, out, stride);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ inline bool takes_codes(const Matrix& matrix) {
 
 inline int64_t num_pieces(const Matrix& matrix) { return (matrix.columns + kPiece - 1) / kPiece; }
 
-inline F32x8 eight_f16(U16x8 halves) {
+OFFMOE_INLINE F32x8 eight_f16(U16x8 halves) {
 #if defined(__F16C__)
     return bits<F32x8>(_mm256_cvtph_ps(bits<__m128i>(halves)));
 #else
@@ -38,22 +38,22 @@ inline F32x8 eight_f16(U16x8 halves) {
 }
 
 // Eight bytes, as they are, as floats, and as what e8m0 has them for.
-inline I32x8 eight_bytes(uint64_t bytes) {
+OFFMOE_INLINE I32x8 eight_bytes(uint64_t bytes) {
 #if defined(__AVX2__)
     return bits<I32x8>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes))));
 #else
     return __builtin_convertvector(bits<U8x8>(bytes), I32x8);
 #endif
 }
-inline F32x8 eight_unsigned(uint64_t bytes) { return __builtin_convertvector(eight_bytes(bytes), F32x8); }
-inline F32x8 eight_signed(uint64_t bytes) {
+OFFMOE_INLINE F32x8 eight_unsigned(uint64_t bytes) { return __builtin_convertvector(eight_bytes(bytes), F32x8); }
+OFFMOE_INLINE F32x8 eight_signed(uint64_t bytes) {
     return __builtin_convertvector(eight_bytes(bytes ^ 0x8080808080808080u) - 128, F32x8);
 }
-inline F32x8 eight_powers(uint64_t bytes) {
+OFFMOE_INLINE F32x8 eight_powers(uint64_t bytes) {
     const I32x8 exponents = eight_bytes(bytes);
     return bits<F32x8>(exponents << 23 | ((exponents - 1) >> 31 & 0x00400000));  // 2^-127
 }
-inline F32x8 eight_half_powers(uint64_t bytes) {
+OFFMOE_INLINE F32x8 eight_half_powers(uint64_t bytes) {
     const I32x8 exponents = eight_bytes(bytes), small = (exponents - 2) >> 31;
     return bits<F32x8>((((exponents & 1) + 1) << 21 & small) | ((exponents - 1) << 23 & ~small));
 }
@@ -127,7 +127,7 @@ private:
         }
     }
 
-    inline F32x8 eight_scales(int64_t group) const {
+    OFFMOE_INLINE F32x8 eight_scales(int64_t group) const {
         if (matrix.scale_type == F32) return load<F32x8>(from + 4 * group);
         if (matrix.scale_type == BF16)
             return bits<F32x8>(__builtin_convertvector(load<U16x8>(from + 2 * group), U32x8) << 16);
@@ -135,7 +135,7 @@ private:
         return eight_powers(load<uint64_t>(from + group));
     }
 
-    inline F32x8 eight_zeros(int64_t group) const {
+    OFFMOE_INLINE F32x8 eight_zeros(int64_t group) const {
         const int64_t width = code_bits(matrix.kind), per_word = 32 / width;
         const U32x8 words = load<U32x8>(matrix.zeros + row / per_word * matrix.zero_row_bytes + 4 * group);
         const U32x8 zeros = (words >> static_cast<uint32_t>(row % per_word * width)) & ((1u << width) - 1u);
