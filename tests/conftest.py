@@ -15,8 +15,10 @@ from makers import LAYOUTS, Measured, TinyExperts, make_tiny_experts
 
 from offmoe.kernels.cpu.kernels import CpuKernels
 
-# A busy machine is no failure.
-settings.register_profile("offmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A busy machine is no failure. The same examples in every run: `--hypothesis-profile search` looks for others.
+_either = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("search", **_either)
+settings.register_profile("offmoe", derandomize=True, **_either)
 settings.load_profile("offmoe")
 
 

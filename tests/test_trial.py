@@ -22,6 +22,7 @@ class Run:
         self.random = random.Random(seed)
         self.settings: list[str] = []
         self.choices: list[str] = [trial.choice]
+        self.strayed: list[bool] = []  # where the setting was not the choice
         self.total_s = self.best_s = 0.0
 
     def go(self, num: int, *, names: str = "ABC") -> Run:
@@ -29,6 +30,7 @@ class Run:
             setting, work = self.trial.current, self.random.choice([1.0, 2.0, 3.0])
             jitter = self.random.lognormvariate(0.0, self.noise) if self.noise else 1.0
             costs = {name: self.cost(name, len(self.settings)) * work * jitter for name in names}
+            self.strayed.append(setting != self.trial.choice)
             self.trial.observe(setting, costs[setting], work)
             self.settings.append(setting)
             self.total_s += costs[setting]
@@ -108,8 +110,7 @@ def test_little_time_is_lost_in_the_long_run(b_cost: float, c_cost: float, noise
     run = Run(Trial("ABC"), fixed(A=1.0, B=b_cost, C=c_cost), noise=noise, seed=seed).go(8000)
     first_s = 2 * 12 * 2 * 2 * 3.0 * max(1.0, b_cost, c_cost) / min(1.0, b_cost, c_cost)
     assert run.total_s <= 1.02 * (1.01 + noise / 10) * run.best_s + first_s
-    late = run.settings[2000:]
-    assert late.count(run.trial.choice) >= 0.9 * len(late) or len(run.choices) > 2
+    assert sum(run.strayed[2000:]) <= 0.1 * 6000
 
 
 def test_comparisons_become_rare() -> None:
