@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings
 
 PROMPT, CONTINUED = "> ", ". "
+_TURN_S = 0.1
 # Of the history file, what is kept when it has grown beyond the first number.
 _LARGEST_HISTORY, _KEPT_HISTORY = 1 << 20, 1 << 19
 
@@ -62,6 +64,8 @@ class LineReader:
 
     def _read_line(self, prompt: str) -> str | None:
         click.echo(prompt, nl=False, err=True)
+        if self._prompt:
+            _await_keys()
         try:
             line = sys.stdin.readline()
         except UnicodeDecodeError as error:
@@ -71,6 +75,12 @@ class LineReader:
         if self._prompt:
             click.echo(err=True)
         return None
+
+
+def _await_keys() -> None:
+    """Until there is something to read. In turns: a Ctrl-C right before a read that blocks is seen only after it."""
+    while sys.platform != "win32" and not select.select([sys.stdin], [], [], _TURN_S)[0]:
+        pass
 
 
 class EditorReader:
