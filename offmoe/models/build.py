@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.checkpoint.index import GGUF_SUFFIX, CheckpointIndex, read_config, read_json
+from offmoe.checkpoint.model_dtype import model_dtype
 from offmoe.checkpoint.quant_config import Quantisation, read_quantisation
 from offmoe.formats.dense import TORCH_DTYPES
 from offmoe.models.adapters.find import adapt_experts
@@ -140,7 +141,7 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
 
 
 def _instantiate(config: PreTrainedConfig, index: CheckpointIndex, *, trust_remote_code: bool) -> PreTrainedModel:
-    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or _stored_dtype(index)
+    dtype = _gguf_dtype(index) if index.is_gguf else _folder_dtype(index)
     model_class = _model_class(config)
     if model_class is None and not trust_remote_code and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
@@ -171,17 +172,13 @@ def _is_generator(found: Any) -> bool:
     return bool(generator.can_generate())
 
 
-def _stored_dtype(index: CheckpointIndex) -> torch.dtype:
-    if index.is_gguf:
-        return _gguf_dtype(index)
-    found = (TORCH_DTYPES[entry.dtype] for entry in index.tensors.values() if entry.dtype in TORCH_DTYPES)
-    return next(found, torch.float32)
+def _folder_dtype(index: CheckpointIndex) -> torch.dtype:
+    raw = read_json(index.folder / "config.json")
+    return TORCH_DTYPES[model_dtype(raw, index.tensors.values(), is_gguf=False)]
 
 
 def _gguf_dtype(index: CheckpointIndex) -> torch.dtype:
-    """What most of the weights are stored as; bfloat16 for blocks, whose values need its range."""
-    most = next(iter(index.formats))
-    return TORCH_DTYPES.get(most, torch.bfloat16)
+    return TORCH_DTYPES[model_dtype({}, index.tensors.values(), is_gguf=True)]
 
 
 def _looks_moe(index: CheckpointIndex) -> bool:

@@ -15,13 +15,13 @@ from offmoe.base.shape import LATENT_MATRIX, largest_number, shape_of, text_conf
 from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
 from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, Span, common_slot_bytes
 from offmoe.checkpoint.index import CheckpointIndex, read_config
+from offmoe.checkpoint.model_dtype import model_dtype
 from offmoe.checkpoint.quant_config import read_quantisation
 from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.checkpoint.tensor_entry import FLOAT_TYPES, ITEM_BITS, TensorEntry
 from offmoe.formats.layout import aligned
 from offmoe.planner.survey import EXPERT_COUNTS, TOP_K, find_experts, layer_of, numbers
 
-_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 _KINDS = {"BF16": "bf16", "F16": "bf16", "F32": "f32", "F64": "f32"}
 _LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
 _EMBEDDING = re.compile(r"\b(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
@@ -105,7 +105,7 @@ def facts_of(
         )
     experts = {entry.name for _, _, entry in per_expert} | {entry.name for entry, _ in stacked}
     resident = [entry for n, entry in used.items() if n not in experts]
-    item = _item_bytes(config, resident)
+    item = ITEM_BITS[model_dtype(config, index.tensors.values(), is_gguf=index.is_gguf)] // 8
     expert_total = sum(span.num_bytes for one in spans.values() for span in one)
     tied = bool(text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
     if tied and any(_EMBEDDING.search(entry.name) for entry in resident):
@@ -177,17 +177,6 @@ def stored_tensors(entry: StoredTensor) -> Iterator[TensorEntry]:
         return
     for part in entry.stored if isinstance(entry, QuantEntry) else entry.sources:
         yield from stored_tensors(part)
-
-
-def _item_bytes(config: dict[str, Any], resident: list[StoredTensor]) -> int:
-    """Of the model's type: what the config names, or most resident weights are stored as."""
-    for where in (config, text_config(config)):
-        for key in ("dtype", "torch_dtype"):
-            if where.get(key) in _ITEM_BYTES:
-                return _ITEM_BYTES[where[key]]
-    floats = [e for e in resident if isinstance(e, TensorEntry) and e.dtype in FLOAT_TYPES]
-    largest = max(floats, key=lambda e: e.num_bytes, default=None)
-    return 2 if largest is None else ITEM_BITS[largest.dtype] // 8
 
 
 def _memory_bytes(entry: StoredTensor, item: int) -> int:
