@@ -23,6 +23,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 GGUF_SUFFIX = ".gguf"
 MAX_JSON_BYTES = 256 << 20
+_COMPARED_BYTES = 1 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -50,13 +51,16 @@ class CheckpointIndex:
     def open(cls, folder: Path, quantisation: Quantisation | None = None) -> CheckpointIndex:
         """Index `folder`: `model.safetensors`, or the shards that `model.safetensors.index.json` names; or a GGUF file.
 
+        The index file says which files to open, their headers which tensors are there: as in transformers, a name that
+        the index puts elsewhere, leaves out or has too many changes nothing, and a whole file goes before shards.
+
         `quantisation` is what config.json says (`read_quantisation`). Raises ModelNotFoundError (no checkpoint there),
         UnsupportedModelError (pickle files only, which are never opened) and CheckpointError (damaged, missing or
         contradicting files).
         """
         if folder.suffix == GGUF_SUFFIX:
             return cls._open_gguf(folder)
-        names, weight_map = _shard_names(folder)
+        names = _shard_names(folder)
         files: list[ShardFile] = []
         tensors: dict[str, TensorEntry] = {}
         try:
@@ -67,7 +71,6 @@ class CheckpointIndex:
                     cast(BinaryIO, file.raw), file_name=str(file.path), file_bytes=file.num_bytes, file_idx=file_idx
                 )
                 _merge(tensors, entries, files)
-            _check_weight_map(weight_map, tensors, files)
             return cls(folder, files, tensors, quantisation)
         except BaseException:
             for file in files:
@@ -177,24 +180,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shard_names(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
-    if (folder / INDEX_NAME).exists():
-        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map; download it again")
-        for tensor, name in weight_map.items():
-            if not is_shard_name(name):
-                raise CheckpointError(f"{folder / INDEX_NAME} puts {tensor!r} into {name!r}, which is no shard name")
-        names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} of {len(names)} shards, first {missing[0]}; download the rest"
-            )
-        return names, weight_map
-    if (folder / SINGLE_NAME).is_file():
-        return [SINGLE_NAME], None
-    raise _nothing_to_load(folder)
+def _shard_names(folder: Path) -> list[str]:
+    if not (folder / INDEX_NAME).exists():
+        if (folder / SINGLE_NAME).is_file():
+            return [SINGLE_NAME]
+        raise _nothing_to_load(folder)
+    weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map; download it again")
+    for tensor, name in weight_map.items():
+        if not is_shard_name(name):
+            raise CheckpointError(f"{folder / INDEX_NAME} puts {tensor!r} into {name!r}, which is no shard name")
+    names = sorted(set(weight_map.values()))
+    if SINGLE_NAME not in names and (folder / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(names)} shards, first {missing[0]}; download the rest"
+        )
+    return names
 
 
 def is_shard_name(name: Any) -> bool:
@@ -229,20 +234,24 @@ def _nothing_to_load(folder: Path) -> Exception:
 
 
 def _merge(tensors: dict[str, TensorEntry], entries: dict[str, TensorEntry], files: list[ShardFile]) -> None:
-    twice = tensors.keys() & entries.keys()
-    if twice:
-        name = min(twice)
-        first, second = files[tensors[name].file_idx].name, files[entries[name].file_idx].name
-        raise CheckpointError(f"tensor {name!r} is in both {first} and {second}; download the checkpoint again")
-    tensors.update(entries)
-
-
-def _check_weight_map(
-    weight_map: Mapping[str, str] | None, tensors: dict[str, TensorEntry], files: list[ShardFile]
-) -> None:
-    for name, shard in (weight_map or {}).items():
-        entry = tensors.get(name)
-        if entry is None or files[entry.file_idx].name != shard:
+    """Add one shard's `entries`. The same tensor in two shards is one tensor; two of one name are damage."""
+    for name in sorted(tensors.keys() & entries.keys()):
+        if not _are_equal(tensors[name], entries[name], files):
+            first, second = files[tensors[name].file_idx].name, files[entries[name].file_idx].name
             raise CheckpointError(
-                f"{INDEX_NAME} says that {name!r} is in {shard}, where it is not; download both again"
+                f"tensor {name!r} is in both {first} and {second}, with other values; download the checkpoint again"
             )
+    tensors.update({name: entry for name, entry in entries.items() if name not in tensors})
+
+
+def _are_equal(first: TensorEntry, second: TensorEntry, files: list[ShardFile]) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    for begin in range(0, first.num_bytes, _COMPARED_BYTES):
+        size = min(_COMPARED_BYTES, first.num_bytes - begin)
+        parts = bytearray(size), bytearray(size)
+        for entry, part in zip((first, second), parts, strict=True):
+            files[entry.file_idx].read_into(memoryview(part), entry.start + begin, need_bytes=size)
+        if parts[0] != parts[1]:
+            return False
+    return True
