@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from offmoe.base.config import make_config
 from offmoe.base.machine import rss_bytes
-from offmoe.checkpoint.locate import locate_model
+from offmoe.models.fetch import fetch_model
 
 if TYPE_CHECKING:
     from offmoe.generation.engine import Engine
@@ -44,8 +44,8 @@ def load(
     Raises OffmoeError subclasses: see offmoe.base.errors.
     """
     config = make_config(**options)
-    folder = locate_model(model)
     baseline_bytes = rss_bytes() if _baseline_bytes is None else _baseline_bytes
+    folder = fetch_model(model, config, progress)
     from offmoe.planner.foresee import against_plan, foresee
 
     foreseen = None if _device is not None else foresee(folder, options)

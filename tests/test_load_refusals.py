@@ -6,7 +6,6 @@ import json
 import pickle
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,14 @@ from damage import refuse, set_config
 from engines import open_tiny, save_tiny
 
 import offmoe
-from offmoe.base.errors import BudgetError, CheckpointError, ModelNotFoundError, UnsupportedModelError, UsageError
+from offmoe.base.errors import (
+    BudgetError,
+    CheckpointError,
+    HubUnreachableError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    UsageError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +65,11 @@ def test_a_file_is_no_folder(good: Path, tmp_path: Path) -> None:
     refuse(tmp_path / "model.gguf", CheckpointError, "GGUF", "download it again")
 
 
-@pytest.mark.parametrize("failure", ["offline", "unknown", "odd name"])
-def test_a_hub_id_that_cannot_be_fetched(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    response: Any = SimpleNamespace(headers={}, request=None, status_code=404)
-    error = {
-        "offline": LocalEntryNotFoundError("nothing here"),
-        "unknown": RepositoryNotFoundError("404 Client Error.\n\nRepository Not Found", response=response),
-        "odd name": HFValidationError("Repo id must not start with '-'"),
-    }[failure]
-
-    def fail(*args: Any, **options: Any) -> str:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    refuse("some/model", ModelNotFoundError, "no folder some/model", "check the name")
+def test_a_hub_that_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of the hub is in test_hub.py."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    refuse("some/model", HubUnreachableError, "no folder some/model", "out of reach", "check the network")
 
 
 TINY_DENSE: dict[str, Any] = {

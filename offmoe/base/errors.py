@@ -2,7 +2,8 @@
 
 OffmoeError                     a user can mend it: one line and exit code 2 in the command line
 |-- UsageError                  a wrong option or value
-|-- ModelNotFoundError          no such folder, not a model folder, hub out of reach
+|-- ModelNotFoundError          no such folder, not a model folder, no such model on the hub
+|   `-- HubUnreachableError     the hub is out of reach, and the local cache has not all of the model
 |-- UnsupportedModelError       a model that offmoe does not run (dense, unknown, pickled)
 |-- BudgetError                 the model does not fit the memory allowed
 |-- DeviceError                 the GPU cannot be used, or was lost
@@ -28,6 +29,10 @@ class UsageError(OffmoeError):
 
 class ModelNotFoundError(OffmoeError):
     """There is no model where the user pointed."""
+
+
+class HubUnreachableError(ModelNotFoundError):
+    """There is no way to the hub now, and the local cache has not all of the model."""
 
 
 class UnsupportedModelError(OffmoeError):

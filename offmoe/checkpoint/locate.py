@@ -1,23 +1,30 @@
-"""From what the user typed to a model folder: a path, or a hub id that is fetched through huggingface_hub."""
+"""From what the user typed to a model folder or a GGUF file: a path, or a hub id that is cached or fetched."""
 
 from __future__ import annotations
 
 import os
 import re
+import warnings
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from offmoe.base.errors import ModelNotFoundError
+from offmoe.base.errors import HubUnreachableError, ModelNotFoundError
+from offmoe.checkpoint.download import Download, Progress
+from offmoe.checkpoint.hub import Hub
+from offmoe.checkpoint.hub_cache import CachedModel, cache_root, is_offline, missing_weights
 
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-# Weights as safetensors, and what config and tokenizer need; never pickles, never other frameworks' copies.
-_HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+# A model, or a GGUF file of one.
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:/([\w./-]+\.gguf))?")
+# Given a model's folder or GGUF file before its weights are fetched; False: with config.json alone, True: with headers.
+Check = Callable[[Path, bool], None]
 
 
 def is_hub_id(name: str) -> bool:
     """True for what is no path here and looks like a name on the hub."""
     path = Path(name).expanduser()
-    return bool(_HUB_ID.match(name)) and not path.is_absolute() and not path.exists()
+    return bool(_HUB_ID.fullmatch(name)) and not path.is_absolute() and not path.exists()
 
 
 def demo_model_folder() -> Path:
@@ -25,14 +32,84 @@ def demo_model_folder() -> Path:
     return Path(str(resources.files("offmoe"))) / "demo_model"
 
 
-def locate_model(model: str | os.PathLike[str] | None) -> Path:
-    """The folder of `model`, or its GGUF file; the demo model for None.
+def locate_model(
+    model: str | os.PathLike[str] | None, *, code: bool = False, check: Check = lambda model, has_headers: None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Path:  # fmt: skip
+    """The folder of `model`, or its GGUF file; the demo model for None. A hub id that is not here whole is fetched.
 
-    Raises ModelNotFoundError saying what was tried.
+    `check` is asked before any weight is fetched and refuses by raising; `code`: the model's Python files are wanted.
+    Raises ModelNotFoundError saying what was tried, and OutputError where the disk has no room.
     """
     if model is None:
         return demo_model_folder()
     name = os.fspath(model)
+    if is_hub_id(name):
+        return _fetch(name, code=code, check=check, progress=progress)
+    return _local(name)
+
+
+def locate_cached(model: str | os.PathLike[str]) -> Path | None:
+    """A model that is here: `locate_model` without requests; None for a hub id that is not in the cache whole."""
+    name = os.fspath(model)
+    return CachedModel(hub_name(name)[0]).find(hub_name(name)[1]) if is_hub_id(name) else _local(name)
+
+
+def hub_name(name: str) -> tuple[str, str | None]:
+    """A hub id's model, and the GGUF file that it names, if any."""
+    match = _HUB_ID.fullmatch(name)
+    assert match is not None, f"{name=}"
+    return match[1], match[2]
+
+
+def begin_download(name: str, *, code: bool) -> Download:
+    """What the hub has of the hub id `name`; a model that has another name now is warned of."""
+    hub_id, gguf = hub_name(name)
+    hub = Hub(hub_id)
+    listing = hub.listing()
+    if listing.hub_id != hub_id:
+        warnings.warn(f"{hub_id} is called {listing.hub_id} on the hub now", stacklevel=2)
+    return Download(hub, listing, code=code, gguf=gguf)
+
+
+def refuse_offline(name: str) -> None:
+    """Raise HubUnreachableError, with how much of `name` is here, where the user forbids requests."""
+    if not is_offline():
+        return
+    hub_id, gguf = hub_name(name)
+    cached = CachedModel(hub_id)
+    folder = None if cached.commit is None else cached.snapshot(cached.commit)
+    how_much = f"{name} is not in the local cache {cache_root()}"
+    if gguf is None and folder is not None and (folder / "config.json").is_file():
+        missing = missing_weights(folder)
+        how_much = f"the local cache lacks {len(missing)} of its files, first {missing[0]}"
+    raise HubUnreachableError(f"HF_HUB_OFFLINE is set and {how_much}; unset it, or give a folder")
+
+
+def _fetch(name: str, *, code: bool, check: Check, progress: Progress) -> Path:
+    if is_offline() and (cached := locate_cached(name)) is not None:
+        return cached
+    refuse_offline(name)
+    try:
+        download = begin_download(name, code=code)
+    except HubUnreachableError:
+        cached = locate_cached(name)
+        if cached is None:
+            raise
+        return cached
+    if download.is_complete():
+        download.keep_commit()
+        return download.model
+    if download.has_config:
+        check(download.fetch_config(), False)
+    download.refuse_full_disk()
+    download.fetch_small()
+    with TemporaryDirectory(prefix="offmoe-headers-") as folder:
+        check(download.fetch_headers(Path(folder), progress), True)
+    return download.fetch_all(progress)
+
+
+def _local(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -45,9 +122,7 @@ def locate_model(model: str | os.PathLike[str] | None) -> Path:
         if path.suffix == ".gguf":
             return path
         raise ModelNotFoundError(f"{path} is a file and no GGUF; point at the model's folder")
-    if not _HUB_ID.match(name) or path.is_absolute():
-        raise ModelNotFoundError(f"{name} does not exist; give a model folder, or a hub id like Qwen/Qwen3-30B-A3B")
-    return _fetch(name)
+    raise ModelNotFoundError(f"{name} does not exist; give a model folder, or a hub id like Qwen/Qwen3-30B-A3B")
 
 
 def _only_gguf(folder: Path, found: list[Path]) -> Path:
@@ -58,16 +133,3 @@ def _only_gguf(folder: Path, found: list[Path]) -> Path:
             f"{folder} has {len(found)} GGUF files; name one: {', '.join(p.name for p in found[:8])}"
         )
     return models[0]
-
-
-def _fetch(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_PATTERNS))
-    except LocalEntryNotFoundError:
-        reason = "it is not in the local hub cache and the hub is out of reach"
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-    raise ModelNotFoundError(f"no folder {hub_id}, and no such model on the hub: {reason}; check the name")

@@ -22,7 +22,7 @@ def run_bench_command(
     """The record of one run."""
     if ids is not None and prompt is not None:
         raise UsageError("give --ids or --prompt, not both")
-    check_request(model, options)
+    check_request(model, options, quiet=quiet)
     from offmoe.report.bench import run_bench
 
     def make_engine() -> Engine:

@@ -24,7 +24,7 @@ def start_chat(model: str | None, dash: str | None, options: dict[str, Any]) -> 
         "as_json": others.pop("as_json"), "keep_history": not others.pop("no_history"),
     }  # fmt: skip
     system = others.pop("system", None)
-    check_request(model, engine_given)
+    check_request(model, engine_given, quiet=style["as_json"])
     message = read_stdin() if dash else None
     if message is not None and not message.strip():
         raise UsageError("standard input is empty; give a message")

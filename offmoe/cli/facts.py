@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from offmoe.checkpoint.locate import locate_model
 from offmoe.cli.options import engine_options, json_option, print_json, split_engine_options, user_errors
 
 
@@ -16,12 +15,14 @@ from offmoe.cli.options import engine_options, json_option, print_json, split_en
 @json_option
 @user_errors
 def inspect(model: str | None, as_json: bool) -> None:
-    """Layers, experts and sizes of a checkpoint, from its headers alone."""
+    """Layers, experts and sizes of a checkpoint, from its headers alone: nothing else of a hub id is fetched."""
+    from offmoe.checkpoint.remote import locate_headers
     from offmoe.planner.survey import survey
+    from offmoe.report.progress import ProgressReporter
     from offmoe.report.tables import print_pairs, survey_rows
 
-    folder = locate_model(model)
-    found = survey(folder)
+    with ProgressReporter(quiet=as_json) as progress, locate_headers(model, progress) as folder:
+        found = survey(folder)
     if as_json:
         print_json(found.as_dict())
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from offmoe.base.errors import UsageError
 from offmoe.base.machine_record import MachineRecord, drive_key, read_record, write_record
-from offmoe.checkpoint.locate import locate_model
+from offmoe.checkpoint.locate import demo_model_folder, locate_cached
 from offmoe.cli.options import process_baseline_bytes
 from offmoe.report.progress import ProgressReporter
 
@@ -19,7 +19,11 @@ def probe_machine(model: str | None, path: Path | None, *, refresh: bool, quiet:
         raise UsageError("give --model or --path, not both")
     if path is not None and not path.exists():
         raise UsageError(f"--path {path} does not exist; give a large file, or a folder with a model")
-    where = path or locate_model(model)
+    where = path or (demo_model_folder() if model is None else locate_cached(model))
+    if where is None:
+        raise UsageError(
+            f"{model} is not in the hub's local cache, and probe reads what is there: give --path, a file on that drive"
+        )
     known = None if refresh else read_record()
     if known is not None and drive_key(where) in known.drives:
         return known

@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from offmoe.base.config import make_config
 from offmoe.base.errors import UsageError
 from offmoe.base.machine import rss_bytes
 from offmoe.base.units import format_bytes, format_percent
-from offmoe.checkpoint.locate import locate_model
 from offmoe.checkpoint.writer import refuse_target
 from offmoe.cli.session import hush_libraries, open_engine
+from offmoe.models.fetch import fetch_model
 from offmoe.report.progress import ProgressReporter
 
 
@@ -20,7 +21,8 @@ def run_quantize(
     source: str, target: Path, options: dict[str, Any], text_file: Path | None, *, quiet: bool
 ) -> dict[str, Any]:
     """Quantise and, with `text_file`, measure both; returns the record. `options` are those of QuantiseOptions."""
-    folder = locate_model(source)
+    with ProgressReporter(quiet=quiet) as progress:
+        folder = fetch_model(source, make_config(), progress)
     refuse_target(folder, target)
     text = None if text_file is None else read_eval_text(text_file)
     if text is not None and not any(folder.glob("tokenizer*")):

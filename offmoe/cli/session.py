@@ -15,8 +15,8 @@ from offmoe.base.errors import UsageError
 from offmoe.base.saved_flags import SavedFlags, default_path, read_flags
 from offmoe.base.units import format_bytes, format_traffic
 from offmoe.checkpoint.identity import model_hash
-from offmoe.checkpoint.locate import locate_model
 from offmoe.cli.options import named_config, process_baseline_bytes
+from offmoe.models.fetch import fetch_model
 from offmoe.report.progress import ProgressReporter
 
 if TYPE_CHECKING:
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from offmoe.generation.stream import Piece
 
 
-def check_request(model: str | None, options: dict[str, Any]) -> Path:
-    """The model's folder. Imports nothing heavy: a wrong name or option is told before seconds of imports."""
-    make_config(**options)
-    return locate_model(model)
+def check_request(model: str | None, options: dict[str, Any], *, quiet: bool = False) -> Path:
+    """The model's folder; a name on the hub is fetched, with progress on stderr. Imports nothing heavy for a model that
+    is here: a wrong name or option is told before seconds of imports.
+    """
+    config = make_config(**options)
+    with ProgressReporter(quiet=quiet) as progress:
+        return fetch_model(model, config, progress)
 
 
 def open_engine(
@@ -42,7 +45,7 @@ def open_engine(
     from offmoe.api import load
 
     baseline = process_baseline_bytes() if baseline_bytes is None else baseline_bytes
-    folder = check_request(model, options)
+    folder = check_request(model, options, quiet=quiet)
     if use_saved and (saved := saved_flags(folder, options)) is not None:
         options = {**options, **saved.flags}
         if not quiet:

@@ -20,7 +20,7 @@ def run_trace(
     whole: bool, guesses: bool, quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The record of one run. After Ctrl-C the trace has what was whole, and that is said."""
-    check_request(model, engine_given)
+    check_request(model, engine_given, quiet=quiet)
     prompts = read_prompts(prompts_file, whole=whole)
     refuse_unwritable(output, "the trace")
     from offmoe.generation.trace_run import encode_all, record_prompts

@@ -82,7 +82,7 @@ def run_tune(
     prompts_file: Path | None, max_new_tokens: int, config: str | None, choose: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure, replay, show, and write the chosen flags to the file `config`: "off" none, None the user's own."""
-    folder = check_request(model, engine_given)
+    folder = check_request(model, engine_given, quiet=shown.as_json)
     target = None if config == "off" else default_path() if config is None else Path(config)
     if target is not None:
         refuse_unwritable(target, "the chosen flags")

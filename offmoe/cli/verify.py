@@ -24,7 +24,7 @@ def run_verify(
     model: str | None, options: dict[str, Any], prompt: str, num_new: int, text_file: Path | None, *, as_json: bool
 ) -> int:  # fmt: skip
     """Exit code 0 when every size agrees with the oracle, 1 when one does not. `fast_activations` are priced, too."""
-    check_request(model, options)
+    check_request(model, options, quiet=as_json)
     if text_file is not None and not options.get("fast_activations"):
         raise UsageError("--eval is what --fast-activations is priced on; add that, or leave out --eval")
     text = None if text_file is None else read_eval_text(text_file)

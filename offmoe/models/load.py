@@ -104,6 +104,12 @@ def load_model(
     )  # fmt: skip
 
 
+def check_headers(folder: Path, config: EngineConfig) -> None:
+    """Raise what `load_model` would raise before it reads a weight; `folder` may have holes in their place."""
+    with ExitStack() as opened:
+        _build(folder, config, opened, has_device=torch.cuda.is_available())
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Built:
     """A model without weights, its files, and what each tensor in them is. `config` is settled but for memory."""
