@@ -60,10 +60,10 @@ MODELS = {
 }  # fmt: skip
 
 
-def make_model(name: str) -> PreTrainedModel:
-    """The tiny model, in float32."""
+def make_model(name: str, **overrides: object) -> PreTrainedModel:
+    """The tiny model, in float32. `overrides` change attributes of its config."""
     made = MODELS[name]
-    return build(made.family, overrides=WIDTHS | made.overrides)
+    return build(made.family, overrides=WIDTHS | made.overrides | overrides)
 
 
 def save_gguf(

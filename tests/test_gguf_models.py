@@ -78,7 +78,7 @@ def test_logits_and_ids_are_those_of_the_same_values(
 
 def test_the_tokenizer_and_its_chat_template_come_from_the_file(tmp_path: Path) -> None:
     path, folder = tmp_path / "model.gguf", demo_model_folder()
-    save_gguf(path, "qwen3moe", make_model("qwen3moe"), {}, tokenizer=folder)
+    save_gguf(path, "qwen3moe", make_model("qwen3moe", vocab_size=4096), {}, tokenizer=folder)
     ours, published = load_tokenizer(path, trust_remote_code=False), AutoTokenizer.from_pretrained(folder)
     assert ours is not None
     text = "def main() -> None:\n    '''Grüße, 12345 tabs\t'''<|end|>\n"

@@ -129,11 +129,6 @@ def read_config(model: Path) -> dict[str, Any]:
     return gguf_config(_header(model)) if model.suffix == GGUF_SUFFIX else read_json(model / "config.json")
 
 
-def holds_tokenizer(path: Path) -> bool:
-    """True for a GGUF file with a vocabulary."""
-    return "tokenizer.ggml.tokens" in _header(path).metadata
-
-
 def _header(path: Path) -> GgufHeader:
     files: list[ShardFile] = []
     try:

@@ -44,7 +44,7 @@ from offmoe.models.resident import load_peak_bytes, load_resident
 from offmoe.models.rounding import note_rounding, start_rounding
 from offmoe.models.seam import LayerBinding, bind
 from offmoe.models.serving import Serving, build_serving
-from offmoe.models.tokenizer import load_tokenizer
+from offmoe.models.tokenizer import load_tokenizer, note_end_tokens
 from offmoe.models.transformers_internals import SEAM_NAME, KeyMapping, Target, experts_modules
 from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
@@ -73,6 +73,7 @@ def load_model(
         built = _build(folder, config, opened, has_device=device is not None or torch.cuda.is_available())
         config, model, experts = built.config, built.model, built.experts
         tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+        note_end_tokens(model, tokenizer)
         if device is None and (device := choose_device(config)) is not None:
             opened.callback(device.close)
         kept = None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
-from offmoe.checkpoint.index import GGUF_SUFFIX, holds_tokenizer, read_json
+from offmoe.checkpoint.gguf_vocabulary import read_vocabulary
+from offmoe.checkpoint.index import GGUF_SUFFIX, read_json
+from offmoe.models.gguf_tokenizer import GgufTokenizer, make_tokenizer
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 
@@ -19,7 +21,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
     Raises CheckpointError for files that cannot be read, UnsupportedModelError for a tokenizer that is Python code.
     """
     if folder.suffix == GGUF_SUFFIX:
-        return _checked(folder, _from_gguf(folder)) if holds_tokenizer(folder) else None
+        vocabulary = read_vocabulary(folder)
+        return None if vocabulary is None else make_tokenizer(vocabulary)
     if not any((folder / name).is_file() for name in _FILES):
         return None
     if not trust_remote_code and _is_own_code(folder):
@@ -34,11 +37,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
     return _checked(folder, tokenizer)
 
 
-def _from_gguf(path: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # noqa: BLE001 - likewise
-        raise _unreadable(path, error) from None
+def note_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Put the tokens that end a reply, as a GGUF file's vocabulary tells them, into the model's generation config."""
+    if isinstance(tokenizer, GgufTokenizer) and tokenizer.end_ids and model.generation_config is not None:
+        model.generation_config.eos_token_id = tokenizer.end_ids
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
