@@ -42,6 +42,7 @@ def _own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for variable in ("XDG_CONFIG_HOME", "APPDATA", "XDG_CACHE_HOME"):
             patch.setenv(variable, str(tmp_path_factory.mktemp("settings")))
+        patch.setenv("OFFMOE_RUN", str(tmp_path_factory.mktemp("run") / "offmoe"))
         patch.delenv("OFFMOE_CACHE", raising=False)
         yield
 

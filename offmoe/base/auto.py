@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from offmoe.base.budget import MIN_RESERVE_BYTES, MIN_VRAM_RESERVE_BYTES, auto_ram, auto_vram
+from offmoe.base.budget import MIN_VRAM_RESERVE_BYTES, auto_ram, auto_vram, ram_reserve
 from offmoe.base.config import EngineConfig
 from offmoe.base.errors import UsageError
 from offmoe.base.units import format_bytes
@@ -56,7 +56,7 @@ def complete_config(config: EngineConfig, facts: Facts) -> Complete:
     settle("context_length", _context(facts), _why_context(facts))
     _refuse_long_context(config, facts)
     if facts.ram_bytes is not None:
-        reserve = format_bytes(max(MIN_RESERVE_BYTES, facts.ram_bytes // 10))
+        reserve = format_bytes(ram_reserve(facts.ram_bytes))
         settle("ram", auto_ram(facts.ram_bytes), f"{format_bytes(facts.ram_bytes)} free, {reserve} left to the system")
     if on_device and facts.vram_bytes is not None:
         reserve = format_bytes(max(MIN_VRAM_RESERVE_BYTES, facts.vram_bytes // 16))

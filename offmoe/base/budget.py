@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from offmoe.base.errors import BudgetError
 from offmoe.base.units import format_bytes
 
-# Left to the system when `ram` is "auto": a tenth of what is free, and at least this much.
+# Left to the system when `ram` is "auto": a tenth of what is free, and at least this much or a third.
 MIN_RESERVE_BYTES = 1 << 30
 # The allocator's rounding and what Python itself grows by while generating (measured: 20-60 MiB).
 SLACK_BYTES = 96 << 20
@@ -135,9 +135,14 @@ class MemoryPlan:
         )
 
 
+def ram_reserve(available_bytes: int) -> int:
+    """Bytes of the memory that is free which "auto" leaves to the system: a container of 1 GiB can be used, too."""
+    return max(min(MIN_RESERVE_BYTES, -(-available_bytes // 3)), available_bytes // 10)
+
+
 def auto_ram(available_bytes: int) -> int:
     """What "auto" may use of the memory that is free: never all of it."""
-    return max(0, available_bytes - max(MIN_RESERVE_BYTES, available_bytes // 10))
+    return available_bytes - ram_reserve(available_bytes)
 
 
 def auto_vram(available_bytes: int) -> int:

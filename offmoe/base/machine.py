@@ -12,10 +12,8 @@ from pathlib import Path
 
 import psutil
 
-_CGROUP_FILES = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-)
+from offmoe.base.control_groups import is_in_group, memory_groups, processor_quota
+from offmoe.base.reservations import outstanding
 
 
 def rss_bytes() -> int:
@@ -47,35 +45,16 @@ def give_back_freed_memory() -> None:
 
 
 def available_ram_bytes() -> int:
-    """Memory that can be taken without swapping: the system's, or the container's where that is less."""
-    available = int(psutil.virtual_memory().available)
-    for limit_file, usage_file in _cgroup_files():
-        try:
-            limit, usage = limit_file.read_text().strip(), usage_file.read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit() and usage.isdigit():
-            available = min(available, max(0, int(limit) - int(usage)))
-    return available
+    """Memory that can be taken without swapping, by the machine and by every control group above this process.
 
-
-def _cgroup_files() -> list[tuple[Path, Path]]:
-    """Limit and usage files of the control group that this process is in, innermost first."""
-    found = list(_CGROUP_FILES)
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers == "memory":
-            folder = Path("/sys/fs/cgroup/memory" + path)
-            found.insert(0, (folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes"))
-        elif controllers == "":
-            folder = Path("/sys/fs/cgroup" + path)
-            found.insert(0, (folder / "memory.max", folder / "memory.current"))
-    return found
+    What other engines have planned and not taken yet is not free: those of this process, and of the user's others.
+    """
+    planned = {claim.pid: claim.num_bytes for claim in outstanding()}
+    bounds = [int(psutil.virtual_memory().available) - sum(planned.values())]
+    for group in memory_groups():
+        within = [size for pid, size in planned.items() if is_in_group(group.path, Path(f"/proc/{pid}"))]
+        bounds.append(group.available_bytes - sum(within))
+    return max(0, min(bounds))
 
 
 def free_vram_bytes() -> int | None:
@@ -96,10 +75,13 @@ def _smi(what: str) -> list[int]:
 
 
 def num_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Threads that can run at once: cores that this process may run on, and whole ones of a container's quota.
+
+    With more threads than the quota pays for, the kernel stops all of them for the rest of every tenth of a second.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = processor_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def cpu_cache_bytes() -> int:

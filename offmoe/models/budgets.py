@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from offmoe.base.config import EngineConfig
 from offmoe.base.division import Division, Machine, ModelSizes
 from offmoe.base.errors import BudgetError
 from offmoe.base.machine import available_ram_bytes, rss_bytes
+from offmoe.base.reservations import Reservation, one_at_a_time, outstanding
 from offmoe.base.shape import ModelShape, shape_of
 from offmoe.base.units import format_bytes
 from offmoe.checkpoint.expert_index import ExpertIndex
@@ -33,12 +36,14 @@ class Budgets:
 
     def __init__(
         self, model: PreTrainedModel, experts: ExpertIndex, config: EngineConfig, context_length: int, *,
-        slot_bytes: int, load_bytes: int, baseline_bytes: int, device: Device | None,
+        slot_bytes: int, load_bytes: int, baseline_bytes: int, device: Device | None, reservation: Reservation,
     ) -> None:  # fmt: skip
-        """`slot_bytes` of a RAM slot; `load_bytes` pass through RAM at once on their way to `device`."""
+        """`slot_bytes` of a RAM slot; `load_bytes` pass through RAM at once on their way to `device`.
+
+        `reservation` tells engines that load beside what this one will take, first as foreseen and then as planned.
+        """
         self._model, self._config, self._context_length = model, config, context_length
-        self._baseline_bytes, self._device = baseline_bytes, device
-        self._ram = config.ram if config.ram is not None else baseline_room(baseline_bytes)
+        self._baseline_bytes, self._device, self._reservation = baseline_bytes, device, reservation
         self._sizes = ModelSizes(
             shape=model_shape(model), resident_bytes=resident_bytes(model), load_bytes=load_bytes,
             slot_bytes=slot_bytes, device_slot_bytes=device_slot_bytes(experts), num_experts=experts.num_experts,
@@ -46,14 +51,26 @@ class Budgets:
         )  # fmt: skip
         self._runtime_bytes = max(0, rss_bytes() - baseline_bytes)
         self._free_bytes = device.free_bytes() if device is not None else 0
+        self._foreseen_kv_bytes = foresee_kv_bytes(model, context_length)
+        with one_at_a_time():
+            self._others_bytes = sum(claim.num_bytes for claim in outstanding() if claim.pid != os.getpid())
+            self._ram = config.ram if config.ram is not None else baseline_room(baseline_bytes)
+            with contextlib.suppress(BudgetError):  # `refuse_hopeless` raises it
+                reservation.reserve(self._division(self._foreseen_kv_bytes).plan().total_bytes)
 
     def refuse_hopeless(self) -> None:
         """Raise BudgetError before gigabytes are read when the model cannot fit at its most modest."""
-        division = self._division(foresee_kv_bytes(self._model, self._context_length))
+        division = self._division(self._foreseen_kv_bytes)
         try:
             division.plan_most_modest()
         except BudgetError:  # once more, so that the budget in the message is one that works
-            division.with_runtime(self._runtime_bytes + FIRST_RUN_BYTES).plan_most_modest()
+            try:
+                division.with_runtime(self._runtime_bytes + FIRST_RUN_BYTES).plan_most_modest()
+            except BudgetError as error:
+                if self._config.ram is not None or not self._others_bytes:
+                    raise
+                others = format_bytes(self._others_bytes)
+                raise BudgetError(f"{error}; {others} of what is free are kept for other offmoe processes") from None
 
     def plan(self, probe: ModelProbe) -> MemoryPlan:
         """The plan, now that the weights are loaded and the model has run once. Raises BudgetError.
@@ -66,6 +83,7 @@ class Budgets:
         in_ram = self._device is None or self._device.torch_device.type == "cpu"  # a simulated device is in RAM
         self._runtime_bytes = max(0, rss_bytes() - self._baseline_bytes - (resident if in_ram else 0))
         plan = self._division(probe.kv_bytes, chunkable=probe.chunkable).plan()
+        self._reservation.reserve(plan.total_bytes)
         if plan.device is not None and self._config.vram is not None and plan.device.vram_bytes < self._config.vram:
             warnings.warn(
                 f"vram is {format_bytes(self._config.vram)}, the device has {format_bytes(plan.device.vram_bytes)} to "

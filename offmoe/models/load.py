@@ -17,6 +17,7 @@ from offmoe.base.budget import MemoryPlan
 from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
 from offmoe.base.machine import give_back_freed_memory
+from offmoe.base.reservations import Reservation
 from offmoe.cache.warm_start import WarmStart
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.identity import model_hash
@@ -80,7 +81,10 @@ def load_model(
         if device is None and cpu_kernels is not None:
             kept = QuantisedLinears(model, built.index, built.targets, cpu_kernels)
         with explained(device):
-            plan, probe = _read_weights(built, kept, device, baseline_bytes=baseline_bytes, progress=progress)
+            reservation = Reservation(baseline_bytes)
+            opened.callback(reservation.close)
+            budgets = _budgets(built, kept, device, reservation, baseline_bytes=baseline_bytes)
+            plan, probe = _read_weights(built, kept, device, budgets, progress)
             device_pool = None
             if device is not None:
                 plan, device_pool = _make_device_pool(plan, device, top_k=experts.top_k)
@@ -93,6 +97,7 @@ def load_model(
         if config.fast_activations:
             note_rounding(serving, experts, [] if kept is None else kept.formats(), on_device=device is not None)
         serving.notes += _notes(model, built.quantisation, why_no_kernels)
+        serving.closing.callback(reservation.close)
         if cpu_kernels is not None:
             serving.closing.callback(cpu_kernels.close)
         attach_all(model, serving.executor)
@@ -149,18 +154,26 @@ def _build(folder: Path, config: EngineConfig, opened: ExitStack, *, has_device:
     )  # fmt: skip
 
 
+def _budgets(
+    built: _Built, kept: QuantisedLinears | None, device: Device | None, reservation: Reservation, *,
+    baseline_bytes: int,
+) -> Budgets:  # fmt: skip
+    """What may be used, and what the parts of the model take of it."""
+    keys = built.expert_keys if kept is None else built.expert_keys | kept.keys
+    return Budgets(
+        built.model, built.experts, built.config, built.context_length,
+        slot_bytes=built.experts.slot_bytes(direct=built.disk.direct),
+        load_bytes=load_peak_bytes(built.targets, keys, built.index, built.model.dtype), baseline_bytes=baseline_bytes,
+        device=device, reservation=reservation,
+    )  # fmt: skip
+
+
 def _read_weights(
-    built: _Built, kept: QuantisedLinears | None, device: Device | None, *, baseline_bytes: int, progress: Progress
+    built: _Built, kept: QuantisedLinears | None, device: Device | None, budgets: Budgets, progress: Progress
 ) -> tuple[MemoryPlan, ModelProbe]:
     """The resident weights in their places, and the memory that is left divided. `kept` stays as it is stored."""
     model, index = built.model, built.index
     keys = built.expert_keys if kept is None else built.expert_keys | kept.keys
-    budgets = Budgets(
-        model, built.experts, built.config, built.context_length,
-        slot_bytes=built.experts.slot_bytes(direct=built.disk.direct),
-        load_bytes=load_peak_bytes(built.targets, keys, index, model.dtype), baseline_bytes=baseline_bytes,
-        device=device,
-    )  # fmt: skip
     budgets.refuse_hopeless()
     if kept is not None:
         kept.read(index)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from offmoe.base.errors import UsageError
+from offmoe.base.machine import num_cores
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.structs import ABI_VERSION
 
@@ -46,7 +47,7 @@ def load_cpu_kernels(level: str = "auto", threads: int | None = None) -> tuple[C
             raise UsageError(f"CPU kernels {level!r} cannot be had: {error}") from error
         return None, str(error)
     idx = _level_idx(library, level)
-    wanted, cores = threads or torch.get_num_threads(), _num_cores()
+    wanted, cores = threads or torch.get_num_threads(), num_cores()
     note = f"{wanted} threads were asked for, this process may use {cores} cores" if wanted > cores else ""
     return CpuKernels(library, _levels(library)[idx][0], idx, min(wanted, cores), SPIN_US), note
 
@@ -105,7 +106,3 @@ def _library() -> ctypes.CDLL:
     library.offmoe_round_activations.argtypes = (ctypes.c_void_p, ctypes.c_int32)
     library.offmoe_round_activations.restype = None
     return library
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
