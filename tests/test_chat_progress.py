@@ -59,7 +59,7 @@ def test_ctrl_c_while_a_prompt_is_read(warm: WarmChat) -> None:
         terminal.send("Hi\r")
         terminal.expect("MB read")
         terminal.send(CTRL_C)
-        terminal.expect(r"\[stopped\]; nothing was answered, so your message is not kept")
+        terminal.expect(r"\[stopped\]; nothing was answered: /retry asks it again")
         terminal.expect(READY)
         terminal.send("Hi\r")
         terminal.expect(r"Yes[\s\S]*tok/s")

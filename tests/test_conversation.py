@@ -209,3 +209,34 @@ def test_places_that_cannot_be_written_or_read(engine: offmoe.Engine, tmp_path: 
     chat.load(tmp_path / "ok.json")
     assert chat.messages == [] and repr(chat) == "<Conversation [0 messages]>"
     assert isinstance(chat, Conversation)
+
+
+def stop_before_the_first_word(pieces: Iterator[Piece]) -> None:
+    """As Ctrl-C while the prompt is read."""
+    with pytest.raises(KeyboardInterrupt):
+        next(pieces)
+
+
+def interrupt(done: int, total: int) -> None:
+    raise KeyboardInterrupt
+
+
+def test_retry_answers_the_question_that_was_stopped(engine: offmoe.Engine) -> None:
+    chat = engine.conversation()
+    stop_before_the_first_word(chat.stream("Count.", **SHORT, on_prefill=interrupt))
+    assert chat.messages == [] and chat.last_question() == "Count."
+    list(chat.retry(**SHORT, temperature=0))
+    answered = list(chat.messages)
+    assert [message["role"] for message in answered] == ["user", "assistant"] and answered[0]["content"] == "Count."
+    stop_before_the_first_word(chat.stream("More?", **SHORT, on_prefill=interrupt))
+    assert chat.messages == answered, "the good answer stays"
+    stop_before_the_first_word(chat.retry(**SHORT, on_prefill=interrupt))
+    assert chat.messages == answered and chat.last_question() == "More?"
+    list(chat.retry(**SHORT, temperature=0))
+    assert chat.messages[:3] == [*answered, {"role": "user", "content": "More?"}] and len(chat.messages) == 4
+    stop_before_the_first_word(chat.retry(**SHORT, on_prefill=interrupt, reuse=False))
+    assert len(chat.messages) == 4 and chat.last_question() == "More?", "a retry that was stopped takes nothing away"
+    stop_before_the_first_word(chat.stream("Gone?", **SHORT, on_prefill=interrupt))
+    chat.reset()
+    with pytest.raises(UsageError, match="nothing was asked"):
+        chat.retry()

@@ -8,18 +8,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offmoe.base.errors import ContextLengthError, EngineBusyError, OffmoeError
+from offmoe.base.errors import ContextLengthError, EngineBusyError, OffmoeError, UsageError
 from offmoe.cli.chat_commands import COMMAND_NAMES, Leave, SlashCommands
 from offmoe.cli.chat_input import make_reader
 from offmoe.cli.interrupt import StopRequest
 from offmoe.cli.options import print_json
 from offmoe.cli.say import say
 from offmoe.cli.session import PromptProgress
-from offmoe.generation.conversation import Conversation
 from offmoe.generation.stats import stats_line
 from offmoe.report.reply_view import is_smart_terminal, make_view, no_echo
 
 if TYPE_CHECKING:
+    from offmoe.generation.conversation import Conversation
     from offmoe.generation.engine import Engine
     from offmoe.generation.stream import Piece
 
@@ -42,10 +42,14 @@ class ChatStyle:
 
 
 def run_chat(
-    engine: Engine, *, system: str | None, options: dict[str, Any], style: ChatStyle, message: str | None = None
+    engine: Engine, conversation: Conversation, *, options: dict[str, Any], style: ChatStyle, message: str | None = None
 ) -> None:
-    """One `message`, or until end of input or /exit. Ctrl-C stops the reply and keeps the conversation."""
-    chat = _Chat(engine, system, options, style, interactive=message is None and sys.stdin.isatty())
+    """One `message`, or until end of input or /exit. Ctrl-C stops the reply and keeps the conversation.
+
+    In a pipe a message that cannot be answered gets an error in the place of a reply, and the next one is read. Raises
+    UsageError at the end of such a run.
+    """
+    chat = _Chat(engine, conversation, options, style, interactive=message is None and sys.stdin.isatty())
     if chat.template_is_missing:
         say(_NO_TEMPLATE)
     if message is not None:
@@ -60,11 +64,13 @@ class _Chat:
     """A person, or a pipe, and a conversation."""
 
     def __init__(
-        self, engine: Engine, system: str | None, options: dict[str, Any], style: ChatStyle, *, interactive: bool
-    ) -> None:
+        self, engine: Engine, conversation: Conversation, options: dict[str, Any], style: ChatStyle, *,
+        interactive: bool,
+    ) -> None:  # fmt: skip
         self._engine, self._style, self.interactive = engine, style, interactive
-        self._conversation = Conversation(engine, system=system)
+        self._conversation = conversation
         self._commands = SlashCommands(engine, self._conversation, options, retry=self._retry)
+        self._num_taken = self._num_failed = 0
         self._num_retries = 0
 
     @property
@@ -79,11 +85,12 @@ class _Chat:
         )  # fmt: skip
         asked_to_leave = False
         while True:
+            line = None
             try:
                 line = reader.read()
                 asked_to_leave = False
                 if line is None:
-                    return
+                    break
                 self._take(line)
             except KeyboardInterrupt:
                 if not self.interactive:
@@ -93,18 +100,36 @@ class _Chat:
                 asked_to_leave = True
                 say("Ctrl-C again, Ctrl-D or /exit leaves.")
             except Leave:
-                return
+                break
             except (OffmoeError, OSError) as error:
-                if not self.interactive or isinstance(error, EngineBusyError):
+                if isinstance(error, EngineBusyError):
                     raise
-                hint = "; /reset begins anew, /save FILE keeps this" if isinstance(error, ContextLengthError) else ""
-                say(f"error: {' '.join(str(error).split())}{hint}")
+                if not self.interactive and (line is None or isinstance(error, OSError)):
+                    raise  # nothing more can be read, or written
+                self._fail(error)
+        if self._num_failed and not self.interactive:
+            raise UsageError(f"{self._num_failed} of {self._num_taken} messages were not answered")
 
     def _take(self, line: str) -> None:
+        if not line.strip():
+            return
+        self._num_taken += 1
         if line.startswith("/"):
             self._commands.run(line)
-        elif line.strip():
+        else:
             self.answer(line)
+
+    def _fail(self, error: Exception) -> None:
+        """Say why there is no reply: to a person, or for the line of a pipe."""
+        self._num_failed += 1
+        reason = " ".join(str(error).split())
+        if self.interactive:
+            hint = "; /reset begins anew, /save FILE keeps this" if isinstance(error, ContextLengthError) else ""
+            say(f"error: {reason}{hint}")
+        elif self._style.as_json:
+            print_json({"error": reason, "message": self._num_taken})
+        else:
+            say(f"error: message {self._num_taken}: {reason}")
 
     def answer(self, text: str) -> None:
         """Stream the reply to `text`."""
@@ -164,7 +189,7 @@ class _Chat:
                 "finish_reason": reason or "stopped", **numbers,
             })  # fmt: skip
         elif stopped or stats is None:
-            forgotten = "" if "".join(texts[False]).strip() else "; nothing was answered, so your message is not kept"
+            forgotten = "" if "".join(texts[False]).strip() else "; nothing was answered: /retry asks it again"
             say(f"[stopped]{forgotten}", dim=True)
         else:
             say(f"{stats_line(stats)} | {self._context_meter()}", dim=True)

@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from offmoe.base.errors import UsageError
 from offmoe.cli.options import read_stdin, split_engine_options
 from offmoe.cli.session import check_request, open_engine
 
+if TYPE_CHECKING:
+    from offmoe.generation.conversation import Conversation
+    from offmoe.generation.engine import Engine
+
 DASH = "-"
 
 
-def start_chat(model: str | None, dash: str | None, options: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How messages become a prompt. `thinking` is "on", "off" or None for the template's own default."""
+
+    arguments: dict[str, Any]
+    thinking: str | None
+    allow_control_tokens: bool
+
+    def begin(self, engine: Engine, *, system: str | None) -> Conversation:
+        """A conversation with these options. Raises UsageError for what the model's template does not have."""
+        from offmoe.generation.chat_template import thinking_arguments
+
+        arguments = dict(self.arguments)
+        if self.thinking is not None and engine.tokenizer is not None:
+            arguments |= thinking_arguments(engine.tokenizer, self.thinking == "on")
+        return engine.conversation(
+            system=system, chat_template_kwargs=arguments, allow_control_tokens=self.allow_control_tokens
+        )
+
+
+def start_chat(model: str | None, dash: str | None, options: dict[str, Any], template: TemplateOptions) -> None:
     """Load and talk. `model` may be the dash. Raises UsageError before anything heavy is imported."""
     if model == DASH:
         model, dash = dash, DASH
@@ -31,4 +56,5 @@ def start_chat(model: str | None, dash: str | None, options: dict[str, Any]) -> 
     with open_engine(model, engine_given) as engine:
         from offmoe.cli.chat import ChatStyle, run_chat
 
-        run_chat(engine, system=system, options=others, style=ChatStyle(**style), message=message)
+        conversation = template.begin(engine, system=system)
+        run_chat(engine, conversation, options=others, style=ChatStyle(**style), message=message)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -167,5 +168,20 @@ def read_stdin() -> str:
 
 
 def print_json(record: dict[str, Any]) -> None:
-    """One line of JSON to stdout."""
-    click.echo(json.dumps(record, ensure_ascii=False))
+    """One line of JSON to stdout; where that cannot carry all characters, with escapes for them."""
+    encoding = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name
+    click.echo(json.dumps(record, ensure_ascii=not encoding.startswith("utf")))
+
+
+def template_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """What --template-arg was given: names and values, which are JSON where they parse as that. Raises UsageError."""
+    arguments: dict[str, Any] = {}
+    for argument in given:
+        name, equals, text = argument.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--template-arg is {argument!r}; use NAME=VALUE, such as enable_thinking=false")
+        try:
+            arguments[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            arguments[name] = text
+    return arguments

@@ -14,6 +14,7 @@ from offmoe.cli.options import (
     read_stdin,
     sampling_options,
     split_engine_options,
+    template_arguments,
     user_errors,
 )
 
@@ -48,6 +49,19 @@ def generate(model: str | None, prompt: str, stop: tuple[str, ...], as_json: boo
     metavar="N",
     help="Length of a reply. Default: as many as the context has room for.",
 )
+@click.option(
+    "--thinking", type=click.Choice(["on", "off"]), help="Whether the model reasons before it answers, where it can."
+)
+@click.option(
+    "--template-arg",
+    "template_args",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="An argument of the model's chat template; VALUE is JSON or text. May be given more than once.",
+)
+@click.option(
+    "--allow-control-tokens", is_flag=True, help="Control tokens in a message are structure. Otherwise they are text."
+)
 @click.option("--no-color", is_flag=True, help="No colors, as with NO_COLOR set in the environment.")
 @click.option("--plain", is_flag=True, help="Replies as the model writes them, no formatted Markdown.")
 @click.option("--no-history", is_flag=True, help="Do not remember the lines typed.")
@@ -55,14 +69,19 @@ def generate(model: str | None, prompt: str, stop: tuple[str, ...], as_json: boo
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print each reply as a line of JSON.")
 @user_errors
-def chat(model: str | None, dash: str | None, stop: tuple[str, ...], **options: Any) -> None:
+def chat(
+    model: str | None, dash: str | None, stop: tuple[str, ...], template_args: tuple[str, ...], thinking: str | None,
+    allow_control_tokens: bool, **options: Any,
+) -> None:  # fmt: skip
     """Talk with a model. Ctrl-C stops a reply; /help lists commands; /exit or end of input leaves.
 
-    In a pipe each line is a message, and with "-" all of standard input is one.
+    In a pipe each line is a message, and with "-" all of standard input is one. A line that cannot be answered gets an
+    error in place of a reply; the exit code is then 2.
     """
-    from offmoe.cli.chat_start import start_chat
+    from offmoe.cli.chat_start import TemplateOptions, start_chat
 
-    start_chat(model, dash, {"stop": stop, **options})
+    template = TemplateOptions(template_arguments(template_args), thinking, allow_control_tokens)
+    start_chat(model, dash, {"stop": stop, **options}, template)
 
 
 @click.command()

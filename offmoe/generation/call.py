@@ -29,6 +29,7 @@ class Call:
     choose: Chooser
     on_prefill: Callable[[int, int], None]
     reuse: bool | None
+    own_text: bool
 
 
 def answer(
@@ -48,7 +49,7 @@ def answer(
     with kept.guarded():
         yield from stream_text(
             steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
-            num_reused=num_reused, on_end=totals.add, lossy=parts.lossy,
+            num_reused=num_reused, on_end=totals.add, lossy=parts.lossy, after=() if call.own_text else call.ids,
         )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +17,13 @@ from offmoe.base.config import EngineConfig, refuse_unknown
 from offmoe.base.errors import DeviceError, EngineBusyError, OffmoeError, UsageError
 from offmoe.base.trace import TraceEvent
 from offmoe.base.trace_file import TraceWriter
+from offmoe.checkpoint.index import GGUF_SUFFIX, read_config
 from offmoe.generation.call import Call, answer, translate
-from offmoe.generation.chat import Message, chat_ids
+from offmoe.generation.chat import chat_ids
+from offmoe.generation.chat_template import Message
 from offmoe.generation.compiled import make_compiler
 from offmoe.generation.conversation import Conversation
+from offmoe.generation.ends import end_ids
 from offmoe.generation.engine_stats import engine_stats
 from offmoe.generation.prefill_chunk import PrefillChunk
 from offmoe.generation.prompt import encode, stop_rules
@@ -39,7 +42,16 @@ from offmoe.models.loaded import LoadedModel
 if TYPE_CHECKING:
     from offmoe.tiers.device import Device
 
-_OPTIONS = ("max_new_tokens", "stop", "on_prefill", "ignore_end", "choose", "reuse", *Sampling.__dataclass_fields__)
+_OPTIONS = (
+    "max_new_tokens",
+    "stop",
+    "on_prefill",
+    "ignore_end",
+    "choose",
+    "reuse",
+    "own_text",
+    *Sampling.__dataclass_fields__,
+)
 _BUSY = "the engine is generating; finish or close that stream first"
 
 
@@ -66,6 +78,9 @@ class Engine:
             else PrefillChunk(loaded.plan.prefill_chunk, loaded.device, divisible=loaded.chunkable)
         )  # fmt: skip
         self.tokenizer = loaded.tokenizer
+        # What a GGUF file says of ends is in the generation config already.
+        stated = {} if folder.suffix == GGUF_SUFFIX else read_config(folder)
+        self._end_ids = end_ids(loaded.model.generation_config, stated, loaded.tokenizer)
         self._running = threading.Lock()
         self._totals = Totals()
         self._compiler = compiler = make_compiler(loaded.model, loaded.context_length, config, progress)
@@ -165,27 +180,39 @@ class Engine:
         """The model's next turn, through the tokenizer's chat template. Options as in `stream`."""
         return collect(self.stream_chat(messages, **options))
 
-    def stream_chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Piece]:
+    def stream_chat(
+        self, messages: Sequence[Message], *, chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False, **options: Any,
+    ) -> Iterator[Piece]:  # fmt: skip
         """As `chat`, piece by piece; `piece.reasoning` tells what the model thinks from what it says.
 
-        `reuse` is True unless it is given, or placement_invariant is set.
+        `chat_template_kwargs` and `allow_control_tokens` as in `chat.chat_ids`. `reuse` is True unless it is given, or
+        placement_invariant is set.
         """
         if self.model.config.is_encoder_decoder:
             raise UsageError("an encoder-decoder model rewrites a text and holds no conversation; use generate")
         if self.tokenizer is None:
             raise UsageError(f"{self.folder} has no tokenizer, which a conversation needs; use generate with token ids")
-        ids = chat_ids(self.tokenizer, messages)
-        pieces = self.stream(ids, **{"reuse": not self.config.placement_invariant, **options})
+        ids = chat_ids(
+            self.tokenizer, messages, vocab_size=self.vocab_size, arguments=chat_template_kwargs,
+            allow_control_tokens=allow_control_tokens,
+        )  # fmt: skip
+        pieces = self.stream(ids, **{"reuse": not self.config.placement_invariant, "own_text": True, **options})
         return split_reasoning(pieces, self.tokenizer, ids)
 
-    def conversation(self, *, system: str | None = None) -> Conversation:
-        """A chat that remembers what was said. Raises UsageError without a tokenizer."""
-        return Conversation(self, system=system)
+    def conversation(
+        self, *, system: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False,
+    ) -> Conversation:  # fmt: skip
+        """A chat that remembers what was said; options as of `stream_chat`. Raises UsageError without a tokenizer."""
+        return Conversation(
+            self, system=system, chat_template_kwargs=chat_template_kwargs, allow_control_tokens=allow_control_tokens
+        )
 
     def stream(
         self, prompt: str | Sequence[int], *, max_new_tokens: int = 256, stop: str | Sequence[str] | None = None,
         on_prefill: Callable[[int, int], None] = lambda done, total: None, ignore_end: bool = False,
-        choose: Chooser | None = None, reuse: bool | None = None, **sampling: Any,
+        choose: Chooser | None = None, reuse: bool | None = None, own_text: bool = False, **sampling: Any,
     ) -> Iterator[Piece]:  # fmt: skip
         """Pieces of the reply as they come; the last one says why it ended and what it cost.
 
@@ -193,6 +220,7 @@ class Engine:
         total)` is told of the prompt's progress, in tokens that have to be read. `sampling`: temperature (0 is greedy),
         top_k, top_p, min_p, repetition_penalty, seed; what is not given comes from the model's generation_config.
         `ignore_end` goes on after the end token. `choose` replaces sampling by a function (ids, logits) -> id.
+        `own_text`: the reply does not continue the prompt's text, and begins without the space before its first word.
 
         `reuse`: what the KV cache holds of the prompt from the last call is not read again. True: the longest common
         prefix. False: nothing. Default: when the prompt goes on where the last one ended, and not with
@@ -212,12 +240,12 @@ class Engine:
         ids = encode(prompt, self.tokenizer, vocab_size=self.vocab_size)
         rules = stop_rules(
             num_prompt=len(ids), context_length=parts.context_length, max_new_tokens=max_new_tokens, stop=stop,
-            end_ids=frozenset() if ignore_end else self._end_ids(), has_text=self.tokenizer is not None,
+            end_ids=frozenset() if ignore_end else self._end_ids, tokenizer=self.tokenizer,
         )  # fmt: skip
         call = Call(
             ids=ids, tokenizer=self.tokenizer, rules=rules, on_prefill=on_prefill,
             choose=choose or make_chooser(settings, parts.model.device),
-            reuse=False if reuse is None and self.config.placement_invariant else reuse,
+            reuse=False if reuse is None and self.config.placement_invariant else reuse, own_text=own_text,
         )  # fmt: skip
         if parts.model.config.is_encoder_decoder:
             return self._exclusively(translate(call, parts, self._totals))
@@ -249,11 +277,6 @@ class Engine:
         defaults = self.model.generation_config
         assert defaults is not None
         return resolve_sampling(defaults, **options)
-
-    def _end_ids(self) -> frozenset[int]:
-        config = self.model.generation_config
-        end = config.eos_token_id if config else None
-        return frozenset(() if end is None else [end] if isinstance(end, int) else end)
 
     def close(self) -> None:
         """Release threads, files and memory. A second close does nothing."""

@@ -17,7 +17,7 @@ def encode(prompt: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | Non
         if tokenizer is None:
             raise UsageError("the model has no tokenizer; give token ids instead of text")
         check_text(prompt, "the prompt")
-        ids = list(tokenizer(prompt)["input_ids"])
+        ids = check_rows(tokenizer(prompt)["input_ids"], tokenizer, vocab_size=vocab_size)
     else:
         ids = check_ids(prompt, vocab_size=vocab_size)
     if not ids:
@@ -37,6 +37,17 @@ def check_ids(ids: Sequence[int], *, vocab_size: int) -> list[int]:
     return checked
 
 
+def check_rows(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> list[int]:
+    """Ids that a tokenizer made of text. Raises UsageError naming the first token that the embedding has no row for."""
+    bad = next((token for token in ids if token >= vocab_size), None)
+    if bad is not None:
+        raise UsageError(
+            f"the prompt holds {tokenizer.convert_ids_to_tokens(int(bad))!r}, token {bad} of the tokenizer, and the "
+            f"model's embedding has {vocab_size} rows; leave that text out, or use the model's own tokenizer"
+        )
+    return list(ids)
+
+
 def check_text(text: str, what: str) -> None:
     """Raise UsageError for text that no tokenizer can take: halves of surrogate pairs, from a broken encoding."""
     try:
@@ -49,7 +60,7 @@ def check_text(text: str, what: str) -> None:
 
 def stop_rules(
     *, num_prompt: int, context_length: int, max_new_tokens: int, stop: str | Sequence[str] | None,
-    end_ids: frozenset[int], has_text: bool,
+    end_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase | None,
 ) -> StopRules:  # fmt: skip
     """When the reply ends. Raises UsageError, and ContextLengthError when the prompt leaves no room for a token."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -57,8 +68,11 @@ def stop_rules(
     stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (list, tuple)) else stop
     if stops is not None and (not isinstance(stops, tuple) or not all(isinstance(s, str) and s for s in stops)):
         raise UsageError(f"stop is {stop!r}; use a text that is not empty, or a list of such")
-    if stops and not has_text:
+    if stops and tokenizer is None:
         raise UsageError("the model has no tokenizer, so stop strings cannot be found; leave stop out")
+    for text in stops or ():
+        assert tokenizer is not None
+        _refuse_impossible(text, tokenizer)
     room = context_length - num_prompt
     if room < 1:
         raise ContextLengthError(
@@ -69,3 +83,24 @@ def stop_rules(
         end_ids=end_ids, stop_strings=stops or (), max_new_tokens=min(max_new_tokens, room),
         limit_reason="length" if max_new_tokens <= room else "context",
     )  # fmt: skip
+
+
+def _refuse_impossible(stop: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UsageError for a stop string with a character that no reply can have: it would never end one."""
+    check_text(stop, f"the stop text {stop!r}")
+    # A tokenizer that knows bytes gives every character back; others are asked for their whole vocabulary.
+    missing = [letter for letter in dict.fromkeys(stop) if letter not in _round_trip(letter, tokenizer)]
+    if missing:
+        letters = {letter for token in tokenizer.get_vocab() for letter in token}
+        missing = [letter for letter in missing if letter not in letters and not letter.isspace()]
+    if missing:
+        raise UsageError(
+            f"stop is {stop!r}, and the model's vocabulary cannot write {missing[0]!r}: it would never end a reply; "
+            "leave it out"
+        )
+
+
+def _round_trip(letter: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    text = tokenizer.decode(tokenizer(letter, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text

@@ -12,12 +12,10 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from offmoe.generation.chat_template import template_text
+from offmoe.generation.control_tokens import REASONING_TAGS as TAGS
 from offmoe.generation.stream import Piece
 
-# What opens a block of reasoning, and what ends it.
-TAGS = (
-    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
-)  # fmt: skip
 _CHANNEL, _MESSAGE, _START, _END = "<|channel|>", "<|message|>", "<|start|>", "<|end|>"
 _ANSWER_CHANNEL = "final"
 # Ids at the end of a prompt among which a template may have opened the block itself.
@@ -133,7 +131,7 @@ def split_reasoning(
     pieces: Iterator[Piece], tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]
 ) -> Iterator[Piece]:
     """The same pieces, each all reasoning or all answer, without the marks. Closes `pieces` when it ends."""
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    template = template_text(tokenizer)
     splitter: Splitter
     marks: tuple[str, ...]
     if _CHANNEL in template:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from offmoe.base.errors import OutputError, UsageError
-from offmoe.generation.chat import Message, check_messages
+from offmoe.generation.chat import check_messages
+from offmoe.generation.chat_template import Message
 
 _MARK, _VERSION = "offmoe_conversation", 1
 # Far above any context; a larger file is something else.
@@ -50,7 +51,7 @@ def read_messages(path: Path) -> list[Message]:
         raise UsageError(f"{path} is no saved conversation: it lacks {_MARK!r}: {_VERSION} or a list of 'messages'")
     messages: list[Message] = record["messages"]
     check_messages(messages)
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [dict(message) for message in messages]
 
 
 def _is_saved(path: Path) -> bool:

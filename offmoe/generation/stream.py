@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -43,13 +43,14 @@ def stream_text(
     steps: Iterator[int], tokenizer: PreTrainedTokenizerBase | None, rules: StopRules, counters: Counters,
     *, num_prompt_tokens: int, num_reused: int = 0, clock: Callable[[], float] = time.perf_counter,
     on_end: Callable[[GenerationStats], None] = lambda stats: None, lossy: tuple[str, ...] = (),
+    after: Sequence[int] = (),
 ) -> Iterator[Piece]:  # fmt: skip
     """Pieces of text for the ids of `steps`, until a rule ends them. Without a tokenizer, pieces have ids only.
 
     `num_reused` of the prompt's tokens were in the KV cache already. `on_end` is told what it cost, also when it is
-    broken off. `lossy` is for the statistics.
+    broken off. `lossy` is for the statistics. `after`: ids whose text the reply continues.
     """
-    decoder = TextDecoder(tokenizer) if tokenizer is not None else None
+    decoder = TextDecoder(tokenizer, after=after) if tokenizer is not None else None
     stops = StopMatcher(rules.stop_strings)
     meter = Meter(counters, num_prompt_tokens, num_reused, clock, lossy)
     reason = rules.limit_reason
@@ -59,7 +60,7 @@ def stream_text(
             if token_id in rules.end_ids:
                 reason = "stop"
                 break
-            text = stops.add(decoder.add(token_id)) if decoder else ""
+            text = stops.add(decoder.add(token_id), control=decoder.spelling(token_id)) if decoder else ""
             yield Piece(text, token_id)
             if stops.stopped:
                 break

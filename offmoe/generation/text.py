@@ -6,38 +6,70 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from offmoe.generation.control_tokens import control_tokens
+
 _REPLACEMENT = "\ufffd"
-# Tokens decoded together. Decoding from the start at every step would be quadratic; a window of this many keeps what
-# precedes a token in view, which is all that tokenizers look back at.
-_WINDOW_TOKENS = 64
-_KEPT_TOKENS = 8
+# Tokens that wait for the end of a character, at most: no text has that many bytes without one.
+_MOST_WAITING = 64
+# Ids of the prompt among which the begin of a character, or a word with its space, is looked for.
+_TAIL_TOKENS = 16
 
 
 class TextDecoder:
-    """Turns ids into text as they come; incomplete characters wait for the ids that complete them."""
+    """Turns ids into text as they come; incomplete characters wait for the ids that complete them.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Tokenizers look back: sentencepiece drops the space before the first word of a text, and letters may be spelt in
+    several tokens. So ids are decoded after those that gave the last piece of text, which end with a whole character.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, after: Sequence[int] = ()) -> None:
+        """`after`: the ids whose text is continued; empty for a text of its own."""
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = ""
+        self._control = control_tokens(tokenizer)
+        self._waiting: list[int] = []
+        self._context = self._end_of(after)
+        # A character that the prompt began belongs to what completes it.
+        self._context_text = self._decode(self._context).rstrip(_REPLACEMENT)
+
+    def spelling(self, token_id: int) -> str:
+        """How a control token is written, which is no text; empty for any other token."""
+        return self._control.get(token_id, "")
 
     def add(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is incomplete."""
-        self._ids.append(token_id)
-        text = self._decode(self._ids)
-        if text.endswith(_REPLACEMENT):
+        """The text that `token_id` completes; empty while a character is incomplete, and for control tokens."""
+        if token_id in self._control:
             return ""
-        new, self._shown = text[len(self._shown) :], text
-        if len(self._ids) > _WINDOW_TOKENS:
-            self._ids = self._ids[-_KEPT_TOKENS:]
-            self._shown = self._decode(self._ids)
-        return new
+        self._waiting.append(token_id)
+        text = self._text_of_waiting()
+        if len(self._waiting) < _MOST_WAITING and (not text or text.endswith(_REPLACEMENT)):
+            return ""
+        self._context, self._waiting = self._end_of(self._context + self._waiting), []
+        self._context_text = self._decode(self._context)
+        return text
 
     def flush(self) -> str:
         """What is left at the end, incomplete characters included."""
-        text = self._decode(self._ids)
-        new, self._shown = text[len(self._shown) :], text
-        return new
+        text = self._text_of_waiting()
+        self._waiting = []
+        return text
+
+    def _text_of_waiting(self) -> str:
+        if not self._waiting:
+            return ""
+        text = self._decode(self._context + self._waiting)
+        # Bytes that are no character may turn those before them into replacements: then without these.
+        if not text.startswith(self._context_text):
+            return self._decode(self._waiting)
+        return text[len(self._context_text) :]
+
+    def _end_of(self, ids: Sequence[int]) -> list[int]:
+        """The fewest last ids that have a text, and begin with a whole character."""
+        tail = [token_id for token_id in ids[-2 * _TAIL_TOKENS :] if token_id not in self._control][-_TAIL_TOKENS:]
+        for num in range(1, len(tail) + 1):
+            text = self._decode(tail[-num:])
+            if text and not text.startswith(_REPLACEMENT):
+                return tail[-num:]
+        return tail
 
     def _decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -46,29 +78,44 @@ class TextDecoder:
 
 
 class StopMatcher:
-    """Cuts text at the first stop string, holding back what might be the beginning of one."""
+    """Cuts text at the first stop string, holding back what might be the beginning of one.
+
+    Control tokens take part in the search by their spelling, and are never shown.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
+        # The characters of `_held` that are text, and not a control token's spelling.
+        self._is_text: list[bool] = []
         self.stopped = False
 
-    def add(self, text: str) -> str:
-        """The part of held-back plus new text that may be shown; sets `stopped` when a stop string was met."""
-        self._held += text
+    def add(self, text: str, *, control: str = "") -> str:
+        """The part of held-back plus new text that may be shown; sets `stopped` when a stop string was met.
+
+        `control`: the spelling of a control token that comes after `text`.
+        """
+        if not self._stops:
+            return text
+        self._held += text + control
+        self._is_text += [True] * len(text) + [False] * len(control)
         found = [position for stop in self._stops if (position := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            shown = self._take(min(found))
+            self._take(len(self._held))
             return shown
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown
+        return self._take(len(self._held) - max(self._overlap(stop) for stop in self._stops))
 
     def flush(self) -> str:
         """What was held back, when no more text comes."""
-        shown, self._held = self._held, ""
+        return self._take(len(self._held))
+
+    def _take(self, num: int) -> str:
+        shown = "".join(
+            character for character, is_text in zip(self._held[:num], self._is_text, strict=False) if is_text
+        )
+        self._held, self._is_text = self._held[num:], self._is_text[num:]
         return shown
 
     def _overlap(self, stop: str) -> int:

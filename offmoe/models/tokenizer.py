@@ -13,6 +13,7 @@ from offmoe.checkpoint.index import GGUF_SUFFIX, read_json
 from offmoe.models.gguf_tokenizer import GgufTokenizer, make_tokenizer
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+_TEMPLATE_FILE = "chat_template.json"
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
@@ -34,7 +35,15 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for a damaged tokenizer.json
         raise _unreadable(folder, error) from None
-    return _checked(folder, tokenizer)
+    return _with_template(folder, _checked(folder, tokenizer))
+
+
+def _with_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """With the chat template of chat_template.json (Qwen3-Omni), which transformers gives to processors only."""
+    path = folder / _TEMPLATE_FILE
+    if tokenizer.chat_template is None and path.is_file():
+        tokenizer.chat_template = read_json(path).get("chat_template")
+    return tokenizer
 
 
 def note_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
