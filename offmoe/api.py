@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def _to_stderr(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    if sys.stderr is not None:  # a program without a console has none
+        sys.stderr.write(f"{line}\n")
 
 
 def load(

@@ -86,8 +86,9 @@ class Trace:
 class TraceWriter:
     """Writes `path` by way of a file beside it. Use as a context manager.
 
-    Left in the normal way or by Ctrl-C, the file is ended and put in its place; by any other error it stays under its
-    name with ".partial", which is read as a trace that was cut off. Raises OutputError where it cannot be written.
+    Left in the normal way, by Ctrl-C or by SIGTERM, the file is ended and put in its place. After any other error it
+    stays under its name with ".partial", which is read as a trace that was cut off. Raises OutputError where it cannot
+    be written.
     """
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
@@ -147,7 +148,7 @@ class TraceWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or issubclass(kind, KeyboardInterrupt):
+        if kind is None or issubclass(kind, (KeyboardInterrupt, SystemExit)):
             self.close(is_complete=kind is None)
             return
         with contextlib.suppress(OSError, OutputError):

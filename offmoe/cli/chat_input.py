@@ -92,11 +92,11 @@ class EditorReader:
         from prompt_toolkit.output import ColorDepth, create_output
 
         words = WordCompleter(list(commands), sentence=True)
+        self._output = create_output(stdout=sys.stdout if is_smart_terminal(sys.stdout) else sys.stderr)
         self._session: PromptSession[str] = PromptSession(
             history=open_history(history_path()) if keep_history else None, key_bindings=_bindings(), multiline=True,
             prompt_continuation=CONTINUED, completer=words, complete_while_typing=False,
-            color_depth=None if color else ColorDepth.MONOCHROME,
-            output=create_output(stdout=sys.stdout if is_smart_terminal(sys.stdout) else sys.stderr),
+            color_depth=None if color else ColorDepth.MONOCHROME, output=self._output,
         )  # fmt: skip
 
     def read(self) -> str | None:
@@ -105,6 +105,11 @@ class EditorReader:
             return self._session.prompt(PROMPT)
         except EOFError:
             return None
+        except SystemExit:  # SIGTERM: the editor gives back the terminal's mode, and not this
+            self._output.disable_bracketed_paste()
+            self._output.write_raw("\n")
+            self._output.flush()
+            raise
 
 
 def _bindings() -> KeyBindings:

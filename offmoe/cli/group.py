@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from offmoe.base.errors import OutputError
+from offmoe.cli.streams import Terminated, ended_by_signals, prepare_streams
+
 
 class OneLineGroup(click.Group):
-    """A group whose usage errors are one `error: ...` line on stderr, as all other errors are."""
+    """A group whose usage errors are one `error: ...` line on stderr, as all other errors are.
+
+    Streams that are closed or full, SIGTERM and SIGHUP end it in order, with exit codes of their own.
+    """
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line; ends in SystemExit."""
+        prepare_streams()
+        try:
+            with ended_by_signals():
+                try:
+                    return super().main(*args, **kwargs)
+                finally:
+                    sys.stdout.flush()  # now, where it can still be told that it failed
+        except Terminated:
+            click.echo("stopped", err=True)
+            raise
+        except BrokenPipeError:
+            sys.exit(1)
+        except OutputError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Parse the group's own arguments."""
