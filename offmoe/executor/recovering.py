@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from offmoe.base.errors import OffmoeError
+from offmoe.base.forks import OneProcess
 from offmoe.executor.cpu_rows import CpuRows
 from offmoe.executor.executor import Executor
 from offmoe.executor.joined import JoinedExperts
@@ -27,6 +28,7 @@ class RecoveringExecutor:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._in_call = False
+        self._process = OneProcess()
 
     def run_layer(
         self, layer_idx: int, math: ExpertMath, num_experts: int,
@@ -45,7 +47,8 @@ class RecoveringExecutor:
         return JoinedExperts(self._executor, rows) if isinstance(rows, CpuRows) else None
 
     def guard(self, call: Callable[[], Result]) -> Result:
-        """What `call`, which uses the executor, returns."""
+        """What `call`, which uses the executor, returns. Raises EngineBusyError in a forked child."""
+        self._process.check()
         if self._in_call:  # a second Ctrl-C broke off the recovery of the call before
             self._executor.recover()
         self._in_call = True

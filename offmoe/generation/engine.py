@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from offmoe.base.budget import MemoryPlan
 from offmoe.base.config import EngineConfig, refuse_unknown
 from offmoe.base.errors import DeviceError, EngineBusyError, OffmoeError, UsageError
+from offmoe.base.forks import OneProcess
 from offmoe.base.trace import TraceEvent
 from offmoe.base.trace_file import TraceWriter
 from offmoe.checkpoint.index import GGUF_SUFFIX, read_config
@@ -81,6 +82,7 @@ class Engine:
         # What a GGUF file says of ends is in the generation config already.
         stated = {} if folder.suffix == GGUF_SUFFIX else read_config(folder)
         self._end_ids = end_ids(loaded.model.generation_config, stated, loaded.tokenizer)
+        self._process = OneProcess()
         self._running = threading.Lock()
         self._totals = Totals()
         self._compiler = compiler = make_compiler(loaded.model, loaded.context_length, config, progress)
@@ -114,6 +116,7 @@ class Engine:
     def _parts(self) -> LoadedModel:
         if self._loaded is None:
             raise EngineBusyError("the engine is closed; load the model again")
+        self._process.check()
         return self._loaded
 
     @property
@@ -279,11 +282,11 @@ class Engine:
         return resolve_sampling(defaults, **options)
 
     def close(self) -> None:
-        """Release threads, files and memory. A second close does nothing."""
-        if self._loaded is not None:
+        """Release threads, files and memory. A second close does nothing; in a forked child the copy is forgotten."""
+        if self._loaded is not None and self._process.is_here:
             self.at_close(self.stats())
         loaded, self._loaded = self._loaded, None
-        if loaded is not None:
+        if loaded is not None and self._process.is_here:
             self._kept.forget()
             if self._compiler is not None:
                 self._compiler.close()

@@ -46,6 +46,7 @@ from offmoe.models.rounding import note_rounding, start_rounding
 from offmoe.models.seam import LayerBinding, bind
 from offmoe.models.serving import Serving, build_serving
 from offmoe.models.tokenizer import load_tokenizer, note_end_tokens
+from offmoe.models.torch_threads import spare_forked_children
 from offmoe.models.transformers_internals import SEAM_NAME, KeyMapping, Target, experts_modules
 from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
@@ -67,6 +68,7 @@ def load_model(
     `device` is used instead of the one that `config` names; it is closed with the model. Raises OffmoeError subclasses;
     whatever was opened or started is closed again on any failure.
     """
+    spare_forked_children()
     with ExitStack() as opened:
         if device is not None:
             opened.callback(device.close)

@@ -9,7 +9,9 @@ context, is worth all threads, and so is torch's attention over a long one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -19,6 +21,16 @@ from torch import nn
 MANY_PRODUCTS = 1 << 28
 # Tokens of context from which attention by torch is no slower on all threads.
 LONG_CONTEXT = 1024
+
+
+@cache
+def spare_forked_children() -> None:
+    """Let children that are forked from now on compute on one of torch's threads, and not wait for their parent's.
+
+    GNU's OpenMP waits for ever in a child for the threads that its parent had. torch's data loaders do the same.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 class Step(Protocol):

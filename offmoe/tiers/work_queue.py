@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
+from offmoe.base.forks import OneProcess
 from offmoe.tiers.copier import CancelledMoveError
 
 Piece = Callable[[], None]
@@ -117,6 +118,7 @@ class _Crew:
         self._max_others, self._num_others = max_others, 0  # pieces of jobs that are not urgent, at once and now
         self._calls: SimpleQueue[bool] = SimpleQueue()  # True: there may be work; False: end
         self._is_open = True
+        self._process = OneProcess()
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-{idx}", daemon=True) for idx in range(num_threads)
         ]
@@ -125,6 +127,7 @@ class _Crew:
         atexit.register(self.end)  # a daemon thread that dies within a library call may abort the process
 
     def add(self, job: Job, num_pieces: int, *, urgent: bool) -> None:
+        self._process.check()
         with self.lock:
             if not self._is_open:
                 raise ValueError("the queue is closed")
@@ -137,7 +140,12 @@ class _Crew:
             self._calls.put(True)
 
     def end(self, *, finish: bool = False) -> None:
-        """End the threads; queued pieces are carried out first or taken back. May be repeated after an interrupt."""
+        """End the threads; queued pieces are carried out first or taken back. May be repeated after an interrupt.
+
+        A forked child has no threads to end, and a thread of its parent may have held the lock.
+        """
+        if not self._process.is_here:
+            return
         with self.lock:
             self._is_open = False
         if not finish:
