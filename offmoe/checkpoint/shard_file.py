@@ -1,84 +1,112 @@
-"""One open checkpoint file: positional reads, page-cache-free where the system allows, and a watch for replacement."""
+"""One checkpoint file: positional reads, page-cache-free where the system allows, and a watch for replacement."""
 
 from __future__ import annotations
 
+import errno
+import io
+import mmap
 import os
 import threading
-from io import FileIO
+import weakref
 from pathlib import Path
+from typing import Any
 
 from offmoe.base.errors import CheckpointChangedError, CheckpointError, DiskReadError, ModelNotFoundError
+from offmoe.checkpoint.handles import shared_handles
 
 # O_DIRECT wants file offset, length and address aligned to the logical block; 4096 satisfies every common drive.
 DIRECT_ALIGN_BYTES = 4096
 
 
 class ShardFile:
-    """A file held open from index to last read, so that header and data are of the same file.
+    """A file that is the same from index to last read. It is open while it is read, and as long as there is room.
 
     `read_into` may be called from several threads at once. Every read is followed by a look at the path: when the
-    file there is no longer the one that was opened, or was written since, CheckpointChangedError is raised.
+    file there is no longer the one that was opened first, or was written since, CheckpointChangedError is raised.
     """
 
     def __init__(self, path: Path) -> None:
         """Open `path` for buffered reads. Raises ModelNotFoundError or CheckpointError naming the file."""
         self.path = path
         self.name = path.name
+        self._handles = handles = shared_handles()
+        self._keys = keys = (object(), object())  # of the handles for buffered and direct reads
+        weakref.finalize(self, lambda: [handles.forget(key) for key in keys]).atexit = False
+        self._lock = threading.Lock()
+        self._is_closed = self._is_direct = False
+        self._identity: tuple[int, int, int] | None = None
+        self.num_bytes = 0
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+            with self._handles.borrow(self._keys[0], lambda: self._open(0)) as number:
+                status = os.fstat(number)
         except FileNotFoundError:
             raise ModelNotFoundError(f"{path} does not exist; download the checkpoint again") from None
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror}; check the permissions") from None
-        self._lock = threading.Lock()
-        self._direct: FileIO | None = None
-        status = os.fstat(self._file.fileno())
         self.num_bytes = status.st_size
-        self._identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+        self._identity = _identity(status)
+        self.raw = _Raw(self)
 
     def __repr__(self) -> str:
-        return f"<ShardFile {self.name} [{self.num_bytes} bytes{', direct' if self._direct is not None else ''}]>"
-
-    @property
-    def raw(self) -> object:
-        """The unbuffered file object, for the header reader."""
-        return self._file
+        return f"<ShardFile {self.name} [{self.num_bytes} bytes{', direct' if self._is_direct else ''}]>"
 
     def open_direct(self) -> bool:
-        """Open a second handle that bypasses the page cache; False where the system or the file system has none."""
-        if self._direct is not None:
+        """Prepare reads that bypass the page cache; False where the system or the file system has none.
+
+        One block is read so: some file systems open a file for direct reads and then refuse each of them.
+        """
+        if self._is_direct:
             return True
-        flag = getattr(os, "O_DIRECT", None)
-        if flag is None or not hasattr(os, "preadv"):
+        if not hasattr(os, "O_DIRECT") or not hasattr(os, "preadv"):
             return False
+        block = mmap.mmap(-1, DIRECT_ALIGN_BYTES)
         try:
-            self._direct = FileIO(self.path, opener=lambda path, flags: os.open(path, flags | flag))
+            with self._handles.borrow(self._keys[1], lambda: self._open(os.O_DIRECT)) as number:
+                count = os.preadv(number, [block], 0)
         except OSError:
+            self._handles.forget(self._keys[1])
             return False
-        status = os.fstat(self._direct.fileno())
-        if (status.st_ino, status.st_size, status.st_mtime_ns) != self._identity:
+        self._is_direct = count == min(DIRECT_ALIGN_BYTES, self.num_bytes)
+        return self._is_direct
+
+    def _open(self, more_flags: int) -> int:
+        if self._is_closed:
+            raise ValueError(f"read of the closed file {self.path}")
+        number = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | more_flags)
+        if self.path.is_dir():
+            os.close(number)
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if self._identity is not None and _identity(os.fstat(number)) != self._identity:
+            os.close(number)
             raise self._changed()
-        return True
+        return number
 
     def read_into(self, view: memoryview, start: int, *, need_bytes: int, direct: bool = False) -> None:
         """Fill `view` from byte `start`; at least `need_bytes` must arrive (a direct read may pass the end of file).
 
         With `direct`, start, length and address must be multiples of DIRECT_ALIGN_BYTES and `open_direct` must have
-        succeeded. Raises DiskReadError or CheckpointChangedError.
+        succeeded; what a direct read leaves out or refuses after all is read through the page cache. A read that fails
+        by EIO is tried once more. Raises DiskReadError or CheckpointChangedError.
         """
-        done = 0
+        done, retries = 0, 1
         while done < len(view):
             try:
                 count = self._read_once(view[done:], start + done, direct=direct)
             except OSError as error:
+                if direct and error.errno in _NOT_DIRECT:
+                    direct = False
+                    continue
+                if error.errno == errno.EIO and retries:
+                    retries -= 1
+                    continue
                 raise DiskReadError(
                     f"reading {self.path} at byte {start + done} failed: {error.strerror}; check the drive"
                 ) from None
-            if count == 0:
-                break
             done += count
-            if direct and done % DIRECT_ALIGN_BYTES:
-                break  # the end of the file: the next direct read would start unaligned
+            if direct and start + done < self.num_bytes and (not count or done % DIRECT_ALIGN_BYTES):
+                direct = False  # it came short before the end of the file, and the next one would start unaligned
+            elif not count or (direct and done % DIRECT_ALIGN_BYTES):
+                break
         self.check_unchanged()
         if done < need_bytes:
             raise DiskReadError(
@@ -86,14 +114,16 @@ class ShardFile:
             )
 
     def _read_once(self, view: memoryview, start: int, *, direct: bool) -> int:
-        if direct:
-            assert self._direct is not None, "open_direct() comes first"
-            return os.preadv(self._direct.fileno(), [view], start)
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [view], start)
-        with self._lock:  # no positional read on this system: the file has one position
-            self._file.seek(start)
-            return self._file.readinto(view) or 0
+        assert self._is_direct or not direct, "open_direct() comes first"
+        flags = os.O_DIRECT if direct else 0
+        with self._handles.borrow(self._keys[direct], lambda: self._open(flags)) as number:
+            if hasattr(os, "preadv"):
+                return os.preadv(number, [view], start)
+            with self._lock:  # no positional read on this system: the file has one position
+                os.lseek(number, start, os.SEEK_SET)
+                data = os.read(number, len(view))
+        view[: len(data)] = data
+        return len(data)
 
     def check_unchanged(self) -> None:
         """Raise CheckpointChangedError when the path no longer holds the bytes that were indexed."""
@@ -102,9 +132,9 @@ class ShardFile:
         except OSError:
             raise self._changed() from None
         if os.name == "nt":  # os.stat and os.fstat disagree on st_ino for some file systems there
-            same = (status.st_size, status.st_mtime_ns) == self._identity[1:]
+            same = _identity(status)[1:] == (self._identity or ())[1:]
         else:
-            same = (status.st_ino, status.st_size, status.st_mtime_ns) == self._identity
+            same = _identity(status) == self._identity
         if not same:
             raise self._changed()
 
@@ -112,8 +142,43 @@ class ShardFile:
         return CheckpointChangedError(f"{self.path} was replaced or removed while in use; load the model again")
 
     def close(self) -> None:
-        """Close both handles; reads afterwards fail."""
-        self._file.close()
-        if self._direct is not None:
-            self._direct.close()
-            self._direct = None
+        """Close the file; reads afterwards fail."""
+        self._is_closed, self._is_direct = True, False
+        self.raw.close()
+        for key in self._keys:
+            self._handles.forget(key)
+
+
+# What systems say to direct reads that they do not have, or not at this place.
+_NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class _Raw(io.RawIOBase):
+    """The file as an unbuffered stream, for readers of headers."""
+
+    def __init__(self, file: ShardFile) -> None:
+        super().__init__()
+        self._shard, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._shard._read_once(memoryview(buffer).cast("B"), self._position, direct=False)
+        self._position += count
+        return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._shard.num_bytes}[whence]
+        self._position = begin + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
