@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,12 @@ def make_model(name: str, **overrides: object) -> PreTrainedModel:
 
 def save_gguf(
     path: Path, name: str, model: PreTrainedModel, kinds: dict[str, Type], *, tokenizer: Path | None = None,
-    sampling: dict[str, float] | None = None,
+    sampling: dict[str, float] | None = None, more: Callable[[gguf.GGUFWriter], object] | None = None,
 ) -> None:  # fmt: skip
     """Write `model` with the types that `kinds` gives for "gate", "up", "down" experts and "dense" matrices (float32
     where it gives none; "down.0" is of layer 0 alone), and put the values that the file then has into `model`.
     `tokenizer`: the folder of a byte-level BPE that goes into the file. `sampling`: advice, by llama.cpp's names.
+    `more` adds keys and tensors of its own.
     """
     arch = MODELS[name].arch
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
@@ -81,6 +83,8 @@ def save_gguf(
     for key, value in (sampling or {}).items():
         getattr(writer, f"add_sampling_{key}")(value)
     _write_tokenizer(writer, tokenizer)
+    if more is not None:
+        more(writer)
     values: dict[str, torch.Tensor] = {}
     for key, tensor in _converted(name, model).items():
         target = names.get_name(key, try_suffixes=(".weight", ".bias"))

@@ -1,11 +1,14 @@
-"""A GGUF file in parts."""
+"""A GGUF file in parts, or with its tensors in another layout."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 
 def split_gguf(whole: Path, first: Path, *, num_parts: int) -> None:
@@ -33,3 +36,27 @@ def _copy_numbers(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
     for name, field in reader.fields.items():
         if not name.startswith(("GGUF.", "general.")):
             writer.add_key_value(name, field.contents(), field.types[0])
+
+
+Change = Callable[[str, NDArray[Any]], dict[str, NDArray[Any]]]
+
+
+def rewrite(source: Path, target: Path, change: Change, *, numbers: dict[str, int] | None = None) -> None:
+    """The file with each tensor replaced by what `change` makes of its name and data (as stored, rows of bytes), and
+    with other whole numbers under the architecture's name.
+    """
+    reader = gguf.GGUFReader(source)
+    architecture = str(reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(target, architecture)
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.")) and name.removeprefix(f"{architecture}.") not in (numbers or {}):
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for key, number in (numbers or {}).items():
+        writer.add_uint32(f"{architecture}.{key}", number)
+    for tensor in reader.tensors:
+        for name, data in change(tensor.name, np.array(tensor.data)).items():
+            writer.add_tensor(name, data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

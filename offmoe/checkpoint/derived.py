@@ -8,20 +8,38 @@ from typing import Literal
 from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.checkpoint.tensor_entry import TensorEntry
 
-# What was done to them: rows of rotated heads reordered, latent attention's keys and values apart, gate and up apart,
-# one row without its dimension.
-How = Literal["unrotate", "latent", "pairs", "row"]
+Way = Literal["unrotate", "latent", "pairs", "reshape", "rows", "less_one", "log", "ungroup", "untile"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing that is done to stored tensors; `numbers` by `way`:
+
+    unrotate (heads): pairs of rotated rows of each head become two halves
+    latent: keys (heads, rank, size) and values (heads, size, rank) become rows of keys and values, head by head
+    pairs: the values of two tensors take turns in the last dimension
+    reshape: only the shape changes
+    rows: several tensors, one below the other
+    less_one: 1 is taken away (of norms that are stored with it)
+    log: log(-x) (of decays that are stored as -exp(x))
+    untile (axis, first, groups, heads of a group, size): from `first` on, heads lie [head of a group][group], and
+        become [group][head of a group]
+    ungroup (groups, rows, ...): of the parts of the first tensor, so many rows each, and of the other tensors the rows
+        of group 0, then those of group 1, ...
+    """
+
+    way: Way
+    numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DerivedEntry:
-    """A resident tensor to be computed from those of the files, in `how`. `heads`: of the rows, where it matters."""
+    """A resident tensor to be computed from those of the files, step by step."""
 
     name: str
     shape: tuple[int, ...]
-    how: How
+    steps: tuple[Step, ...]
     sources: tuple[TensorEntry | QuantEntry, ...]
-    heads: int = 1
 
     @property
     def num_bytes(self) -> int:

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import struct
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.checkpoint.gguf_file import MAGIC, why_not_gguf
 from offmoe.checkpoint.quant_format import BLOCK_KINDS
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.checkpoint.tensor_entry import TensorEntry
 
-MAGIC, VERSIONS = b"GGUF", (2, 3)
+VERSIONS, MAX_DEPTH = (2, 3), 3
 MAX_PAIRS, MAX_TENSORS, MAX_DIMS, MAX_NAME_BYTES, MAX_TEXT_BYTES = 1 << 16, 1 << 20, 4, 1 << 10, 1 << 24
 # Longer lists (vocabularies, merges) are stepped over; `gguf_vocabulary` reads them when they are needed.
 MAX_KEPT_ITEMS = 4096
 # Read at once while texts are stepped over: a vocabulary of 150,000 with its merges takes a twentieth of a second.
 _CHUNK_BYTES = 1 << 20
+# What angles are divided by: part of the config.
+FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
@@ -36,7 +37,6 @@ _OTHERS = {
     16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
 }  # fmt: skip
-_SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +66,20 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufHeader:
-    """What a file says before its data."""
+    """What a file says before its data. `factors`: the values of the small tensors that belong to the config."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    factors: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
         """llama.cpp's name, such as `qwen3moe`. Raises CheckpointError when there is none."""
         found = self.metadata.get("general.architecture")
         if not isinstance(found, str):
-            raise CheckpointError("the GGUF file has no general.architecture; download it again")
+            raise CheckpointError(
+                "the GGUF file has no general.architecture, as models have; name the model's own file"
+            )
         return found
 
 
@@ -92,35 +95,18 @@ def read_gguf_header(file: ShardFile, *, file_idx: int) -> GgufHeader:
         raw.detach()
 
 
-def split_paths(path: Path) -> list[Path]:
-    """All parts of a split file in order, or `path` alone. Raises CheckpointError naming the first that is missing."""
-    match = _SPLIT_NAME.fullmatch(path.name)
-    if match is None:
-        return [path]
-    count = int(match[3])
-    if not 1 <= int(match[2]) <= count:
-        raise CheckpointError(f"{path} is part {int(match[2])} of {count}; download the model again")
-    paths = [path.with_name(f"{match[1]}-{idx:05}-of-{match[3]}.gguf") for idx in range(1, count + 1)]
-    missing = [part for part in paths if not part.is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{path.parent} lacks {len(missing)} of {count} parts, first {missing[0].name}; download the rest"
-        )
-    return paths
-
-
 class _Reader:
     """Steps through a header; every size is compared with the file's before anything is read for it."""
 
     def __init__(self, raw: io.BufferedReader[io.RawIOBase], file: ShardFile, file_idx: int) -> None:
         self._raw, self._name, self._num_bytes, self._file_idx = raw, str(file.path), file.num_bytes, file_idx
+        self._path = file.path
 
     def header(self) -> GgufHeader:
-        if self._take(4) != MAGIC:
-            raise self._bad("it does not begin with GGUF")
-        version = self._number("<I")
-        if version not in VERSIONS:
-            raise self._bad(f"version {version} of the format is not known, {VERSIONS[0]} and {VERSIONS[1]} are")
+        if self._raw.peek(4)[:4] != MAGIC:
+            raise CheckpointError(f"{self._name} is no GGUF file: {why_not_gguf(self._path)}")
+        self._take(4)
+        self._check_version(self._number("<I"))
         num_tensors, num_pairs = self._number("<Q"), self._number("<Q")
         if num_tensors > MAX_TENSORS or num_pairs > MAX_PAIRS:
             raise self._bad(f"it claims {num_tensors} tensors and {num_pairs} metadata pairs")
@@ -131,7 +117,28 @@ class _Reader:
                 raise self._bad(f"the metadata has {key!r} twice")
             metadata[key] = self._value(self._number("<I"))
         described = [self._describe() for _ in range(num_tensors)]
-        return GgufHeader(metadata=metadata, tensors=self._tensors(described, self._data_start(metadata)))
+        tensors = self._tensors(described, self._data_start(metadata))
+        factors = {name: self._floats(tensors[name]) for name in FACTORS if name in tensors}
+        return GgufHeader(metadata=metadata, tensors=tensors, factors=factors)
+
+    def _floats(self, tensor: GgufTensor) -> tuple[float, ...]:
+        if tensor.entry.dtype != "F32" or tensor.entry.num_bytes > 4 * MAX_KEPT_ITEMS:
+            raise self._bad(f"tensor {tensor.entry.name!r} is no short list of F32 numbers")
+        self._raw.seek(tensor.entry.start)
+        return struct.unpack(f"<{tensor.entry.num_bytes // 4}f", self._take(tensor.entry.num_bytes))
+
+    def _check_version(self, version: int) -> None:
+        if version in VERSIONS:
+            return
+        if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
+            raise UnsupportedModelError(
+                f"{self._name} is a big-endian GGUF file, for processors such as IBM Z, which is not read; get the "
+                "little-endian one, or convert it (gguf-convert-endian of the gguf package)"
+            )
+        raise UnsupportedModelError(
+            f"{self._name} is of version {version} of the GGUF format, which is not read (versions {VERSIONS[0]} and "
+            f"{VERSIONS[1]} are); convert the model again"
+        )
 
     def _take(self, count: int) -> bytes:
         data = self._raw.read(count)
@@ -164,11 +171,13 @@ class _Reader:
             raise self._bad(f"a metadata value is of type {kind}, known are 0 to 12")
         return struct.unpack(form, self._take(struct.calcsize(form)))[0]
 
-    def _list(self) -> list[Any] | Skipped:
+    def _list(self, depth: int = 1) -> list[Any] | Skipped:
         kind, count = self._number("<I"), self._number("<Q")
+        if kind == _ARRAY and depth < MAX_DEPTH and count <= MAX_KEPT_ITEMS:
+            return [self._list(depth + 1) for _ in range(count)]
         form = _NUMBERS.get(kind)
         if form is None and kind != _STRING:
-            raise self._bad("a list in the metadata is of lists, or of an unknown type")
+            raise self._bad(f"a list in the metadata is of type {kind}, or of {count} lists in {depth} others")
         item_bytes = 8 if form is None else struct.calcsize(form)
         if count * item_bytes > self._left():
             raise self._bad(f"a list in the metadata claims {count} items")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from offmoe.base.errors import CheckpointError
-from offmoe.checkpoint.gguf import MAX_TEXT_BYTES, GgufHeader, Skipped, read_gguf_header, split_paths
+from offmoe.checkpoint.gguf import MAX_TEXT_BYTES, GgufHeader, Skipped, read_gguf_header
+from offmoe.checkpoint.gguf_file import split_paths
 from offmoe.checkpoint.shard_file import ShardFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offmoe.base.errors import OffmoeError
-from offmoe.checkpoint.gguf import split_paths
+from offmoe.checkpoint.gguf_file import split_paths
 from offmoe.checkpoint.hub import TRUE
 from offmoe.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from offmoe.base.errors import ModelNotFoundError, UnsupportedModelError
-from offmoe.checkpoint.index import GGUF_SUFFIX, INDEX_NAME, SINGLE_NAME
+from offmoe.checkpoint.gguf_file import SUFFIX as GGUF_SUFFIX
+from offmoe.checkpoint.index import INDEX_NAME, SINGLE_NAME
 
 _SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # The one folder of small files that transformers reads.

@@ -10,8 +10,10 @@ from typing import Any, BinaryIO, cast
 
 from offmoe.base.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from offmoe.checkpoint.derived import StoredTensor
-from offmoe.checkpoint.gguf import GgufHeader, GgufTensor, read_gguf_header, split_paths
+from offmoe.checkpoint.gguf import GgufHeader, GgufTensor, read_gguf_header
 from offmoe.checkpoint.gguf_config import gguf_config, gguf_sampling
+from offmoe.checkpoint.gguf_file import check_part, is_gguf, split_paths
+from offmoe.checkpoint.gguf_rope import Frequencies, frequencies
 from offmoe.checkpoint.gguf_tensors import gguf_tensors
 from offmoe.checkpoint.header import read_header
 from offmoe.checkpoint.quant_config import Quantisation
@@ -21,7 +23,6 @@ from offmoe.checkpoint.tensor_entry import TensorEntry
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-GGUF_SUFFIX = ".gguf"
 MAX_JSON_BYTES = 256 << 20
 _COMPARED_BYTES = 1 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -31,7 +32,8 @@ class CheckpointIndex:
     """All tensors of a checkpoint, with their files held open. Close it when the last reader is done.
 
     `tensors` are logical ones: a quantised matrix is one entry under its plain name, whatever it is stored as. `stored`
-    are the tensors of the files. `folder` is that of a GGUF file, where the checkpoint is one, `sampling` its advice.
+    are the tensors of the files. `folder` is that of a GGUF file, where the checkpoint is one, `sampling` its advice,
+    `frequencies` what it changes of the model's angles.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class CheckpointIndex:
         self.stored = stored
         self.is_gguf = gguf is not None
         self.sampling: dict[str, float | bool] = {}
+        self.frequencies: Frequencies | None = None
         self.tensors: dict[str, StoredTensor] = (
             dict(join_quantised(stored, quantisation, self.read_bytes)) if gguf is None else dict(gguf)
         )
@@ -58,7 +61,7 @@ class CheckpointIndex:
         UnsupportedModelError (pickle files only, which are never opened) and CheckpointError (damaged, missing or
         contradicting files).
         """
-        if folder.suffix == GGUF_SUFFIX:
+        if is_gguf(folder):
             return cls._open_gguf(folder)
         names = _shard_names(folder)
         files: list[ShardFile] = []
@@ -84,7 +87,7 @@ class CheckpointIndex:
             header = _read_gguf(path, files)
             stored = {name: tensor.entry for name, tensor in header.tensors.items()}
             index = cls(path.parent, files, stored, gguf=gguf_tensors(header, gguf_config(header)))
-            index.sampling = gguf_sampling(header)
+            index.sampling, index.frequencies = gguf_sampling(header), frequencies(header)
             return index
         except BaseException:
             for file in files:
@@ -126,7 +129,7 @@ class CheckpointIndex:
 
 def read_config(model: Path) -> dict[str, Any]:
     """config.json of a folder, or what a GGUF file's metadata say in its place. Raises as `CheckpointIndex.open`."""
-    return gguf_config(_header(model)) if model.suffix == GGUF_SUFFIX else read_json(model / "config.json")
+    return gguf_config(_header(model)) if is_gguf(model) else read_json(model / "config.json")
 
 
 def _header(path: Path) -> GgufHeader:
@@ -142,20 +145,27 @@ def _read_gguf(path: Path, files: list[ShardFile]) -> GgufHeader:
     """The header of a file, or of all parts of a split one; the files are opened and added to `files`."""
     metadata: dict[str, Any] = {}
     tensors: dict[str, GgufTensor] = {}
-    for file_idx, part in enumerate(split_paths(path)):
+    factors: dict[str, tuple[float, ...]] = {}
+    parts = split_paths(path)
+    for file_idx, part in enumerate(parts):
         files.append(ShardFile(part))
         header = read_gguf_header(files[-1], file_idx=file_idx)
+        check_part(part, header.metadata, file_idx, len(parts))
         twice = tensors.keys() & header.tensors.keys()
         if twice:
-            raise CheckpointError(f"tensor {min(twice)!r} is in two parts of {path}; download them again")
+            raise CheckpointError(
+                f"tensor {min(twice)!r} is in two parts of {path}; they are of two models, or one was renamed"
+            )
         metadata = header.metadata | metadata
         tensors |= header.tensors
+        factors |= header.factors
     expected = metadata.get("split.tensors.count", len(tensors))
     if expected != len(tensors):
         raise CheckpointError(
-            f"{path} says {expected} tensors in all its parts, there are {len(tensors)}; download it again"
+            f"{path} says {expected} tensors in all its parts, there are {len(tensors)}; parts are missing, or were "
+            "renamed"
         )
-    return GgufHeader(metadata=metadata, tensors=tensors)
+    return GgufHeader(metadata=metadata, tensors=tensors, factors=factors)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from offmoe.base.errors import HubUnreachableError, ModelNotFoundError
 from offmoe.checkpoint.download import Download, Progress
+from offmoe.checkpoint.gguf_file import is_gguf, no_model, only_model, why_not_gguf
 from offmoe.checkpoint.hub import Hub
 from offmoe.checkpoint.hub_cache import CachedModel, cache_root, is_offline, missing_weights
 
@@ -112,24 +113,23 @@ def _fetch(name: str, *, code: bool, check: Check, progress: Progress) -> Path:
 def _local(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            found = sorted(path.glob("*.gguf"))
-            if found:
-                return _only_gguf(path, found)
-            raise ModelNotFoundError(f"{path} has no config.json; point at a Hugging Face model folder")
-        return path
+        return _in_folder(path)
     if path.is_file():
-        if path.suffix == ".gguf":
-            return path
-        raise ModelNotFoundError(f"{path} is a file and no GGUF; point at the model's folder")
+        if not is_gguf(path):
+            raise ModelNotFoundError(f"{path} is a file and no GGUF: {why_not_gguf(path)}")
+        if (what := no_model(path)) is not None:
+            raise ModelNotFoundError(f"{path} is {what} and no language model; name the model's own file")
+        return path
     raise ModelNotFoundError(f"{name} does not exist; give a model folder, or a hub id like Qwen/Qwen3-30B-A3B")
 
 
-def _only_gguf(folder: Path, found: list[Path]) -> Path:
-    """The one model of a folder: a GGUF file, or the first part of a split one."""
-    models = [path for path in found if "-of-" not in path.stem or "-00001-of-" in path.stem]
-    if len(models) != 1:
-        raise ModelNotFoundError(
-            f"{folder} has {len(found)} GGUF files; name one: {', '.join(p.name for p in found[:8])}"
-        )
-    return models[0]
+def _in_folder(path: Path) -> Path:
+    """A model folder itself, or the one GGUF file in it; of an entry of the hub's cache the newest snapshot's."""
+    snapshots = sorted((path / "snapshots").glob("*/"), key=lambda folder: folder.stat().st_mtime)
+    if snapshots and not (path / "config.json").is_file():
+        return _in_folder(snapshots[-1])
+    has_config, has_weights = (path / "config.json").is_file(), any(path.glob("*.safetensors"))
+    found = None if has_config and has_weights else only_model(path)
+    if found is None and not has_config:
+        raise ModelNotFoundError(f"{path} has no config.json; point at a Hugging Face model folder")
+    return found or path

@@ -18,7 +18,8 @@ from offmoe.base.errors import DeviceError, EngineBusyError, OffmoeError, UsageE
 from offmoe.base.forks import OneProcess
 from offmoe.base.trace import TraceEvent
 from offmoe.base.trace_file import TraceWriter
-from offmoe.checkpoint.index import GGUF_SUFFIX, read_config
+from offmoe.checkpoint.gguf_file import is_gguf
+from offmoe.checkpoint.index import read_config
 from offmoe.generation.call import Call, answer, translate
 from offmoe.generation.chat import chat_ids
 from offmoe.generation.chat_template import Message
@@ -80,7 +81,7 @@ class Engine:
         )  # fmt: skip
         self.tokenizer = loaded.tokenizer
         # What a GGUF file says of ends is in the generation config already.
-        stated = {} if folder.suffix == GGUF_SUFFIX else read_config(folder)
+        stated = {} if is_gguf(folder) else read_config(folder)
         self._end_ids = end_ids(loaded.model.generation_config, stated, loaded.tokenizer)
         self._process = OneProcess()
         self._running = threading.Lock()

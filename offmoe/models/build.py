@@ -13,12 +13,14 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
-from offmoe.checkpoint.index import GGUF_SUFFIX, CheckpointIndex, read_config, read_json
+from offmoe.checkpoint.gguf_file import is_gguf
+from offmoe.checkpoint.index import CheckpointIndex, read_config, read_json
 from offmoe.checkpoint.model_dtype import model_dtype
 from offmoe.checkpoint.quant_config import Quantisation, read_quantisation
 from offmoe.formats.dense import TORCH_DTYPES
 from offmoe.models.adapters.find import adapt_experts
 from offmoe.models.attention import save_memory
+from offmoe.models.frequencies import scale_frequencies
 from offmoe.models.grok1.register import register_grok1
 from offmoe.models.transformers_internals import experts_modules, served_families
 
@@ -39,7 +41,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool) -> tuple[PreTrai
     So the model is built of plain modules, whatever its weights are stored as. Raises UnsupportedModelError naming the
     nearest supported type, or the quantisation that is not read.
     """
-    if folder.suffix == GGUF_SUFFIX:
+    if is_gguf(folder):
         return _gguf_config(folder), None
     register_grok1()
     raw = read_json(folder / "config.json")
@@ -87,6 +89,7 @@ def _refuse_routing(raw: dict[str, Any]) -> None:
 
 
 def _gguf_config(path: Path) -> PreTrainedConfig:
+    register_grok1()
     values = read_config(path)
     try:
         config = AutoConfig.for_model(**values)
@@ -128,6 +131,8 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
             f"{type(model).__name__} is a dense model: it has no experts to stream; use transformers or llama.cpp"
         )
     model.eval()
+    if index.frequencies is not None:
+        scale_frequencies(model, index.frequencies)
     save_memory(model)
     if index.sampling and model.generation_config is not None:
         model.generation_config.update(**index.sampling)

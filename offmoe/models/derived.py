@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from offmoe.checkpoint.derived import DerivedEntry
+from offmoe.checkpoint.derived import DerivedEntry, Step, Way
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.checkpoint.tensor_entry import TensorEntry
@@ -17,18 +19,66 @@ def derive(index: CheckpointIndex, entry: DerivedEntry, dtype: torch.dtype) -> t
 
     Source: `permute` and `modify_tensors` of llama.cpp's converters.
     """
-    sources = [_values(index, source, dtype) for source in entry.sources]
-    match entry.how:
-        case "row":
-            return sources[0].view(entry.shape)
-        case "unrotate":  # of each head, pairs of rows become two halves
-            rows = sources[0].view(entry.heads, -1, 2, *entry.shape[1:])
-            return rows.transpose(1, 2).reshape(entry.shape)
-        case "pairs":
-            return torch.stack(sources, dim=-1).view(entry.shape)
-        case "latent":
-            keys_HRK, values_HVR = sources
-            return torch.cat([keys_HRK.transpose(1, 2), values_HVR], dim=1).reshape(entry.shape)
+    tensors = [_values(index, source, dtype) for source in entry.sources]
+    for step in entry.steps:
+        tensors = [_done(step, tensors, entry.shape)]
+    return tensors[0].reshape(entry.shape)
+
+
+def _done(step: Step, tensors: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    return _WAYS[step.way](tensors, step.numbers, shape)
+
+
+_Numbers, _Shape = tuple[int, ...], tuple[int, ...]
+
+
+def _reshape(tensors: list[torch.Tensor], _: _Numbers, shape: _Shape) -> torch.Tensor:
+    return tensors[0].reshape(shape)
+
+
+def _rows(tensors: list[torch.Tensor], _: _Numbers, shape: _Shape) -> torch.Tensor:
+    return torch.cat(tensors, dim=0)
+
+
+def _less_one(tensors: list[torch.Tensor], _: _Numbers, shape: _Shape) -> torch.Tensor:
+    return (tensors[0].float() - 1.0).to(tensors[0].dtype)
+
+
+def _log(tensors: list[torch.Tensor], _: _Numbers, shape: _Shape) -> torch.Tensor:
+    return torch.log(-tensors[0].float()).to(tensors[0].dtype)
+
+
+def _unrotate(tensors: list[torch.Tensor], numbers: _Numbers, shape: _Shape) -> torch.Tensor:
+    (heads,), tensor = numbers, tensors[0]
+    return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def _untile(tensors: list[torch.Tensor], numbers: _Numbers, shape: _Shape) -> torch.Tensor:
+    axis, begin, groups, of_a_group, size = numbers
+    kept, tiled = tensors[0].split([begin, tensors[0].shape[axis] - begin], dim=axis)
+    apart = tiled.unflatten(axis, (of_a_group, groups, size)).transpose(axis, axis + 1)
+    return torch.cat([kept, apart.flatten(axis, axis + 2)], dim=axis)
+
+
+def _ungroup(tensors: list[torch.Tensor], numbers: _Numbers, shape: _Shape) -> torch.Tensor:
+    groups, *sizes = numbers
+    parts = [*tensors[0].split(sizes), *tensors[1:]]
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def _pairs(tensors: list[torch.Tensor], _: _Numbers, shape: _Shape) -> torch.Tensor:
+    return torch.stack(tensors, dim=-1).view(shape)
+
+
+def _latent(tensors: list[torch.Tensor], _: _Numbers, shape: _Shape) -> torch.Tensor:
+    keys_HRK, values_HVR = tensors
+    return torch.cat([keys_HRK.transpose(1, 2), values_HVR], dim=1).reshape(shape)
+
+
+_WAYS: dict[Way, Callable[[list[torch.Tensor], _Numbers, _Shape], torch.Tensor]] = {
+    "reshape": _reshape, "rows": _rows, "less_one": _less_one, "log": _log, "unrotate": _unrotate, "untile": _untile,
+    "ungroup": _ungroup, "pairs": _pairs, "latent": _latent,
+}  # fmt: skip
 
 
 def _values(index: CheckpointIndex, source: TensorEntry | QuantEntry, dtype: torch.dtype) -> torch.Tensor:

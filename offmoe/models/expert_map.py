@@ -57,6 +57,7 @@ def map_experts(
                 f"offmoe serves experts made of {up_name} and down_proj"
             )
         builder = _LayerBuilder(module_name, bool(module.is_transposed), index, mapping, targets)
+        builder.takes_turns = not module.is_concatenated
         builder.has_surplus = isinstance(module, AdaptedExperts) and module.identity_beyond
         up = builder.add(up_name, params[up_name], by_param)
         down = builder.add("down_proj", params["down_proj"], by_param)
@@ -96,6 +97,8 @@ class _LayerBuilder:
         self.spans: list[list[Span]] = []
         self.used_keys: set[str] = set()
         self.halves = False
+        # Whether gate and up of the module's own parameter take turns.
+        self.takes_turns = False
         # transformers saves up matrices for experts that compute nothing, too; they stand last, and nobody reads them.
         self.has_surplus = False
 
@@ -132,7 +135,7 @@ class _LayerBuilder:
 
     def _add_halves(self, halves: list[str], param: torch.nn.Parameter, where: str) -> tuple[Part | QuantPart, ...]:
         """Gate and up stacked apart where the module has them in one parameter: two parts, one after the other."""
-        self.halves = True
+        self.halves = self.takes_turns
         self.used_keys.update(halves)
         sources = {half: self._source([self._index.tensors[half]], param, where) for half in halves}
         shapes = {half: source.shape for half, source in sources.items()}

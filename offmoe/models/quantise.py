@@ -16,7 +16,8 @@ import torch
 
 from offmoe.base.errors import UsageError
 from offmoe.checkpoint.copies import PIECE_BYTES, copied, small_files, source_identity
-from offmoe.checkpoint.index import GGUF_SUFFIX, CheckpointIndex, read_config, read_json
+from offmoe.checkpoint.gguf_file import is_gguf
+from offmoe.checkpoint.index import CheckpointIndex, read_config, read_json
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.checkpoint.writer import CONFIG_NAME, CheckpointWriter, refuse_target
 from offmoe.formats.dense import TORCH_DTYPES, writable_bytes
@@ -73,7 +74,7 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
     call goes on after anything but the first.
     """
     refuse_target(source, target)
-    if source.suffix == GGUF_SUFFIX:
+    if is_gguf(source):
         raise UsageError(f"{source} is a GGUF file; start from the model as it was published in bfloat16")
     if None not in (options.dense, options.head) and options.dense != options.head:
         raise UsageError(

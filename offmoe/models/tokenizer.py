@@ -8,8 +8,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.checkpoint.gguf_file import is_gguf
 from offmoe.checkpoint.gguf_vocabulary import read_vocabulary
-from offmoe.checkpoint.index import GGUF_SUFFIX, read_json
+from offmoe.checkpoint.index import read_json
 from offmoe.models.gguf_tokenizer import GgufTokenizer, make_tokenizer
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
@@ -21,7 +22,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
 
     Raises CheckpointError for files that cannot be read, UnsupportedModelError for a tokenizer that is Python code.
     """
-    if folder.suffix == GGUF_SUFFIX:
+    if is_gguf(folder):
         vocabulary = read_vocabulary(folder)
         return None if vocabulary is None else make_tokenizer(vocabulary)
     if not any((folder / name).is_file() for name in _FILES):

@@ -12,8 +12,8 @@ from offmoe.base.machine import available_ram_bytes, free_vram_bytes
 from offmoe.base.machine_record import DriveSpeed, MachineRecord, read_record
 from offmoe.base.trace_reader import read_trace
 from offmoe.base.units import MIB, format_bytes, format_percent
+from offmoe.checkpoint.gguf_file import is_gguf
 from offmoe.checkpoint.identity import model_hash
-from offmoe.checkpoint.index import GGUF_SUFFIX
 from offmoe.checkpoint.remote import Progress, locate_headers
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.planner.hit_rates import published_curve, traced_curve
@@ -110,7 +110,7 @@ def _drive(record: MachineRecord | None, path: Path | None) -> DriveSpeed | None
 
 def has_direct_reads(model: Path) -> bool:
     """True when the file system that `model` lies on has reads past the page cache."""
-    path = model if model.suffix == GGUF_SUFFIX else next(iter(sorted(model.glob("*.safetensors"))), None)
+    path = model if is_gguf(model) else next(iter(sorted(model.glob("*.safetensors"))), None)
     if path is None:
         return False
     file = ShardFile(path)

@@ -14,7 +14,7 @@ import torch
 from offmoe.base.errors import CheckpointError, DeviceError
 from offmoe.base.machine import cpu_cache_bytes, num_cores
 from offmoe.base.machine_record import DriveSpeed, MachineRecord, drive_key
-from offmoe.checkpoint.index import GGUF_SUFFIX
+from offmoe.checkpoint.gguf_file import SUFFIX
 from offmoe.executor import speeds
 from offmoe.executor.sample_experts import best_s
 from offmoe.kernels.cpu.loader import load_cpu_kernels
@@ -77,7 +77,7 @@ def largest_file(path: Path) -> Path | None:
     """The largest file of a model, or `path` itself; None in a folder without one."""
     if path.is_file():
         return path
-    files = [file for pattern in ("*.safetensors", f"*{GGUF_SUFFIX}") for file in path.glob(pattern)]
+    files = [file for pattern in ("*.safetensors", f"*{SUFFIX}") for file in path.glob(pattern)]
     return max(files, key=lambda file: file.stat().st_size, default=None)
 
 
