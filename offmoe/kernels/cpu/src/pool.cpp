@@ -11,7 +11,8 @@
 
 namespace offmoe {
 
-// Never freed while a helper lives; after a fork the child leaves it to its parent's threads and makes another.
+// Shared by the pool and its helpers; the last of them frees it. After a fork the child leaves it to its parent's threads,
+// whose shares never end there, and makes another.
 struct Pool::State {
     std::mutex calls;
     std::mutex mutex;  // guards job, active, stopping, alive
@@ -57,7 +58,7 @@ std::mutex& Pool::calls() {
 
 void Pool::start() {
     process_ = getpid();
-    state_ = new State;
+    state_ = std::make_shared<State>();
     sigset_t all, before;  // signals are for Python's threads
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -105,7 +106,8 @@ void Pool::work(State& state, Job& job, int32_t worker) {
     }
 }
 
-void Pool::help(State* state, int32_t worker, int32_t spin_us) {
+void Pool::help(std::shared_ptr<State> shared, int32_t worker, int32_t spin_us) {
+    State* const state = shared.get();
     uint64_t seen = 0;
     for (;;) {
         Job* job;

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 
@@ -39,13 +40,13 @@ public:
 private:
     struct State;
     static constexpr int32_t kMaxPhases = 12;
-    static void help(State* state, int32_t worker, int32_t spin_us);
+    static void help(std::shared_ptr<State> shared, int32_t worker, int32_t spin_us);
     static void work(State& state, Job& job, int32_t worker);
     void start();
 
     const int32_t num_threads_, spin_us_;
     int64_t process_ = 0;
-    State* state_ = nullptr;
+    std::shared_ptr<State> state_;
 };
 
 }  // namespace offmoe

@@ -1,0 +1,132 @@
+"""Build the CPU kernels with a driver that calls all of them (tests/cpp), under sanitizers, and run it.
+
+    python scripts/sanitize.py                     # AddressSanitizer with UBSan, then ThreadSanitizer
+    python scripts/sanitize.py thread --share 1    # one of the two; every case
+    python scripts/sanitize.py --quick             # what takes under three minutes on two cores: no AVX-512, few cases
+
+Objects are kept in build/sanitize and made again when a source has changed. Instruction sets that this processor lacks
+are left out. Exit code 1: a fault; its report is on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+KERNELS, DRIVER = ROOT / "offmoe" / "kernels" / "cpu" / "src", ROOT / "tests" / "cpp"
+# Frame pointers, and no optimisation that would hide a fault or move it.
+COMMON = [
+    "-std=c++17",
+    "-g1",
+    "-O1",
+    "-fno-omit-frame-pointer",
+    "-Wno-psabi",
+    "-Wno-uninitialized",
+    "-fno-math-errno",
+    "-pthread",
+]
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=1:strict_string_checks=1", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
+}  # fmt: skip
+
+
+def main() -> int:
+    """Run what the command line says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("sanitizers", nargs="*", choices=[[], *SANITIZERS], help="default: all")
+    parser.add_argument("--share", type=int, default=4, help="take one case of so many (default 4; 1 takes all)")
+    parser.add_argument(
+        "--quick", action="store_true", help="one case of 60, and no AVX-512, which compiles for minutes"
+    )
+    options = parser.parse_args()
+    levels = level_flags()
+    if options.quick:
+        levels.pop("avx512", None)
+    share = 60 if options.quick else options.share
+    return max(run(name, levels, share) for name in options.sanitizers or SANITIZERS)
+
+
+def run(sanitizer: str, levels: dict[str, list[str]], share: int) -> int:
+    """Build and run the driver; its exit code."""
+    driver = build(sanitizer, levels)
+    return subprocess.run([driver, str(share)], env=os.environ | OPTIONS, check=False).returncode
+
+
+def build(sanitizer: str, levels: dict[str, list[str]]) -> Path:
+    """The driver's program, made as far as it is not there."""
+    folder = ROOT / "build" / "sanitize" / "-".join([sanitizer, *levels])
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{sanitizer} sanitizer; instruction sets: {', '.join(['portable', *levels])}", flush=True)
+    defines = [f"-DOFFMOE_HAS_{level.upper()}" for level in levels]
+    objects: list[Path] = []
+    jobs: list[tuple[Path, Path, list[str]]] = []
+    for source in [*KERNELS.glob("*.cpp"), *DRIVER.glob("*.cpp")]:
+        level = source.stem.removeprefix("level_").split("_")[0] if source.stem.startswith("level_") else ""
+        if level not in ("", "portable", *levels):
+            continue
+        objects.append(folder / f"{source.stem}.o")
+        if is_old(objects[-1]):
+            jobs.append((source, objects[-1], levels.get(level, defines)))
+    jobs.sort(key=lambda job: not job[0].stem.startswith("level_"))  # the long ones first
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        list(threads.map(lambda job: compile_one(*job, SANITIZERS[sanitizer]), jobs))
+    program = folder / "driver"
+    subprocess.run([compiler(), *SANITIZERS[sanitizer], *objects, "-o", program, "-pthread"], check=True)
+    return program
+
+
+def compile_one(source: Path, target: Path, flags: list[str], sanitizer: list[str]) -> None:
+    """One object. Raises CalledProcessError."""
+    subprocess.run(
+        [compiler(), *COMMON, *sanitizer, *flags, f"-I{KERNELS}", f"-I{DRIVER}", "-MMD", "-c", source, "-o", target],
+        check=True,
+    )
+
+
+def is_old(target: Path) -> bool:
+    """An object that is not there, or older than something that it was made of."""
+    made_of = target.with_suffix(".d")
+    if not target.exists() or not made_of.exists():
+        return True
+    names = made_of.read_text(encoding="utf-8").replace("\\\n", " ").split()[1:]
+    paths = [Path(name) for name in names] + [ROOT / "setup.py"]
+    return any(not path.exists() or path.stat().st_mtime > target.stat().st_mtime for path in paths)
+
+
+def compiler() -> str:
+    """As build tools have it: CXX, or g++."""
+    return os.environ.get("CXX", "g++")
+
+
+def level_flags() -> dict[str, list[str]]:
+    """Instruction sets of this processor and their compiler flags."""
+    cpu_info = Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64") or not cpu_info.exists():
+        return {}
+    has = set(cpu_info.read_text(encoding="utf-8").replace("_", "").split())
+    return {level: flags for level, flags in known_levels().items() if has >= {flag[2:] for flag in flags}}
+
+
+def known_levels() -> dict[str, list[str]]:
+    """All instruction sets and their compiler flags, as setup.py has them. Importing it would build."""
+    for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "LEVELS":
+            known: dict[str, list[str]] = ast.literal_eval(node.value)
+            return known
+    raise AssertionError("setup.py has no LEVELS")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
