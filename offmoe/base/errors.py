@@ -18,9 +18,20 @@ OffmoeError                     a user can mend it: one line and exit code 2 in 
 
 from __future__ import annotations
 
+# Of a message. What a hostile file says of itself may have megabytes.
+_MOST_LETTERS = 1500
+
 
 class OffmoeError(Exception):
     """Base of everything that a user can mend."""
+
+    def __str__(self) -> str:
+        """The message as one printable line, whatever a file put into it, and cut in the middle where it is long."""
+        text = super().__str__()
+        if len(text) > _MOST_LETTERS:
+            half = _MOST_LETTERS // 2
+            text = f"{text[:half]} ... ({len(text) - 2 * half} letters) ... {text[-half:]}"
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class UsageError(OffmoeError):

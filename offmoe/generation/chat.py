@@ -11,6 +11,7 @@ from offmoe.base.errors import UsageError
 from offmoe.generation.chat_template import Message, check_arguments, render, words
 from offmoe.generation.control_tokens import HiddenTokens
 from offmoe.generation.prompt import check_rows, check_text
+from offmoe.models.tokenizing import tokenizing
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _FORM = f"use {{'role': one of {', '.join(ROLES)}, 'content': text, or a list of {{'type': 'text', 'text': ...}}}}"
@@ -33,11 +34,14 @@ def chat_ids(
         raise UsageError("the conversation is empty; give at least one message")
     hidden = HiddenTokens(tokenizer)
     said = [dict(message) for message in messages] if allow_control_tokens else hidden.hide(messages)
-    if tokenizer.chat_template is None:
+    is_base = tokenizer.chat_template is None
+    if is_base:
         check_arguments(tokenizer, arguments or {})
-        ids = hidden.encode("\n".join(words(message) for message in said) + "\n", add_special_tokens=True)
+        text = "\n".join(words(message) for message in said) + "\n"
     else:
-        ids = hidden.encode(render(tokenizer, said, arguments or {}), add_special_tokens=False)
+        text = render(tokenizer, said, arguments or {})
+    with tokenizing("the model"):
+        ids = hidden.encode(text, add_special_tokens=is_base)
     return ids if vocab_size is None else check_rows(ids, tokenizer, vocab_size=vocab_size)
 
 

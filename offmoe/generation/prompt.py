@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from offmoe.base.errors import ContextLengthError, UsageError
 from offmoe.generation.stream import StopRules
+from offmoe.models.tokenizing import tokenizing
 
 
 def encode(prompt: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int) -> list[int]:
@@ -17,7 +18,8 @@ def encode(prompt: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | Non
         if tokenizer is None:
             raise UsageError("the model has no tokenizer; give token ids instead of text")
         check_text(prompt, "the prompt")
-        ids = check_rows(tokenizer(prompt)["input_ids"], tokenizer, vocab_size=vocab_size)
+        with tokenizing("the model"):
+            ids = check_rows(tokenizer(prompt)["input_ids"], tokenizer, vocab_size=vocab_size)
     else:
         ids = check_ids(prompt, vocab_size=vocab_size)
     if not ids:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from offmoe.generation.control_tokens import control_tokens
+from offmoe.models.tokenizing import tokenizing
 
 _REPLACEMENT = "\ufffd"
 # Tokens that wait for the end of a character, at most: no text has that many bytes without one.
@@ -72,7 +73,8 @@ class TextDecoder:
         return tail
 
     def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        with tokenizing("the model"):
+            text = self._tokenizer.decode(ids, skip_special_tokens=True)
         assert isinstance(text, str)
         return text
 

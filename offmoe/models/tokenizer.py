@@ -12,6 +12,7 @@ from offmoe.checkpoint.gguf_file import is_gguf
 from offmoe.checkpoint.gguf_vocabulary import read_vocabulary
 from offmoe.checkpoint.index import read_json
 from offmoe.models.gguf_tokenizer import GgufTokenizer, make_tokenizer
+from offmoe.models.tokenizing import tokenizing
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 _TEMPLATE_FILE = "chat_template.json"
@@ -24,7 +25,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
     """
     if is_gguf(folder):
         vocabulary = read_vocabulary(folder)
-        return None if vocabulary is None else make_tokenizer(vocabulary)
+        if vocabulary is None:
+            return None
+        with tokenizing(str(folder)):
+            return make_tokenizer(vocabulary)
     if not any((folder / name).is_file() for name in _FILES):
         return None
     if not trust_remote_code and _is_own_code(folder):
@@ -32,10 +36,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
             f"{folder} has a tokenizer of its own Python code, which is not run unasked; read it, then use "
             "--trust-remote-code"
         )
-    try:
+    with tokenizing(str(folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for a damaged tokenizer.json
-        raise _unreadable(folder, error) from None
     return _with_template(folder, _checked(folder, tokenizer))
 
 
@@ -53,14 +55,11 @@ def note_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         model.generation_config.eos_token_id = tokenizer.end_ids
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:200]
-    return CheckpointError(f"{path} has a tokenizer that cannot be read: {reason}")
-
-
 def _checked(folder: Path, tokenizer: Any) -> PreTrainedTokenizerBase:
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if not tokenizer("one 2 three")["input_ids"]:  # transformers makes an empty one when the vocabulary is missing
+    with tokenizing(str(folder)):
+        ids = tokenizer("one 2 three")["input_ids"]
+    if not ids:  # transformers makes an empty one when the vocabulary is missing
         raise CheckpointError(f"{folder} has a tokenizer without a vocabulary; download tokenizer.json again")
     return tokenizer
 
