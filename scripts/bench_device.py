@@ -54,6 +54,9 @@ class Plan:
     scratch: Path
     place: Place
     work: Work
+    settings: tuple[str, ...] = ()
+    exact: bool = True
+    keeps: bool = False
 
     def num_layers(self, name: str) -> int:
         """Layers of a model."""
@@ -94,6 +97,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--scratch", type=Path, help="for checkpoints, 15 GB (default: RAM disk, else temporary folder)"
     )
+    parser.add_argument("--settings", default="", help=f"these alone, without peers; known: {', '.join(SETTINGS)}")
+    parser.add_argument("--exact", action="store_true", help="with --settings: compare ids with the CPU's too")
+    parser.add_argument("--keep", type=Path, help="a folder in which checkpoints stay, for a later call")
     parser.add_argument("--simulate", action="store_true", help="tiny models on a simulated device")
     return parser.parse_args(argv)
 
@@ -110,10 +116,14 @@ def read_plan(args: argparse.Namespace, scratch: Path) -> Plan:
         raise ScriptError(f"--shares is {args.shares!r}; write percents such as 10,25,50,100") from None
     if not args.simulate and not torch.cuda.is_available():
         raise ScriptError("no CUDA device is available to this torch; --simulate tries the script without one")
+    settings = tuple(name.strip() for name in args.settings.split(",") if name.strip())
+    if unknown := [name for name in settings if name not in SETTINGS]:
+        raise ScriptError(f"unknown setting {unknown[0]!r}; known: {', '.join(SETTINGS)}")
     place = Place(simulated_bytes_per_s=SIMULATED_BYTES_PER_S if args.simulate else None)
     return Plan(
-        models=models, shares=shares, layers=args.layers, simulate=args.simulate, scratch=scratch, place=place,
-        work=TINY_WORK if args.simulate else Work(),
+        models=models, shares=shares, layers=args.layers, simulate=args.simulate, scratch=args.keep or scratch,
+        place=place, work=TINY_WORK if args.simulate else Work(), settings=settings,
+        exact=args.exact or not settings, keeps=args.keep is not None,
     )  # fmt: skip
 
 
@@ -131,20 +141,28 @@ def bench_all(ledger: Ledger, plan: Plan) -> None:
     speeds = measure(plan.place.torch_device, TINY if plan.simulate else Sizes())
     ledger.add("bandwidths", **speeds.as_dict())
     release_device()
+    if plan.exact:
+        check_demo(ledger, plan, ids)
+    for idx, name in enumerate(plan.models):
+        # The first of two gets three fifths of the time that is left.
+        until_s = ledger.left_s * (1 if idx == len(plan.models) - 1 else 0.4)
+        bench_model(ledger, plan, name, ids, speeds, keep_s=0 if idx == len(plan.models) - 1 else until_s)
+    if plan.settings:
+        return
+    with suppress(TimeIsUpError), ledger.step("exact: published shape", needs_s=5 if plan.simulate else 25):
+        model = make(ledger, plan, plan.models[0], num_layers=1, dtype="float32")
+        check_exact(ledger, f"{plan.models[0]}, 1 layer", model.folder, plan.place, ids=[i % 256 for i in ids[:24]],
+                    num_new=8 if plan.simulate else 24, shares=(0.25, 1.0))  # fmt: skip
+
+
+def check_demo(ledger: Ledger, plan: Plan, ids: list[int]) -> None:
+    """The bundled model's ids on the device and on the CPU, as published and in float32 (whose verdict counts)."""
     with suppress(TimeIsUpError), ledger.step("exact: demo model"):
         num_new = 8 if plan.simulate else 48
         for name, folder in {
             "demo": demo_folder(), "demo float32": copy_as_float32(demo_folder(), plan.scratch / "demo32"),
         }.items():  # fmt: skip
             check_exact(ledger, name, folder, plan.place, ids=ids[:24], num_new=num_new, shares=(0.25, 1.0))
-    for idx, name in enumerate(plan.models):
-        # The first of two gets three fifths of the time that is left.
-        until_s = ledger.left_s * (1 if idx == len(plan.models) - 1 else 0.4)
-        bench_model(ledger, plan, name, ids, speeds, keep_s=0 if idx == len(plan.models) - 1 else until_s)
-    with suppress(TimeIsUpError), ledger.step("exact: published shape", needs_s=5 if plan.simulate else 25):
-        model = make(ledger, plan, plan.models[0], num_layers=1, dtype="float32")
-        check_exact(ledger, f"{plan.models[0]}, 1 layer", model.folder, plan.place, ids=[i % 256 for i in ids[:24]],
-                    num_new=8 if plan.simulate else 24, shares=(0.25, 1.0))  # fmt: skip
 
 
 def bench_model(ledger: Ledger, plan: Plan, name: str, ids: list[int], speeds: Bandwidths, *, keep_s: float) -> None:
@@ -159,16 +177,20 @@ def bench_model(ledger: Ledger, plan: Plan, name: str, ids: list[int], speeds: B
                 continue
             level = Level(name=name, model=model, share=share)
             settings = ["auto", "compiled"] if share == 1 else list(SETTINGS)
-            if plan.simulate:  # compiling for the CPU takes longer than all the rest
+            settings = list(plan.settings) or settings
+            if plan.simulate and "compiled" in settings:  # compiling for the CPU takes longer than all the rest
                 settings.remove("compiled")
-            if share == 1:
+            if plan.settings:
+                run_level(bench, level, settings)
+            elif share == 1:
                 run_level(bench, level, settings, lambda _: resident_transformers(model, plan.place))
             elif share == plan.shares[0]:
                 run_level(bench, level, settings,
                           lambda vram: [offloaded_transformers(model, plan.place, vram_bytes=vram)])  # fmt: skip
             else:
                 run_level(bench, level, [name for name in settings if name != "compiled"])
-        shutil.rmtree(model.folder)
+        if not plan.keeps:
+            shutil.rmtree(model.folder)
 
 
 def make(ledger: Ledger, plan: Plan, name: str, *, num_layers: int, dtype: str) -> MadeModel:
@@ -177,7 +199,7 @@ def make(ledger: Ledger, plan: Plan, name: str, *, num_layers: int, dtype: str) 
     model = make_model(
         plan.scratch / f"{name}-{num_layers}-{dtype}", name, num_layers=num_layers,
         vocab_size=256 if plan.simulate else VOCAB, dtype=dtype,
-        overrides=FAMILIES[name].tiny if plan.simulate else None,
+        overrides=FAMILIES[name].tiny if plan.simulate else None, reuse=plan.keeps,
     )  # fmt: skip
     ledger.add(
         "model", model=name, layers=num_layers, dtype=dtype, experts=model.num_experts, top_k=model.top_k,

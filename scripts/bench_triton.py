@@ -16,15 +16,19 @@ import argparse
 import itertools
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from benchlib.expert_layers import BF16, FORMATS, SHAPES, TINY, Shape, fits, make_layer
+from benchlib.ledger import Ledger, TimeIsUpError
 
 from offmoe.formats.dense import view_expert
 from offmoe.formats.layout import layout_of
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 COPY_BYTES = 1 << 30
 CALLS_A_GRAPH = 12
+WARM_UP_S = 0.1
 TOKENS = (1, 4, 16, 64, 512)
 # Above this a call is not tried row by row.
 MOST_TOKENS_BY_ROW = 16
@@ -124,8 +129,8 @@ class Bench:
             })  # fmt: skip
         return found
 
-    def time(self, calls: list[Callable[[], object]], *, rounds: int = 5) -> tuple[float, float]:
-        """(device seconds, host seconds) of a call: the best round of a graph of all calls, and the mean of eager."""
+    def time(self, calls: list[Callable[[], object]], *, rounds: int = 9) -> tuple[float, float]:
+        """(device seconds, host seconds) of a call: the median round of a graph of all calls, and the mean of eager."""
         if self.device.type != "cuda":  # in the interpreter, which measures nothing: once
             begin = time.perf_counter()
             calls[0]()
@@ -139,18 +144,22 @@ class Bench:
         host_s = (time.perf_counter() - begin) / len(calls)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for call in calls:
                 call()
-        best = float("inf")
+        warm_s = time.perf_counter() + WARM_UP_S  # an idle device runs at a fifth of its clock
+        while time.perf_counter() < warm_s:
+            graph.replay()
+            torch.cuda.synchronize(self.device)
+        times = []
         for _ in range(rounds):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
             end.record()
             end.synchronize()
-            best = min(best, start.elapsed_time(end) / 1e3)
-        return best / len(calls), host_s
+            times.append(start.elapsed_time(end) / 1e3)
+        return statistics.median(times) / len(calls), host_s
 
     def sweep(self) -> list[dict[str, Any]]:
         """One token with other block sizes: up, and down with the sum."""
@@ -195,9 +204,8 @@ def bench_shape(bench: Bench, tokens: Sequence[int]) -> list[dict[str, Any]]:
     return records
 
 
-def print_table(records: list[dict[str, Any]], copy: float) -> None:
+def print_rows(records: list[dict[str, Any]], copy: float) -> None:
     """To stderr."""
-    print(f"device copy {copy:.0f} GB/s (read and write)", file=sys.stderr)
     for record in records:
         settings = " ".join(
             f"{name} {record[name]}" for name in ("elements", "inputs", "warps", "stages") if name in record
@@ -215,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="also try other block sizes for one token")
     parser.add_argument("--simulate", action="store_true", help="tiny, in Triton's interpreter: measures nothing")
+    parser.add_argument("--partial", type=Path, help="JSON file rewritten after every shape and format")
+    parser.add_argument("--seconds", type=float, default=600, help="nothing begins after these (default: %(default)g)")
     parser.add_argument("--formats", default=",".join(FORMATS), help="which, by name (default: all)")
     args = parser.parse_args(argv)
     formats = args.formats.split(",")
@@ -233,25 +243,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device("cpu" if args.simulate else "cuda:0")
     copy = copy_gb_per_s(device, 1 << 20 if args.simulate else COPY_BYTES)
-    records: list[dict[str, Any]] = []
+    print(f"device copy {copy:.0f} GB/s (read and write)", file=sys.stderr)
+    ledger = Ledger(args.partial, limit_s=args.seconds)
     shapes = TINY if args.simulate else SHAPES
     for shape, format_name in itertools.product(shapes, formats):
         if (format_name != BF16 and shape is not shapes[0]) or not fits(shape, FORMATS[format_name]):
             continue
-        bench = Bench(shape, device, tiling_of(device), format_name)
-        if bench.num_slots < shape.top_k:
-            print(f"{shape.name}: {bench.num_slots} experts fit, {shape.top_k} are needed; left out", file=sys.stderr)
-            continue
-        tokens = TOKENS if format_name == BF16 else TOKENS[:3]
-        records += bench_shape(bench, tokens[:2] if args.simulate else tokens)
-        if args.sweep:
-            records += bench.sweep()
-        del bench
-    print_table(records, copy)
+        with suppress(TimeIsUpError), ledger.step(f"{shape.name} {format_name}"):
+            bench = Bench(shape, device, tiling_of(device), format_name)
+            if bench.num_slots < shape.top_k:
+                why = f"{bench.num_slots} experts fit, {shape.top_k} are needed"
+                ledger.add("skipped", where=f"{shape.name} {format_name}", why=why)
+                continue
+            tokens = TOKENS if format_name == BF16 else TOKENS[:3]
+            records = bench_shape(bench, tokens[:2] if args.simulate else tokens) + (
+                bench.sweep() if args.sweep else []
+            )
+            print_rows(records, copy)
+            for record in records:
+                ledger.add("kernel", **record, copy_share=record["gb_per_s"] / copy)
+            del bench
     name = "simulated" if args.simulate else torch.cuda.get_device_name(device)
-    result = {"bench": "triton", "simulated": args.simulate, "device": name, "copy_gb_per_s": copy, "records": records}
+    result = {"bench": "triton", "simulated": args.simulate, "device": name, "copy_gb_per_s": copy,
+              "records": ledger.records}  # fmt: skip
     print(json.dumps(result))
-    return 0
+    return 1 if ledger.failures else 0
 
 
 if __name__ == "__main__":

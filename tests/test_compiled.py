@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import repeat_kv
 import offmoe
 from offmoe.base.errors import DiskReadError, EngineBusyError
 from offmoe.generation import compiled
+from offmoe.generation.compile_thread import CompileThread
 from offmoe.generation.compiled import DecodeCompiler, _bucket
 from offmoe.generation.compiled_step import CompiledStep
 from offmoe.generation.grouped_attention import attend, group_attention
@@ -353,3 +356,78 @@ def test_static_and_eager_steps_share_one_memory(sliding: tuple[Any, Any, Static
         assert float((logits - whole[position]).abs().max() / whole[position].abs().max()) < 1e-5
     pointers = {buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers}
     assert {layer.keys.data_ptr() for layer in static.cache.layers} <= pointers
+
+
+def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compile="on"` compiles as "auto" does on a GPU, by Dynamo itself."""
+    monkeypatch.setattr(
+        compiled, "DecodeCompiler",
+        lambda model, length, **options: DecodeCompiler(
+            model, length, **{**options, "background": True, "lower": as_captured}
+        ),
+    )  # fmt: skip
+
+
+def test_closing_ends_a_compilation_and_keeps_nothing(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_background(monkeypatch)
+    with leaves_nothing():
+        engine = open_tiny(tiny_moe, compile="on")
+        ids_of(engine, 3)
+        assert engine.stats()["compile"] == "compiling"
+        assert engine._compiler is not None
+        thread, model = engine._compiler._thread, weakref.ref(engine.model)
+        assert thread is not None
+        while not thread._is_open:  # within Dynamo
+            thread.join(0.01)
+        engine.close()
+        assert not thread.is_alive()
+        del engine
+        gc.collect()
+        assert model() is None
+    with open_tiny(tiny_moe, compile="on") as engine:  # the compiler of this process still works
+        ids_of(engine, 3)
+        thread = engine._compiler._thread if engine._compiler is not None else None
+        if thread is not None:
+            thread.join()
+        assert engine.stats()["compile"].startswith("on")
+
+
+def test_a_process_may_end_while_a_step_compiles(tiny_moe: Path) -> None:
+    """Daemon threads within torch's C++ code abort a process that ends: 7 of 7 did."""
+    code = f"""
+import torch, offmoe
+from offmoe.generation import compiled
+original = compiled.DecodeCompiler
+compiled.DecodeCompiler = lambda *args, **options: original(*args, **{{**options, "background": True}})
+engine = offmoe.load({str(tiny_moe)!r}, ram="4GiB", compile="on", tell=None)
+engine.generate([5, 77, 31], max_new_tokens=3, ignore_end=True)
+thread = engine._compiler._thread
+while not thread._is_open:
+    thread.join(0.01)
+thread.join(0.5)
+print(thread.is_alive())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", ""), done
+
+
+def test_compiled_steps_wait_where_torch_cannot_run_them_beside_a_compilation(
+    tiny_moe: Path, expected: tuple[int, ...], quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.11 refuses compiled code in every thread while one traces; the model's own steps go on meanwhile."""
+    with open_tiny(tiny_moe, compile="on") as engine:
+        assert ids_of(engine) == expected
+        monkeypatch.setattr(compiled, "_RUNS_WHILE_COMPILING", False)
+        let_go, calls = threading.Event(), []
+        call = CompiledStep.__call__
+        monkeypatch.setattr(CompiledStep, "__call__", lambda *args: calls.append(1) or call(*args))
+        other = CompileThread(let_go.wait)
+        other.start()
+        try:
+            assert ids_of(engine) == expected
+            assert not calls
+        finally:
+            let_go.set()
+            other.join()
+        assert ids_of(engine) == expected
+        assert calls

@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -26,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.base.config import EngineConfig
 from offmoe.base.errors import OffmoeError
+from offmoe.generation.compile_thread import CompileThread, is_compiling
 from offmoe.generation.compiled_step import CompiledStep, Lowering, lower_with_inductor
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.static_cache import StaticKv, UnsupportedCacheError
@@ -36,6 +38,9 @@ SMALLEST_BUCKET = 256
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 # Steps on which the two may differ by more: a router that nearly ties is decided by rounding.
 _NUM_TRIES = 3
+# torch before 2.13 marks the whole process while one thread traces, and refuses compiled code in all of them
+# ("Detected that you are using FX to symbolically trace a dynamo-optimized function").
+_RUNS_WHILE_COMPILING = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 # On CUDA the first call warms up, the second records, the third replays.
 _RUNS_TO_REPLAY = 3
 
@@ -67,7 +72,7 @@ class DecodeCompiler:
         self._steps: dict[int, CompiledStep] = {}  # by bucket; whole ones only
         self._active: CompiledStep | None = None
         self._coming: CompiledStep | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: CompileThread | None = None
         self._checked: set[tuple[int, int]] = set()  # (bucket, thread)
         self._num_disagreed = 0
         self._num_tokens = 0
@@ -93,10 +98,15 @@ class DecodeCompiler:
         return self.cache
 
     def close(self) -> None:
-        """Let go of the model. A compilation under way ends at its next stage."""
+        """Let go of the model. A compilation in the background is interrupted and waited for, so that nothing keeps
+        weights and KV cache afterwards.
+        """
         self._closed = True
         self._drop_steps()
         self._active = self.cache = None
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.interrupt()
 
     def __call__(self, eager: EagerStep, ids: torch.Tensor) -> torch.Tensor:
         """Last logits (1, V) after appending the one token `ids` (1, 1), compiled or not."""
@@ -116,7 +126,7 @@ class DecodeCompiler:
 
     def _choose(self, position: int) -> CompiledStep | None:
         """The step to take, None for the model's own. May begin, or do, a compilation."""
-        if self._closed:
+        if self._closed or (is_compiling() and not _RUNS_WHILE_COMPILING):
             return None
         if self.state.startswith("failed"):
             self._warn()
@@ -138,7 +148,7 @@ class DecodeCompiler:
             return
         self.state, self._coming = "compiling", step
         if self._background:
-            self._thread = threading.Thread(target=self._compile, args=(step,), name="offmoe-compile", daemon=True)
+            self._thread = CompileThread(partial(self._compile, step))
             self._thread.start()
             return
         self._on_compile(0, 1)
@@ -151,14 +161,13 @@ class DecodeCompiler:
         """On the caller's thread or on one of its own; `_steps` and `state` change last."""
         try:
             step.compile()
+            if not self._closed:
+                self._steps[step.static.capacity] = step
+                self.state = "on" + (f", {step.num_blind} layers without lookahead" if step.num_blind else "")
         except Exception as error:  # noqa: BLE001 - torch.compile raises anything, and there is a way on without it
             self._fail(_reason(error))
-            return
-        finally:
+        finally:  # after the step was noted: without it and without a thread, it would be compiled again
             self._thread = self._coming = None
-        if not self._closed:
-            self._steps[step.static.capacity] = step
-            self.state = "on" + (f", {step.num_blind} layers without lookahead" if step.num_blind else "")
 
     def _check(self, step: CompiledStep, eager: EagerStep, ids: torch.Tensor) -> torch.Tensor:
         """Both ways, the model's own last, so that what it wrote stays; its logits are the result."""

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from offmoe.generation.compile_thread import interruptible
 from offmoe.generation.grouped_attention import group_attention
 from offmoe.models.seam import define_experts_operator, is_observed
 from offmoe.models.stand_ins import captured
@@ -100,7 +101,7 @@ class CompiledStep:
         """Compile without running anything. Raises whatever torch.compile raises."""
         model = self._model()
         assert model is not None, "closed"
-        with captured(model), suppress(_Compiled):
+        with captured(model), suppress(_Compiled), interruptible():
             self._function()
         self._backend.only_compile = False
 

@@ -198,6 +198,8 @@ def _failure(
     try:
         with _current(slab.device):
             worst = _largest_error(kernels, layer, replace(math, post_norm=None), slab, slot_bytes)
+    except torch.AcceleratorError:  # the device itself is lost: whatever is computed instead would fail elsewhere
+        raise
     except _FAILURES as error:
         return f"triton failed: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
     tolerance = TOLERANCES[math.dtype]

@@ -71,17 +71,20 @@ class _Tensor:
 
 def make_model(
     folder: Path, like: str, *, num_layers: int, vocab_size: int, dtype: str = "bfloat16",
-    overrides: Config | None = None, seed: int = 0,
+    overrides: Config | None = None, seed: int = 0, reuse: bool = False,
 ) -> MadeModel:  # fmt: skip
     """Write config.json and one safetensors file into `folder`, which is made. A second call gives the same bytes.
 
-    `overrides` replaces sizes of the published configuration.
+    `overrides` replaces sizes of the published configuration. `reuse`: a file that an earlier call completed stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = build_config(like, num_layers=num_layers, vocab_size=vocab_size, dtype=dtype, overrides=overrides)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tensors = list(_tensors(folder))
-    _write(folder / "model.safetensors", tensors, dtype=dtype, seed=seed, num_layers=num_layers)
+    complete = folder / "complete"
+    if not (reuse and complete.exists()):
+        _write(folder / "model.safetensors", tensors, dtype=dtype, seed=seed, num_layers=num_layers)
+        complete.touch()
     item_bytes = DTYPES[dtype][0].itemsize
     stacks = [tensor for tensor in tensors if tensor.experts]
     num_experts = stacks[0].shape[0]

@@ -1,8 +1,14 @@
-"""What scripts/gpu_check runs: each part a process of its own, ended with its children when it takes too long."""
+"""The parts of scripts/gpu_check: each a process of its own with a limit, a log, and a record written as it goes.
+
+A part that is over its limit is ended by SIGABRT first: with PYTHONFAULTHANDLER set, every thread's traceback then goes
+to its log. Its children are of its process group and end with it.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,17 +22,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 KILL_AFTER_S = 5.0
 LONGEST_LINE = 300  # of what is shown while it runs; JSON lines are longer
+RESERVE_S = 8.0  # a script that measures is told to begin nothing in the last seconds of its limit
+XDIST_PROCESSES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A command. `limit_s` is what it may take; `spare` parts get what the parts before have left over."""
+    """A command. `records`: it takes `--partial FILE` and `--seconds N`. `minutes`: the shortest check that has it."""
 
     key: str
     title: str
     command: tuple[str, ...]
     limit_s: float
-    spare: bool = False
+    minutes: int = 3
+    records: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -41,61 +50,96 @@ class Outcome:
 
     @property
     def last_line(self) -> str:
-        """What it said last, JSON aside."""
+        """The last line that people read: no JSON."""
         return next((line for line in reversed(self.lines) if line.strip() and not line.startswith("{")), "")
 
 
-def plan_parts(*, total_s: float, simulate: bool, partial: Path, device_args: tuple[str, ...] = ()) -> list[Part]:
-    """All parts in order; the benchmark on the device comes last and gets what the others leave.
+def plan_parts(*, simulate: bool, models: Path) -> list[Part]:
+    """All parts in order of what they decide. `models`: a folder for checkpoints, shared by the parts.
 
-    Of nine minutes: tests 110 s, verify 3 x 40 s, kernels 110 s, device 180 s or more. Simulated, each may take all.
+    Limits are what a part may take of nine minutes; what one leaves is there for those behind it.
     """
+    here = sys.executable
+    tiny = ("--simulate",) if simulate else ()
+    where = ("--device", "cpu") if simulate else ("--device", "cuda", "--vram", "1GiB")
 
-    def part(key: str, title: str, seconds: float, *command: str, **options: Any) -> Part:
-        limit_s = total_s if simulate else seconds * total_s / 520
-        if simulate:  # tiny matrices: threads would wait for each other
-            options["environment"] = {"OMP_NUM_THREADS": "1", **options.get("environment", {})}
-        return Part(key=key, title=title, command=(sys.executable, *command), limit_s=limit_s, **options)
+    def tests(key: str, title: str, limit_s: float, minutes: int, *arguments: str, **more: Any) -> Part:
+        # Plugins that happen to be installed warn, and warnings are errors; the settings file names this one.
+        command = (here, "-X", "faulthandler", "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--tb=short",
+                   "-p", "no:cacheprovider", "-p", "pytest_timeout",
+                   "--timeout", "120" if simulate else "40", *arguments)  # fmt: skip
+        environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **({"OFFMOE_SIMULATE": "1"} if simulate else {})}
+        return Part(key=key, title=title, command=command, limit_s=limit_s, minutes=minutes, environment=environment,
+                    **more)  # fmt: skip
 
-    tests = ["-m", "pytest", "tests/gpu", "-m", "gpu", "-rfE", "-p", "no:cacheprovider"]
-    # Plugins that happen to be installed warn, and warnings are errors; the settings file names this one.
-    tests += ["-p", "pytest_timeout"]
-    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    if simulate:
-        tests += ["-k", "not compiled"]
-        environment["OFFMOE_SIMULATE"] = "1"
-    device = ["scripts/bench_device.py", "--partial", str(partial)]
+    def device(key: str, title: str, limit_s: float, minutes: int, *arguments: str) -> Part:
+        command = (here, "-X", "faulthandler", "scripts/bench_device.py", *tiny, "--models", "qwen3-30b-a3b",
+                   "--layers", "2" if simulate else "4", "--keep", str(models), *arguments)  # fmt: skip
+        return Part(key=key, title=title, command=command, limit_s=limit_s, minutes=minutes, records=True)
+
+    in_parallel = () if simulate or importlib.util.find_spec("xdist") is None else (
+        "-p", "xdist.plugin", "-n", str(XDIST_PROCESSES)
+    )  # fmt: skip
     return [
-        part("tests", "tests that need a GPU", 110, *tests, environment=environment),
-        *(
-            part("verify", f"verify {' '.join(options)}", 40, "-m", "offmoe", "verify", "--ram", "4GiB",
-                 "--max-new-tokens", "4" if simulate else "24", *options)
-            for options in ([("--device", "cpu")] if simulate else VERIFY)
-        ),
-        part("kernels", "kernels, each alone", 110, "scripts/bench_triton.py", *(["--simulate"] if simulate else [])),
-        part("device", "whole models on the device", 180, *device, *(TINY if simulate else []), *device_args,
-             spare=True),
+        *([build_part()] if shutil.which("c++") or shutil.which("g++") else []),
+        Part(key="first", title="what decides the design", limit_s=70, records=True,
+             command=(here, "-X", "faulthandler", "scripts/gpu_first.py", *tiny)),
+        tests("copier", "tests of the copier", 30, 3, "tests/gpu/test_cuda_copier.py"),
+        tests("engine", "tests of the engine", 70, 3, "tests/gpu/test_engine_on_gpu.py"),
+        device("device-25", "a quarter of the experts on the device", 60, 3, "--shares", "25", "--settings", "auto"),
+        tests("slots", "tests of the slot kernels", 75, 6, "tests/gpu/test_slots_on_gpu.py", *in_parallel),
+        Part(key="verify", title="verify, not compiled", limit_s=45, minutes=6,
+             command=(here, "-X", "faulthandler", "-m", "offmoe", "verify", "--ram", "4GiB", "--compile", "off",
+                      "--max-new-tokens", "4" if simulate else "24", *where)),
+        device("device-100", "all experts on the device", 50, 6, "--shares", "100", "--settings", "auto", "--exact"),
+        Part(key="kernels", title="kernels, each alone", limit_s=75, minutes=9, records=True,
+             command=(here, "-X", "faulthandler", "scripts/bench_triton.py", *tiny)),
+        device("device-cpu", "a quarter, misses in RAM", 45, 9, "--shares", "25", "--settings", "miss cpu"),
+        device("device-stream", "a quarter, misses streamed", 45, 9, "--shares", "25", "--settings", "miss stream"),
+        tests("compiled", "tests of compiled steps", 90, 9, "tests/gpu/test_compiled_on_gpu.py"),
+        *([] if simulate else [
+            device("device-compiled", "all experts, compiled", 90, 9, "--shares", "100", "--settings", "compiled"),
+        ]),
     ]  # fmt: skip
 
 
-TINY = ("--simulate", "--models", "qwen3-30b-a3b", "--shares", "25,100")
-VERIFY = (
-    ("--device", "cuda", "--vram", "4GiB"),
-    ("--device", "cuda", "--vram", "1GiB", "--placement-invariant"),
-    ("--device", "cuda", "--vram", "1GiB", "--miss", "stream"),
-)
+def build_part() -> Part:
+    """The CPU kernels, built in place: without them whatever is computed in RAM is torch's."""
+    return Part(
+        key="build", title="CPU kernels are built", limit_s=150,
+        command=(sys.executable, "setup.py", "-q", "build_ext", "--inplace"),
+    )  # fmt: skip
 
 
-def run_part(part: Part, *, limit_s: float) -> Outcome:
-    """Run it, show its lines as they come, end it at its limit. Never raises for what the part does."""
+# A part that goes wrong on purpose, for rehearsals: the others' results must stand.
+SPOILT = {
+    "hang": "import time; print('hanging', flush=True); time.sleep(100000)",
+    "crash": "import os; print('crashing', flush=True); os.abort()",
+    "memory": "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28)); bytearray(1 << 30)",
+}
+
+
+def spoil(part: Part, how: str) -> Part:
+    """The part with a command that hangs, crashes or is refused memory."""
+    return Part(
+        key=part.key, title=part.title, limit_s=1.0, minutes=part.minutes,
+        command=(sys.executable, "-X", "faulthandler", "-c", SPOILT[how]),
+    )  # fmt: skip
+
+
+def run_part(part: Part, *, limit_s: float, log: Path | None = None, partial: Path | None = None) -> Outcome:
+    """Run it, show its lines as they come and append them to `log`, end it at its limit.
+
+    Never raises for what the part does.
+    """
     command = list(part.command)
-    if part.key == "device":
-        command += ["--seconds", f"{limit_s - 15:.0f}"]  # so that it ends by itself
+    if part.records and partial is not None:
+        command += ["--seconds", f"{max(1.0, limit_s - RESERVE_S):.0f}", "--partial", str(partial)]
     script = next((Path(word) for word in command if word.startswith("scripts/")), None)
     if script is not None and not (ROOT / script).is_file():
         return Outcome(part=part, seconds=0.0, failure=f"there is no {script}", lines=())
     environment = {
-        **os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
+        **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false", **part.environment,
     }  # fmt: skip
     begin = time.monotonic()
@@ -104,7 +148,7 @@ def run_part(part: Part, *, limit_s: float) -> Outcome:
         command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,
     ) as process:  # fmt: skip
-        reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
+        reader = threading.Thread(target=_read, args=(process, lines, log, part.title), daemon=True)
         reader.start()
         try:
             failure = _wait(process, limit_s)
@@ -114,12 +158,16 @@ def run_part(part: Part, *, limit_s: float) -> Outcome:
     return Outcome(part=part, seconds=time.monotonic() - begin, failure=failure, lines=tuple(lines))
 
 
-def _read(process: subprocess.Popen[str], lines: list[str]) -> None:
+def _read(process: subprocess.Popen[str], lines: list[str], log: Path | None, title: str) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line.rstrip("\n").replace(str(ROOT), "."))
-        if len(line) <= LONGEST_LINE:
-            print(f"  {lines[-1]}", file=sys.stderr, flush=True)
+    with open(log or os.devnull, "a", encoding="utf-8") as file:
+        file.write(f"\n==== {title}\n")
+        for line in process.stdout:
+            lines.append(line.rstrip("\n").replace(str(ROOT), "."))
+            file.write(lines[-1] + "\n")
+            file.flush()
+            if len(line) <= LONGEST_LINE:
+                print(f"  {lines[-1]}", file=sys.stderr, flush=True)
 
 
 def _wait(process: subprocess.Popen[str], limit_s: float) -> str:
@@ -133,8 +181,10 @@ def _wait(process: subprocess.Popen[str], limit_s: float) -> str:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """The part's own process group, which it began: first asked, then ended."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    """The part's own process group, which it began: first made to say where it is, then ended."""
+    for number in (signal.SIGABRT, signal.SIGKILL):
+        if process.poll() is not None and number is signal.SIGABRT:
+            continue  # its children, if any are left, are ended without a word
         try:
             os.killpg(process.pid, number)
             process.wait(KILL_AFTER_S)

@@ -37,7 +37,7 @@ def load_on_device() -> Load:
     """As `offmoe.load`, on the first CUDA device, or on a simulated one."""
 
     def load(folder: Path | None = None, **options: Any) -> offmoe.Engine:
-        options = {"ram": "4GiB", **options}
+        options = {"ram": "4GiB", "compile": "off", **options}  # a compilation takes longer than most tests
         if not SIMULATED:
             return offmoe.load(folder, **{"device": "cuda", **options})
         from offmoe.tiers.device import SimulatedDevice

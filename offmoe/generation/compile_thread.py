@@ -1,0 +1,110 @@
+"""Threads that run torch's compiler beside a program that may close its engine, or end, at any time.
+
+The interpreter ends daemon threads wherever they next ask for its lock; with torch's C++ frames below, that calls
+std::terminate and the process aborts after its work was done (https://github.com/pytorch/pytorch/issues/38228). A
+thread that goes on after its engine was closed keeps the weights that it reads. Dynamo cannot be told to stop, so it is
+interrupted as Ctrl-C interrupts it: by an exception that is raised in its thread, between two lines of Python.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Between two interruptions of one thread. Dynamo's calls into C++ take less; torch's own clean-up may swallow one.
+_ASK_EVERY_S = 0.5
+# How long `close` waits. Inductor's own compilers (g++, Triton) run for minutes and cannot be interrupted.
+PATIENCE_S = 10.0
+
+
+class Interrupted(BaseException):
+    """Raised in a compiling thread that was told to end. No `Exception`, so that torch does not fall back from it."""
+
+
+class CompileThread(threading.Thread):
+    """A daemon thread that compiles. The interpreter waits for it before it ends daemon threads.
+
+    `work` is dropped when it has ended: a thread object that somebody keeps keeps no model.
+    """
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__(name="offmoe-compile", daemon=True)
+        self._work: Callable[[], Any] | None = work
+        self._gate = threading.Lock()  # nobody is interrupted while it leaves the window
+        self._is_open = False
+
+    def start(self) -> None:
+        """Begin. Raises RuntimeError where no thread can be started."""
+        _threads.add(self)
+        super().start()
+
+    def run(self) -> None:
+        """Do the work; an interruption ends it."""
+        try:
+            assert self._work is not None
+            self._work()
+        except Interrupted:
+            pass
+        finally:
+            self._work = None
+
+    @contextmanager
+    def window(self) -> Iterator[None]:
+        """Within, the thread may be interrupted: torch's code, none of ours."""
+        with self._gate:
+            self._is_open = True
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._is_open = False
+            _raise_in(self, None)  # one that was sent and not delivered yet
+
+    def interrupt(self, patience_s: float = PATIENCE_S) -> bool:
+        """Ask the thread to end, and wait for it. Returns whether it has ended within the time."""
+        waited_s = 0.0
+        while self.is_alive() and waited_s < patience_s:
+            with self._gate:
+                if self._is_open:
+                    _raise_in(self, Interrupted)
+            self.join(_ASK_EVERY_S)
+            waited_s += _ASK_EVERY_S
+        return not self.is_alive()
+
+
+_threads: weakref.WeakSet[CompileThread] = weakref.WeakSet()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within: the calling thread may be interrupted, where it is one that compiles in the background."""
+    thread = threading.current_thread()
+    if not isinstance(thread, CompileThread):
+        yield
+        return
+    with thread.window():
+        yield
+
+
+def is_compiling() -> bool:
+    """Whether any engine of this process compiles in the background."""
+    return any(thread.is_alive() for thread in list(_threads))
+
+
+def _raise_in(thread: threading.Thread, kind: type[BaseException] | None) -> None:
+    """Have `kind` raised in `thread` before its next line; None takes back what was not raised yet."""
+    exception = None if kind is None else ctypes.py_object(kind)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), exception)
+
+
+@atexit.register
+def _end_all() -> None:
+    """At the interpreter's end, before it ends daemon threads: each is asked, then waited for however long it takes."""
+    for thread in list(_threads):
+        if not thread.interrupt():
+            thread.join()
