@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from engines import assert_at_rest, open_tiny, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_machine import Job, Speeds, VirtualMachine
 
 from offmoe.executor.calibrate import measure
+from offmoe.executor.cpu_rows import CpuRows
+from offmoe.executor.measured import NUM_ROWS
 from offmoe.tiers.copier import Part, count_bytes
+from offmoe.tiers.device import SimulatedDevice
 from offmoe.tiers.inline import InlineCopier
 
 EXPERT_BYTES, NUM_EXPERTS = 64 << 10, 4
@@ -94,3 +100,19 @@ def test_a_copy_that_fails_leaves_nothing_under_way() -> None:
             phase_s=20 * EXPERT_BYTES / 48e9, phase_bytes=1 << 40,
         )  # fmt: skip
     assert machine.link.queued_bytes == 0
+
+
+def test_costs_are_of_the_kernels_that_serve_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert that is computed in RAM is computed by CpuRows; torch's own products are several times as slow."""
+    served: list[int] = []
+    compute = CpuRows.compute
+
+    def counted(self: CpuRows, layer_idx: int, math: Any, experts: list[Any], x_TD: Any, y_SD: Any) -> None:
+        served.append(len(x_TD))
+        compute(self, layer_idx, math, experts, x_TD, y_SD)
+
+    monkeypatch.setattr(CpuRows, "compute", counted)
+    with open_tiny(save_tiny(tmp_path), miss="auto", _device=SimulatedDevice(1e9)) as engine:
+        assert set(served) == {1, NUM_ROWS}
+        assert engine.stats()["ram_hits"] == 0, "look-ups of the measurement are no tokens'"
+        assert_at_rest(engine)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -13,7 +15,8 @@ from offmoe.cache.link import LinkSource
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.executor.calibrate import measure
 from offmoe.executor.cpu_experts import CpuExperts
-from offmoe.kernels.reference import ExpertMath, experts_forward
+from offmoe.executor.dispatch import Assignment
+from offmoe.kernels.reference import ExpertMath
 from offmoe.tiers.copier import Copier
 
 # Experts that are copied and computed in turn: more than a CPU's caches hold, and little to read.
@@ -35,25 +38,38 @@ def measured_costs(
     weights = [host.finish(fetch) for fetch in fetches]
     keys = [fetch.key for fetch in fetches]
     disk_s = time.perf_counter() - begin
+    counted = dataclasses.replace(host.counters)
     try:
-        math = cpu.cpu_math(layer_idx, maths[layer_idx])
-        x_1D = torch.randn(1, width_D, dtype=torch.float32).to(math.dtype)
-        x_ND = torch.randn(NUM_ROWS, width_D, dtype=torch.float32).to(math.dtype)
-
-        def compute(idx: int, x: torch.Tensor = x_1D) -> None:
-            experts_forward(math, [(keys[idx].expert_idx, weights[idx], x)])
-
+        serve_one = partial(_serve, cpu, layer_idx, maths[layer_idx], torch.randn(1, width_D))
+        serve_rows = partial(_serve, cpu, layer_idx, maths[layer_idx], torch.randn(NUM_ROWS, width_D))
         num_weights = weights[0].num_weights
         with torch.inference_mode():
-            compute(0, x_ND)
+            serve_rows(keys[0])
             begin = time.perf_counter()
             for _ in range(NUM_REPEATS):
-                compute(0, x_ND)
+                serve_rows(keys[0])
             rows_s = (time.perf_counter() - begin) / NUM_REPEATS
             return measure(
-                copier, [link.parts(key, slot) for slot, key in enumerate(keys)], compute,
+                copier, [link.parts(key, slot) for slot, key in enumerate(keys)], lambda idx: serve_one(keys[idx]),
                 disk_bytes_per_s=sum(host.num_bytes(key) for key in keys) / max(disk_s, 1e-9),
                 cpu_flops_per_s=2 * num_weights * NUM_ROWS / max(rows_s, 1e-9), synchronize=link.synchronize,
             )  # fmt: skip
     finally:
+        host.counters.hits = counted.hits  # look-ups of this measurement are no tokens'
         host.release(keys)
+
+
+def _serve(cpu: CpuExperts, layer_idx: int, math: ExpertMath, x_TD: torch.Tensor, key: ExpertKey) -> None:
+    """Compute an expert for all rows as a miss in RAM is: on its thread, by the kernels that serve it."""
+    x_TD = x_TD.to(math.dtype)
+    if len(x_TD) == 1:
+        rows = Assignment(key.expert_idx, 1, 0, None)
+    else:
+        every_N = torch.arange(len(x_TD))
+        rows = Assignment(key.expert_idx, len(x_TD), every_N, every_N, every_N)
+    y_SD = torch.empty_like(x_TD)
+    job = cpu.start(layer_idx, math, {key: [rows]}, x_TD)
+    try:
+        job.collect(y_SD)
+    finally:
+        job.close()
