@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from offmoe.base.folders import home_folder
 from offmoe.base.machine import num_cores
 
 VERSION = 5
@@ -129,10 +130,10 @@ def cache_folder() -> Path:
     if own:
         return Path(own)
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "offmoe"
+        return Path(os.environ.get("LOCALAPPDATA") or home_folder() / "AppData/Local") / "offmoe"
     if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/offmoe"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offmoe"
+        return home_folder() / "Library/Caches/offmoe"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache") / "offmoe"
 
 
 def record_path() -> Path:

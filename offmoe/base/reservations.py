@@ -24,6 +24,8 @@ from pathlib import Path
 
 import psutil
 
+from offmoe.base.folders import NO_HOME
+
 FOLDER_VARIABLE = "OFFMOE_RUN"
 MAX_RECORD_BYTES, MAX_RECORDS = 1 << 12, 4096
 # Between two looks at free memory lie milliseconds; who waits longer goes on without the lock.
@@ -54,7 +56,10 @@ def run_folder() -> Path:
     """OFFMOE_RUN, or a folder of the user's own among the temporary ones."""
     named = os.environ.get(FOLDER_VARIABLE, "")
     user = str(os.getuid()) if hasattr(os, "getuid") else "user"
-    return Path(named) if named else Path(tempfile.gettempdir()) / f"offmoe-{user}"
+    try:
+        return Path(named or tempfile.gettempdir()) / ("" if named else f"offmoe-{user}")
+    except OSError:  # a system on which nothing can be written
+        return NO_HOME / "offmoe"
 
 
 class Reservation:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from offmoe.base.folders import user_cache_folder
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.usage import Usage
 
@@ -24,8 +25,7 @@ MAX_FILE_BYTES, MAX_COUNT = 16 << 20, 1 << 20
 
 def cache_folder() -> Path:
     """Where a user's programs keep what they can do without: $XDG_CACHE_HOME/offmoe, else ~/.cache/offmoe."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if Path(root).is_absolute() else Path("~/.cache").expanduser()) / "offmoe"
+    return user_cache_folder() / "offmoe"
 
 
 class WarmStart:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offmoe.base.errors import OffmoeError
+from offmoe.base.folders import expand
 from offmoe.checkpoint.gguf_file import split_paths
 from offmoe.checkpoint.hub import TRUE
 from offmoe.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
@@ -20,11 +21,11 @@ def cache_root() -> Path:
     """HF_HUB_CACHE, or hub in HF_HOME, or the user's own cache folder: as the hub's own library finds it."""
     own = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if own:
-        return Path(own).expanduser()
+        return expand(own)
     home = os.environ.get("HF_HOME")
     if home:
-        return Path(home).expanduser() / "hub"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+        return expand(home) / "hub"
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface" / "hub"
 
 
 def is_offline() -> bool:

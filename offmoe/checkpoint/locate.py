@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from offmoe.base.errors import HubUnreachableError, ModelNotFoundError
+from offmoe.base.folders import expand
 from offmoe.checkpoint.download import Download, Progress
 from offmoe.checkpoint.gguf_file import is_gguf, no_model, only_model, why_not_gguf
 from offmoe.checkpoint.hub import Hub
@@ -24,7 +25,7 @@ Check = Callable[[Path, bool], None]
 
 def is_hub_id(name: str) -> bool:
     """True for what is no path here and looks like a name on the hub."""
-    path = Path(name).expanduser()
+    path = expand(name)
     return bool(_HUB_ID.fullmatch(name)) and not path.is_absolute() and not path.exists()
 
 
@@ -111,7 +112,7 @@ def _fetch(name: str, *, code: bool, check: Check, progress: Progress) -> Path:
 
 
 def _local(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.is_dir():
         return _in_folder(path)
     if path.is_file():

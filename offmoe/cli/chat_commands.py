@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offmoe.base.errors import UsageError
+from offmoe.base.folders import expand
 from offmoe.base.units import format_percent, format_seconds, format_traffic
 from offmoe.cli.say import say
 from offmoe.cli.session import peak_line
@@ -161,7 +162,7 @@ def _unknown(what: str, name: str, known: list[str]) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(text.strip("\"'")).expanduser()
+    return expand(text.strip("\"'"))
 
 
 _COMMANDS = {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from offmoe.base.errors import UsageError
+from offmoe.base.folders import home_folder
 from offmoe.cli.say import say
 from offmoe.report.reply_view import is_smart_terminal
 
@@ -144,11 +145,11 @@ def _bindings() -> KeyBindings:
 def history_path() -> Path:
     """Beside what other programs of the user remember."""
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
+        base = Path(os.environ.get("LOCALAPPDATA") or home_folder() / "AppData/Local")
     elif sys.platform == "darwin":
-        base = Path.home() / "Library/Application Support"
+        base = home_folder() / "Library/Application Support"
     else:
-        base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+        base = Path(os.environ.get("XDG_STATE_HOME") or home_folder() / ".local/state")
     return base / "offmoe" / "chat_history"
 
 
