@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def test_the_line_says_what_became_of_prefetches() -> None:
     assert (
         stats_line(nothing).startswith("1 tokens, - | first token") and nothing.as_dict()["disk_bytes_per_token"] == 0
     )
+
+
+def test_a_speed_is_tokens_over_the_seconds_they_took() -> None:
+    """Of a reply and of all replies alike: with one slow token, one over the median would be another number."""
+    stats = dataclasses.replace(stats_of(Counters()), step_s=(0.1, 0.1, 0.1, 0.7))
+    totals = Totals()
+    totals.add(stats)
+    assert stats.decode_tok_per_s == pytest.approx(4.0)
+    assert totals.as_dict()["decode_tok_per_s"] == stats.as_dict()["decode_tok_per_s"] == 4.0
+    assert "4.0 tok/s" in stats.line()
 
 
 def test_totals_add_up() -> None:
