@@ -6,7 +6,6 @@ version, or of a machine that has changed, counts as none.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from offmoe.base.files import write_whole
 from offmoe.base.folders import home_folder
 from offmoe.base.machine import num_cores
 
@@ -158,14 +158,10 @@ def read_record(path: Path | None = None) -> MachineRecord | None:
 def write_record(record: MachineRecord, path: Path | None = None) -> str | None:
     """Keep `record`; returns why that was not possible, or None."""
     target = path or record_path()
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"version": VERSION, **record.as_dict()}, indent=1), encoding="utf-8")
-        part.replace(target)
+        write_whole(target, json.dumps({"version": VERSION, **record.as_dict()}, indent=1).encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         return f"{target.parent}: {error.strerror or error}"
     return None
 

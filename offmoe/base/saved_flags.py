@@ -15,6 +15,7 @@ from typing import Any
 
 from offmoe.base.config import OPTION_NAMES, make_config
 from offmoe.base.errors import OutputError, UsageError
+from offmoe.base.files import read_bounded, write_whole
 from offmoe.base.folders import config_folder
 
 FILE_NAME = "models.json"
@@ -64,21 +65,20 @@ def read_flags(path: Path, model_hash: str, given: dict[str, Any]) -> SavedFlags
 def write_flags(path: Path, model_hash: str, model: str, flags: dict[str, Any]) -> None:
     """Put `flags` into `path`, keeping what it has of other models. Raises OutputError, UsageError."""
     models = {**(_models(path) if path.exists() else {}), model_hash: {"model": model, "flags": flags}}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"models": models}, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, (json.dumps({"models": models}, indent=1) + "\n").encode())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"the flags cannot be written to {path}: {error.strerror or error}; use --config") from None
 
 
 def refuse_unwritable(path: Path, what: str) -> None:
     """Raise OutputError now, rather than after minutes, where a file `path` could not be made."""
-    folder = path.parent
+    folder = Path(os.path.realpath(path)).parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe: opening it will tell
+        return
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         why = "it is a folder" if path.is_dir() else f"{folder} cannot be written"
         raise OutputError(f"{what} cannot be written to {path}: {why}; choose another place")
@@ -86,13 +86,9 @@ def refuse_unwritable(path: Path, what: str) -> None:
 
 def _models(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        models = json.loads(path.read_text(encoding="utf-8"))["models"]
+        models = json.loads(read_bounded(path, "--config", MAX_BYTES))["models"]
         if not isinstance(models, dict):
             raise TypeError("no table of models")
-    except OSError as error:
-        raise UsageError(f"--config {path} cannot be read: {error.strerror or error}") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         reason = " ".join(str(error).split())[:80]
         raise UsageError(f"--config {path} is no file of flags ({reason}); remove it, or use --config off") from None

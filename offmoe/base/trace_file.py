@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
 import sys
 import zlib
@@ -23,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from offmoe.base.errors import OutputError, TraceError
+from offmoe.base.files import PARTIAL_SUFFIX, PendingFile, begins_with, check_output
 from offmoe.base.trace import PADDING, TraceEvent
 
 MAGIC, VERSION = b"OFFMOETR", 1
@@ -34,7 +36,6 @@ FRAME_BYTES, MAX_FRAME_BYTES = 1 << 18, 64 << 20
 MAX_HEADER_BYTES = 16 << 20
 # About 300 bytes of memory each: 100,000 tokens of 50 layers.
 MAX_EVENTS = 5_000_000
-PARTIAL_SUFFIX = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +92,18 @@ class TraceWriter:
     be written.
     """
 
-    def __init__(self, path: Path, header: TraceHeader) -> None:
+    def __init__(self, path: Path, header: TraceHeader, *, overwrite: bool = False) -> None:
+        """`overwrite`: also a file that is no trace. Raises UsageError for such a file."""
         self.path, self.num_events, self.num_prompts = path, 0, 0
-        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        check_trace_output(path, overwrite=overwrite)
         self._buffer = bytearray()
         raw = json.dumps(asdict(header)).encode()
         if len(raw) > MAX_HEADER_BYTES:
             raise OutputError(f"a trace's header may have {MAX_HEADER_BYTES} bytes, this one has {len(raw)}")
         with self._explained():
-            self._file = self._partial.open("wb")
+            self._pending = PendingFile(path, partial_name=Path(os.path.realpath(path)).name + PARTIAL_SUFFIX)
+            self.is_special = self._pending.is_special
+            self._file = self._pending.file
             self._file.write(PREFIX.pack(MAGIC, VERSION, len(raw), zlib.crc32(raw)) + raw)
 
     def write(self, event: TraceEvent) -> None:
@@ -127,13 +131,12 @@ class TraceWriter:
             self._file.write(FRAME.pack(tag, len(stored), len(raw), check) + stored)
 
     def close(self, *, is_complete: bool) -> None:
-        """End the file and put it in its place, over whatever was there."""
+        """End the file and put it in its place."""
         self._flush()
         end = {"events": self.num_events, "prompts": self.num_prompts, "complete": is_complete}
         self._frame(END_TAG, json.dumps(end).encode())
         with self._explained():
-            self._file.close()
-            self._partial.replace(self.path)
+            self._pending.commit()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -155,6 +158,13 @@ class TraceWriter:
             self._flush()
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+def check_trace_output(path: Path, *, overwrite: bool = False) -> None:
+    """Raise UsageError where a trace to `path` would replace a file that is none; so for the file beside it."""
+    beside = Path(os.path.realpath(path))
+    for each in (path, beside.with_name(beside.name + PARTIAL_SUFFIX)):
+        check_output(each, "a trace", lambda found: begins_with(found, MAGIC), overwrite=overwrite)
 
 
 def pack_event(event: TraceEvent) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from offmoe.base.errors import UsageError
+from offmoe.base.files import read_text_bounded
 from offmoe.cli.options import engine_options, json_option, print_json, split_engine_options, user_errors
 
 
@@ -69,8 +70,8 @@ def bench(
 def read_ids(path: Path) -> list[int]:
     """A JSON list of token ids. Raises UsageError naming the file."""
     try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        ids = json.loads(read_text_bounded(path, "--ids"))
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--ids {path} cannot be read as JSON: {error}") from None
     if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
         raise UsageError(f"--ids {path} is no list of token ids; expected JSON like [1, 2, 3]")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from offmoe.base.errors import UsageError
+from offmoe.base.files import read_text_bounded
 
 
 def read_prompts(path: Path, *, whole: bool) -> list[str | list[int]]:
@@ -13,12 +14,7 @@ def read_prompts(path: Path, *, whole: bool) -> list[str | list[int]]:
 
     A line that is a JSON string, or a JSON list of token ids, stands for what it holds. Raises UsageError.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--prompts {path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--prompts {path} is no UTF-8 text (byte {error.start}); convert it first") from None
+    text = read_text_bounded(path, "--prompts")
     prompts = [_prompt(line) for line in text.splitlines() if line.strip()]
     if whole and prompts:
         prompts = [text]

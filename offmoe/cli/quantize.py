@@ -9,6 +9,7 @@ import click
 
 from offmoe.base.config import make_config
 from offmoe.base.errors import UsageError
+from offmoe.base.files import read_text_bounded
 from offmoe.base.machine import rss_bytes
 from offmoe.base.units import format_bytes, format_percent
 from offmoe.checkpoint.writer import refuse_target
@@ -75,9 +76,4 @@ def _perplexity(folder: Path, text: str, *, quiet: bool) -> Any:
 
 def read_eval_text(path: Path) -> str:
     """What --eval names. Raises UsageError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--eval {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--eval {path} is no UTF-8 text (byte {error.start}); convert it first") from None
+    return read_text_bounded(path, "--eval")

@@ -22,10 +22,16 @@ from offmoe.cli.options import (
 _FILE = click.Path(path_type=Path)
 
 
+def force_option(command: Command) -> Command:
+    """--force."""
+    return click.option("--force", is_flag=True, help="Also over a file that offmoe did not write.")(command)
+
+
 def _shown_options(command: Command) -> Command:
     options: list[Callable[[Command], Command]] = [
         click.option("--plot", type=_FILE, metavar="FILE", help="Draw the curves into a .png or .svg, too."),
         click.option("--no-color", is_flag=True, help="No colours in the terminal's chart."),
+        force_option,
         json_option,
     ]
     for option in reversed(options):
@@ -39,13 +45,14 @@ def _shown_options(command: Command) -> Command:
 @click.option("--whole", is_flag=True, help="The file's text is one prompt.")
 @click.option("-o", "--output", type=_FILE, required=True, metavar="FILE", help="The trace to write.")
 @click.option("--guesses/--no-guesses", default=True, help="Ask the routers of coming layers, too; slower.")
+@force_option
 @sampling_options
 @engine_options
 @json_option
 @user_errors
 def trace(
-    model: str | None, prompts_file: Path, whole: bool, output: Path, guesses: bool, stop: tuple[str, ...],
-    as_json: bool, **options: Any,
+    model: str | None, prompts_file: Path, whole: bool, output: Path, guesses: bool, force: bool,
+    stop: tuple[str, ...], as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Record which experts a model uses, for tune and replay. Generates from each prompt, past its end token.
 
@@ -56,7 +63,9 @@ def trace(
     engine_given, sampling = split_engine_options(options)
     if stop:
         sampling["stop"] = list(stop)
-    record = run_trace(model, engine_given, sampling, prompts_file, output, whole=whole, guesses=guesses, quiet=as_json)
+    record = run_trace(
+        model, engine_given, sampling, prompts_file, output, whole=whole, guesses=guesses, force=force, quiet=as_json
+    )
     if as_json:
         print_json(record)
 
@@ -66,11 +75,11 @@ def trace(
 @click.option("--experts", "fit", type=click.IntRange(1), metavar="N", help="Expert slots to mark.")
 @_shown_options
 @user_errors
-def replay(trace_file: Path, fit: int | None, plot: Path | None, no_color: bool, as_json: bool) -> None:
+def replay(trace_file: Path, fit: int | None, plot: Path | None, no_color: bool, force: bool, as_json: bool) -> None:
     """Hit rates that a trace would have had at every cache size; no model is needed."""
     from offmoe.cli.tune import Shown, run_replay
 
-    record = run_replay(trace_file, Shown(as_json=as_json, plot=plot, no_color=no_color), fit=fit)
+    record = run_replay(trace_file, Shown(as_json=as_json, plot=plot, no_color=no_color, force=force), fit=fit)
     if as_json:
         print_json(record)
 
@@ -92,7 +101,7 @@ def replay(trace_file: Path, fit: int | None, plot: Path | None, no_color: bool,
 @user_errors
 def tune(
     model: str | None, trace_file: Path | None, prompts_file: Path | None, max_new_tokens: int, choose: str,
-    plot: Path | None, no_color: bool, as_json: bool, **options: Any,
+    plot: Path | None, no_color: bool, force: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Find the cache size and policy for a model on this machine, and save them for the other commands.
 
@@ -102,7 +111,7 @@ def tune(
 
     engine_given, _ = split_engine_options(options)
     record = run_tune(
-        model, engine_given, Shown(as_json=as_json, plot=plot, no_color=no_color), trace_file=trace_file,
+        model, engine_given, Shown(as_json=as_json, plot=plot, no_color=no_color, force=force), trace_file=trace_file,
         prompts_file=prompts_file, max_new_tokens=max_new_tokens, config=named_config(), choose=choose,
     )  # fmt: skip
     if as_json:

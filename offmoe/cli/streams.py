@@ -30,7 +30,7 @@ class _Output(io.FileIO):
 
     has_failed = False
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int:  # type: ignore[override]
         try:
             return super().write(data) if not self.has_failed else len(data)
         except BrokenPipeError:
@@ -44,7 +44,7 @@ class _Output(io.FileIO):
 class _Messages(io.FileIO):
     """Descriptor 2. What cannot be written is dropped."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int:  # type: ignore[override]
         try:
             return super().write(data)
         except OSError:
@@ -68,17 +68,17 @@ def _open_closed() -> None:
         except OSError:  # `open` takes the lowest number that is free, which is this one
             os.open(os.devnull, os.O_RDWR)
     if sys.stdin is None:
-        sys.stdin = open(0, encoding="utf-8", closefd=False)  # type: ignore[unreachable]  # noqa: SIM115
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # type: ignore[unreachable]  # noqa: SIM115
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # type: ignore[unreachable]  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def _rewrapped(stream: Any, raw: io.FileIO, name: str) -> io.TextIOWrapper:
     with contextlib.suppress(OSError):
         stream.flush()
-    raw.name = name  # type: ignore[misc]
+    raw.name = name
     return io.TextIOWrapper(
         io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering,
         write_through=stream.write_through,

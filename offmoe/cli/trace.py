@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from offmoe.base.saved_flags import refuse_unwritable
+from offmoe.base.trace_file import check_trace_output
 from offmoe.base.trace_reader import read_trace
 from offmoe.base.units import format_bytes
 from offmoe.cli.prompts_file import read_prompts
@@ -17,12 +18,13 @@ from offmoe.report.progress import ProgressReporter
 
 def run_trace(
     model: str | None, engine_given: dict[str, Any], sampling: dict[str, Any], prompts_file: Path, output: Path, *,
-    whole: bool, guesses: bool, quiet: bool,
+    whole: bool, guesses: bool, force: bool, quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The record of one run. After Ctrl-C the trace has what was whole, and that is said."""
     check_request(model, engine_given, quiet=quiet)
     prompts = read_prompts(prompts_file, whole=whole)
     refuse_unwritable(output, "the trace")
+    check_trace_output(output, overwrite=force)
     from offmoe.generation.trace_run import encode_all, record_prompts
 
     with open_engine(model, engine_given, quiet=quiet) as engine:
@@ -32,15 +34,17 @@ def run_trace(
             with ProgressReporter(quiet=quiet) as progress:
                 record_prompts(
                     engine, ids, output, max_new_tokens=sampling["max_new_tokens"], guesses=guesses,
-                    about={"file": prompts_file.name},
+                    about={"file": prompts_file.name}, overwrite=force,
                     sampling={name: value for name, value in sampling.items() if name != "max_new_tokens"},
                     progress=lambda done, total: progress("tokens", done, total),
                 )  # fmt: skip
         except KeyboardInterrupt:
-            if output.exists():
+            if output.is_file():
                 click.echo(f"{output}: {read_trace(output).note}", err=True)
             raise
         stats = engine.stats()
+    if not output.is_file():  # a pipe or a device: it cannot be read back
+        return {"trace": str(output), "prompts": len(ids), "engine": stats}
     trace = read_trace(output)
     size = output.stat().st_size
     if not quiet:

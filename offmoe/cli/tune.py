@@ -41,10 +41,10 @@ NUM_IDS, COST_TOKENS = 16, 48
 class Shown:
     """How results are shown: `plot` a file or None; `colour` None means where the terminal has it."""
 
-    def __init__(self, *, as_json: bool, plot: Path | None, no_color: bool) -> None:
+    def __init__(self, *, as_json: bool, plot: Path | None, no_color: bool, force: bool = False) -> None:
         self.as_json, self.plot, self.no_color = as_json, plot, no_color
         if plot is not None:
-            check_plot(plot)
+            check_plot(plot, overwrite=force)
             refuse_unwritable(plot, "the plot")
 
     def show(self, curves: Curves, title: str) -> None:

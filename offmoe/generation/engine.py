@@ -149,15 +149,18 @@ class Engine:
 
     @contextmanager
     def trace(
-        self, path: str | Path, *, prompts: dict[str, Any] | None = None, guesses: bool = True
+        self, path: str | Path, *, prompts: dict[str, Any] | None = None, guesses: bool = True, overwrite: bool = False
     ) -> Iterator[TraceWriter]:
         """Within: what every layer's router chooses is written to `path`, for `offmoe tune` and `offmoe replay`.
 
         The file is in its place at the end; after Ctrl-C with what there is, marked as incomplete. `prompts` is kept in
         its header. `guesses`: what the routers would have said one to three layers before, too, which costs time.
-        Raises OutputError, and UsageError where all experts are on a device: there nobody sees the choices.
+        `overwrite`: over a file that is no trace, too. Raises OutputError, and UsageError for such a file and where all
+        experts are on a device: there nobody sees the choices.
         """
-        with record_trace(self._parts, self.folder, Path(path), prompts=prompts or {}, guesses=guesses) as writer:
+        with record_trace(
+            self._parts, self.folder, Path(path), prompts=prompts or {}, guesses=guesses, overwrite=overwrite
+        ) as writer:
             yield writer
 
     def recent_routing(self) -> list[TraceEvent]:

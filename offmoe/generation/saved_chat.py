@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from offmoe.base.errors import OutputError, UsageError
+from offmoe.base.files import check_output, write_whole
 from offmoe.generation.chat import check_messages
 from offmoe.generation.chat_template import Message
 
@@ -22,26 +22,22 @@ def save_messages(path: Path, messages: Sequence[Message], *, model: str) -> Non
 
     Raises UsageError for a file that is something else, OutputError where the system refuses.
     """
-    if path.exists() and not _is_saved(path):
-        raise UsageError(f"{path} exists and is no saved conversation; choose another name")
+    check_output(path, "a saved conversation", _is_saved)
     record = {_MARK: _VERSION, "model": model, "messages": list(messages)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def read_messages(path: Path) -> list[Message]:
     """The messages of a saved conversation. Raises UsageError for anything that is none."""
     try:
-        size = path.stat().st_size
-        if size > _MOST_BYTES:
-            raise UsageError(f"{path} has {size} bytes, too many for a conversation")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a device may never end, and a pipe may never begin
+            raise UsageError(f"{path} is no saved conversation: it is no regular file")
+        if status.st_size > _MOST_BYTES:
+            raise UsageError(f"{path} has {status.st_size} bytes, too many for a conversation")
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None

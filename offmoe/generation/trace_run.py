@@ -29,7 +29,8 @@ def encode_all(engine: Engine, prompts: Sequence[str | Sequence[int]]) -> list[l
 
 def record_prompts(
     engine: Engine, prompts: Sequence[Sequence[int]], path: Path, *, max_new_tokens: int, guesses: bool,
-    about: dict[str, Any], sampling: dict[str, Any], progress: Callable[[int, int], None] = lambda done, total: None,
+    about: dict[str, Any], sampling: dict[str, Any], overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TokenSample]:  # fmt: skip
     """Generate from each of `prompts` and write the routing to `path`; returns what each decoded token cost.
 
@@ -39,7 +40,7 @@ def record_prompts(
     samples: list[TokenSample] = []
     total, done = len(prompts) * max_new_tokens, 0
     about = {"count": len(prompts), "max_new_tokens": max_new_tokens, **sampling, **about}
-    with engine.trace(path, prompts=about, guesses=guesses):
+    with engine.trace(path, prompts=about, guesses=guesses, overwrite=overwrite):
         for number, ids in enumerate(prompts):
             seed = {"seed": sampling["seed"] + number} if sampling.get("seed") is not None else {}
             pieces = engine.stream(

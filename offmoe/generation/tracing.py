@@ -33,7 +33,7 @@ def trace_header(loaded: LoadedModel, folder: Path, prompts: dict[str, Any]) -> 
 
 @contextmanager
 def record_trace(
-    loaded: LoadedModel, folder: Path, path: Path, *, prompts: dict[str, Any], guesses: bool
+    loaded: LoadedModel, folder: Path, path: Path, *, prompts: dict[str, Any], guesses: bool, overwrite: bool
 ) -> Iterator[TraceWriter]:
     """Within: every layer call is written to `path`. See Engine.trace."""
     recorder = loaded.serving.recorder
@@ -47,7 +47,9 @@ def record_trace(
     with ExitStack() as last_to_first:
         if guesses:
             last_to_first.enter_context(_guessing(loaded, recorder))
-        writer = last_to_first.enter_context(TraceWriter(path, trace_header(loaded, folder, prompts)))
+        writer = last_to_first.enter_context(
+            TraceWriter(path, trace_header(loaded, folder, prompts), overwrite=overwrite)
+        )
         recorder.forget_guesses()
         recorder.sink = writer
         try:

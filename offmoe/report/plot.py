@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
 from offmoe.base.errors import OutputError, UsageError
+from offmoe.base.files import check_output, write_whole
 from offmoe.base.units import format_bytes
 from offmoe.planner.tuning import BOUND, Curves
 from offmoe.report.curves import shown_policies
 
 SUFFIXES = (".png", ".svg")
+_MARK = "offmoe, by matplotlib"
 # Told apart without colour too: by dashes and markers.
 _LOOKS: dict[str, dict[str, Any]] = {
     "L": {"color": "#3b75af", "marker": "o"},
@@ -19,16 +23,24 @@ _LOOKS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, *, overwrite: bool = False) -> None:
     """Raise UsageError now, not after minutes, for a file that could not be plotted."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--plot {path} is neither .png nor .svg; choose one of the two")
+    check_output(path, "a plot of offmoe's", _is_plot, overwrite=overwrite)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UsageError(
             "--plot needs matplotlib: pip install 'offmoe[plot]'; the chart in the terminal needs nothing"
         ) from None
+
+
+def _is_plot(path: Path) -> bool:
+    """A picture that offmoe has drawn: its name is among the first lines."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return _MARK.encode() in file.read(1 << 12)
+    return False
 
 
 def write_plot(curves: Curves, title: str, path: Path) -> None:
@@ -58,7 +70,10 @@ def write_plot(curves: Curves, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=12)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        drawn = io.BytesIO()
+        kind = path.suffix.lower().removeprefix(".")
+        figure.savefig(drawn, dpi=150, format=kind, metadata={"Creator" if kind == "svg" else "Software": _MARK})
+        write_whole(path, drawn.getvalue())
     except OSError as error:
         raise OutputError(f"the plot {path} cannot be written: {error.strerror or error}") from None
 
