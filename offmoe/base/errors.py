@@ -10,6 +10,7 @@ OffmoeError                     a user can mend it: one line and exit code 2 in 
 |-- ContextLengthError          the prompt is longer than the context
 |-- OutputError                 a file cannot be written (no space, no permission)
 |-- TraceError                  a routing trace is empty, damaged, or of another model
+|-- NonFiniteError              the model computes NaN or infinite numbers
 |-- EngineBusyError             a second call while one is running, or a call on a closed engine
 `-- CheckpointError             the files are damaged or contradict each other
     |-- DiskReadError           the operating system failed a read
@@ -68,6 +69,10 @@ class OutputError(OffmoeError):
 
 class TraceError(OffmoeError):
     """A trace file cannot be used: damaged from the beginning, empty, or of another model."""
+
+
+class NonFiniteError(OffmoeError):
+    """The model's logits are NaN or infinite; the message names the layer in which that begins."""
 
 
 class EngineBusyError(OffmoeError):

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from transformers import GenerationConfig
 from transformers.generation.logits_process import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -20,8 +21,15 @@ from transformers.generation.logits_process import (
 )
 
 from offmoe.base.errors import UsageError
+from offmoe.generation.finite import is_finite
 
 Number = TypeVar("Number", int, float)
+# Logits of float32 differ by 1e-7 of their size or not at all: divided by this and less, only the largest is left.
+_GREEDY_BELOW = 1e-8
+# Divided by less, logits may leave float32's range. From here on the largest is made 0, which changes no probability;
+# not above, so that samples are bit by bit those of transformers.
+_SHIFT_BELOW = 1e-3
+_SMALLEST_TOP_P = 1e-6
 Chooser = Callable[[torch.Tensor, torch.Tensor], int]
 
 
@@ -51,13 +59,18 @@ def resolve_sampling(
     return Sampling(
         temperature=_number("temperature", temperature, 0.0, None),
         top_k=_whole("top_k", _first(top_k, defaults.top_k, 0), 0),
-        top_p=_number("top_p", _first(top_p, defaults.top_p, 1.0), 1e-6, 1.0),
+        top_p=_number("top_p", _raised(_first(top_p, defaults.top_p, 1.0)), _SMALLEST_TOP_P, 1.0),
         min_p=_number("min_p", _first(min_p, defaults.min_p, 0.0), 0.0, 1.0),
         repetition_penalty=_number(
             "repetition_penalty", _first(repetition_penalty, defaults.repetition_penalty, 1.0), 1e-6, None
         ),
         seed=None if seed is None else _whole("seed", seed, 0),
     )
+
+
+def _raised(top_p: float) -> float:
+    """Any share above none; below the smallest one only the likeliest token is left, as with that one."""
+    return _SMALLEST_TOP_P if isinstance(top_p, Real) and 0 < top_p < _SMALLEST_TOP_P else top_p
 
 
 def _first(value: Number | None, default: Number | None, otherwise: Number) -> Number:
@@ -81,16 +94,33 @@ def _whole(name: str, value: object, low: int) -> int:
     raise UsageError(f"{name} is {value!r}; use a whole number of at least {low}")
 
 
+class _ShiftToZero(LogitsProcessor):
+    """Subtracts the largest logit from all."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Logits (1, V), the largest of them 0."""
+        return scores - scores.amax(dim=-1, keepdim=True)
+
+
 def make_chooser(sampling: Sampling, device: torch.device | None = None) -> Chooser:
     """A function (ids (1, S), logits (1, V)) -> token id.
 
     It computes on `device`, where the logits are (None: the CPU); the id alone comes from there, at one wait.
     """
     processors = LogitsProcessorList()
+
+    def scored(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        scores = processors(ids, logits.float())
+        if processors and not is_finite(scores):
+            raise UsageError("the sampling options rule out every token; raise top_p or lower repetition_penalty")
+        return scores
+
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature == 0.0:
-        return lambda ids, logits: int(processors(ids, logits.float()).argmax(dim=-1))
+    if sampling.temperature < _GREEDY_BELOW:
+        return lambda ids, logits: int(scored(ids, logits).argmax(dim=-1))
+    if sampling.temperature < _SHIFT_BELOW:
+        processors.append(_ShiftToZero())
     if sampling.temperature != 1.0:
         processors.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
@@ -106,7 +136,7 @@ def make_chooser(sampling: Sampling, device: torch.device | None = None) -> Choo
         generator.manual_seed(sampling.seed)
 
     def choose(ids: torch.Tensor, logits: torch.Tensor) -> int:
-        probabilities = processors(ids, logits.float()).softmax(dim=-1)
+        probabilities = scored(ids, logits).softmax(dim=-1)
         return int(torch.multinomial(probabilities, 1, generator=generator))
 
     return choose

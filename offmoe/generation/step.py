@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from offmoe.base.errors import NonFiniteError
 from offmoe.base.machine import give_back_freed_memory
+from offmoe.generation.finite import is_finite, non_finite_error
 from offmoe.generation.sampling import Chooser
 from offmoe.models.kv_prefix import KeptCache
 from offmoe.models.kv_rewind import remember
@@ -29,7 +31,7 @@ def generate_step(
     layer of each piece, in tokens that were not kept. `choose` sees all ids of this call, (1, S), and the last logits,
     (1, V). For ids after the prompt, `decode(forward, ids)` takes the place of `forward(ids)`. When the device has no
     memory for a piece of N tokens, `smaller_chunk(N)` says in what pieces to go on, or raises; without it the prompt
-    fails.
+    fails. Raises NonFiniteError for logits that no token can be chosen from.
     """
     forward = Forward(model, kept.cache, position=len(kept.ids))
     ids = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.device)
@@ -38,12 +40,23 @@ def generate_step(
         logits = _read_prompt(model, forward, prompt_ids, kept, chunk, on_prefill, smaller_chunk)
         kept.prompt_ends(logits)
     while True:
+        if not is_finite(logits):
+            raise _no_numbers(model, ids, kept, chunk)
         token_id = choose(ids, logits)
         yield token_id
         new = ids.new_full((1, 1), token_id)  # filled by the device: nothing to wait for
         ids = torch.cat([ids, new], dim=1)
         logits = decode(forward, new) if decode else forward(new)
         kept.hold([token_id])
+
+
+def _no_numbers(model: PreTrainedModel, ids: torch.Tensor, kept: KeptCache, chunk: int) -> NonFiniteError:
+    """The error for logits after `ids` (1, S) that are none. All ids are read again, in the place of what was kept."""
+    kept.begin(ids[0].tolist(), reuse=False)
+    forward = Forward(model, kept.cache)
+    error = non_finite_error(model, ids.shape[1], lambda: [forward(piece) for piece in ids.split(chunk, dim=1)])
+    kept.forget()
+    return error
 
 
 def _read_prompt(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from offmoe.base.errors import UsageError
+from offmoe.generation.finite import is_finite, non_finite_error
 from offmoe.generation.sampling import Chooser
 
 
@@ -18,7 +20,8 @@ def translate_step(
     """Ids of the reply to `source_ids`, without end, as the model's own `generate` makes them.
 
     The decoder begins with generation_config's `decoder_start_token_id`; `forced_bos_token_id`, where it is set (the
-    target language of NLLB), is the first token of the reply. Raises UsageError when there is nothing to begin with.
+    target language of NLLB), is the first token of the reply. Raises UsageError when there is nothing to begin with,
+    NonFiniteError for logits that no token can be chosen from.
     """
     settings: Any = model.generation_config
     start = settings.decoder_start_token_id
@@ -40,6 +43,9 @@ def translate_step(
                 encoder_outputs=encoded, attention_mask=torch.ones_like(source), decoder_input_ids=new,
                 past_key_values=cache, use_cache=True,
             )  # fmt: skip
+        if not is_finite(output.logits[:, -1]):
+            again = partial(model, input_ids=source, decoder_input_ids=ids, use_cache=False)
+            raise non_finite_error(model, ids.shape[1], again)
         cache = output.past_key_values
         token_id = choose(ids, output.logits[:, -1]) if forced is None else int(forced)
         forced = None

@@ -13,6 +13,7 @@ import torch
 
 from offmoe.base.errors import UsageError
 from offmoe.generation.engine import Engine
+from offmoe.generation.finite import non_finite_error
 
 WINDOW = 512
 # Rows of logits that exist in float32 at once.
@@ -43,7 +44,8 @@ def perplexity(
     """Of `ids` in windows that overlap by half: each token is predicted once, and all but the first ones from at least
     half a window of text. `progress(done, total)` counts tokens.
 
-    The logits of one window are held besides the engine's budget. Raises UsageError for less than two ids.
+    The logits of one window are held besides the engine's budget. Raises UsageError for less than two ids,
+    NonFiniteError for a model that computes none.
     """
     nats, total = 0.0, len(ids) - 1
     for given_T, first, scored in windows(engine, ids):
@@ -77,4 +79,8 @@ def _loss(engine: Engine, given_T: torch.Tensor, first: int) -> float:
         rows = slice(begin, min(begin + ROWS, len(given_T) - 1))
         wanted = given_T[rows.start + 1 : rows.stop + 1]
         total += torch.nn.functional.cross_entropy(logits_TV[rows].float(), wanted, reduction="sum").item()
+    if not math.isfinite(total):
+        raise non_finite_error(
+            engine.model, len(given_T), lambda: engine.model(input_ids=given_T[None], use_cache=False)
+        )  # fmt: skip
     return total

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from offmoe.generation.engine import Engine
+from offmoe.generation.finite import is_finite, non_finite_error
 from offmoe.report.perplexity import ROWS, Perplexity, windows
 
 # Of the model's own text, where no other is given.
@@ -77,6 +79,9 @@ def price(engine: Engine, ids: Sequence[int], progress: Callable[[int, int], Non
         lossy_TV = engine.model(input_ids=given_T[None], use_cache=False).logits[0]
         for begin in range(first, len(given_T) - 1, ROWS):
             rows = slice(begin, min(begin + ROWS, len(given_T) - 1))
+            if not is_finite(exact_TV[rows]):
+                again = partial(engine.model, input_ids=given_T[None], use_cache=False)
+                raise non_finite_error(engine.model, len(given_T), again)
             wanted_T1 = given_T[rows.start + 1 : rows.stop + 1, None]
             exact, lossy = (logits[rows].float().log_softmax(-1) for logits in (exact_TV, lossy_TV))
             kl_T = (exact.exp() * (exact - lossy)).sum(-1).clamp_min(0.0)
