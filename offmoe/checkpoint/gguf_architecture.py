@@ -34,7 +34,7 @@ class Architecture:
     the published names of one expert's matrices, `stacked` the modules' own names for files whose published tensors
     hold all experts. `undo` takes back what the converter did to a tensor, `joins` makes one of several that are stored
     apart. `gating` and `norm` are what `expert_gating_func` and `expert_weights_norm` may say where `config` does not
-    read them. `is_partial`: a head may be rotated in part. `is_whole`: `config` gives all of the config.
+    read them. `is_partial`: a head may be rotated in part. `is_whole`: `config` gives all of the config but for tokens.
     """
 
     config: Callable[[Facts], dict[str, Any]]

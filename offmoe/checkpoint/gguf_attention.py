@@ -136,7 +136,6 @@ def _phimoe(facts: Facts) -> dict[str, Any]:
         "model_type": "phimoe", "architectures": ["PhimoeForCausalLM"], "num_local_experts": num_experts,
         "intermediate_size": width, "rope_parameters": positions, "attention_bias": facts.has_qkv_biases(),
         "lm_head_bias": facts.has("output.bias"), "sliding_window": window if 0 < window < context else None,
-        "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
     }  # fmt: skip
 
 
@@ -154,6 +153,7 @@ def _dbrx(facts: Facts) -> dict[str, Any]:
         "attn_config": {
             "kv_n_heads": facts.size("attention.head_count_kv", heads),
             "clip_qkv": facts.real("attention.clamp_kqv", 0.0) or None,
+            "rope_theta": facts.positive("rope.freq_base", 10000.0),
         },
         "ffn_config": {
             "hidden_size": facts.size("embedding_length"), "ffn_hidden_size": width, "moe_num_experts": num_experts,
@@ -176,6 +176,12 @@ def _grok(facts: Facts) -> dict[str, Any]:
         "attn_output_multiplier": facts.positive("attention.output_scale", 0.08838834764831845),
         "embedding_multiplier_scale": facts.positive("embedding_scale", 78.38367176906169),
         "output_multiplier_scale": facts.positive("logit_scale", 0.5773502691896257),
+        "hidden_size": facts.size("embedding_length"), "vocab_size": facts.rows("token_embd.weight"),
+        "num_hidden_layers": facts.num_layers(), "num_attention_heads": facts.size("attention.head_count"),
+        "num_key_value_heads": facts.size("attention.head_count_kv"),
+        "max_position_embeddings": facts.size("context_length"), "tie_word_embeddings": not facts.has("output.weight"),
+        "rms_norm_eps": facts.positive("attention.layer_norm_rms_epsilon"),
+        "num_experts_per_tok": facts.size("expert_used_count"),
     }  # fmt: skip
 
 
@@ -268,15 +274,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "grok": Architecture(
         config=_grok,
+        outside={"token_embd": "model.embed_tokens", "output_norm.weight": "model.norm.scale", "output": "lm_head"},
+        parameters={
+            "attn_norm.weight": "pre_attn_norm.scale", "attn_output_norm.weight": "post_attn_norm.scale",
+            "ffn_norm.weight": "pre_moe_norm.scale", "layer_output_norm.weight": "post_moe_norm.scale",
+            "post_ffw_norm.weight": "post_moe_norm.scale",
+        },
         modules={
-            "attn_norm": "pre_attn_norm", "attn_output_norm": "post_attn_norm", "ffn_norm": "pre_moe_norm",
-            "layer_output_norm": "post_moe_norm", "post_ffw_norm": "post_moe_norm", "ffn_gate_inp": "moe_block.gate",
-            "attn_q": "attn.q_proj", "attn_k": "attn.k_proj", "attn_v": "attn.v_proj", "attn_output": "attn.o_proj",
+            "ffn_gate_inp": "moe_block.gate", "attn_q": "attn.q_proj", "attn_k": "attn.k_proj", "attn_v": "attn.v_proj",
+            "attn_output": "attn.o_proj",
         },
         experts={
             part: f"moe_block.experts.*.{name}.weight"
             for part, name in (("gate", "linear"), ("up", "linear_v"), ("down", "linear_1"))
-        }, norm=(False,),
+        }, norm=(False,), is_whole=True,
     ),
     "llama4": Architecture(
         config=_llama4,

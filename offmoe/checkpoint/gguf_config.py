@@ -45,7 +45,9 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     facts.expect_usual("expert_gating_func", *architecture.gating)
     facts.expect_usual("expert_weights_norm", *architecture.norm)
     facts.refuse_unread()
-    return own if architecture.is_whole else common | own
+    if architecture.is_whole:
+        common = {name: value for name, value in common.items() if name.endswith("_token_id")}
+    return common | own
 
 
 def _unknown(name: str) -> UnsupportedModelError:
@@ -112,7 +114,7 @@ def _common(facts: Facts, architecture: Architecture) -> dict[str, Any]:
         "num_key_value_heads": max(facts.numbers("attention.head_count_kv", num_layers, heads)), "head_dim": head,
         "max_position_embeddings": facts.size("context_length"), "rope_parameters": positions,
         "vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in facts.header.tensors,
-        "num_experts_per_tok": used,
+        "num_experts_per_tok": used, "pad_token_id": None,
         "intermediate_size": facts.rows(dense) if facts.has(dense) else expert_width,
     }  # fmt: skip
     if facts.get("attention.layer_norm_rms_epsilon") is not None:

@@ -83,15 +83,14 @@ def _lfm2_moe(facts: Facts) -> dict[str, Any]:
 def _kimi_linear(facts: Facts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     num_layers, linear = facts.num_layers(), facts.layers_with("ssm_a")
-    with_experts = facts.layers_with("ffn_gate_inp.")
+    with_experts, groups = facts.layers_with("ffn_gate_inp."), max(1, facts.number("expert_group_count", 0))
     shared, head = "blk.*.ffn_gate_shexp.weight", facts.size("kda.head_dim")
     return latent_sizes(facts) | {
         "model_type": "kimi_linear", "architectures": ["KimiLinearForCausalLM"], "num_experts": num_experts,
         "moe_intermediate_size": width, "num_experts_per_token": facts.size("expert_used_count"),
         "num_shared_experts": facts.rows(shared) // width if facts.has(shared) else 0,
         "routed_scaling_factor": facts.real("expert_weights_scale", 1.0) or 1.0, "moe_renormalize": True,
-        "num_expert_group": max(1, facts.number("expert_group_count", 0)),
-        "topk_group": max(1, facts.number("expert_group_used_count", 0)),
+        "num_expert_group": groups, "topk_group": min(groups, max(1, facts.number("expert_group_used_count", 0))),
         "linear_head_dim": head, "linear_num_heads": math.prod(facts.find("blk.*.ssm_a")),
         "linear_conv_kernel_dim": facts.size("ssm.conv_kernel"), "model_max_length": facts.size("context_length"),
         "mlp_layer_types": ["sparse" if layer in with_experts else "dense" for layer in range(num_layers)],

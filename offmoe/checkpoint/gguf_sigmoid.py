@@ -70,7 +70,9 @@ def _deepseek(facts: Facts) -> dict[str, Any]:
     if positions["rope_type"] == "yarn" and multiplier:
         positions |= {"mscale": multiplier, "mscale_all_dim": multiplier}
     config = sizes | routed | {"rope_parameters": positions, "n_shared_experts": routed["n_shared_experts"] or 0}
-    if facts.number("expert_gating_func", SOFTMAX) == SIGMOID:
+    # Files that were written before that key say it by the correction that V3 alone has.
+    corrected = facts.has("blk.*.exp_probs_b.bias") or facts.has("blk.*.exp_probs_b")
+    if facts.number("expert_gating_func", SIGMOID if corrected else SOFTMAX) == SIGMOID:
         return config | {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
     groups, used = config.pop("n_group"), config.pop("topk_group")
     grouped = {"topk_method": "group_limited_greedy", "n_group": groups, "topk_group": used} if groups > 1 else {}
