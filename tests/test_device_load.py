@@ -97,7 +97,7 @@ def test_a_load_that_fails_closes_the_device(folder: Path) -> None:
 
 
 def test_the_smallest_vram_that_is_advised_works(folder: Path) -> None:
-    message = refuse(folder, Device(), vram=1000, experts=None)
+    message = refuse(folder, Device(), vram="1kB", experts=None)
     found = re.search(r"vram is 1000 B, this model needs (\d+) MiB: .*use --vram (\w+),", message)
     assert found and found.group(2) == f"{found.group(1)}MiB", message
     with open_on(folder, Device(), vram=found.group(2), experts=None) as engine:

@@ -213,7 +213,7 @@ def test_the_number_of_experts_that_is_advised_works(tmp_path: Path) -> None:
         vocab_size=64, num_local_experts=16, max_position_embeddings=64,
     )  # fmt: skip
     transformers.MixtralForCausalLM._from_config(config).save_pretrained(tmp_path)
-    need = advised(refuse(tmp_path, BudgetError, ram=0), "--ram")
+    need = advised(refuse(tmp_path, BudgetError, ram="0MiB"), "--ram")
     text = refuse(tmp_path, BudgetError, "--experts 32 needs", "room for", ram=f"{need + 16}MiB", experts=32)
     fitting, enough = advised(text, "--experts 32 needs"), advised(text, "or --ram")
     assert fitting == enough > need

@@ -209,7 +209,9 @@ def test_an_unknown_machine_lists_the_known(folders: Path) -> None:
 
 
 def test_does_not_fit_is_said_plainly(folders: Path) -> None:
-    text = run("plan", str(folders / "deepseek-v3"), "--for", "RTX 4060 laptop")
+    result = CliRunner().invoke(main, ["plan", str(folders / "deepseek-v3"), "--for", "RTX 4060 laptop"])
+    assert result.exit_code == 1
+    text = result.stdout
     assert "does not fit: vram is" in text and "this model needs" in text
     assert "14.36 GiB of layers that guess tokens ahead" in text
 

@@ -21,7 +21,8 @@ _SET = "as set"
 class Facts:
     """What "auto" is settled by. None: not known yet, and what depends on it stays open.
 
-    `longest_context` the model's own; `ram_bytes` and `vram_bytes` free; `direct_reads`: the file system has them.
+    `longest_context` the model's own; `ram_bytes` and `vram_bytes` free, and with `total` all there is, used or not;
+    `direct_reads`: the file system has them.
     """
 
     has_device: bool
@@ -29,6 +30,8 @@ class Facts:
     ram_bytes: int | None = None
     vram_bytes: int | None = None
     direct_reads: bool | None = None
+    total_ram_bytes: int | None = None
+    total_vram_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,8 @@ def complete_config(config: EngineConfig, facts: Facts) -> Complete:
 
     on_device = config.device != "cpu" and (config.device != "auto" or facts.has_device or config.vram is not None)
     _refuse_contradictions(config, on_device=on_device)
+    _refuse_more_than_there_is("ram", config.ram, facts.total_ram_bytes)
+    _refuse_more_than_there_is("vram", config.vram, facts.total_vram_bytes)
     settle("device", "cuda" if on_device else "cpu", _why_device(config, facts))
     settle("context_length", _context(facts), _why_context(facts))
     _refuse_long_context(config, facts)
@@ -86,6 +91,14 @@ def _refuse_contradictions(config: EngineConfig, *, on_device: bool) -> None:
         )
     if not on_device and config.fast_activations and config.compile == "on":
         raise UsageError("compile is on, which fast_activations does not reach on the CPU; leave out one of the two")
+
+
+def _refuse_more_than_there_is(name: str, given_bytes: int | None, total_bytes: int | None) -> None:
+    if given_bytes is not None and total_bytes is not None and given_bytes > total_bytes:
+        raise UsageError(
+            f"{name} is {format_bytes(given_bytes)}, the machine has {format_bytes(total_bytes)} in all; "
+            f"lower --{name}, or leave it out"
+        )
 
 
 def _refuse_long_context(config: EngineConfig, facts: Facts) -> None:

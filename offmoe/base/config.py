@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from offmoe.base.errors import UsageError
-from offmoe.base.units import parse_size
+from offmoe.base.units import MIB, parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def make_config(**options: Any) -> EngineConfig:
     values = {name: value for name, value in options.items() if value is not None and value != "auto"}
     for name in _SIZES:
         if name in values:
-            values[name] = parse_size(values[name], name=name)
+            values[name] = _size(name, values[name])
     for name in _COUNTS:
         if name in values:
             values[name] = _count(name, values[name])
@@ -92,6 +92,14 @@ def make_config(**options: Any) -> EngineConfig:
         values["prefetch"] = _distance(values["prefetch"])
     _check_device(values)
     return EngineConfig(**values)
+
+
+def _size(name: str, value: Any) -> int:
+    """Bytes. A bare number that is less than a megabyte was meant in another unit."""
+    num_bytes = parse_size(value, name=name)
+    if 0 < num_bytes < MIB and (isinstance(value, int) or value.strip().isdigit()):
+        raise UsageError(f'{name} is {num_bytes} bytes, which nothing fits in; write a unit: "{num_bytes}GiB"')
+    return num_bytes
 
 
 def _distance(value: Any) -> str | int:

@@ -57,9 +57,19 @@ def available_ram_bytes() -> int:
     return max(0, min(bounds))
 
 
+def total_ram_bytes() -> int:
+    """Memory of the machine, or of the smallest control group above this process, used or not."""
+    return min([int(psutil.virtual_memory().total), *(group.limit_bytes for group in memory_groups())])
+
+
 def free_vram_bytes() -> int | None:
     """Free memory of the first NVIDIA GPU, as its driver's own tool says; None where there is none. No torch."""
     return next(iter(_smi("memory.free")), None)
+
+
+def total_vram_bytes() -> int | None:
+    """All memory of the first NVIDIA GPU; None where there is none. No torch."""
+    return next(iter(_smi("memory.total")), None)
 
 
 def _smi(what: str) -> list[int]:

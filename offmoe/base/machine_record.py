@@ -26,6 +26,10 @@ VERSION = 5
 OFF_LINES = ", off lines"
 
 
+# Above this share of the processors' time in use, figures are those of a busy machine.
+BUSY_SHARE = 0.25
+
+
 @dataclass(frozen=True, kw_only=True)
 class DriveSpeed:
     """Bytes a second of reads as large as an expert, past the page cache and through it; None: not possible there."""
@@ -63,6 +67,7 @@ class MachineRecord:
     layers, cached_layers  what a token costs whatever it reads, when it reads more than caches hold, and less
     libraries_bytes        what the process grows by before a model's own memory
     link_*                 host to device, from pinned and pageable memory, and beside computing experts
+    busy_share             of the processors' time, used by other programs just before the measurement
     pin_quota_bytes        memory that may be page-locked; None: no limit, or not asked
     """
 
@@ -90,6 +95,7 @@ class MachineRecord:
     pin_quota_bytes: int | None = None
     drives: dict[str, DriveSpeed] = field(default_factory=dict)
     source: str = "measured"
+    busy_share: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from offmoe.cli.options import engine_options, json_option, print_json, split_engine_options, user_errors
+
+DOES_NOT_FIT = 1  # the exit code of a plan that is one; 2 is for what cannot be planned
 
 
 @click.command()
@@ -62,6 +65,7 @@ def plan(
     """What goes where and how fast it will be, from config and headers, before anything is loaded.
 
     A hub id needs no download of weights. --experts int4 or int8 plans for experts as `offmoe quantize` writes them.
+    The exit code is 1 for a model that does not fit, where "fits" is false in JSON.
     """
     from offmoe.planner.foresee import run_plan
     from offmoe.report.plan_table import plan_tables
@@ -80,3 +84,5 @@ def plan(
             print_pairs(title, rows)
             click.echo()
         click.echo(found.line())
+    if found.memory is None:
+        sys.exit(DOES_NOT_FIT)

@@ -13,7 +13,7 @@ def run_generate(
     model: str | None, engine_given: dict[str, Any], options: dict[str, Any], prompt: str, *, quiet: bool
 ) -> dict[str, Any]:
     """Stream to stdout, statistics to stderr. `quiet`: nothing is printed; returns the record instead."""
-    with open_engine(model, engine_given, quiet=quiet) as engine:
+    with open_engine(model, engine_given, quiet=quiet, prompt=prompt) as engine:
         if quiet:
             reply = engine.generate(prompt, **options)
             return {

@@ -6,11 +6,17 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
+
 from offmoe.base.errors import UsageError
-from offmoe.base.machine_record import MachineRecord, drive_key, read_record, write_record
+from offmoe.base.machine_record import BUSY_SHARE, MachineRecord, drive_key, read_record, write_record
+from offmoe.base.units import format_percent
 from offmoe.checkpoint.locate import demo_model_folder, locate_cached
 from offmoe.cli.options import process_baseline_bytes
 from offmoe.report.progress import ProgressReporter
+
+# How long the processors are watched before anything is measured.
+LOOK_S = 0.3
 
 
 def probe_machine(model: str | None, path: Path | None, *, refresh: bool, quiet: bool) -> MachineRecord:
@@ -31,11 +37,18 @@ def probe_machine(model: str | None, path: Path | None, *, refresh: bool, quiet:
     from offmoe.report.probe import measure_drive, run_probe
 
     hush_libraries()
+    busy = psutil.cpu_percent(interval=LOOK_S) / 100
+    if busy > BUSY_SHARE:
+        warnings.warn(
+            f"other programs use {format_percent(busy)} of the processors, so the figures will be too low; run "
+            "`offmoe probe --refresh` when the machine is quiet", stacklevel=2,
+        )  # fmt: skip
     if known is not None:  # another drive of a machine that is known
-        record = replace(known, drives={**known.drives, **measure_drive(where)})
+        record = replace(known, drives={**known.drives, **measure_drive(where)}, busy_share=max(busy, known.busy_share))
     else:
         with ProgressReporter(quiet=quiet) as progress:
-            record = run_probe(where, baseline_bytes=process_baseline_bytes(), progress=progress)
+            measured = run_probe(where, baseline_bytes=process_baseline_bytes(), progress=progress)
+            record = replace(measured, busy_share=round(busy, 3))
     if (why := write_record(record)) is not None:
         warnings.warn(
             f"the figures are not kept: {why}; set OFFMOE_CACHE to a folder that can be written", stacklevel=2

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offmoe.base.config import make_config
+from offmoe.base.config import EngineConfig, make_config
 from offmoe.base.errors import UsageError
 from offmoe.base.saved_flags import SavedFlags, default_path, read_flags
 from offmoe.base.units import format_bytes, format_traffic
@@ -35,12 +35,13 @@ def check_request(model: str | None, options: dict[str, Any], *, quiet: bool = F
 
 def open_engine(
     model: str | None, options: dict[str, Any], *, quiet: bool = False, baseline_bytes: int | None = None,
-    use_saved: bool = True,
+    use_saved: bool = True, prompt: str | None = None,
 ) -> Engine:  # fmt: skip
     """Load with plan and progress on stderr, then say what goes where (unless `quiet`); at the end what came of it.
 
     The budget counts from `baseline_bytes`, by default from the begin of the process. `use_saved`: with the flags that
-    `offmoe tune` chose for this model, where `options` leave them open; which ones is said.
+    `offmoe tune` chose for this model, where `options` leave them open; which ones is said. A `prompt` without room in
+    the context is refused before weights are read.
     """
     from offmoe.api import load
 
@@ -51,6 +52,8 @@ def open_engine(
         if not quiet:
             click.echo(f"flags: {saved.line()}", err=True)
     hush_libraries()
+    if prompt is not None:
+        refuse_long_prompt(folder, make_config(**options), prompt)
     tell = None if quiet else partial(click.echo, err=True)
     with ProgressReporter(quiet=quiet) as progress:
         engine = load(folder, progress=progress, tell=tell, _baseline_bytes=baseline, **options)
@@ -59,6 +62,26 @@ def open_engine(
         for note in engine.stats().get("notes", ()):
             click.echo(note, err=True)
     return engine
+
+
+def refuse_long_prompt(folder: Path, config: EngineConfig, prompt: str) -> None:
+    """Raise ContextLengthError for a prompt that the context has no room for, before any weight is read.
+
+    A text of fewer bytes than the context has tokens is not looked at: no tokenizer makes more of it.
+    """
+    from offmoe.base.auto import DEFAULT_CONTEXT_LENGTH
+    from offmoe.checkpoint.index import read_config
+    from offmoe.generation.prompt import check_room, encode
+    from offmoe.models.tokenizer import load_tokenizer
+    from offmoe.planner.survey import numbers
+
+    longest = max(numbers(read_config(folder), ("max_position_embeddings",)), default=None)
+    context = config.context_length or min(DEFAULT_CONTEXT_LENGTH, longest or DEFAULT_CONTEXT_LENGTH)
+    if len(prompt.encode(errors="replace")) < context:
+        return
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+    if tokenizer is not None:
+        check_room(len(encode(prompt, tokenizer, vocab_size=len(tokenizer))), context, longest)
 
 
 def saved_flags(folder: Path, options: dict[str, Any]) -> SavedFlags | None:

@@ -35,6 +35,7 @@ from offmoe.generation.sampling import Chooser, Sampling, make_chooser, resolve_
 from offmoe.generation.stats import Totals
 from offmoe.generation.stream import Piece
 from offmoe.generation.tracing import record_trace
+from offmoe.models.context import longest_context
 from offmoe.models.device_failures import explain
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.kv_prefix import KeptCache
@@ -248,6 +249,7 @@ class Engine:
         rules = stop_rules(
             num_prompt=len(ids), context_length=parts.context_length, max_new_tokens=max_new_tokens, stop=stop,
             end_ids=frozenset() if ignore_end else self._end_ids, tokenizer=self.tokenizer,
+            longest_context=longest_context(parts.model),
         )  # fmt: skip
         call = Call(
             ids=ids, tokenizer=self.tokenizer, rules=rules, on_prefill=on_prefill,

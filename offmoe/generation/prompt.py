@@ -62,9 +62,12 @@ def check_text(text: str, what: str) -> None:
 
 def stop_rules(
     *, num_prompt: int, context_length: int, max_new_tokens: int, stop: str | Sequence[str] | None,
-    end_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase | None,
+    end_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase | None, longest_context: int | None = None,
 ) -> StopRules:  # fmt: skip
-    """When the reply ends. Raises UsageError, and ContextLengthError when the prompt leaves no room for a token."""
+    """When the reply ends. Raises UsageError, and ContextLengthError when the prompt leaves no room for a token.
+
+    `longest_context`: tokens that the model takes at most, None where it does not say.
+    """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens!r}; use a whole number of at least 1")
     stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (list, tuple)) else stop
@@ -75,16 +78,25 @@ def stop_rules(
     for text in stops or ():
         assert tokenizer is not None
         _refuse_impossible(text, tokenizer)
+    check_room(num_prompt, context_length, longest_context)
     room = context_length - num_prompt
-    if room < 1:
-        raise ContextLengthError(
-            f"the prompt has {num_prompt} tokens, the context {context_length} with room for a reply of at least 1; "
-            "shorten it or raise --context-length"
-        )
     return StopRules(
         end_ids=end_ids, stop_strings=stops or (), max_new_tokens=min(max_new_tokens, room),
         limit_reason="length" if max_new_tokens <= room else "context",
     )  # fmt: skip
+
+
+def check_room(num_prompt: int, context_length: int, longest_context: int | None) -> None:
+    """Raise ContextLengthError for a prompt that leaves no room for a reply of one token."""
+    if num_prompt < context_length:
+        return
+    advice = f"shorten it or use --context-length {num_prompt + 1} or more"
+    if longest_context is not None and num_prompt >= longest_context:
+        advice = f"shorten it: the model was made for {longest_context}"
+    raise ContextLengthError(
+        f"the prompt has {num_prompt} tokens, the context {context_length} with room for a reply of at least 1; "
+        f"{advice}"
+    )
 
 
 def _refuse_impossible(stop: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -16,7 +16,7 @@ from offmoe.base.auto import Facts, complete_config
 from offmoe.base.budget import MemoryPlan
 from offmoe.base.config import EngineConfig
 from offmoe.base.counters import Counters
-from offmoe.base.machine import give_back_freed_memory
+from offmoe.base.machine import give_back_freed_memory, total_ram_bytes
 from offmoe.base.reservations import Reservation
 from offmoe.cache.warm_start import WarmStart
 from offmoe.checkpoint.expert_index import ExpertIndex
@@ -29,6 +29,7 @@ from offmoe.models.adapters.base import AdaptedExperts
 from offmoe.models.attention import absorb_latents, attend_by_kernels
 from offmoe.models.budgets import Budgets, fit_to_free, shrink
 from offmoe.models.build import build_on_meta, read_model_config
+from offmoe.models.context import longest_context
 from offmoe.models.device_failures import explained, release_unused
 from offmoe.models.expert_map import map_experts, streamed_parameters
 from offmoe.models.loaded import LoadedModel, attach_all
@@ -286,6 +287,7 @@ def _take_experts_out(model: PreTrainedModel, experts: ExpertIndex) -> None:
 
 def _settled(config: EngineConfig, model: PreTrainedModel, *, has_device: bool) -> EngineConfig:
     """`config` with everything settled but memory, which is divided when it is known."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = longest if isinstance(longest, int) and longest > 0 else None
-    return complete_config(config, Facts(has_device=has_device, longest_context=longest)).config
+    facts = Facts(
+        has_device=has_device, longest_context=longest_context(model), total_ram_bytes=total_ram_bytes()
+    )  # fmt: skip
+    return complete_config(config, facts).config

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from offmoe.base.auto import Facts
-from offmoe.base.config import make_config
+from offmoe.base.config import EngineConfig, make_config
 from offmoe.base.errors import OffmoeError, UsageError
-from offmoe.base.machine import available_ram_bytes, free_vram_bytes
+from offmoe.base.machine import available_ram_bytes, free_vram_bytes, total_ram_bytes, total_vram_bytes
 from offmoe.base.machine_record import DriveSpeed, MachineRecord, read_record
 from offmoe.base.trace_reader import read_trace
 from offmoe.base.units import MIB, format_bytes, format_percent
@@ -53,6 +53,7 @@ def run_plan(
         facts = facts.with_experts_as(kind)
     record = other or read_record()
     known = _known(config.device, other, direct=direct, longest=facts.longest_context)
+    _refuse_absent_device(config, known, machine)
     curve = curve or published_curve(
         facts.model_type, num_experts=facts.sizes.num_experts, per_token=facts.num_moe_layers * facts.sizes.top_k
     )
@@ -95,13 +96,24 @@ def _known(device: str, other: MachineRecord | None, *, direct: bool, longest: i
     if other is not None:
         return Facts(
             has_device=other.vram_bytes is not None, longest_context=longest, ram_bytes=other.ram_bytes,
-            vram_bytes=other.vram_bytes, direct_reads=direct,
+            vram_bytes=other.vram_bytes, direct_reads=direct, total_ram_bytes=other.ram_bytes,
+            total_vram_bytes=other.vram_bytes,
         )  # fmt: skip
     vram = None if device == "cpu" else free_vram_bytes()
     return Facts(
         has_device=vram is not None, longest_context=longest, ram_bytes=available_ram_bytes(), vram_bytes=vram,
-        direct_reads=direct,
+        direct_reads=direct, total_ram_bytes=total_ram_bytes(),
+        total_vram_bytes=None if vram is None else total_vram_bytes(),
     )  # fmt: skip
+
+
+def _refuse_absent_device(config: EngineConfig, known: Facts, machine: str | None) -> None:
+    """Raise UsageError for a plan of a device that the machine does not have."""
+    asked = "vram is set" if config.vram is not None else f"device is {config.device}"
+    if known.has_device or (config.vram is None and not config.device.startswith("cuda")):
+        return
+    where = "nvidia-smi shows no GPU here" if machine is None else f"{machine!r} has no GPU"
+    raise UsageError(f"{asked}, and {where}; leave it out, or plan for another machine with --for")
 
 
 def _drive(record: MachineRecord | None, path: Path | None) -> DriveSpeed | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from offmoe.base.budget import EXPECTED_GROWTH_BYTES, DevicePlan, MemoryPlan
-from offmoe.base.machine_record import MachineRecord
+from offmoe.base.machine_record import BUSY_SHARE, MachineRecord
 from offmoe.base.units import (
     format_bandwidth,
     format_bytes,
@@ -46,6 +46,7 @@ def _memory_tables(memory: MemoryPlan, kv_how: str) -> list[tuple[str, Rows]]:
     tables = []
     if memory.device is not None:
         tables.append((f"device, {format_bytes(memory.device.vram_bytes)}", _device_rows(memory.device, kv_how)))
+    beside = "" if memory.device is None else " in RAM"
     rows = [("libraries", format_bytes(memory.runtime_bytes))]
     if memory.device is None:
         rows += [
@@ -55,7 +56,7 @@ def _memory_tables(memory: MemoryPlan, kv_how: str) -> list[tuple[str, Rows]]:
     else:
         rows.append(("staging", format_bytes(memory.staging_bytes)))
     rows += [
-        (f"workspace of {memory.prefill_chunk} tokens", format_bytes(memory.workspace_bytes)),
+        (f"workspace{beside} of {memory.prefill_chunk} tokens", format_bytes(memory.workspace_bytes)),
         ("expert slots", _slots(memory.num_slots, memory.num_experts, memory.slot_bytes)),
         ("on disk only", f"{memory.num_experts - memory.num_slots} experts"),
         ("peak, predicted", f"{format_bytes(memory.expected_bytes)} (growth of {format_bytes(EXPECTED_GROWTH_BYTES)} "
@@ -71,7 +72,8 @@ def _device_rows(device: DevicePlan, kv_how: str) -> Rows:
         ("driver", format_bytes(device.context_bytes)),
         ("resident weights", format_bytes(device.resident_bytes)),
         ("KV cache", f"{format_bytes(device.kv_bytes)} ({kv_how})"),
-        ("workspace", format_bytes(device.workspace_bytes + device.slack_bytes)),
+        ("workspace", format_bytes(device.workspace_bytes)),
+        ("kept free", format_bytes(device.slack_bytes)),
         ("expert slots", _slots(device.num_slots, device.num_experts, device.slot_bytes)),
         ("peak, predicted", format_bytes(device.total_bytes)),
     ]
@@ -121,4 +123,5 @@ def _seconds(seconds: float) -> str:
 
 
 def _whose(record: MachineRecord) -> str:
-    return f"{record.name} ({record.source})"
+    busy = f", while other programs used {format_percent(record.busy_share)} of the processors"
+    return f"{record.name} ({record.source}{busy if record.busy_share > BUSY_SHARE else ''})"
