@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from offmoe.base.errors import CheckpointError, OffmoeError, UnsupportedModelErr
 from offmoe.checkpoint.expert_index import ExpertIndex, QuantPart, plan_read
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.locate import demo_model_folder
+from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.formats.dense import view_expert, writable_bytes
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.models.quantise import QuantiseOptions, QuantiseResult, quantise
@@ -205,6 +207,34 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     for name in names:
         assert (tmp_path / "target" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     check_equal(tmp_path / "target")
+
+
+def test_a_model_of_one_shard_goes_on_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save(tmp_path / "source")
+    options = QuantiseOptions(experts="int4")
+    whole = run(source, tmp_path / "whole", options)
+    assert whole.num_shards == 1
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantise(source, tmp_path / "target", options, stop)
+    read: list[int] = []
+    read_into = ShardFile.read_into
+
+    def counted(file: ShardFile, view: memoryview, start: int, **more: Any) -> None:
+        read.append(len(view))
+        read_into(file, view, start, **more)
+
+    monkeypatch.setattr(ShardFile, "read_into", counted)
+    run(source, tmp_path / "target", options)
+    assert sum(read) < 0.7 * whole.source_bytes, "what was written is not read again"
+    monkeypatch.undo()
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "target" / path.name).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "target").iterdir())) == len(list((tmp_path / "whole").iterdir()))
 
 
 def test_a_run_is_not_gone_on_with_from_another_source(tmp_path: Path) -> None:

@@ -112,6 +112,40 @@ def test_a_shard_of_another_length_is_written_again(tmp_path: Path) -> None:
     assert finish_all(writer(tmp_path)) == [0, 1, 2]
 
 
+def test_a_run_goes_on_within_a_shard(tmp_path: Path) -> None:
+    """What was safely written is not written again, whatever lies behind it."""
+    whole = b"".join(data(1))
+
+    def cut_off() -> Iterator[bytes]:
+        yield whole[:70]
+        raise KeyboardInterrupt
+
+    made = writer(tmp_path)
+    made.begin()
+    with pytest.raises(KeyboardInterrupt):
+        made.write(1, cut_off())
+    with next(tmp_path.glob("*.writing")).open("ab") as file:
+        file.write(b"bytes of which nothing is known")
+    again = writer(tmp_path)
+    again.begin()
+    assert [again.num_written(idx) for idx in range(3)] == [0, 70, 0]
+    again.write(1, [whole[70:]], begin=70)
+    assert finish_all(writer(tmp_path)) == [0, 2]
+    assert (tmp_path / "model-00002-of-00003.safetensors").read_bytes() == SHARDS[1].header + whole
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_shard_that_lost_bytes_begins_anew(tmp_path: Path) -> None:
+    made = writer(tmp_path)
+    made.begin()
+    (tmp_path / "model-00001-of-00003.safetensors.progress").write_bytes(b"70")
+    assert made.num_written(0) == 0, "the file is gone"
+    (tmp_path / "model-00001-of-00003.safetensors.writing").write_bytes(SHARDS[0].header + bytes(69))
+    assert made.num_written(0) == 0
+    assert finish_all(writer(tmp_path)) == [0, 1, 2]
+    assert len(list(tmp_path.iterdir())) == 5
+
+
 @pytest.mark.parametrize("record", [b"", b"[1]", b"{}", b"\xff"])
 def test_a_record_that_is_none(tmp_path: Path, record: bytes) -> None:
     (tmp_path / RECORD_NAME).write_bytes(record)

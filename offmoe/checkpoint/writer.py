@@ -6,6 +6,7 @@ being written; the index and config.json come last, so the folder never looks li
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from offmoe.base.errors import OutputError, UsageError
 from offmoe.base.units import format_bytes
@@ -24,7 +25,9 @@ from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES
 from offmoe.checkpoint.tensor_entry import ITEM_BITS
 
 RECORD_NAME = ".offmoe-quantize.json"
-_FINISHED, _WRITING = ".finished", ".writing"
+_FINISHED, _WRITING, _PROGRESS = ".finished", ".writing", ".progress"
+# A run that is killed loses at most as much of a shard.
+COMMIT_BYTES = 128 << 20
 CONFIG_NAME = "config.json"
 # The index, config.json, tokenizer files and headers: small beside any model's weights.
 _SLACK_BYTES = 64 << 20
@@ -122,24 +125,59 @@ class CheckpointWriter:
         num_bytes = len(shard.header) + shard.num_bytes
         return any(path.is_file() and path.stat().st_size == num_bytes for path in paths)
 
-    def write(self, shard_idx: int, data: Iterable[bytes | memoryview]) -> None:
+    def num_written(self, shard_idx: int) -> int:
+        """Bytes of the shard's tensors that an earlier run has safely written before it was cut off in this shard."""
+        try:
+            number = int(self._progress(shard_idx).read_text())
+            size = self._writing(shard_idx).stat().st_size - len(self._shards[shard_idx].header)
+        except (OSError, ValueError):
+            return 0
+        return number if 0 < number <= min(size, self._shards[shard_idx].num_bytes) else 0
+
+    def write(self, shard_idx: int, data: Iterable[bytes | memoryview], *, begin: int = 0) -> None:
         """Write a shard: `data` are the bytes of its tensors, in order, in pieces of any length.
 
-        Raises OutputError when the system refuses (no space), after which a second run goes on with this shard.
+        They begin at byte `begin`, which `num_written` has. Raises OutputError when the system refuses (no space).
+        After that, or anything else that cuts it off, a second run goes on within this shard.
         """
         shard = self._shards[shard_idx]
-        path = self.folder / (self.names[shard_idx] + _WRITING)
-        written = 0
+        path = self._writing(shard_idx)
+        written = safe = begin
         with _explained(self.folder):
-            with open(path, "wb") as file:
-                file.write(shard.header)
-                for piece in data:
-                    file.write(piece)
-                    written += len(piece)
+            with open(path, "r+b" if begin else "wb") as file:
+                if begin:
+                    file.truncate(len(shard.header) + begin)
+                    file.seek(0, os.SEEK_END)
+                else:
+                    file.write(shard.header)
+                try:
+                    for piece in data:
+                        file.write(piece)
+                        written += len(piece)
+                        if written - safe >= COMMIT_BYTES:
+                            safe = self._commit(shard_idx, file, written)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        self._commit(shard_idx, file, written)
+                    raise
                 file.flush()
                 os.fsync(file.fileno())
             assert written == shard.num_bytes, f"{written=} {shard.num_bytes=}"
             path.replace(self._finished(shard_idx))
+            self._progress(shard_idx).unlink(missing_ok=True)
+
+    def _commit(self, shard_idx: int, file: BinaryIO, written: int) -> int:
+        """Remember that so many bytes are on the drive, once they are."""
+        file.flush()
+        os.fsync(file.fileno())
+        _write_whole(self._progress(shard_idx), str(written).encode())
+        return written
+
+    def _writing(self, shard_idx: int) -> Path:
+        return self.folder / (self.names[shard_idx] + _WRITING)
+
+    def _progress(self, shard_idx: int) -> Path:
+        return self.folder / (self.names[shard_idx] + _PROGRESS)
 
     def finish(self, config: Mapping[str, Any], copies: Sequence[Path]) -> None:
         """Give the shards their names, copy small files, write the index and, last, config.json."""
@@ -147,6 +185,8 @@ class CheckpointWriter:
             for idx, name in enumerate(self.names):
                 if self._finished(idx).exists():
                     self._finished(idx).replace(self.folder / name)
+            for leftover in self.folder.glob(f"*{_PROGRESS}*"):
+                leftover.unlink()
             for source in copies:
                 shutil.copyfile(source, self.folder / source.name)
             weight_map = {

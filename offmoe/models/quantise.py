@@ -162,6 +162,7 @@ def _write_shards(writer: CheckpointWriter, plan: QuantisePlan, index: Checkpoin
     """Write what is not there yet; returns how many shards were."""
     finished = [idx for idx in range(len(plan.shards)) if writer.is_finished(idx)]
     sizes = [sum(item.num_bytes for item in shard.items) for shard in plan.shards]
+    skipped = {idx: writer.num_written(idx) for idx in range(len(plan.shards)) if idx not in finished}
     total = sum(size for idx, size in enumerate(sizes) if idx not in finished)
     done = 0
 
@@ -172,18 +173,29 @@ def _write_shards(writer: CheckpointWriter, plan: QuantisePlan, index: Checkpoin
 
     for idx, shard in enumerate(plan.shards):
         if idx not in finished:
-            writer.write(idx, _shard_bytes(shard, index, count))
+            writer.write(idx, _shard_bytes(shard, index, count, skipped[idx]), begin=skipped[idx])
     return len(finished)
 
 
 def _shard_bytes(
-    shard: ShardPlan, index: CheckpointIndex, count: Callable[[int], None]
+    shard: ShardPlan, index: CheckpointIndex, count: Callable[[int], None], skip: int
 ) -> Iterator[memoryview | bytes]:
-    """The bytes of a shard's tensors in the order of its plan."""
-    for matrix in shard.matrices:
-        yield b"".join(size.to_bytes(8, "little") for size in matrix.shape)
+    """The bytes of a shard's tensors in the order of its plan, from byte `skip`. Items before that are not read."""
+    shapes = b"".join(size.to_bytes(8, "little") for matrix in shard.matrices for size in matrix.shape)
+    if skip < len(shapes):
+        yield shapes[skip:]
+    skip = max(0, skip - len(shapes))
     for item in shard.items:
-        yield from copied(item, index, count) if isinstance(item, TensorEntry) else _encoded(item, index, count)
+        size = item.num_bytes if isinstance(item, TensorEntry) else sum(part.num_bytes for part in item.written)
+        if skip >= size:
+            skip -= size
+            count(item.num_bytes)
+            continue
+        pieces = copied(item, index, count) if isinstance(item, TensorEntry) else _encoded(item, index, count)
+        for piece in pieces:
+            if skip < len(piece):
+                yield piece[skip:]
+            skip = max(0, skip - len(piece))
 
 
 def _encoded(matrix: Matrix, index: CheckpointIndex, count: Callable[[int], None]) -> Iterator[memoryview]:
