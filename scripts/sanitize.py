@@ -81,7 +81,7 @@ def build(sanitizer: str, levels: dict[str, list[str]]) -> Path:
             jobs.append((source, objects[-1], levels.get(level, defines)))
     jobs.sort(key=lambda job: not job[0].stem.startswith("level_"))  # the long ones first
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        list(threads.map(lambda job: compile_one(*job, SANITIZERS[sanitizer]), jobs))
+        list(threads.map(lambda job: compile_one(job[0], job[1], job[2], SANITIZERS[sanitizer]), jobs))
     program = folder / "driver"
     subprocess.run([compiler(), *SANITIZERS[sanitizer], *objects, "-o", program, "-pthread"], check=True)
     return program

@@ -9,11 +9,12 @@ import sys
 from typing import Any
 
 from click.testing import CliRunner, Result
+from patience import PATIENCE_S
 
 from offmoe.cli.main import main
 
 COMMANDS = ("bench", "chat", "demo", "generate", "inspect", "quantize", "replay", "trace", "tune", "verify")
-TIMEOUT_S = 240
+TIMEOUT_S = PATIENCE_S
 
 
 def invoke(*args: object, stdin: str | bytes | None = None) -> Result:

@@ -11,7 +11,8 @@ import termios
 import time
 from types import TracebackType
 
-TIMEOUT_S = 25
+from patience import PATIENCE_S
+
 CTRL_C, CTRL_D = "\x03", "\x04"
 
 
@@ -32,7 +33,7 @@ class Screened:
 
     def expect(self, pattern: str) -> str:
         """The text up to and including the first match of `pattern` beyond the last one."""
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + PATIENCE_S
         while (match := re.search(pattern, self._shown[self._seen :])) is None:
             assert self._read(deadline), f"no {pattern!r} in {self._shown[self._seen :]!r} of {self._shown!r}"
         self._seen += match.end()
@@ -40,7 +41,7 @@ class Screened:
 
     def drain(self) -> None:
         """Until nobody holds the other end."""
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + PATIENCE_S
         while self._read(deadline):
             pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,17 @@ def test_costs_are_of_the_kernels_that_serve_misses(tmp_path: Path, monkeypatch:
         assert set(served) == {1, NUM_ROWS}
         assert engine.stats()["ram_hits"] == 0, "look-ups of the measurement are no tokens'"
         assert_at_rest(engine)
+
+
+def test_a_phase_that_begins_late_measures_something() -> None:
+    """On a busy machine a phase may be over when it begins: one copy and one product are measured all the same."""
+    ticks = itertools.count(0, 100)
+    costs = measure(
+        InlineCopier(), make_experts(), lambda idx: None, disk_bytes_per_s=1e9, cpu_flops_per_s=1e11,
+        clock=lambda: float(next(ticks)), phase_s=0.01,
+    )  # fmt: skip
+    # The clock is asked when a phase begins, before the second expert, after the first, and at the end.
+    assert costs.link_bytes_per_s == EXPERT_BYTES / 300
+    assert costs.cpu_bytes_per_s == EXPERT_BYTES / 200
+    assert 0 < costs.link_beside_cpu_bytes_per_s <= costs.link_bytes_per_s
+    assert 0 < costs.cpu_beside_link_bytes_per_s <= costs.cpu_bytes_per_s

@@ -20,6 +20,7 @@ import pytest
 import torch
 from engines import PROMPT, assert_at_rest, leaves_nothing, open_tiny, save_tiny
 from families import build
+from patience import PATIENCE_S
 from transformers.models.qwen3_moe.modeling_qwen3_moe import repeat_kv
 
 import offmoe
@@ -110,7 +111,7 @@ def test_in_the_background(tiny_moe: Path, expected: tuple[int, ...], monkeypatc
     let_go = threading.Event()
 
     def held_back(graph: Any, inputs: Any) -> Any:
-        assert let_go.wait(60)
+        assert let_go.wait(PATIENCE_S)
         return as_captured(graph, inputs)
 
     monkeypatch.setattr(
@@ -127,7 +128,7 @@ def test_in_the_background(tiny_moe: Path, expected: tuple[int, ...], monkeypatc
         thread = compiler._thread
         assert thread is not None
         let_go.set()
-        thread.join(60)
+        thread.join(PATIENCE_S)
         assert engine.stats()["compile"] == "on"
         assert ids_of(engine) == expected
         assert compiler._checked

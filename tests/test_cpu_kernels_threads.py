@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from cpu_cases import linear, needs_library, open_kernels
+from patience import PATIENCE_S
 
 pytestmark = needs_library
 
@@ -56,7 +57,7 @@ def test_helpers_that_sleep_are_woken() -> None:
 
 
 def test_a_forked_child_computes_too() -> None:
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
 
 

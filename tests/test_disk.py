@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from makers import one_line
+from patience import PATIENCE_S
 
 from offmoe.base.counters import Counters
 from offmoe.base.errors import (
@@ -218,7 +219,7 @@ def test_waiting_ends_only_when_every_piece_has(
     def read_into(file: ShardFile, view: memoryview, start: int, *, need_bytes: int, direct: bool) -> None:
         if start == 0:
             raise DiskReadError("the first piece failed")
-        assert may_end.wait(10)
+        assert may_end.wait(PATIENCE_S)
         ended.append(start)
 
     monkeypatch.setattr(ShardFile, "read_into", read_into)
@@ -292,7 +293,7 @@ def test_close_drops_reads_that_were_queued(files: list[ShardFile], monkeypatch:
 
     def read_into(file: ShardFile, view: memoryview, start: int, *, need_bytes: int, direct: bool) -> None:
         began.append(start)
-        assert may_end.wait(10)
+        assert may_end.wait(PATIENCE_S)
 
     monkeypatch.setattr(ShardFile, "read_into", read_into)
     disk = DiskTier(files, io="buffered", counters=Counters())
@@ -303,7 +304,7 @@ def test_close_drops_reads_that_were_queued(files: list[ShardFile], monkeypatch:
     with pytest.raises(CancelledMoveError):
         tickets[-1].wait()
     may_end.set()
-    closing.join(10)
+    closing.join(PATIENCE_S)
     assert not closing.is_alive()
     assert len(began) <= disk_module.NUM_THREADS
     assert all(ticket.done() for ticket in tickets)
@@ -320,7 +321,7 @@ class Gate:
     def _read_into(self, view: memoryview, start: int, *, need_bytes: int, direct: bool) -> None:
         self.began.append(start)
         self.begun.release()
-        assert self.may_end.acquire(timeout=10)
+        assert self.may_end.acquire(timeout=PATIENCE_S)
         view[:] = b"\x01" * len(view)
 
 
@@ -340,11 +341,11 @@ def test_urgent_reads_overtake_those_that_wait(files: list[ShardFile], gate: Gat
     num_busy = disk_module.MAX_PIECES_AHEAD
     tickets = [begin(disk, start, urgent=False)[0] for start in range(num_busy + 2)]
     for _ in range(num_busy):
-        assert gate.begun.acquire(timeout=10)
+        assert gate.begun.acquire(timeout=PATIENCE_S)
     tickets.append(begin(disk, 1000, urgent=True)[0])
-    assert gate.begun.acquire(timeout=10)  # there are threads left for it
+    assert gate.begun.acquire(timeout=PATIENCE_S)  # there are threads left for it
     tickets[num_busy + 1].promote()
-    assert gate.begun.acquire(timeout=10)
+    assert gate.begun.acquire(timeout=PATIENCE_S)
     gate.may_end.release(100)
     for ticket in tickets:
         ticket.wait()
@@ -357,11 +358,11 @@ def test_a_restart_ends_every_read_and_reads_go_on(files: list[ShardFile], gate:
     disk = DiskTier(files, io="buffered", counters=Counters())
     reads = [begin(disk, start, urgent=bool(start % 2)) for start in range(2 * disk_module.NUM_THREADS)]
     for _ in range(disk_module.NUM_THREADS):
-        assert gate.begun.acquire(timeout=10)
+        assert gate.begun.acquire(timeout=PATIENCE_S)
     restarting = threading.Thread(target=disk.restart)
     restarting.start()
     gate.may_end.release(100)
-    restarting.join(10)
+    restarting.join(PATIENCE_S)
     assert not restarting.is_alive()
     began = set(gate.began)
     assert len(began) == disk_module.NUM_THREADS

@@ -12,6 +12,7 @@ import pytest
 import torch
 from engines import PROMPT, QUARTER, TINY_EXPERTS, assert_at_rest, leaves_nothing, open_tiny, plain_model, save_tiny
 from makers import one_line
+from patience import PATIENCE_S
 
 import offmoe
 from offmoe.base.errors import ContextLengthError, EngineBusyError, UsageError
@@ -253,16 +254,16 @@ def test_closing_from_another_thread_ends_the_stream(folder: Path) -> None:
             try:
                 for _ in engine.stream(PROMPT, max_new_tokens=200, ignore_end=True):
                     first.set()
-                    closed.wait(60)
+                    closed.wait(PATIENCE_S)
             except EngineBusyError as error:
                 caught.append(error)
 
         thread = threading.Thread(target=consume)
         thread.start()
-        assert first.wait(60)
+        assert first.wait(PATIENCE_S)
         engine.close()
         closed.set()
-        thread.join(60)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive() and len(caught) == 1
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from engines import PROMPT, assert_at_rest, engine_threads, leaves_nothing, open_checkpoint_files, open_tiny, save_tiny
 from makers import one_line
+from patience import PATIENCE_S
 
 import offmoe
 from offmoe.base.errors import CheckpointChangedError, CheckpointError, DiskReadError
@@ -202,7 +203,7 @@ def test_an_engine_that_is_dropped_goes_away(source: Path) -> None:
         del engine
         gc.collect()
         for thread in threads:
-            thread.join(60)
+            thread.join(PATIENCE_S)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from benchlib.families import FAMILIES
 from benchlib.gpu_check import main, render, table
 from benchlib.gpu_parts import Outcome, Part, plan_parts, run_part
 from benchlib.ledger import Ledger, TimeIsUpError
+from patience import PATIENCE_S
 from transformers import AutoModelForCausalLM
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -74,10 +75,9 @@ def simulated_check(out: Path, *options: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 @without_cuda
-@pytest.mark.timeout(900)
 def test_a_rehearsal_keeps_every_result_that_there_is(tmp_path: Path) -> None:
     """One part hangs, one crashes, one is refused memory: the others' results are in the files, and each says how."""
-    done = simulated_check(tmp_path, "--minutes", "9", "--spoil", "copier=hang,engine=crash,verify=memory,build=crash")
+    done = simulated_check(tmp_path, "--minutes", "25", "--spoil", "copier=hang,engine=crash,verify=memory,build=crash")
     assert done.returncode == 1, done.stdout + done.stderr[-3000:]
     (result,), (records_file,), (log,) = (
         list(tmp_path.glob(f"*-gpu-simulated.{kind}")) for kind in ("md", "json", "log")
@@ -86,7 +86,7 @@ def test_a_rehearsal_keeps_every_result_that_there_is(tmp_path: Path) -> None:
     failures = {part["part"]: part["failure"] for part in found["parts"] if part["failure"]}
     assert failures.pop("build", "ended by SIGABRT") == "ended by SIGABRT"  # there may be no compiler
     assert failures == {
-        "copier": "ended at its limit of 4 s", "engine": "ended by SIGABRT", "verify": "exit code 1",
+        "copier": "ended at its limit of 20 s", "engine": "ended by SIGABRT", "verify": "exit code 1",
     }, done.stderr[-3000:]  # fmt: skip
     by_part = {record["part"] for record in found["records"]}
     assert by_part == {"first", "device-25", "device-100", "kernels", "device-cpu", "device-stream"}
@@ -115,7 +115,7 @@ def test_the_benchmark_on_a_simulated_link_runs(tmp_path: Path) -> None:
     ]
     command += ["--share", "0.25", "--blocks", "2", "--block", "4", "--warmup", "4"]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout.splitlines()[-1])
     assert record["same_ids"]
@@ -150,8 +150,11 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
 time.sleep(600)
 """
-    outcome = run_part(python_part(code), limit_s=3)
-    assert outcome.failure == "ended at its limit of 3 s"
+    for limit_s in (3, 30, 300):  # a busy machine may need seconds until the child has said who it is
+        outcome = run_part(python_part(code), limit_s=limit_s)
+        assert outcome.failure == f"ended at its limit of {limit_s} s"
+        if outcome.lines:
+            break
     wait_for_end(Path("/proc") / outcome.lines[0] / "stat")
 
 

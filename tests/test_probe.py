@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 from dataclasses import asdict, replace
 from functools import partial
@@ -167,6 +168,18 @@ def test_a_drive_is_only_read(tmp_path: Path) -> None:
     assert drive_speed(tmp_path / "tiny") == DriveSpeed(
         direct_bytes_per_s=None, buffered_bytes_per_s=None, measured_on="tiny"
     )
+
+
+def test_a_drive_that_is_asked_late_has_a_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may begin the first read when the time for all of them is over: 0 bytes a second is no speed."""
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 20_480)
+    clock = itertools.count(0, 100)
+    monkeypatch.setattr(speeds.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(speeds, "NUM_THREADS", 1)
+    monkeypatch.setattr(speeds, "PIECE_BYTES", 4096)
+    found = drive_speed(tmp_path / "model.safetensors", most_s=0.2)
+    # The clock is asked when it begins, before the second piece, and at the end.
+    assert found.buffered_bytes_per_s == 4096 / 200
 
 
 @pytest.mark.parametrize("name", FORMATS)

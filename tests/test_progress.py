@@ -7,6 +7,7 @@ import re
 import time
 
 import pytest
+from patience import PATIENCE_S
 
 from offmoe.report.progress import PLAIN_EVERY_S, SHOW_AFTER_S, ProgressReporter
 
@@ -128,7 +129,7 @@ def test_a_terminal_sees_a_stage_that_is_not_heard_of_again(monkeypatch: pytest.
     terminal = Terminal()
     with ProgressReporter(stream=terminal, detail=lambda: "3 GB read") as progress:
         progress("the first layer", 0, 7)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while "3 GB read" not in terminal.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)
     assert "the first layer" in terminal.getvalue() and "0%" in terminal.getvalue()
@@ -142,7 +143,7 @@ def test_a_stage_that_ended_is_not_shown_later(monkeypatch: pytest.MonkeyPatch) 
     timer = progress._timer
     assert timer is not None
     progress.close()
-    timer.join(10)
+    timer.join(PATIENCE_S)
     assert not timer.is_alive() and terminal.getvalue() == ""
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from fake_link import LazyLink, make_ring_copier
+from patience import PATIENCE_S
 
 from offmoe.tiers.copier import CancelledMoveError, Ticket
 from offmoe.tiers.ring import MAX_IN_FLIGHT, RING_CHUNKS, RingCopier
 
-PATIENCE_S = 20.0
 CHUNK = 16
 WORKER = "offmoe-link-0"
 

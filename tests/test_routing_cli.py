@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from commands import command_line, environment, fail, invoke, last_json, succeed
 from engines import leaves_nothing, open_tiny, save_tiny
+from patience import PATIENCE_S
 
 from offmoe.base.trace_reader import read_trace
 from offmoe.checkpoint.identity import model_hash
@@ -112,12 +113,12 @@ def test_ctrl_c_keeps_what_was_recorded(tiny: Path, tmp_path: Path) -> None:
         env=environment(),
     )  # fmt: skip
     partial = tmp_path / "t.partial"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not (partial.exists() and partial.stat().st_size > 4000):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, errors
     trace = read_trace(output)
     assert not trace.is_complete and len(trace.events) > 100 and not partial.exists()

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from families import build
+from patience import PATIENCE_S
 from torch import nn
 
 from offmoe.models import routing
@@ -75,7 +76,7 @@ def test_a_capture_waits_for_the_call_that_has_stand_ins(pair: nn.Sequential) ->
         thread.start()
         thread.join(0.1)
         assert not seen
-    thread.join(60)
+    thread.join(PATIENCE_S)
     assert seen == [3.0]
 
 

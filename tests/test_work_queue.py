@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE_S
 
 from offmoe.tiers.copier import CancelledMoveError
 from offmoe.tiers.work_queue import Job, WorkQueue
-
-PATIENCE_S = 20.0
 
 
 class Pieces:
@@ -238,7 +237,9 @@ def test_a_program_that_forgets_to_close_ends_after_the_piece_under_way() -> Non
         "queue.submit([first, lambda: print('began')], urgent=False)\n"
         "begun.wait()\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
     assert (ended.stdout, ended.stderr) == ("ended\n", "")
 
 

@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import IO, Any, cast
 
 from commands import environment
-from terminal import TIMEOUT_S, Screened
+from patience import PATIENCE_S
+from terminal import Screened
 
 from offmoe.report import progress
 
@@ -52,7 +53,7 @@ class WarmChat:
 
     def _read(self) -> int:
         stdout = cast("IO[str]", self._process.stdout)
-        ready, _, _ = select.select([stdout], [], [], 3 * TIMEOUT_S)
+        ready, _, _ = select.select([stdout], [], [], PATIENCE_S)
         assert ready, "the run does not end"
         return int(stdout.readline())
 

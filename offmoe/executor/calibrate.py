@@ -122,7 +122,8 @@ class _Probe:
         num_bytes = 0
         try:
             while True:
-                while idle and not self._is_over(begin_s, num_bytes):
+                # One at least: on a busy machine the phase may be over before it begins, and 0 bytes are no speed.
+                while idle and not (num_bytes and self._is_over(begin_s, num_bytes)):
                     idx = idle.popleft()
                     in_flight.append((idx, self._copier.copy(self._experts[idx])))
                     num_bytes += self._bytes[idx]

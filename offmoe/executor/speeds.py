@@ -188,7 +188,8 @@ def _read_rate(file: ShardFile, most_bytes: int, most_s: float, *, direct: bool)
         view = pool.memory(slot)[:piece]
         while True:
             with lock:
-                if state[0] * piece >= most_bytes or time.perf_counter() - begin > most_s:
+                # One piece at least: on a busy machine the time may be over before the first is asked for.
+                if state[0] * piece >= most_bytes or (state[0] and time.perf_counter() - begin > most_s):
                     return
                 number, state[0] = state[0], state[0] + 1
             # From the end on: the begin of a file is likeliest to be cached by the drive itself.
