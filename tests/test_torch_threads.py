@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -92,3 +93,46 @@ def test_an_engine_decodes_on_one_thread_and_reads_prompts_on_all(tmp_path: Path
         engine.generate([5, 7, 9, 11], max_new_tokens=4, ignore_end=True)
     assert seen[0] == (4, 3) and set(seen[1:]) == {(1, 1)} and len(seen) > 2
     assert torch.get_num_threads() == 3
+
+
+def test_threads_that_a_program_starts_meanwhile_have_all(tmp_path: Path) -> None:
+    """Half of them start within a token, the others between two; each uses torch for the first time in its life."""
+    seen: list[int] = []
+
+    def start() -> None:
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+
+    inside: list[int] = []
+    threads = begun()
+    for _ in range(10):
+        threads.run_token(Counting(work=lambda: (inside.append(torch.get_num_threads()), start())), torch.ones(1, 1))
+        start()
+    assert seen == [3] * 20 and inside == [1] * 10
+
+
+def test_products_of_mkl_are_of_one_thread_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that was set by torch is MKL's own: what it was comes back."""
+    own = torch_threads._own_thread()
+    assert own is not None
+    before = own.set(3, 2)
+    threads = begun()
+    within: list[int] = []
+
+    def look() -> None:
+        within.append(own.set(1, 1))
+
+    threads.run_token(Counting(work=look), torch.ones(1, 1))
+    after = own.set(3, before)
+    assert (within, after) in (([1], 2), ([0], 0))  # the second where torch has no MKL
+
+
+@pytest.mark.parametrize(("quota", "cores", "number"), [(None, 2, 3), (2.5, 2, 2), (8.0, 8, 3)])
+def test_a_quota_bounds_the_threads(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, cores: int, number: int
+) -> None:
+    monkeypatch.setattr(torch_threads, "processor_quota", lambda: quota)
+    monkeypatch.setattr(torch_threads, "num_cores", lambda: cores)
+    torch_threads.keep_to_quota()
+    assert torch.get_num_threads() == number

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from offmoe.base.errors import CheckpointChangedError, CheckpointError, DiskReadError, ModelNotFoundError
-from offmoe.checkpoint.handles import shared_handles
+from offmoe.checkpoint.handles import Handles, shared_handles
 
 # O_DIRECT wants file offset, length and address aligned to the logical block; 4096 satisfies every common drive.
 DIRECT_ALIGN_BYTES = 4096
@@ -31,7 +31,7 @@ class ShardFile:
         self.name = path.name
         self._handles = handles = shared_handles()
         self._keys = keys = (object(), object())  # of the handles for buffered and direct reads
-        weakref.finalize(self, lambda: [handles.forget(key) for key in keys]).atexit = False
+        weakref.finalize(self, _forget, handles, keys).atexit = False
         self._lock = threading.Lock()
         self._is_closed = self._is_direct = False
         self._identity: tuple[int, int, int] | None = None
@@ -145,12 +145,16 @@ class ShardFile:
         """Close the file; reads afterwards fail."""
         self._is_closed, self._is_direct = True, False
         self.raw.close()
-        for key in self._keys:
-            self._handles.forget(key)
+        _forget(self._handles, self._keys)
 
 
 # What systems say to direct reads that they do not have, or not at this place.
 _NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+
+
+def _forget(handles: Handles, keys: tuple[object, ...]) -> None:
+    for key in keys:
+        handles.forget(key)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:

@@ -30,7 +30,7 @@ class _Output(io.FileIO):
 
     has_failed = False
 
-    def write(self, data: Any) -> int:  # type: ignore[override]
+    def write(self, data: Any) -> int:
         try:
             return super().write(data) if not self.has_failed else len(data)
         except BrokenPipeError:
@@ -44,7 +44,7 @@ class _Output(io.FileIO):
 class _Messages(io.FileIO):
     """Descriptor 2. What cannot be written is dropped."""
 
-    def write(self, data: Any) -> int:  # type: ignore[override]
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError:

@@ -47,7 +47,7 @@ from offmoe.models.rounding import note_rounding, start_rounding
 from offmoe.models.seam import LayerBinding, bind
 from offmoe.models.serving import Serving, build_serving
 from offmoe.models.tokenizer import load_tokenizer, note_end_tokens
-from offmoe.models.torch_threads import spare_forked_children
+from offmoe.models.torch_threads import keep_to_quota, spare_forked_children
 from offmoe.models.transformers_internals import SEAM_NAME, KeyMapping, Target, experts_modules
 from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
@@ -70,6 +70,7 @@ def load_model(
     whatever was opened or started is closed again on any failure.
     """
     spare_forked_children()
+    keep_to_quota()
     with ExitStack() as opened:
         if device is not None:
             opened.callback(device.close)
