@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import offmoe
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.formats.repack import repack
+from offmoe.models.quantise import QuantiseOptions, quantise
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -118,6 +119,24 @@ def test_logits_are_those_of_the_same_values(case: str, tmp_path: Path) -> None:
     with offmoe.load(tmp_path / "out", ram="4GiB", experts=4) as engine, torch.no_grad():
         got = engine.model(input_ids=ids).logits
     assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+def test_a_run_that_was_cut_off_goes_on_within_its_shard(tmp_path: Path) -> None:
+    save(tmp_path / "published", FORMS["awq"])
+    options = QuantiseOptions(experts="int4")
+    quantise(tmp_path / "published", tmp_path / "whole", options, lambda *_: None)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantise(tmp_path / "published", tmp_path / "target", options, stop)
+    assert int(next((tmp_path / "target").glob("*.progress")).read_text()) > 0
+    quantise(tmp_path / "published", tmp_path / "target", options, lambda *_: None)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "target" / path.name).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "target").iterdir())) == len(list((tmp_path / "whole").iterdir()))
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="compressed-tensors needs Python 3.11")

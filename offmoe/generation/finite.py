@@ -72,11 +72,7 @@ def _layers(model: PreTrainedModel) -> dict[str, int]:
     """Names of the modules that the outermost lists hold, and their places in it."""
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return {
-        f"{name}.{idx}": idx
-        for name in outermost
-        for idx in range(len(model.get_submodule(name)))  # type: ignore[arg-type]
-    }
+    return {f"{name}.{idx}": idx for name in outermost for idx in range(len(model.get_submodule(name)))}
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import GenerationConfig
@@ -68,9 +68,9 @@ def resolve_sampling(
     )
 
 
-def _raised(top_p: float) -> float:
+def _raised(top_p: Any) -> Any:
     """Any share above none; below the smallest one only the likeliest token is left, as with that one."""
-    return _SMALLEST_TOP_P if isinstance(top_p, Real) and 0 < top_p < _SMALLEST_TOP_P else top_p
+    return _SMALLEST_TOP_P if isinstance(top_p, Real) and 0.0 < float(top_p) < _SMALLEST_TOP_P else top_p
 
 
 def _first(value: Number | None, default: Number | None, otherwise: Number) -> Number:
@@ -110,7 +110,7 @@ def make_chooser(sampling: Sampling, device: torch.device | None = None) -> Choo
     processors = LogitsProcessorList()
 
     def scored(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        scores = processors(ids, logits.float())
+        scores: torch.Tensor = processors(ids, logits.float())
         if processors and not is_finite(scores):
             raise UsageError("the sampling options rule out every token; raise top_p or lower repetition_penalty")
         return scores

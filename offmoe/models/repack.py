@@ -133,7 +133,8 @@ def repack_checkpoint(source: Path, target: Path, scheme: Scheme, progress: Prog
 
         for idx, shard in enumerate(shards):
             if idx not in finished:
-                writer.write(idx, _bytes_of(shard, index, count))
+                begin = writer.num_written(idx)
+                writer.write(idx, _bytes_of(shard, index, count, begin), begin=begin)
         raw = read_json(source / CONFIG_NAME)
         writer.finish({**raw, "quantization_config": _config(shards, scheme)}, small_files(source))
         matrices = sum(isinstance(item, _Matrix) for shard in shards for item in shard)
@@ -204,17 +205,31 @@ def _written(item: _Item) -> tuple[PlannedTensor, ...]:
     return (PlannedTensor(name=item.name, dtype=item.dtype, shape=item.shape),)
 
 
-def _bytes_of(shard: list[_Item], index: CheckpointIndex, count: Callable[[int], None]) -> Iterator[bytes | memoryview]:
+def _bytes_of(
+    shard: list[_Item], index: CheckpointIndex, count: Callable[[int], None], skip: int
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a shard's tensors from byte `skip`. Items before that are not read."""
     for item in shard:
-        if isinstance(item, TensorEntry):
-            yield from copied(item, index, count)
+        size = sum(part.num_bytes for part in _written(item))
+        if skip >= size:
+            skip -= size
+            count(item.num_bytes)
             continue
-        found = item.repacked(index)
-        yield b"".join(size.to_bytes(8, "little") for size in item.shape)
-        for tensor in (found.codes, found.scales, found.zeros):
-            if tensor is not None:
-                yield writable_bytes(tensor)
-        count(item.num_bytes)
+        for piece in copied(item, index, count) if isinstance(item, TensorEntry) else _repacked(item, index, count):
+            if skip < len(piece):
+                yield piece[skip:]
+            skip = max(0, skip - len(piece))
+
+
+def _repacked(
+    matrix: _Matrix, index: CheckpointIndex, count: Callable[[int], None]
+) -> Iterator[bytes | memoryview]:  # fmt: skip
+    found = matrix.repacked(index)
+    yield b"".join(size.to_bytes(8, "little") for size in matrix.shape)
+    for tensor in (found.codes, found.scales, found.zeros):
+        if tensor is not None:
+            yield writable_bytes(tensor)
+    count(matrix.num_bytes)
 
 
 def _config(shards: list[list[_Item]], scheme: Scheme) -> dict[str, Any]:
