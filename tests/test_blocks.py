@@ -22,7 +22,15 @@ def random_blocks(kind: QuantKind, num_rows: int, num_columns: int, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     shape = (num_rows, num_columns // block.num_columns, block.num_bytes)
     codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    halves = {"q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,), "mxfp4_gguf": ()}.get(kind, (0, 2))
+    halves = {
+        "q2_k": (80, 82),
+        "q3_k": (108,),
+        "q6_k": (208,),
+        "mxfp4_gguf": (),
+        "tq1_0": (52,),
+        "tq2_0": (64,),
+        "iq1_m": (54,),
+    }.get(kind, (0, 2))
     if kind in ("q4_0", "q5_0", "q8_0"):
         halves = (0,)
     for at in halves:  # the upper byte of a float16: its exponent is not all ones

@@ -33,10 +33,7 @@ _LENGTH = struct.Struct("<Q")
 _PLAIN = {0: "F32", 1: "F16", 30: "BF16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
 _PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "F64": 8}
 _BLOCKS = {block.type_number: kind for kind, block in BLOCK_KINDS.items()}
-_OTHERS = {
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
-    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
-}  # fmt: skip
+_OTHERS = {40: "NVFP4"}
 
 
 @dataclass(frozen=True, slots=True)

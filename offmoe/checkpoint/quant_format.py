@@ -24,6 +24,8 @@ from typing import Literal
 QuantKind = Literal[
     "int8", "int4", "mxfp4", "fp8",
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "mxfp4_gguf",
+    "iq2_xxs", "iq2_xs", "iq3_xxs", "iq1_s", "iq4_nl", "iq3_s",
+    "iq2_s", "iq4_xs", "iq1_m", "tq1_0", "tq2_0",
 ]  # fmt: skip
 
 
@@ -42,6 +44,10 @@ BLOCK_KINDS: dict[QuantKind, BlockKind] = {
     "q5_1": BlockKind(7, 32, 24), "q8_0": BlockKind(8, 32, 34), "q2_k": BlockKind(10, 256, 84),
     "q3_k": BlockKind(11, 256, 110), "q4_k": BlockKind(12, 256, 144), "q5_k": BlockKind(13, 256, 176),
     "q6_k": BlockKind(14, 256, 210), "mxfp4_gguf": BlockKind(39, 32, 17),
+    "iq2_xxs": BlockKind(16, 256, 66), "iq2_xs": BlockKind(17, 256, 74), "iq3_xxs": BlockKind(18, 256, 98),
+    "iq1_s": BlockKind(19, 256, 50), "iq4_nl": BlockKind(20, 32, 18), "iq3_s": BlockKind(21, 256, 110),
+    "iq2_s": BlockKind(22, 256, 82), "iq4_xs": BlockKind(23, 256, 136), "iq1_m": BlockKind(29, 256, 56),
+    "tq1_0": BlockKind(34, 256, 54), "tq2_0": BlockKind(35, 256, 66),
 }  # fmt: skip
 
 

@@ -126,8 +126,43 @@ def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
     return _grouped(scales, (low | (high << 4)).float() - 32).flatten(1)
 
 
+# What a code of iq4_nl and iq4_xs stands for.
+_UNEVEN = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def _uneven(codes: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(_UNEVEN, dtype=torch.float32, device=codes.device)[codes.long()]
+
+
+def _iq4_nl(blocks: torch.Tensor) -> torch.Tensor:
+    return _half(blocks, 0) * _uneven(_nibbles(blocks[:, 2:], 16))
+
+
+def _iq4_xs(blocks: torch.Tensor) -> torch.Tensor:
+    low = _fields(blocks[:, 4:8], (0, 4), 15, 1)
+    scales = (low | (_fields(blocks[:, 2:4], (0, 2, 4, 6), 3, 1) << 4)).float() - 32
+    return _grouped(_half(blocks, 0) * scales, _uneven(_nibbles(blocks[:, 8:], 16))).flatten(1)
+
+
+def _by_gguf(kind: QuantKind) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Kinds whose codes stand for rows of large tables: the gguf package has the tables, and computes the values."""
+
+    def values(blocks: torch.Tensor) -> torch.Tensor:
+        import gguf
+
+        number = gguf.GGMLQuantizationType(BLOCK_KINDS[kind].type_number)
+        found = gguf.dequantize(blocks.cpu().contiguous().numpy(), number)
+        return torch.from_numpy(found).to(blocks.device)
+
+    return values
+
+
+_TABLES: tuple[QuantKind, ...] = (
+    "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m", "tq1_0", "tq2_0",
+)  # fmt: skip
 _VALUES: dict[QuantKind, Callable[[torch.Tensor], torch.Tensor]] = {
     "q4_0": _q4_0, "q4_1": _q4_1, "q5_0": _q5_0, "q5_1": _q5_1, "q8_0": _q8_0, "q2_k": _q2_k, "q3_k": _q3_k,
     "q4_k": _q4_k, "q5_k": _q5_k, "q6_k": _q6_k, "mxfp4_gguf": _mxfp4,
+    "iq4_nl": _iq4_nl, "iq4_xs": _iq4_xs, **{kind: _by_gguf(kind) for kind in _TABLES},
 }  # fmt: skip
 assert _VALUES.keys() == BLOCK_KINDS.keys(), "every kind of block has its values"
