@@ -20,6 +20,7 @@ from offmoe.checkpoint.quant_config import Quantisation
 from offmoe.checkpoint.quantised import join_quantised
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.checkpoint.tensor_entry import TensorEntry
+from offmoe.checkpoint.tokenizer_size import folder_tokenizer_bytes, gguf_tokenizer_bytes
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -46,6 +47,7 @@ class CheckpointIndex:
         self.is_gguf = gguf is not None
         self.sampling: dict[str, float | bool] = {}
         self.frequencies: Frequencies | None = None
+        self.tokenizer_bytes = 0 if gguf is not None else folder_tokenizer_bytes(folder)
         self.tensors: dict[str, StoredTensor] = (
             dict(join_quantised(stored, quantisation, self.read_bytes)) if gguf is None else dict(gguf)
         )
@@ -88,6 +90,7 @@ class CheckpointIndex:
             stored = {name: tensor.entry for name, tensor in header.tensors.items()}
             index = cls(path.parent, files, stored, gguf=gguf_tensors(header, gguf_config(header)))
             index.sampling, index.frequencies = gguf_sampling(header), frequencies(header)
+            index.tokenizer_bytes = gguf_tokenizer_bytes(header.metadata)
             return index
         except BaseException:
             for file in files:

@@ -42,7 +42,7 @@ class ModelFacts:
     `device_resident_bytes`: on a device quantised linears are unpacked. `dense_bytes` are those of the resident weights
     that every token reads: all but the embedding's other rows. `unused_bytes` are of tensors that are not loaded:
     layers beyond those of the model, for guessing tokens ahead. `is_off_lines`: in the files, not all parts of experts
-    begin with a cache line.
+    begin with a cache line. `tokenizer_bytes` are those of the tokenizer in memory.
     """
 
     name: str
@@ -63,6 +63,7 @@ class ModelFacts:
     is_off_lines: bool
     item_bytes: int
     longest_context: int | None
+    tokenizer_bytes: int = 0
     path: Path | None = None
 
     @property
@@ -141,6 +142,7 @@ def facts_of(
         expert_kind=_turned(config, stacked) or _kind(first), item_bytes=item,
         is_off_lines=any(span.start % BUFFERED_ALIGN_BYTES for one in spans.values() for span in one),
         longest_context=max(numbers(config, ("max_position_embeddings",)), default=None), path=path,
+        tokenizer_bytes=index.tokenizer_bytes,
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def make_plan(
     division = Division(
         sizes=sizes,
         machine=Machine(
-            ram_bytes=complete.config.ram or 0, runtime_bytes=libraries_bytes,
+            ram_bytes=complete.config.ram or 0, runtime_bytes=libraries_bytes + facts.tokenizer_bytes,
             vram_free_bytes=_beside_driver(known.vram_bytes, config.vram) if on_device else None, is_cuda=on_device,
         ),
         config=config, context_length=context, kv_bytes=kv.num_bytes,
