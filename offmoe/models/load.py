@@ -49,6 +49,7 @@ from offmoe.models.serving import Serving, build_serving
 from offmoe.models.tokenizer import load_tokenizer, note_end_tokens
 from offmoe.models.torch_threads import keep_to_quota, spare_forked_children
 from offmoe.models.transformers_internals import SEAM_NAME, KeyMapping, Target, experts_modules
+from offmoe.models.unexpected import LeftOut, sort_out
 from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
 
@@ -100,7 +101,7 @@ def load_model(
             )  # fmt: skip
         if config.fast_activations:
             note_rounding(serving, experts, [] if kept is None else kept.formats(), on_device=device is not None)
-        serving.notes += _notes(model, built.quantisation, why_no_kernels)
+        serving.notes += _notes(built, why_no_kernels)
         serving.closing.callback(reservation.close)
         if cpu_kernels is not None:
             serving.closing.callback(cpu_kernels.close)
@@ -131,6 +132,7 @@ class _Built:
     model: PreTrainedModel
     mapping: KeyMapping
     targets: dict[str, Target]
+    left_out: LeftOut
     experts: ExpertIndex
     expert_keys: set[str]
     disk: DiskTier
@@ -148,13 +150,16 @@ def _build(folder: Path, config: EngineConfig, opened: ExitStack, *, has_device:
     mapping = KeyMapping(model)
     targets = mapping.targets(index.tensors)
     experts, expert_keys = map_experts(model, index, mapping, targets)
+    left_out = sort_out(model, index, mapping, targets, expert_keys)
+    targets = {key: target for key, target in targets.items() if key not in left_out.kinds}
     counters = Counters()
     disk = DiskTier(index.files, io=config.io, counters=counters)
     opened.callback(disk.close)
     _take_experts_out(model, experts)
     return _Built(
         config=config, context_length=config.context_length, quantisation=quantisation, index=index, model=model,
-        mapping=mapping, targets=targets, experts=experts, expert_keys=expert_keys, disk=disk, counters=counters,
+        mapping=mapping, targets=targets, left_out=left_out, experts=experts, expert_keys=expert_keys, disk=disk,
+        counters=counters,
     )  # fmt: skip
 
 
@@ -215,8 +220,9 @@ def _open_kernels(config: EngineConfig) -> tuple[CpuKernels | None, str]:
     return kernels, why_none
 
 
-def _notes(model: PreTrainedModel, quantisation: Quantisation | None, why_no_kernels: str) -> list[str]:
-    notes = []
+def _notes(built: _Built, why_no_kernels: str) -> list[str]:
+    model, quantisation, left_out = built.model, built.quantisation, built.left_out.note()
+    notes = [] if left_out is None else [left_out]
     if quantisation is not None and quantisation.quantises_activations:
         notes.append(
             f"the checkpoint asks for quantised activations ({quantisation.method}); offmoe reads its weights as "

@@ -107,6 +107,11 @@ def add_key_rules(model: torch.nn.Module, rules: Iterable[KeyRule]) -> None:
     model.__dict__.setdefault(_RULES_NAME, []).extend(rules)
 
 
+def ignored_patterns(model: PreTrainedModel) -> list[str]:
+    """Regular expressions of the parameters that the model's class leaves out of its checkpoints without a warning."""
+    return list(model._keys_to_ignore_on_load_unexpected or ())
+
+
 class KeyMapping:
     """transformers' own table for this model: checkpoint key -> parameter, and how parts become one tensor."""
 
@@ -117,15 +122,15 @@ class KeyMapping:
         self._converters = [t for t in self.transforms if isinstance(t, WeightConverter)]
         self._by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
         self._prefix = model.base_model_prefix
-        self._params = model.state_dict()
+        self.params: dict[str, torch.Tensor] = model.state_dict()
 
     def targets(self, keys: Iterable[str]) -> dict[str, Target]:
         """Key -> target for every checkpoint key, in the order in which transformers stacks parts."""
         result = {}
         for key in sorted(keys, key=dot_natural_key):
-            name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._params)
-            if name not in self._params and key in self._params:
-                name, pattern = rename_source_key(key, [], [], self._prefix, self._params)
+            name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self.params)
+            if name not in self.params and key in self.params:
+                name, pattern = rename_source_key(key, [], [], self._prefix, self.params)
             result[key] = Target(name, pattern)
         return self._divided(result)
 
@@ -219,10 +224,9 @@ def _apply(operation: object, state: dict[str, Matrix], param_shape: tuple[int, 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What loading the resident weights left open; names of parameters or checkpoint keys."""
+    """What loading the resident weights left open; names of parameters."""
 
     missing: frozenset[str]
-    unexpected: frozenset[str]
     mismatched: tuple[str, ...]
     errors: tuple[str, ...]
 
@@ -248,7 +252,6 @@ class ResidentLoader:
             dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping.transforms
         )
         self._missing = set(model.state_dict())
-        self._unexpected: set[str] = set()
         self._mismatched: list[str] = []
         self._errors: list[str] = []
         self._last_info: Any = None
@@ -264,7 +267,6 @@ class ResidentLoader:
             )
         self._last_info = info
         self._missing &= set(info.missing_keys)
-        self._unexpected |= set(info.unexpected_keys)
         self._mismatched += [
             f"{name} is {list(stored)}, config.json asks for {list(asked)}"
             for name, stored, asked in info.mismatched_keys
@@ -275,10 +277,8 @@ class ResidentLoader:
         """Tie weights and say what is still open after transformers' own exceptions are taken off."""
         info = self._last_info
         assert info is not None, "load() comes first"
-        info.missing_keys, info.unexpected_keys = set(self._missing), set(self._unexpected)
+        info.missing_keys = set(self._missing)
         self._model.mark_tied_weights_as_initialized(info)
         self._model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         self._model._adjust_missing_and_unexpected_keys(info)
-        return LoadReport(
-            frozenset(info.missing_keys), frozenset(info.unexpected_keys), tuple(self._mismatched), tuple(self._errors)
-        )
+        return LoadReport(frozenset(info.missing_keys), tuple(self._mismatched), tuple(self._errors))

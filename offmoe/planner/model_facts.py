@@ -16,6 +16,7 @@ from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
 from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, Span, common_slot_bytes
 from offmoe.checkpoint.index import CheckpointIndex, read_config
 from offmoe.checkpoint.model_dtype import model_dtype
+from offmoe.checkpoint.needless import is_beyond, needless_kind, tower_kind
 from offmoe.checkpoint.quant_config import read_quantisation
 from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.checkpoint.tensor_entry import FLOAT_TYPES, ITEM_BITS, TensorEntry
@@ -23,7 +24,6 @@ from offmoe.formats.layout import aligned
 from offmoe.planner.survey import EXPERT_COUNTS, TOP_K, find_experts, layer_of, numbers
 
 _KINDS = {"BF16": "bf16", "F16": "bf16", "F32": "f32", "F64": "f32"}
-_LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
 _EMBEDDING = re.compile(r"\b(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
 # Families whose attention transformers only has in its plain form, which writes scores out; and those of them whose
 # sinks offmoe leaves to the fused operation, on the CPU (models/sinks.py).
@@ -96,7 +96,11 @@ def facts_of(
 ) -> ModelFacts:
     """Of a checkpoint whose headers are known."""
     num_layers = max(numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0)
-    used = {n: e for n, e in index.tensors.items() if not _is_beyond(n, num_layers)}
+    has_towers = not str(next(iter(config.get("architectures") or ()), "")).endswith("ForCausalLM")
+    used = {
+        n: e for n, e in index.tensors.items()
+        if not is_beyond(n, num_layers) and needless_kind(n) is None and (has_towers or tower_kind(n) is None)
+    }  # fmt: skip
     per_expert, stacked = find_experts(used.values(), numbers(config, EXPERT_COUNTS))
     spans, weights = _spans(per_expert, stacked)
     if not spans:
@@ -144,12 +148,6 @@ def facts_of(
         longest_context=max(numbers(config, ("max_position_embeddings",)), default=None), path=path,
         tokenizer_bytes=index.tokenizer_bytes,
     )  # fmt: skip
-
-
-def _is_beyond(name: str, num_layers: int) -> bool:
-    """Of a layer after the last: DeepSeek-V3 and its kin keep a block there that guesses the token after the next."""
-    found = _LAYER_NUMBER.search(name)
-    return bool(num_layers and found and int(found.group(1)) >= num_layers)
 
 
 def _spans(
