@@ -15,6 +15,7 @@ from offmoe.base.errors import CheckpointError
 from offmoe.checkpoint.tensor_entry import ITEM_BITS, TensorEntry
 
 # The format's own limit (100 MB) keeps a lying length from being allocated.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the text begins that a clone without LFS has
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMS = 8
 MAX_SIZE = 1 << 63
@@ -41,6 +42,11 @@ def _load_json(file: BinaryIO, file_name: str, file_bytes: int) -> tuple[dict[st
     if len(prefix) < 8:
         raise CheckpointError(
             f"{file_name} has {file_bytes} bytes, too few for a safetensors header; download it again"
+        )
+    if prefix == LFS_POINTER[:8]:
+        raise CheckpointError(
+            f"{file_name} is a Git LFS pointer of {file_bytes} bytes in place of the weights; run `git lfs pull` in "
+            "the folder, or download the model with `hf download`"
         )
     header_bytes = int.from_bytes(prefix, "little")
     if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):

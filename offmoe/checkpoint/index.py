@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -24,6 +25,9 @@ from offmoe.checkpoint.tokenizer_size import folder_tokenizer_bytes, gguf_tokeni
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+# Types whose publisher brings Python code, and the type of transformers' own that is the same model to the number.
+ALIASES = {"kimi_k2": "deepseek_v3"}
+QUANT_CONFIG_NAME = "hf_quant_config.json"  # of NVIDIA's ModelOpt
 MAX_JSON_BYTES = 256 << 20
 _COMPARED_BYTES = 1 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -132,7 +136,23 @@ class CheckpointIndex:
 
 def read_config(model: Path) -> dict[str, Any]:
     """config.json of a folder, or what a GGUF file's metadata say in its place. Raises as `CheckpointIndex.open`."""
-    return gguf_config(_header(model)) if is_gguf(model) else read_json(model / "config.json")
+    return gguf_config(_header(model)) if is_gguf(model) else _read_folder_config(model)
+
+
+def _read_folder_config(folder: Path) -> dict[str, Any]:
+    """config.json under the name that transformers knows the model by, with the quantisation that a file beside it
+    tells.
+    """
+    config = read_json(folder / "config.json")
+    known_as = ALIASES.get(str(config.get("model_type")))
+    if known_as is not None:
+        config = {name: value for name, value in config.items() if name != "auto_map"} | {"model_type": known_as}
+    beside = folder / QUANT_CONFIG_NAME
+    if beside.is_file() and not isinstance(config.get("quantization_config"), dict):
+        told = read_json(beside).get("quantization")
+        algorithm = told.get("quant_algo") if isinstance(told, dict) else None
+        config = config | {"quantization_config": {"quant_method": f"modelopt {algorithm or 'without a name'}"}}
+    return config
 
 
 def _header(path: Path) -> GgufHeader:
@@ -178,7 +198,12 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size} bytes; more than {MAX_JSON_BYTES} is no model file"
             )
-        value = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        if raw.startswith(codecs.BOM_UTF8):
+            raise CheckpointError(
+                f"{path} begins with a byte order mark, which no reader of JSON takes; save it as UTF-8 without one"
+            )
+        value = json.loads(raw.decode())
     except FileNotFoundError:
         raise ModelNotFoundError(f"{path.parent} has no {path.name}; point at a Hugging Face model folder") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -203,6 +228,10 @@ def _shard_names(folder: Path) -> list[str]:
     if SINGLE_NAME not in names and (folder / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
     missing = [name for name in names if not (folder / name).is_file()]
+    if len(missing) == len(names) and (
+        others := sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    ):
+        return others  # an index of files that were renamed, or cut anew, since: their headers say what is in them
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(names)} shards, first {missing[0]}; download the rest"

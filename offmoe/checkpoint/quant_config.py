@@ -43,6 +43,8 @@ def read_quantisation(config: dict[str, Any]) -> Quantisation | None:
     Raises UnsupportedModelError for what is not read yet, naming it, and CheckpointError for a config of odd shape.
     """
     found = _find(config)
+    if isinstance(config.get("quantization"), dict) and "quant_method" not in (found or {}):
+        raise _not_read("mlx's own format (the key `quantization` of config.json)")
     if found is None:
         return None
     method = found.get("quant_method", "compressed-tensors" if "config_groups" in found else None)
@@ -55,6 +57,8 @@ def read_quantisation(config: dict[str, Any]) -> Quantisation | None:
             return _fp8(found)
         case "mxfp4":
             return Quantisation(method="mxfp4")
+        case "gptq" if _given(found.get("dynamic")):
+            raise _not_read("'gptq' with rules that differ by layer (`dynamic`)")
         case "gptq" | "awq":
             raise UnsupportedModelError(
                 f"the checkpoint is quantised by {method!r}, whose matrices are turned; write it anew once, with "
@@ -123,6 +127,8 @@ def _compressed_tensors(config: dict[str, Any]) -> Quantisation:
 
 def _is_integer(storage: object, weights: dict[str, Any]) -> bool:
     """False: e4m3. Refuses everything else."""
+    if isinstance(storage, str) and "fp4" in storage:
+        raise _not_read(f"compressed-tensors format {storage!r} (known: {', '.join((*INT_FORMATS, FLOAT_FORMATS[0]))})")
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
     if (kind, bits) not in (("int", 4), ("int", 8), ("float", 8)) or isinstance(bits, bool):
         raise _not_read(

@@ -70,12 +70,12 @@ def refuse_long_prompt(folder: Path, config: EngineConfig, prompt: str) -> None:
     A text of fewer bytes than the context has tokens is not looked at: no tokenizer makes more of it.
     """
     from offmoe.base.auto import DEFAULT_CONTEXT_LENGTH
+    from offmoe.checkpoint.context_limit import context_limit
     from offmoe.checkpoint.index import read_config
     from offmoe.generation.prompt import check_room, encode
     from offmoe.models.tokenizer import load_tokenizer
-    from offmoe.planner.survey import numbers
 
-    longest = max(numbers(read_config(folder), ("max_position_embeddings",)), default=None)
+    longest = context_limit(read_config(folder))
     context = config.context_length or min(DEFAULT_CONTEXT_LENGTH, longest or DEFAULT_CONTEXT_LENGTH)
     if len(prompt.encode(errors="replace")) < context:
         return

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.checkpoint.gguf_file import is_gguf
-from offmoe.checkpoint.index import CheckpointIndex, read_config, read_json
+from offmoe.checkpoint.index import ALIASES, CheckpointIndex, read_config, read_json
 from offmoe.checkpoint.model_dtype import model_dtype
 from offmoe.checkpoint.quant_config import Quantisation, read_quantisation
 from offmoe.formats.dense import TORCH_DTYPES
@@ -44,7 +44,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool) -> tuple[PreTrai
     if is_gguf(folder):
         return _gguf_config(folder), None
     register_grok1()
-    raw = read_json(folder / "config.json")
+    raw = read_config(folder)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{folder / 'config.json'} has no model_type; it is no Hugging Face model config")
@@ -61,7 +61,10 @@ def read_model_config(folder: Path, *, trust_remote_code: bool) -> tuple[PreTrai
         )
     quantisation = read_quantisation(raw)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if model_type in ALIASES.values() and read_json(folder / "config.json").get("model_type") in ALIASES:
+            config = AutoConfig.for_model(**raw)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
             part.__dict__.pop("quantization_config", None)
         return config, quantisation

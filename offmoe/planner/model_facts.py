@@ -12,6 +12,7 @@ from typing import Any
 from offmoe.base.division import ModelSizes
 from offmoe.base.errors import UnsupportedModelError
 from offmoe.base.shape import LATENT_MATRIX, largest_number, shape_of, text_config
+from offmoe.checkpoint.context_limit import context_limit
 from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
 from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, Span, common_slot_bytes
 from offmoe.checkpoint.index import CheckpointIndex, read_config
@@ -145,8 +146,7 @@ def facts_of(
         device_resident_bytes=sum(_unpacked_bytes(entry, item) for entry in resident),
         expert_kind=_turned(config, stacked) or _kind(first), item_bytes=item,
         is_off_lines=any(span.start % BUFFERED_ALIGN_BYTES for one in spans.values() for span in one),
-        longest_context=max(numbers(config, ("max_position_embeddings",)), default=None), path=path,
-        tokenizer_bytes=index.tokenizer_bytes,
+        longest_context=context_limit(config), path=path, tokenizer_bytes=index.tokenizer_bytes,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.checkpoint.context_limit import context_limit
 from offmoe.checkpoint.derived import StoredTensor
 from offmoe.checkpoint.index import CheckpointIndex, read_config
 from offmoe.checkpoint.quant_config import read_quantisation
@@ -96,7 +97,7 @@ def survey(folder: Path) -> Survey:
         formats=index.formats,
         num_files=len(index.files),
         num_tensors=len(index.stored),
-        context_length=max(numbers(config, ("max_position_embeddings",)), default=None),
+        context_length=context_limit(config),
     )
 
 
