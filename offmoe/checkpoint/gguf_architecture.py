@@ -24,6 +24,8 @@ Join = Callable[[str, tuple[Stored, ...], Mapping[str, Any]], StoredTensor]
 # llama.cpp's expert_gating_func.
 SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3
 
+OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -53,7 +55,6 @@ class Architecture:
     is_whole: bool = False
 
 
-OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ATTENTION = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",

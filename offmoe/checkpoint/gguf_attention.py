@@ -15,6 +15,7 @@ from offmoe.checkpoint.gguf_architecture import (
     SIGMOID,
     SOFTMAX_OF_CHOSEN,
     Architecture,
+    Join,
     as_row,
     experts_of,
     mlp,
@@ -205,7 +206,7 @@ def _llama4(facts: Facts) -> dict[str, Any]:
 
 
 _PHI_NAMES = ATTENTION | FFN_NORM | {"ffn_gate_inp": "block_sparse_moe.gate"}
-_SHARED_GRANITE = {
+_SHARED_GRANITE: dict[tuple[str, ...], tuple[str, Join]] = {
     ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"): ("shared_mlp.input_linear.weight", rows),
 }
 _GRANITE_NAMES = ATTENTION | FFN_NORM | {

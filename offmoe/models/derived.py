@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 
@@ -29,7 +30,8 @@ def _done(step: Step, tensors: list[torch.Tensor], shape: tuple[int, ...]) -> to
     return _WAYS[step.way](tensors, step.numbers, shape)
 
 
-_Numbers, _Shape = tuple[int, ...], tuple[int, ...]
+_Numbers: TypeAlias = tuple[int, ...]
+_Shape: TypeAlias = tuple[int, ...]
 
 
 def _reshape(tensors: list[torch.Tensor], _: _Numbers, shape: _Shape) -> torch.Tensor:
