@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from families import build, save_layout
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offmoe
+from offmoe.checkpoint.locate import demo_model_folder
 
 # The tiny Qwen3-MoE: a dense layer, then two of eight experts, top-2; a quarter of its experts.
 TINY_EXPERTS, QUARTER = 16, 4
@@ -25,6 +27,16 @@ def save_tiny(folder: Path, name: str = "qwen3_moe", *, seed: int = 0, layout: s
     """A tiny family model in float32, without a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     save_layout(build(name, seed=seed), folder, layout)  # type: ignore[arg-type]
+    return folder
+
+
+def save_speaking(folder: Path) -> Path:
+    """A tiny random model with the demo model's vocabulary and chat template; 32 experts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    overrides = {"vocab_size": 4096, "max_position_embeddings": 2048, "num_experts": 16}
+    save_layout(build("qwen3_moe", overrides=overrides), folder, "published")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model_folder() / name, folder)
     return folder
 
 

@@ -6,6 +6,7 @@ OffmoeError                     a user can mend it: one line and exit code 2 in 
 |   `-- HubUnreachableError     the hub is out of reach, and the local cache has not all of the model
 |-- UnsupportedModelError       a model that offmoe does not run (dense, unknown, pickled)
 |-- BudgetError                 the model does not fit the memory allowed
+|-- ResourceError               the operating system refuses threads
 |-- DeviceError                 the GPU cannot be used, or was lost
 |-- ContextLengthError          the prompt is longer than the context
 |-- OutputError                 a file cannot be written (no space, no permission)
@@ -52,7 +53,11 @@ class UnsupportedModelError(OffmoeError):
 
 
 class BudgetError(OffmoeError):
-    """The model does not fit the memory allowed; the message gives the smallest budget that works."""
+    """The model does not fit the memory allowed, or memory ran out; the message says which setting to lower."""
+
+
+class ResourceError(OffmoeError):
+    """The operating system refuses a thread; the message says which limit to raise."""
 
 
 class DeviceError(OffmoeError):

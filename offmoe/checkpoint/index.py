@@ -19,7 +19,7 @@ from offmoe.checkpoint.gguf_tensors import gguf_tensors
 from offmoe.checkpoint.header import read_header
 from offmoe.checkpoint.quant_config import Quantisation
 from offmoe.checkpoint.quantised import join_quantised
-from offmoe.checkpoint.shard_file import ShardFile
+from offmoe.checkpoint.shard_file import ShardFile, read_refused
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.checkpoint.tokenizer_size import folder_tokenizer_bytes, gguf_tokenizer_bytes
 
@@ -76,9 +76,10 @@ class CheckpointIndex:
             for file_idx, name in enumerate(names):
                 file = ShardFile(folder / name)
                 files.append(file)
-                entries = read_header(
-                    cast(BinaryIO, file.raw), file_name=str(file.path), file_bytes=file.num_bytes, file_idx=file_idx
-                )
+                with file.explained():
+                    entries = read_header(
+                        cast(BinaryIO, file.raw), file_name=str(file.path), file_bytes=file.num_bytes, file_idx=file_idx
+                    )
                 _merge(tensors, entries, files)
             return cls(folder, files, tensors, quantisation)
         except BaseException:
@@ -172,7 +173,8 @@ def _read_gguf(path: Path, files: list[ShardFile]) -> GgufHeader:
     parts = split_paths(path)
     for file_idx, part in enumerate(parts):
         files.append(ShardFile(part))
-        header = read_gguf_header(files[-1], file_idx=file_idx)
+        with files[-1].explained():
+            header = read_gguf_header(files[-1], file_idx=file_idx)
         check_part(part, header.metadata, file_idx, len(parts))
         twice = tensors.keys() & header.tensors.keys()
         if twice:
@@ -206,7 +208,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(raw.decode())
     except FileNotFoundError:
         raise ModelNotFoundError(f"{path.parent} has no {path.name}; point at a Hugging Face model folder") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise read_refused(path, error) from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; download it again")

@@ -8,14 +8,27 @@ import mmap
 import os
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from offmoe.base.errors import CheckpointChangedError, CheckpointError, DiskReadError, ModelNotFoundError
+from offmoe.base.errors import CheckpointChangedError, DiskReadError, ModelNotFoundError
 from offmoe.checkpoint.handles import Handles, shared_handles
 
 # O_DIRECT wants file offset, length and address aligned to the logical block; 4096 satisfies every common drive.
 DIRECT_ALIGN_BYTES = 4096
+
+
+def read_refused(path: Path, error: OSError, what: str = "read") -> DiskReadError:
+    """The error for a file that the operating system refuses to open or read; its bytes may be well."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        advice = "close other files, or raise the limit (ulimit -n)"
+    elif isinstance(error, PermissionError):
+        advice = "check the permissions"
+    else:
+        advice = "check the drive"
+    return DiskReadError(f"cannot {what} {path}: {error.strerror or error}; {advice}")
 
 
 class ShardFile:
@@ -26,7 +39,7 @@ class ShardFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `path` for buffered reads. Raises ModelNotFoundError or CheckpointError naming the file."""
+        """Open `path` for buffered reads. Raises ModelNotFoundError or DiskReadError naming the file."""
         self.path = path
         self.name = path.name
         self._handles = handles = shared_handles()
@@ -42,13 +55,21 @@ class ShardFile:
         except FileNotFoundError:
             raise ModelNotFoundError(f"{path} does not exist; download the checkpoint again") from None
         except OSError as error:
-            raise CheckpointError(f"cannot open {path}: {error.strerror}; check the permissions") from None
+            raise read_refused(path, error, "open") from None
         self.num_bytes = status.st_size
         self._identity = _identity(status)
         self.raw = _Raw(self)
 
     def __repr__(self) -> str:
         return f"<ShardFile {self.name} [{self.num_bytes} bytes{', direct' if self._is_direct else ''}]>"
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Within, failures of reads through `raw` are raised as DiskReadError."""
+        try:
+            yield
+        except OSError as error:
+            raise read_refused(self.path, error) from None
 
     def open_direct(self) -> bool:
         """Prepare reads that bypass the page cache; False where the system or the file system has none.
@@ -59,8 +80,8 @@ class ShardFile:
             return True
         if not hasattr(os, "O_DIRECT") or not hasattr(os, "preadv"):
             return False
-        block = mmap.mmap(-1, DIRECT_ALIGN_BYTES)
         try:
+            block = mmap.mmap(-1, DIRECT_ALIGN_BYTES)
             with self._handles.borrow(self._keys[1], lambda: self._open(os.O_DIRECT)) as number:
                 count = os.preadv(number, [block], 0)
         except OSError:

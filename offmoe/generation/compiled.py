@@ -148,8 +148,14 @@ class DecodeCompiler:
             return
         self.state, self._coming = "compiling", step
         if self._background:
-            self._thread = CompileThread(partial(self._compile, step))
-            self._thread.start()
+            thread = CompileThread(partial(self._compile, step))
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no more threads
+                self._fail(_reason(error))
+                self._coming = None
+                return
+            self._thread = thread
             return
         self._on_compile(0, 1)
         with warnings.catch_warnings():

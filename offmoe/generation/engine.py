@@ -36,7 +36,7 @@ from offmoe.generation.stats import Totals
 from offmoe.generation.stream import Piece
 from offmoe.generation.tracing import record_trace
 from offmoe.models.context import longest_context
-from offmoe.models.device_failures import explain
+from offmoe.models.device_failures import explain, explained
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.kv_prefix import KeptCache
 from offmoe.models.load import Progress, load_model
@@ -74,20 +74,30 @@ class Engine:
         # Given the last statistics when the engine is closed by its user.
         self.at_close: Callable[[dict[str, Any]], None] = lambda totals: None
         self._baseline_bytes = baseline_bytes
-        loaded = load_model(folder, config, baseline_bytes=baseline_bytes, device=device, progress=progress)
+        with explained(device):  # RAM may run out at any moment of it
+            loaded = load_model(folder, config, baseline_bytes=baseline_bytes, device=device, progress=progress)
         self._loaded: LoadedModel | None = loaded
+        try:
+            with explained(loaded.device):
+                self._make_parts(loaded, progress)
+        except BaseException:
+            loaded.close()
+            raise
+
+    def _make_parts(self, loaded: LoadedModel, progress: Progress) -> None:
+        """Parts around the loaded model."""
         self._halving_chunk = (
             None if loaded.device is None
             else PrefillChunk(loaded.plan.prefill_chunk, loaded.device, divisible=loaded.chunkable)
         )  # fmt: skip
         self.tokenizer = loaded.tokenizer
         # What a GGUF file says of ends is in the generation config already.
-        stated = {} if is_gguf(folder) else read_config(folder)
+        stated = {} if is_gguf(self.folder) else read_config(self.folder)
         self._end_ids = end_ids(loaded.model.generation_config, stated, loaded.tokenizer)
         self._process = OneProcess()
         self._running = threading.Lock()
         self._totals = Totals()
-        self._compiler = compiler = make_compiler(loaded.model, loaded.context_length, config, progress)
+        self._compiler = compiler = make_compiler(loaded.model, loaded.context_length, self.config, progress)
         self._kept = KeptCache(
             loaded.model,
             compiler.empty_cache if compiler else lambda: make_kv_cache(loaded.model, loaded.context_length),
@@ -236,8 +246,8 @@ class Engine:
         differently.
 
         Raises UsageError (unknown or impossible option), ContextLengthError (the prompt leaves no room for a token) and
-        EngineBusyError at the call. At any step CheckpointError from a failed read and BudgetError from a full device,
-        after which the engine is usable, and DeviceError from a lost one, after which it is closed.
+        EngineBusyError at the call. At any step CheckpointError from a failed read and BudgetError from full RAM or a
+        full device, after which the engine is usable, and DeviceError from a lost one, after which it is closed.
         """
         parts = self._parts
         if self._running.locked():

@@ -13,6 +13,7 @@ from offmoe.base.trace import Recorder
 from offmoe.base.trace_file import TraceHeader, TraceWriter
 from offmoe.checkpoint.identity import model_hash
 from offmoe.executor.resident import ResidentExecutor
+from offmoe.models.device_failures import explained
 from offmoe.models.loaded import LoadedModel
 from offmoe.models.routing import map_routing
 from offmoe.models.seam import find_binding
@@ -46,7 +47,8 @@ def record_trace(
         raise EngineBusyError("a trace is being recorded already; end that one first")
     with ExitStack() as last_to_first:
         if guesses:
-            last_to_first.enter_context(_guessing(loaded, recorder))
+            with explained(loaded.device):  # it runs the model
+                last_to_first.enter_context(_guessing(loaded, recorder))
         writer = last_to_first.enter_context(
             TraceWriter(path, trace_header(loaded, folder, prompts), overwrite=overwrite)
         )

@@ -17,6 +17,7 @@ from offmoe.checkpoint.gguf_file import is_gguf
 from offmoe.checkpoint.index import ALIASES, CheckpointIndex, read_config, read_json
 from offmoe.checkpoint.model_dtype import model_dtype
 from offmoe.checkpoint.quant_config import Quantisation, read_quantisation
+from offmoe.checkpoint.shard_file import read_refused
 from offmoe.formats.dense import TORCH_DTYPES
 from offmoe.models.adapters.find import adapt_experts
 from offmoe.models.attention import save_memory
@@ -105,6 +106,8 @@ def _gguf_config(path: Path) -> PreTrainedConfig:
 
 
 def _bad_config(path: Path, model_type: str, error: Exception) -> CheckpointError:
+    if isinstance(error, OSError) and error.errno is not None:
+        return read_refused(path, error)
     return CheckpointError(f"{path} is no valid {model_type} config: {_one_line(error)}")
 
 
@@ -144,6 +147,8 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
         try:
             model.generation_config = GenerationConfig.from_pretrained(index.folder)
         except (OSError, ValueError, TypeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise read_refused(path, error) from None
             raise CheckpointError(f"{path} is not valid: {_one_line(error)}") from None
     return model
 

@@ -1,26 +1,40 @@
-"""What torch raises when a device is full or lost, said in offmoe's errors."""
+"""What torch raises when memory or a device is full or lost, said in offmoe's errors."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
-from offmoe.base.errors import BudgetError, OffmoeError
+from offmoe.base.errors import BudgetError, OffmoeError, ResourceError
+from offmoe.base.machine import available_ram_bytes
 from offmoe.base.units import format_bytes
 from offmoe.tiers.cuda import as_device_error
 
 if TYPE_CHECKING:
     from offmoe.tiers.device import Device
 
+# How torch says that there is no RAM: a RuntimeError with the number of bytes.
+_NO_RAM = re.compile(
+    r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)(?:.*?you tried to allocate (\d+))?", re.DOTALL
+)
+_NO_THREAD = "can't start new thread"
 # How errors of the driver, of cuBLAS and of Triton begin where they are plain RuntimeErrors.
 _LOST = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]", "cuDNN error")
 
 
 def explain(error: BaseException, device: Device | None) -> OffmoeError | None:
-    """The error for the user; None for one that is not the device's."""
+    """The error for the user; None for one that is not of memory, threads or the device."""
+    no_ram = _NO_RAM.search(str(error)) if isinstance(error, RuntimeError) else None
+    if isinstance(error, MemoryError) or no_ram is not None:
+        return _out_of_ram(error, no_ram)
+    if isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
+        return ResourceError(
+            "the system refuses a thread; end other programs, or raise the limit (ulimit -u, or a container's pids.max)"
+        )
     if device is None:
         return None
     if isinstance(error, torch.OutOfMemoryError):
@@ -35,13 +49,24 @@ def explain(error: BaseException, device: Device | None) -> OffmoeError | None:
 
 @contextlib.contextmanager
 def explained(device: Device | None) -> Iterator[None]:
-    """Within: failures of `device` are raised as OffmoeErrors."""
+    """Within: failures of `device`, and RAM and threads that are refused, are raised as OffmoeErrors."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if (better := explain(error, device)) is None:
             raise
         raise better from error
+
+
+def _out_of_ram(error: BaseException, no_ram: re.Match[str] | None) -> BudgetError:
+    if no_ram is not None and no_ram.group(1):
+        what = f"the system refused {format_bytes(int(no_ram.group(1)))}"
+    else:
+        what = " ".join(str(error).split())[:100] or "the system refused more"
+    return BudgetError(
+        f"memory ran out: {what}; {format_bytes(available_ram_bytes())} are free: close other programs, or use a lower "
+        "--ram, --context-length or --prefill-chunk"
+    )
 
 
 def release_unused(device: Device | None) -> None:

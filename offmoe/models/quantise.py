@@ -23,6 +23,7 @@ from offmoe.checkpoint.writer import CONFIG_NAME, CheckpointWriter, refuse_targe
 from offmoe.formats.dense import TORCH_DTYPES, writable_bytes
 from offmoe.formats.encode import encode
 from offmoe.models.build import build_on_meta, read_model_config
+from offmoe.models.device_failures import explained
 from offmoe.models.expert_map import map_experts
 from offmoe.models.quantise_plan import SHARD_BYTES, Kind, Matrix, QuantisePlan, ShardPlan, make_plan
 from offmoe.models.repack import Scheme, find_scheme, repack_checkpoint
@@ -70,8 +71,8 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
     checkpoint keeps its values and becomes one that is read.
 
     `progress("quantising", done_bytes, total_bytes)` counts bytes of the source. Raises UsageError (a group that does
-    not divide, a quantised source, a target that is something else), UnsupportedModelError and OutputError; a second
-    call goes on after anything but the first.
+    not divide, a quantised source, a target that is something else), UnsupportedModelError, OutputError and BudgetError
+    (no memory); a second call goes on after anything but the first.
     """
     refuse_target(source, target)
     if is_gguf(source):
@@ -84,7 +85,7 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
     scheme = find_scheme(read_config(source))
     if scheme is not None:
         return _repacked(source, target, scheme, options, progress)
-    with ExitStack() as opened:
+    with explained(None), ExitStack() as opened:
         config, quantisation = read_model_config(source, trust_remote_code=options.trust_remote_code)
         if quantisation is not None:
             raise UsageError(
@@ -119,7 +120,8 @@ def _repacked(
         raise UsageError(
             f"{source} is {scheme.packing} of {scheme.bits} bits and keeps its values; use --experts int{scheme.bits}"
         )
-    found = repack_checkpoint(source, target, scheme, progress)
+    with explained(None):
+        found = repack_checkpoint(source, target, scheme, progress)
     return QuantiseResult(
         source_bytes=found.source_bytes, written_bytes=found.written_bytes, num_experts=0, num_dense=0,
         num_shards=found.num_shards, resumed=found.resumed, repacked=found.num_matrices,

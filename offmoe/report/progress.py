@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -80,13 +81,20 @@ class ProgressReporter:
 
         self._timer = timer = threading.Timer(SHOW_AFTER_S, draw)
         timer.daemon = True
-        timer.start()
+        with contextlib.suppress(RuntimeError):  # the system has no more threads: the bar comes with a later call
+            timer.start()
 
     def _draw(self, done: int, total: int, detail: str) -> None:
         """Under the lock."""
         if self._bar is None:
-            self._bar = self._make_bar()
-            self._bar.start()
+            bar = self._make_bar()
+            try:
+                bar.start()
+            except RuntimeError:  # its clock needs a thread, and the system has none
+                bar.console.show_cursor(True)
+                self._quiet = True
+                return
+            self._bar = bar
             self._task = self._bar.add_task(self._stage, total=total, detail=detail)
             task = self._bar.tasks[0]
             task.start_time = (task.start_time or 0.0) - (self._clock() - self._begin)

@@ -12,12 +12,14 @@ an interrupt leaves it locked).
 from __future__ import annotations
 
 import atexit
+import contextlib
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
+from offmoe.base.errors import ResourceError
 from offmoe.base.forks import OneProcess
 from offmoe.tiers.copier import CancelledMoveError
 
@@ -117,19 +119,27 @@ class _Crew:
         self.lanes: tuple[deque[Job], deque[Job]] = (deque(), deque())  # urgent, not urgent
         self._max_others, self._num_others = max_others, 0  # pieces of jobs that are not urgent, at once and now
         self._calls: SimpleQueue[bool] = SimpleQueue()  # True: there may be work; False: end
-        self._is_open = True
+        self.is_open = True
         self._process = OneProcess()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"{name}-{idx}", daemon=True) for idx in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        for idx in range(num_threads):
+            thread = threading.Thread(target=self._work, name=f"{name}-{idx}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no more threads: those there are do the work
+                if not self._threads:
+                    raise ResourceError(
+                        f"the system refuses a thread ({error}), and {name} needs 1 of {num_threads}; end other "
+                        "programs, or raise the limit (ulimit -u, or pids.max of a container)"
+                    ) from None
+                break
+            self._threads.append(thread)
         atexit.register(self.end)  # a daemon thread that dies within a library call may abort the process
 
     def add(self, job: Job, num_pieces: int, *, urgent: bool) -> None:
         self._process.check()
         with self.lock:
-            if not self._is_open:
+            if not self.is_open:
                 raise ValueError("the queue is closed")
             self.lanes[0 if urgent else 1].append(job)
         self.call(num_pieces)
@@ -147,7 +157,7 @@ class _Crew:
         if not self._process.is_here:
             return
         with self.lock:
-            self._is_open = False
+            self.is_open = False
         if not finish:
             for job in [job for lane in self.lanes for job in tuple(lane)]:
                 job.cancel()
@@ -191,12 +201,14 @@ class _Crew:
 class WorkQueue:
     """`num_threads` threads that carry out jobs, urgent ones first, otherwise in the order of `submit`.
 
-    At most `max_others` pieces of jobs that are not urgent run at once, so that an urgent one finds threads.
+    At most `max_others` pieces of jobs that are not urgent run at once, so that an urgent one finds threads. Where the
+    system refuses some of the threads, fewer do the work; ResourceError where it refuses all.
     """
 
     def __init__(self, num_threads: int, name: str, *, max_others: int | None = None) -> None:
         self._num_threads, self._name = num_threads, name
         self._max_others = num_threads if max_others is None else max_others
+        self._lacks_threads = False
         self._crew = self._start()
 
     def __repr__(self) -> str:
@@ -204,7 +216,11 @@ class WorkQueue:
         return f"<WorkQueue {self._name} [{self._num_threads} threads | queued: {urgent} urgent, {others} others]>"
 
     def submit(self, pieces: Sequence[Piece], *, urgent: bool) -> Job:
-        """Queue a job. A piece that raises does not stop the others. Raises ValueError after close()."""
+        """Queue a job. A piece that raises does not stop the others. Raises ValueError after close(), ResourceError
+        where a restart got no thread and there is none yet.
+        """
+        if self._lacks_threads:
+            self._crew, self._lacks_threads = self._start(), False
         job = Job(self, self._crew, pieces, urgent=urgent)
         self._crew.add(job, len(pieces), urgent=urgent)
         return job
@@ -215,10 +231,13 @@ class WorkQueue:
         Afterwards no piece runs, and jobs may be submitted.
         """
         self.close()
-        self._crew = self._start()
+        self._lacks_threads = True
+        with contextlib.suppress(ResourceError):  # `submit` tries again: a restart is part of clearing up, and succeeds
+            self._crew, self._lacks_threads = self._start(), False
 
     def close(self, *, finish: bool = False) -> None:
         """End the threads after the pieces under way; `finish`: after all that is queued, else it is taken back."""
+        self._lacks_threads = False
         self._crew.end(finish=finish)
 
     def _start(self) -> _Crew:
