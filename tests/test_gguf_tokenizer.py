@@ -155,6 +155,9 @@ def test_html_is_no_end_and_a_reply_ends_at_every_end_token(tmp_path: Path, monk
     with offmoe.load(path, ram="4GiB", experts=4) as engine:
         assert engine.model.generation_config is not None
         assert engine.model.generation_config.eos_token_id == [269, 270]
-        first = engine.generate("in", max_new_tokens=1, temperature=0, ignore_end=True).token_ids[0]
-        engine.model.generation_config.eos_token_id = [269, first]
-        assert engine.generate("in", max_new_tokens=8, temperature=0).finish_reason == "stop"
+        replied = engine.generate("in", max_new_tokens=8, temperature=0, ignore_end=True).token_ids
+    made = byte_pairs(merges, pre="qwen2", controls=("<|im_end|>", "<|endoftext|>"), users=(), eot_token_id=replied[3])
+    path = save_model(tmp_path / "other.gguf", "qwen3moe", made, monkeypatch)
+    with offmoe.load(path, ram="4GiB", experts=4) as engine:
+        reply = engine.generate("in", max_new_tokens=8, temperature=0)
+    assert (reply.finish_reason, len(reply.token_ids)) == ("stop", replied.index(replied[3]))

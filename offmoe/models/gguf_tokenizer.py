@@ -157,10 +157,10 @@ def _add_special(tokenizer: Tokenizer, vocabulary: Vocabulary, special: dict[int
 
 def _check_special(tokenizer: Tokenizer, vocabulary: Vocabulary, special: dict[int, int]) -> None:
     """Raise CheckpointError unless every control and user-defined token is read as itself."""
-    texts = [vocabulary.tokens[idx] for idx in special]
-    for idx, encoded in zip(special, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
-        if encoded.ids != [idx]:
-            raise _contradicts(vocabulary, f"the token {vocabulary.tokens[idx]!r} ({idx}) is read as {encoded.ids}")
+    for idx in special:  # one by one: a batch would start threads, which a process that forks later is warned of
+        found = tokenizer.encode(vocabulary.tokens[idx], add_special_tokens=False).ids
+        if found != [idx]:
+            raise _contradicts(vocabulary, f"the token {vocabulary.tokens[idx]!r} ({idx}) is read as {found}")
 
 
 def _literal(tokenizer: Tokenizer, vocabulary: Vocabulary, special: dict[int, int]) -> dict[int, str]:
