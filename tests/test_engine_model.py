@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import PROMPT, QUARTER, assert_at_rest, open_tiny, plain_model, save_tiny
+from engines import PROMPT, QUARTER, assert_at_rest, engine_threads, open_tiny, plain_model, save_tiny
 from transformers import PreTrainedModel
 
 import offmoe
+from offmoe.base.errors import EngineBusyError, UsageError
 
 PADDED = torch.tensor([PROMPT, [0, 0, 0, 0, *PROMPT[2:8]]])
 MASK = torch.tensor([[1] * 10, [0] * 4 + [1] * 6])
@@ -103,6 +105,69 @@ def test_uncached_is_the_same_model(engine: offmoe.Engine, plain: PreTrainedMode
     assert engine.stats()["layer_calls"] == before["layer_calls"] + 2, "afterwards the cache serves again"
     for got in (cached, uncached):
         assert float((got - want).abs().max() / want.abs().max()) < 1e-5
+
+
+def test_gradients_are_refused(engine: offmoe.Engine) -> None:
+    """Nothing would flow back through the experts: neither to an input, nor to a weight that is made to want it."""
+    states = engine.model.get_input_embeddings()(PADDED[:1]).requires_grad_()
+    with pytest.raises(UsageError, match="a gradient through the experts is wanted"):
+        engine.model(inputs_embeds=states)
+    assert not engine.model(input_ids=PADDED[:1]).logits.requires_grad
+    weight = next(engine.model.parameters()).requires_grad_()
+    with pytest.raises(UsageError, match=r"torch.no_grad\(\)"):
+        engine.model(input_ids=PADDED[:1])
+    weight.requires_grad_(False)
+    engine.generate(PROMPT, max_new_tokens=12)
+
+
+def test_two_threads_take_no_part_of_each_other(engine: offmoe.Engine, plain: PreTrainedModel) -> None:
+    with torch.no_grad():
+        want = plain(input_ids=PADDED[:1]).logits
+    results: list[torch.Tensor] = []
+    busy: list[str] = []
+
+    def call() -> None:
+        for _ in range(20):
+            try:
+                with torch.no_grad():
+                    results.append(engine.model(input_ids=PADDED[:1]).logits)
+            except EngineBusyError as error:
+                busy.append(str(error))
+
+    before = engine_threads()
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) + len(busy) == 60 and results
+    assert all(float((got - want).abs().max() / want.abs().max()) < 1e-5 for got in results)
+    assert engine_threads() == before
+    inside: list[BaseException] = []
+
+    def from_another_thread(*_: object) -> None:
+        def call() -> None:
+            try:
+                engine.model(input_ids=PADDED[:1])
+            except EngineBusyError as error:
+                inside.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    hook = engine.model.get_input_embeddings().register_forward_hook(from_another_thread)
+    engine.generate(PROMPT, max_new_tokens=2)
+    hook.remove()
+    assert inside and "another thread" in str(inside[0])
+    engine.generate(PROMPT, max_new_tokens=12)
+
+
+def test_it_is_not_saved_without_its_experts(engine: offmoe.Engine, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no experts in memory.*offmoe quantize"):
+        engine.model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    engine.generate(PROMPT, max_new_tokens=12)
 
 
 def test_a_stream_and_the_model_take_turns(engine: offmoe.Engine) -> None:

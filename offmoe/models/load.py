@@ -33,6 +33,7 @@ from offmoe.models.context import longest_context
 from offmoe.models.device_failures import explained, release_unused
 from offmoe.models.expert_map import map_experts, streamed_parameters
 from offmoe.models.loaded import LoadedModel, attach_all
+from offmoe.models.model_calls import guard_calls
 from offmoe.models.native import NativeModules
 from offmoe.models.native_attention import swap_attention
 from offmoe.models.native_latent import swap_latents
@@ -107,6 +108,7 @@ def load_model(
             serving.closing.callback(cpu_kernels.close)
         attach_all(model, serving.executor)
         native = _swap_modules(model, serving, cpu_kernels if device is None else None)
+        serving.closing.callback(guard_calls(model, folder))
         opened.pop_all()
     return LoadedModel(
         model=model, tokenizer=tokenizer, index=built.index, experts=experts, disk=built.disk,

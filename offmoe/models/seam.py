@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import library as operators
 
-from offmoe.base.errors import EngineBusyError
+from offmoe.base.errors import EngineBusyError, UsageError
 from offmoe.kernels.reference import ExpertMath
 from offmoe.models.transformers_internals import register_experts_function
 
@@ -164,6 +164,11 @@ def serve_experts(
 def _run(binding: LayerBinding, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     if binding.executor is None or binding.math is None:
         return torch.zeros_like(x_TD)
+    if torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad):
+        raise UsageError(
+            "a gradient through the experts is wanted, and offmoe computes none; call engine.model within "
+            "torch.no_grad(), or train with transformers"
+        )
     with torch.no_grad():
         return binding.executor.run_layer(
             binding.layer_idx, binding.math, binding.num_experts, x_TD, ids_TK, weights_TK
