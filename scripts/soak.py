@@ -197,7 +197,7 @@ def transformers_generate(soak: Soak) -> None:
     ids = torch.tensor([soak.home.tokenizer.encode(soak.random.choice(WORDS))])  # type: ignore[union-attr]
     number = soak.random.randint(4, 24)
     with torch.inference_mode():
-        soak.home.model.generate(ids, max_new_tokens=number, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+        soak.home.model.generate(ids, max_new_tokens=number, do_sample=False, pad_token_id=0)
     soak.tokens += number
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from engines import PROMPT, QUARTER, assert_at_rest, engine_threads, open_tiny, plain_model, save_tiny
+from makers import one_line
 from transformers import PreTrainedModel
 
 import offmoe
-from offmoe.base.errors import EngineBusyError, UsageError
+from offmoe.base.errors import BudgetError, EngineBusyError, UsageError
 
 PADDED = torch.tensor([PROMPT, [0, 0, 0, 0, *PROMPT[2:8]]])
 MASK = torch.tensor([[1] * 10, [0] * 4 + [1] * 6])
@@ -186,3 +187,22 @@ def test_the_model_has_no_expert_weights(engine: offmoe.Engine) -> None:
     assert not any(parameter.is_meta for parameter in engine.model.parameters())
     assert not engine.model.training
     engine.generate(PROMPT, max_new_tokens=3)
+
+
+def test_calls_beyond_the_budget_are_refused_before_memory_is_taken() -> None:
+    """An evaluation harness asks for all logits of many windows: 434 MiB of a budget of 360 were taken."""
+    with offmoe.load(ram="700MiB", experts=48, context_length=2048, tell=None) as engine:
+        model, vocab = engine.model, engine.vocab_size
+        fits = torch.randint(0, vocab, (1, 512))
+        with torch.inference_mode():
+            assert model(input_ids=fits).logits.shape == (1, 512, vocab)
+            before = engine.stats()["peak_rss_growth_bytes"]
+            for call in ({}, {"labels": torch.zeros(64, 2048, dtype=torch.long)}, {"use_cache": False}):
+                with pytest.raises(BudgetError) as caught:
+                    model(input_ids=torch.zeros(64, 2048, dtype=torch.long), **call)
+                message = one_line(caught)
+                assert "64 x 2048 tokens with 131072 rows of logits" in message and "or load with ram=" in message
+        stats = engine.stats()
+        assert stats["peak_rss_growth_bytes"] - before < 4 << 20, "refused before, not after"
+        assert stats["peak_rss_growth_bytes"] <= 700 << 20
+        assert len(engine.generate("def ", max_new_tokens=4, ignore_end=True).token_ids) == 4, "the engine goes on"

@@ -33,7 +33,7 @@ from offmoe.models.context import longest_context
 from offmoe.models.device_failures import explained, release_unused
 from offmoe.models.expert_map import map_experts, streamed_parameters
 from offmoe.models.loaded import LoadedModel, attach_all
-from offmoe.models.model_calls import guard_calls
+from offmoe.models.model_calls import CallBudget, guard_calls
 from offmoe.models.native import NativeModules
 from offmoe.models.native_attention import swap_attention
 from offmoe.models.native_latent import swap_latents
@@ -108,7 +108,9 @@ def load_model(
             serving.closing.callback(cpu_kernels.close)
         attach_all(model, serving.executor)
         native = _swap_modules(model, serving, cpu_kernels if device is None else None)
-        serving.closing.callback(guard_calls(model, folder))
+        in_ram = device is None
+        budget = CallBudget(model, plan, built.context_length, baseline_bytes=baseline_bytes) if in_ram else None
+        serving.closing.callback(guard_calls(model, folder, budget))
         opened.pop_all()
     return LoadedModel(
         model=model, tokenizer=tokenizer, index=built.index, experts=experts, disk=built.disk,

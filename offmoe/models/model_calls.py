@@ -1,7 +1,8 @@
-"""Calls of the transformers model itself: one at a time, without gradients, and never saved without its experts.
+"""Calls of the transformers model itself: one at a time, within `ram`, without gradients, never saved without experts.
 
 The engine's parts (cache, reads, kernels) serve one call at a time. A second call from another thread is told so before
-it touches them; `torch.nn.Module`'s own hooks around the whole model's forward do that.
+it touches them, and so is one whose tokens or logits need more memory than is left; `torch.nn.Module`'s own hooks
+around the whole model's forward do that.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from typing import Any, NoReturn
 import torch
 from transformers import PreTrainedModel
 
-from offmoe.base.errors import EngineBusyError, UsageError
+from offmoe.base.budget import MemoryPlan
+from offmoe.base.errors import BudgetError, EngineBusyError, UsageError
+from offmoe.base.machine import rss_bytes
+from offmoe.base.units import MIB, format_bytes
+from offmoe.base.workspace import workspace_bytes
+from offmoe.models.budgets import model_shape
 
 
 class OneCallAtATime:
@@ -43,14 +49,70 @@ class OneCallAtATime:
             self._lock.release()
 
 
-def guard_calls(model: PreTrainedModel, folder: Path) -> Callable[[], None]:
-    """Let `model`, whose experts are in the files of `folder`, be called by one thread at a time. No parameter wants a
-    gradient from now on: through experts there is none (models/seam.py). Saving it is refused. Returns what takes the
-    hooks away.
+class CallBudget:
+    """The memory of a call of the model in RAM, counted from its arguments before any of it is taken."""
+
+    def __init__(self, model: PreTrainedModel, plan: MemoryPlan, context_length: int, *, baseline_bytes: int) -> None:
+        self._shape, self._plan, self._baseline_bytes = model_shape(model), plan, baseline_bytes
+        self._kv_bytes_per_token = plan.kv_bytes / context_length
+
+    def check(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a call. Raises BudgetError for one that needs more than `ram` leaves."""
+        given = next(
+            (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
+        )
+        if not isinstance(given, torch.Tensor) or given.dim() < 2 or torch.compiler.is_dynamo_compiling():
+            return
+        batch, tokens = given.shape[:2]
+        if batch * tokens <= self._plan.prefill_chunk and _logits_kept(kwargs, tokens) == 1:
+            return  # planned: the engine's own calls are such
+        need = self._need_bytes(batch, tokens, kwargs)
+        if need <= self._plan.workspace_bytes + self._plan.kv_bytes:
+            return
+        left = max(0, self._plan.ram_bytes - max(0, rss_bytes() - self._baseline_bytes))
+        if need > left:
+            rows = batch * _logits_kept(kwargs, tokens)
+            raise BudgetError(
+                f"this call of the model, {batch} x {tokens} tokens with {rows} rows of logits, needs "
+                f"{format_bytes(need)} beside the weights, and ram leaves {format_bytes(left)} of "
+                f"{format_bytes(self._plan.ram_bytes)}; give fewer tokens or sequences at once, ask for fewer logits "
+                f"(logits_to_keep), or {self._room_for(need - left)}"
+            )
+
+    def _room_for(self, lacking_bytes: int) -> str:
+        """Advice: a larger `ram` alone would become expert slots."""
+        slots = self._plan.num_slots - -(-lacking_bytes // self._plan.slot_bytes)
+        if slots >= max(1, self._plan.num_slots // 4):
+            return f"load with experts={slots} slots instead of {self._plan.num_slots}"
+        more = -(-(self._plan.ram_bytes + lacking_bytes) // MIB)
+        return f"load with ram={more}MiB and experts={self._plan.num_slots}"
+
+    def _need_bytes(self, batch: int, tokens: int, kwargs: dict[str, Any]) -> int:
+        # Logits in the model's type; with labels once more in float32, and their probabilities.
+        item = self._shape.item_bytes + (8 if kwargs.get("labels") is not None else 0)
+        logits = batch * _logits_kept(kwargs, tokens) * self._shape.vocab_size * item
+        grows = kwargs.get("use_cache") is not False
+        kv = round(self._kv_bytes_per_token * batch * tokens) if grows else 0
+        return workspace_bytes(self._shape, chunk=batch * tokens, context_length=tokens) + logits + kv
+
+
+def _logits_kept(kwargs: dict[str, Any], tokens: int) -> int:
+    """Rows of logits a sequence: `logits_to_keep`, where nothing and 0 mean all."""
+    keep = kwargs.get("logits_to_keep")
+    if isinstance(keep, torch.Tensor):
+        return int(keep.numel())
+    return min(keep, tokens) if keep else tokens
+
+
+def guard_calls(model: PreTrainedModel, folder: Path, budget: CallBudget | None) -> Callable[[], None]:
+    """Let `model`, whose experts are in the files of `folder`, be called by one thread at a time, within `budget`. No
+    parameter wants a gradient from now on: through experts there is none (models/seam.py). Saving it is refused.
+    Returns what takes the hooks away.
     """
     model.requires_grad_(False)
     calls = OneCallAtATime()
     hooks = [
+        *([] if budget is None else [model.register_forward_pre_hook(budget.check, with_kwargs=True)]),
         model.register_forward_pre_hook(calls.enter, prepend=True),
         model.register_forward_hook(calls.leave, always_call=True),
     ]

@@ -12,9 +12,10 @@ from offmoe.base.machine import available_ram_bytes, free_vram_bytes, total_ram_
 from offmoe.base.machine_record import DriveSpeed, MachineRecord, read_record
 from offmoe.base.trace_reader import read_trace
 from offmoe.base.units import MIB, format_bytes, format_percent
+from offmoe.checkpoint.download import Progress
 from offmoe.checkpoint.gguf_file import is_gguf
 from offmoe.checkpoint.identity import model_hash
-from offmoe.checkpoint.remote import Progress, locate_headers
+from offmoe.checkpoint.remote import locate_headers
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.planner.hit_rates import published_curve, traced_curve
 from offmoe.planner.machines import find_machine
