@@ -28,6 +28,7 @@ from offmoe.generation.conversation import Conversation
 from offmoe.generation.ends import end_ids
 from offmoe.generation.engine_stats import engine_stats
 from offmoe.generation.prefill_chunk import PrefillChunk
+from offmoe.generation.processors import Rules, joined_stops, not_followed, publisher_rules
 from offmoe.generation.prompt import encode, stop_rules
 from offmoe.generation.reasoning import split_reasoning
 from offmoe.generation.reply import Reply, collect
@@ -94,6 +95,8 @@ class Engine:
         # What a GGUF file says of ends is in the generation config already.
         stated = {} if is_gguf(self.folder) else read_config(self.folder)
         self._end_ids = end_ids(loaded.model.generation_config, stated, loaded.tokenizer)
+        if (note := not_followed(loaded.model.generation_config)) is not None:
+            loaded.serving.notes.append(note)
         self._process = OneProcess()
         self._running = threading.Lock()
         self._totals = Totals()
@@ -257,13 +260,14 @@ class Engine:
         settings = self._sampling(sampling)
         ids = encode(prompt, self.tokenizer, vocab_size=self.vocab_size)
         rules = stop_rules(
-            num_prompt=len(ids), context_length=parts.context_length, max_new_tokens=max_new_tokens, stop=stop,
+            num_prompt=len(ids), context_length=parts.context_length, max_new_tokens=max_new_tokens,
+            stop=joined_stops(stop, parts.model.generation_config, self.tokenizer),
             end_ids=frozenset() if ignore_end else self._end_ids, tokenizer=self.tokenizer,
             longest_context=longest_context(parts.model),
         )  # fmt: skip
         call = Call(
             ids=ids, tokenizer=self.tokenizer, rules=rules, on_prefill=on_prefill,
-            choose=choose or make_chooser(settings, parts.model.device),
+            choose=choose or make_chooser(settings, parts.model.device, self._rules(len(ids), ignore_end=ignore_end)),
             reuse=False if reuse is None and self.config.placement_invariant else reuse, own_text=own_text,
         )  # fmt: skip
         if parts.model.config.is_encoder_decoder:
@@ -290,6 +294,11 @@ class Engine:
             self._give_up()
         if better is not None:  # not in the handler: a traceback that is referred to keeps tensors on the device
             raise better
+
+    def _rules(self, num_prompt: int, *, ignore_end: bool) -> Rules:
+        """The publisher's rules for a reply to that many tokens."""
+        model, ends = self._parts.model, frozenset[int]() if ignore_end else self._end_ids
+        return publisher_rules(model.generation_config, num_prompt=num_prompt, end_ids=ends, device=model.device)
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
         refuse_unknown(options, _OPTIONS)

@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 
 from offmoe.base.errors import UsageError
 from offmoe.generation.finite import is_finite
+from offmoe.generation.processors import Rules
 
 Number = TypeVar("Number", int, float)
 # Logits of float32 differ by 1e-7 of their size or not at all: divided by this and less, only the largest is left.
@@ -30,6 +31,7 @@ _GREEDY_BELOW = 1e-8
 # not above, so that samples are bit by bit those of transformers.
 _SHIFT_BELOW = 1e-3
 _SMALLEST_TOP_P = 1e-6
+NO_RULES = Rules()
 Chooser = Callable[[torch.Tensor, torch.Tensor], int]
 
 
@@ -58,7 +60,7 @@ def resolve_sampling(
         temperature = _first(defaults.temperature, None, 1.0) if defaults.do_sample else 0.0
     return Sampling(
         temperature=_number("temperature", temperature, 0.0, None),
-        top_k=_whole("top_k", _first(top_k, defaults.top_k, 0), 0),
+        top_k=_whole("top_k", _first(top_k, _off_below_0(defaults.top_k), 0), 0),
         top_p=_number("top_p", _raised(_first(top_p, defaults.top_p, 1.0)), _SMALLEST_TOP_P, 1.0),
         min_p=_number("min_p", _first(min_p, defaults.min_p, 0.0), 0.0, 1.0),
         repetition_penalty=_number(
@@ -71,6 +73,11 @@ def resolve_sampling(
 def _raised(top_p: Any) -> Any:
     """Any share above none; below the smallest one only the likeliest token is left, as with that one."""
     return _SMALLEST_TOP_P if isinstance(top_p, Real) and 0.0 < float(top_p) < _SMALLEST_TOP_P else top_p
+
+
+def _off_below_0(top_k: Any) -> Any:
+    """The publisher's -1, which other engines take for off."""
+    return 0 if isinstance(top_k, int) and top_k < 0 else top_k
 
 
 def _first(value: Number | None, default: Number | None, otherwise: Number) -> Number:
@@ -102,12 +109,12 @@ class _ShiftToZero(LogitsProcessor):
         return scores - scores.amax(dim=-1, keepdim=True)
 
 
-def make_chooser(sampling: Sampling, device: torch.device | None = None) -> Chooser:
-    """A function (ids (1, S), logits (1, V)) -> token id.
+def make_chooser(sampling: Sampling, device: torch.device | None = None, rules: Rules = NO_RULES) -> Chooser:
+    """A function (ids (1, S), logits (1, V)) -> token id. `rules` are the publisher's, for the reply at hand.
 
     It computes on `device`, where the logits are (None: the CPU); the id alone comes from there, at one wait.
     """
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList(rules.first)
 
     def scored(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         scores: torch.Tensor = processors(ids, logits.float())
@@ -117,6 +124,7 @@ def make_chooser(sampling: Sampling, device: torch.device | None = None) -> Choo
 
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    processors.extend(rules.always)
     if sampling.temperature < _GREEDY_BELOW:
         return lambda ids, logits: int(scored(ids, logits).argmax(dim=-1))
     if sampling.temperature < _SHIFT_BELOW:
@@ -129,6 +137,7 @@ def make_chooser(sampling: Sampling, device: torch.device | None = None) -> Choo
         processors.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p > 0.0:
         processors.append(MinPLogitsWarper(sampling.min_p))
+    processors.extend(rules.sampled)
     generator = torch.Generator(device or torch.device("cpu"))
     if sampling.seed is None:
         generator.seed()

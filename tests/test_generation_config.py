@@ -1,0 +1,113 @@
+"""generation_config.json: every rule gives the ids of transformers' `generate`, or is named in a note."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import PROMPT, open_tiny, plain_model, save_tiny
+from test_field_reports import always, byte_tokenizer, edit_json
+from transformers import GenerationConfig, PreTrainedModel
+
+import offmoe
+from offmoe.generation.processors import not_followed
+from offmoe.generation.sampling import make_chooser, resolve_sampling
+
+NUM_NEW = 14
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[offmoe.Engine]:
+    with open_tiny(folder) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> PreTrainedModel:
+    return plain_model(folder)
+
+
+@pytest.fixture(scope="module")
+def usual(engine: offmoe.Engine) -> list[int]:
+    return list(engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0).token_ids)
+
+
+def settings(usual: list[int]) -> dict[str, dict[str, Any]]:
+    """Each changes what the tiny model would say."""
+    return {
+        "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+        "suppress_tokens": {"suppress_tokens": usual[:3]},
+        "begin_suppress_tokens": {"begin_suppress_tokens": usual[:2]},
+        "bad_words_ids": {"bad_words_ids": [[usual[1]], usual[3:5]]},
+        "sequence_bias": {"sequence_bias": [[[usual[2]], -50.0], [[7], 1.5]]},
+        "min_new_tokens": {"min_new_tokens": 9, "eos_token_id": usual[4]},
+        "min_length": {"min_length": 17, "eos_token_id": usual[3]},
+        "exponential decay": {"exponential_decay_length_penalty": [2, 1.7], "eos_token_id": 9},
+        "with a penalty": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+    }
+
+
+@pytest.mark.parametrize("name", list(settings([0] * NUM_NEW)))
+def test_rules_give_the_ids_of_transformers(
+    name: str, engine: offmoe.Engine, plain: PreTrainedModel, usual: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GenerationConfig(do_sample=False, pad_token_id=0, **settings(usual)[name])
+    wanted = plain.generate(torch.tensor([PROMPT]), generation_config=config, max_new_tokens=NUM_NEW)[0, len(PROMPT) :]
+    ends = config.eos_token_id
+    monkeypatch.setattr(engine.model, "generation_config", config)
+    monkeypatch.setattr(engine, "_end_ids", frozenset() if ends is None else frozenset([ends]))
+    got = list(engine.generate(PROMPT, max_new_tokens=NUM_NEW).token_ids)
+    assert got == [token for token in wanted.tolist() if token not in (ends, 0 if ends is not None else None)]
+    assert got != usual, "the setting acts"
+
+
+@pytest.mark.parametrize(
+    "warper", [{"typical_p": 0.3}, {"epsilon_cutoff": 0.02}, {"eta_cutoff": 0.2}, {"typical_p": 0.4, "top_p": 0.9}]
+)
+def test_warpers_leave_the_tokens_that_transformers_leaves(
+    warper: dict[str, float], engine: offmoe.Engine, plain: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GenerationConfig(do_sample=True, pad_token_id=0, top_k=0, temperature=0.8, **warper)
+    monkeypatch.setattr(engine.model, "generation_config", config)
+    rules = engine._rules(len(PROMPT), ignore_end=False)
+    logits = 3 * torch.randn(1, 128, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([PROMPT])
+    wanted = plain._get_logits_processor(config, input_ids_seq_length=len(PROMPT))(ids, logits).softmax(-1)
+    left = {make_chooser(resolve_sampling(config, seed=seed), None, rules)(ids, logits) for seed in range(150)}
+    allowed = set(wanted[0].nonzero().flatten().tolist())
+    assert left <= allowed and len(allowed) < 128
+    assert int(wanted.argmax()) in left
+
+
+def test_a_negative_top_k_is_off() -> None:
+    assert resolve_sampling(GenerationConfig.from_dict({"do_sample": True, "top_k": -1})).top_k == 0
+
+
+def test_stop_strings_of_the_publisher_end_a_reply(folder: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path)
+    byte_tokenizer(model)
+    edit_json(model / "generation_config.json", stop_strings=["cd"])
+    with open_tiny(model) as engine:
+        assert engine.tokenizer is not None
+        wanted = list(engine.tokenizer("abcdef")["input_ids"])
+        reply = engine.generate("a", max_new_tokens=6, ignore_end=True, choose=always(engine, wanted))
+        assert (reply.text, reply.finish_reason) == ("ab", "stop")
+        reply = engine.generate("a", max_new_tokens=6, ignore_end=True, choose=always(engine, wanted), stop="b")
+        assert reply.text == "a"
+
+
+def test_what_is_not_followed_is_said(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    edit_json(folder / "generation_config.json", num_beams=4, guidance_scale=1.5)
+    with open_tiny(folder) as engine:
+        (note,) = [note for note in engine.stats()["notes"] if "generation_config.json" in note]
+    assert "num_beams 4" in note and "guidance_scale 1.5" in note
+    assert not_followed(GenerationConfig()) is None
