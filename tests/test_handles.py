@@ -191,3 +191,23 @@ def test_a_drive_that_fails_once_is_asked_again(
             file.read_into(view, 7, need_bytes=100)
         assert len(calls) == failures
     file.close()
+
+
+def test_a_file_that_is_collected_while_another_opens_is_no_deadlock(tmp_path: Path) -> None:
+    """Finalizers run between any two lines: here within the look-up, whose thread holds the lock."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    handles = Handles(4)
+    with handles.borrow("old", lambda: os.open(path, os.O_RDONLY)) as old:
+        pass
+
+    def opener() -> int:
+        handles.forget_unlocked("old")
+        return os.open(path, os.O_RDONLY)
+
+    with handles.borrow("new", opener):
+        pass
+    with pytest.raises(OSError):
+        os.fstat(old)
+    handles.forget("new")
+    assert repr(handles) == "<Handles [0 open, 4 at most]>"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ class Handles:
         self._most = most
         self._open: OrderedDict[Hashable, _Handle] = OrderedDict()
         self._lock = threading.Lock()
+        self._forgotten: deque[Hashable] = deque()  # to be dropped by whoever holds the lock
 
     def __repr__(self) -> str:
         return f"<Handles [{len(self._open)} open, {self._most} at most]>"
@@ -40,6 +41,7 @@ class Handles:
     def borrow(self, key: Hashable, opener: Callable[[], int]) -> Iterator[int]:
         """The file number of `key`, from `opener` where it is not open. Within, it stays open."""
         with self._lock:
+            self._drop_forgotten()
             handle = self._find(key, opener)
             handle.users += 1
         try:
@@ -49,11 +51,28 @@ class Handles:
                 handle.users -= 1
                 if handle.is_forgotten and not handle.users:
                     os.close(handle.number)
+                self._drop_forgotten()
 
     def forget(self, key: Hashable) -> None:
         """Close the file of `key`, when its last borrower has given it back."""
+        self._forgotten.append(key)
         with self._lock:
-            handle = self._open.pop(key, None)
+            self._drop_forgotten()
+
+    def forget_unlocked(self, key: Hashable) -> None:
+        """As `forget`, for finalizers: these run between any two lines, also of the thread that holds the lock, which
+        then does it.
+        """
+        self._forgotten.append(key)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drop_forgotten()
+            finally:
+                self._lock.release()
+
+    def _drop_forgotten(self) -> None:
+        while self._forgotten:
+            handle = self._open.pop(self._forgotten.popleft(), None)
             if handle is not None:
                 self._drop(handle)
 

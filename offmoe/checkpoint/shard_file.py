@@ -175,7 +175,7 @@ _NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 
 def _forget(handles: Handles, keys: tuple[object, ...]) -> None:
     for key in keys:
-        handles.forget(key)
+        handles.forget_unlocked(key)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:
