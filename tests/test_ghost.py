@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from executor_cases import Call
@@ -12,6 +16,7 @@ from makers import NUM_EXPERTS, NUM_LAYERS, TinyExperts, open_cache
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.ghost import ShadowCache
 from offmoe.cache.policy import POLICY_NAMES, make_policy
+from offmoe.cache.race import Race
 from offmoe.executor.executor import Executor
 
 KEYS = [ExpertKey(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
@@ -44,3 +49,56 @@ def test_same_hits_and_same_experts_as_the_cache(tiny: TinyExperts, name: str, n
             assert result.num_evictions == spent.evictions
             assert {key for key in KEYS if key in shadow} == opened.cached()
     assert counters.hits and counters.evictions
+
+
+class Interruption:
+    """A trace function that raises KeyboardInterrupt at one line of the cache's own code."""
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        return self._count if Path(frame.f_code.co_filename).parent.name == "cache" else None
+
+    def _count(self, frame: FrameType, event: str, arg: object) -> Any:
+        self.left -= event == "line"
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self._count
+
+
+def test_a_race_that_was_broken_off_between_any_two_lines_goes_on() -> None:
+    """Before, policy and keys of a shadow cache differed after Ctrl-C, and a later token ended in a KeyError."""
+    rng = random.Random(2)
+
+    def call(race: Race) -> None:
+        race.token_pass()
+        for layer_idx in range(NUM_LAYERS):
+            race.call(layer_idx, rng.sample(range(NUM_EXPERTS), 2))
+
+    struck, line = 0, 1
+    previous = sys.gettrace()
+    race = Race(6, [100] * NUM_LAYERS)
+    for _ in range(20):
+        call(race)
+    while True:
+        interruption = Interruption(line)
+        sys.settrace(interruption)
+        try:
+            call(race)
+        except KeyboardInterrupt:
+            struck += 1
+        finally:
+            sys.settrace(previous)
+        if interruption.left > 0:
+            break
+        race.recover()
+        for shadow in race._shadows.values():
+            known = {key for keys in shadow.policy.drain() for key in keys}
+            assert known == shadow._cached and len(known) <= 6
+            for key in sorted(known):
+                shadow.policy.restored(key, cold=False)
+        for _ in range(3):
+            call(race)
+        line += 7
+    assert struck > 40

@@ -76,6 +76,10 @@ class AutoPolicy:
         else:
             self._tell_heard()
 
+    def recover(self) -> None:
+        """After a call was broken off between any two lines: what the race keeps is whole again."""
+        self.race.recover()
+
     def _tell_heard(self) -> None:
         heard, self._heard = self._heard, {}
         for layer_idx in dict.fromkeys(key.layer_idx for key in heard):

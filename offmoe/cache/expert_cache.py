@@ -42,6 +42,7 @@ class ExpertCache:
         self._coming: dict[ExpertKey, Fetch] = {}
         self._layer_idx = num_layers
         self.on_layer: Callable[[int, Sequence[int] | None], None] | None = None
+        self.on_recover: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         table = repr(self.slots).removeprefix("<SlotTable [").removesuffix("]>")
@@ -292,6 +293,8 @@ class ExpertCache:
         self._coming.clear()
         self.books.recover()
         self.contents.recover()
+        if self.on_recover is not None:
+            self.on_recover()
 
     def close(self) -> None:
         """Drop every view of the pool. No `use` or `start` afterwards."""

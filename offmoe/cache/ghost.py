@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.keeping import MAX_READS_IN_FLIGHT, experts_to_keep
 from offmoe.cache.per_layer import PerLayerPolicy, fair_shares
+from offmoe.cache.policy import hand_over
 from offmoe.cache.ranking import Policy
 
 
@@ -60,6 +61,10 @@ class ShadowCache:
         if not misses:
             return CallResult(hits, misses, 0)
         return CallResult(hits, misses, self._fetch(layer_idx, hits, misses, keep))
+
+    def recover(self) -> None:
+        """After a call was broken off between any two lines (Ctrl-C): policy and cache know the same keys again."""
+        hand_over(self.policy, self.policy, set(self._cached))
 
     def _fetch(self, layer_idx: int, hits: list[int], misses: list[int], keep: set[int]) -> int:
         """Bring `misses` in, as _LayerRun does: some while the hits are held, the rest one after another."""

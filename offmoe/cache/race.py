@@ -109,6 +109,11 @@ class Race:
             if missed and self._is_counting:
                 self._window[name] += missed * self._bytes[number]
 
+    def recover(self) -> None:
+        """After a call was broken off between any two lines."""
+        for shadow in self._shadows.values():
+            shadow.recover()
+
     def _judge(self) -> None:
         """At the end of a window."""
         mine = self._window[self.choice]

@@ -153,7 +153,7 @@ def make_cache(
     )  # fmt: skip
     cache = ExpertCache(num_slots, len(layers), source, chosen, counters)
     if isinstance(chosen, AutoPolicy):
-        cache.on_layer = chosen.layer_call
+        cache.on_layer, cache.on_recover = chosen.layer_call, chosen.recover
     return cache
 
 
