@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from adapted_families import build_adapted
 from engines import PROMPT, open_tiny, plain_model, save_tiny
+from families import save_layout
 from test_field_reports import always, byte_tokenizer, edit_json
 from transformers import GenerationConfig, PreTrainedModel
 
 import offmoe
+from offmoe.base.errors import UsageError
 from offmoe.generation.processors import not_followed
 from offmoe.generation.sampling import make_chooser, resolve_sampling
 
@@ -111,3 +114,60 @@ def test_what_is_not_followed_is_said(tmp_path: Path) -> None:
         (note,) = [note for note in engine.stats()["notes"] if "generation_config.json" in note]
     assert "num_beams 4" in note and "guidance_scale 1.5" in note
     assert not_followed(GenerationConfig()) is None
+    assert not_followed(GenerationConfig(forced_bos_token_id=7)) is None, "which is followed"
+
+
+@pytest.mark.parametrize("name", ["begin", "shortest", "forced", "forced begin", "n-grams"])
+def test_a_decoder_with_an_encoder_counts_its_own_tokens(
+    name: str, translator: tuple[PreTrainedModel, offmoe.Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source's tokens are none of the reply's; its length was taken for the place where the reply begins."""
+    plain, engine = translator
+    start = engine.model.generation_config.decoder_start_token_id  # type: ignore[union-attr]
+    usual = list(engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True).token_ids)
+    options: dict[str, Any] = {
+        "begin": {"begin_suppress_tokens": usual[:1]},
+        "shortest": {"min_new_tokens": 3, "eos_token_id": usual[0]},
+        "forced": {"forced_bos_token_id": 7},
+        "forced begin": {"forced_bos_token_id": 7, "begin_suppress_tokens": [35]},
+        "n-grams": {"no_repeat_ngram_size": 1},
+    }[name]
+    config = GenerationConfig(
+        do_sample=False, pad_token_id=0, decoder_start_token_id=start, max_new_tokens=NUM_NEW, **options
+    )
+    wanted = plain.generate(torch.tensor([PROMPT]), generation_config=config)[0, 1:].tolist()
+    ends = frozenset([config.eos_token_id]) if config.eos_token_id is not None else frozenset[int]()
+    monkeypatch.setattr(engine.model, "generation_config", config)
+    monkeypatch.setattr(engine, "_end_ids", ends)
+    got = list(engine.generate(PROMPT, max_new_tokens=NUM_NEW).token_ids)
+    assert got == [token for token in wanted if token not in ends]
+    assert got != usual, "the setting acts"
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PreTrainedModel, offmoe.Engine]]:
+    folder = tmp_path_factory.mktemp("translator")
+    plain = build_adapted("switch_transformers")
+    save_layout(plain, folder, "published")
+    with offmoe.load(folder, ram="4GiB", experts=6) as engine:
+        yield plain, engine
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("bad_words_ids", [], "non-empty"), ("bad_words_ids", [[100_000]], "100000"),
+        ("sequence_bias", [[[100_000], 1.0]], "100000"), ("no_repeat_ngram_size", -1, "-1"),
+        ("typical_p", -0.5, "typical_p"), ("suppress_tokens", "x", "str"),
+        ("exponential_decay_length_penalty", 5, "subscriptable"),
+    ],
+)  # fmt: skip
+def test_impossible_values_are_refused_in_one_line(
+    name: str, value: Any, said: str, engine: offmoe.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GenerationConfig(do_sample=True, eos_token_id=5)
+    setattr(config, name, value)
+    monkeypatch.setattr(engine.model, "generation_config", config)
+    monkeypatch.setattr(engine, "_end_ids", frozenset([5]))
+    with pytest.raises(UsageError, match=f"generation_config.json .*{said}.*; mend or remove it there$"):
+        engine.generate(PROMPT, max_new_tokens=2)

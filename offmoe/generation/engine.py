@@ -298,6 +298,7 @@ class Engine:
     def _rules(self, num_prompt: int, *, ignore_end: bool) -> Rules:
         """The publisher's rules for a reply to that many tokens."""
         model, ends = self._parts.model, frozenset[int]() if ignore_end else self._end_ids
+        num_prompt = 1 if model.config.is_encoder_decoder else num_prompt
         return publisher_rules(model.generation_config, num_prompt=num_prompt, end_ids=ends, device=model.device)
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:

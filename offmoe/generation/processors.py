@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
     LogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
@@ -26,10 +27,12 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
+from offmoe.base.errors import UsageError
+
 # Settings that change a reply in transformers and that offmoe has no part for, and the value at which they do nothing.
 _NOT_FOLLOWED: dict[str, Any] = {
     "num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0.0, "guidance_scale": 1.0, "diversity_penalty": 0.0,
-    "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "forced_bos_token_id": None,
+    "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "num_return_sequences": 1,
     "forced_eos_token_id": None, "top_h": None, "watermarking_config": None, "constraints": None,
     "force_words_ids": None, "dola_layers": None, "prompt_lookup_num_tokens": None, "token_healing": False,
     "remove_invalid_values": False, "renormalize_logits": False, "max_time": None,
@@ -50,11 +53,25 @@ class Rules:
 def publisher_rules(
     config: GenerationConfig | None, *, num_prompt: int, end_ids: Collection[int], device: torch.device
 ) -> Rules:
-    """The rules of `config` for a reply to `num_prompt` tokens that `end_ids` end. Raises ValueError as transformers
-    does for values that cannot be.
+    """The rules of `config` for a reply to `num_prompt` tokens that `end_ids` end.
+
+    `num_prompt` counts what the choosers' ids begin with: 1 for a decoder that has an encoder before it. Raises
+    UsageError for values that cannot be.
     """
     if config is None:
         return Rules()
+    try:
+        return _rules(config, num_prompt, end_ids, device)
+    except (TypeError, ValueError, LookupError) as error:
+        raise impossible_rule(error) from None
+
+
+def impossible_rule(error: Exception) -> UsageError:
+    """The error for a value of generation_config.json that transformers' processor refuses."""
+    return UsageError(f"generation_config.json has a rule that cannot be followed ({error}); mend or remove it there")
+
+
+def _rules(config: GenerationConfig, num_prompt: int, end_ids: Collection[int], device: torch.device) -> Rules:
     ends = torch.tensor(sorted(end_ids), device=device)
     rules = Rules()
     if config.sequence_bias is not None:
@@ -66,15 +83,17 @@ def publisher_rules(
     least = max(config.min_new_tokens or 0, (config.min_length or 0) - num_prompt)
     if least > 0 and len(ends):
         rules.always.append(MinNewTokensLengthLogitsProcessor(num_prompt, least, ends, device=str(device)))
+    begin, forced = num_prompt, config.forced_bos_token_id
+    if forced is not None:  # acts where the reply's first token is the second of all
+        rules.always.append(ForcedBOSTokenLogitsProcessor(forced))
+        begin += num_prompt == 1
     if config.exponential_decay_length_penalty is not None and len(ends):
-        rules.always.append(
-            ExponentialDecayLengthPenalty(config.exponential_decay_length_penalty, ends, num_prompt)
-        )  # fmt: skip
+        rules.always.append(ExponentialDecayLengthPenalty(config.exponential_decay_length_penalty, ends, num_prompt))
     if config.suppress_tokens is not None:
         rules.always.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=str(device)))
     if config.begin_suppress_tokens is not None:
         rules.always.append(
-            SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, num_prompt, device=str(device))
+            SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin, device=str(device))
         )
     if config.typical_p is not None and config.typical_p < 1.0:
         rules.sampled.append(TypicalLogitsWarper(config.typical_p))

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 
 from offmoe.base.errors import UsageError
 from offmoe.generation.finite import is_finite
-from offmoe.generation.processors import Rules
+from offmoe.generation.processors import Rules, impossible_rule
 
 Number = TypeVar("Number", int, float)
 # Logits of float32 differ by 1e-7 of their size or not at all: divided by this and less, only the largest is left.
@@ -117,7 +117,10 @@ def make_chooser(sampling: Sampling, device: torch.device | None = None, rules: 
     processors = LogitsProcessorList(rules.first)
 
     def scored(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        scores: torch.Tensor = processors(ids, logits.float())
+        try:
+            scores: torch.Tensor = processors(ids, logits.float())
+        except ValueError as error:  # ids beyond the vocabulary, which biases and bad words name
+            raise impossible_rule(error) from None
         if processors and not is_finite(scores):
             raise UsageError("the sampling options rule out every token; raise top_p or lower repetition_penalty")
         return scores
