@@ -134,9 +134,9 @@ def test_text_for_a_model_without_tokenizer(command: str, args: tuple[str, ...],
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, ("cannot be read as JSON",)),
+        (None, ("cannot be read: No such file",)),
         ("[1, 2", ("cannot be read as JSON",)),
-        ("\xff", ("cannot be read as JSON",)),
+        ("\xff", ("is no UTF-8 text",)),
         ('{"ids": [1]}', ("no list of token ids", "[1, 2, 3]")),
         ("[1, 2.5, 3]", ("no list of token ids",)),
         ("[1, -2, 3]", ("no list of token ids",)),

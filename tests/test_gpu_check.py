@@ -77,7 +77,7 @@ def simulated_check(out: Path, *options: str) -> subprocess.CompletedProcess[str
 @without_cuda
 def test_a_rehearsal_keeps_every_result_that_there_is(tmp_path: Path) -> None:
     """One part hangs, one crashes, one is refused memory: the others' results are in the files, and each says how."""
-    done = simulated_check(tmp_path, "--minutes", "25", "--spoil", "copier=hang,engine=crash,verify=memory,build=crash")
+    done = simulated_check(tmp_path, "--minutes", "9", "--spoil", "copier=hang,engine=crash,verify=memory,build=crash")
     assert done.returncode == 1, done.stdout + done.stderr[-3000:]
     (result,), (records_file,), (log,) = (
         list(tmp_path.glob(f"*-gpu-simulated.{kind}")) for kind in ("md", "json", "log")
