@@ -144,7 +144,7 @@ def test_every_command(warm: WarmChat, tmp_path: Path) -> None:
         enter("/reset", "forgotten; the system message stays")
         enter("/system off", "system: none")
         enter(f"/load {saved}", r"loaded 3 messages, \d+ tokens")
-        enter(f"/load {tmp_path}", r"error: \S+ cannot be read")
+        enter(f"/load {tmp_path}", r"error: \S+ is no saved conversation: it is no regular file")
         enter(f"/save {other}", "error: .*choose another name")
         enter("/save", r"error: /save needs FILE")
         enter("/reset now", r"error: /reset takes nothing, not 'now'")

@@ -242,7 +242,7 @@ def test_json_that_is_missing_or_a_folder_or_huge(tmp_path: Path, monkeypatch: p
     with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
         read_json(tmp_path / "config.json")
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(CheckpointError, match=r"folder\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot read \S*folder\.json: Is a directory"):
         read_json(tmp_path / "folder.json")
     monkeypatch.setattr(index_module, "MAX_JSON_BYTES", 10)
     (tmp_path / "large.json").write_text('{"a": "123"}')

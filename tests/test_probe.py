@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from offmoe.base.errors import UsageError
+from offmoe.base.files import PendingFile
 from offmoe.base.machine_record import (
     DriveSpeed,
     LayerCosts,
@@ -23,6 +24,7 @@ from offmoe.base.machine_record import (
     record_path,
     write_record,
 )  # fmt: skip
+from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.cli.main import main
 from offmoe.cli.probe import probe_machine
@@ -98,13 +100,13 @@ def test_a_folder_that_cannot_be_written(own_cache: Path, monkeypatch: pytest.Mo
 def test_a_full_drive(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line about it, and nothing half written: the probe itself writes to no drive."""
 
-    def write(path: Path, text: str, **_: object) -> int:
-        path.write_bytes(text[:10].encode())
+    def commit(pending: PendingFile) -> None:
+        pending.file.close()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("offmoe.report.probe.run_probe", lambda *_, **__: RECORD)
     monkeypatch.setattr("offmoe.cli.probe.process_baseline_bytes", lambda: 0)
-    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(PendingFile, "commit", commit)
     with pytest.warns(UserWarning, match="not kept: .*No space left on device; set OFFMOE_CACHE") as caught:
         assert probe_machine(None, None, refresh=False, quiet=True) == RECORD
     assert len(caught) == 1 and not list(own_cache.iterdir())
@@ -121,7 +123,8 @@ def test_without_a_place_for_a_model_of_one_layer(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(probe_layers.tempfile, "TemporaryDirectory", refuse)
         assert probe_layers._times_by_depth(engine, None) is None
         assert probe_layers._resident_costs(engine, None, 1e12).keys() == whole.keys()
-    assert 0 < whole["whole_token_s"] < 1 and 0 < whole["modules_s"] < 1
+    # Differences of medians: on a busy machine nothing may be left of them.
+    assert whole["whole_token_s"] >= 0 and whole["modules_s"] >= 0
 
 
 def test_what_is_known_is_not_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -222,7 +225,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = CliRunner().invoke(main, ["plan", "--device", "cpu", "--json"], catch_exceptions=False)
     found = json.loads(plan.stdout)
     assert found["machine"]["name"] == "a machine" and found["prediction"]["decode_tok_per_s"] > 0
-    assert found["memory"]["runtime_bytes"] == RECORD.libraries_bytes
+    tokenizer_bytes = CheckpointIndex.open(demo_model_folder()).tokenizer_bytes
+    assert 0 < tokenizer_bytes < 2 << 20
+    assert found["memory"]["runtime_bytes"] == RECORD.libraries_bytes + tokenizer_bytes
 
 
 def test_no_figure_takes_long_on_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:

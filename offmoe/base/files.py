@@ -56,7 +56,9 @@ class PendingFile:
         self.partial = path if self.is_special else real.with_name(name)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         flags |= 0 if self.is_special else getattr(os, "O_NOFOLLOW", 0)
-        self.file: BinaryIO = os.fdopen(os.open(self.partial, flags, 0o666), "wb")
+        self.file: BinaryIO = open(  # noqa: SIM115  (open until commit or discard)
+            self.partial, "wb", opener=lambda name, _: os.open(name, flags, 0o666)
+        )
 
     def commit(self) -> None:
         """Close the file and put it in its place. Raises OSError."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,11 +12,21 @@ from transformers import PreTrainedModel
 from offmoe.base.errors import NonFiniteError
 
 
-def is_finite(logits: torch.Tensor) -> bool:
-    """No NaN and no plus infinity, by one reduction. Minus infinity is how models rule out single tokens; of all
-    tokens it is no answer.
+class NoTokenError(Exception):
+    """Logits that no token can be chosen from. The loop that made them says where that began."""
+
+
+def finite(logits: torch.Tensor) -> torch.Tensor:
+    """Whether there is no NaN and no plus infinity, by one reduction: a bool of shape (), where the logits are.
+
+    Minus infinity is how models rule out single tokens; of all tokens it is no answer.
     """
-    return math.isfinite(float(logits.amax()))
+    return logits.amax().isfinite()
+
+
+def is_finite(logits: torch.Tensor) -> bool:
+    """As `finite`, waited for."""
+    return bool(finite(logits))
 
 
 def non_finite_error(model: PreTrainedModel, num_tokens: int, run: Callable[[], object]) -> NonFiniteError:

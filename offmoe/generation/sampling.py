@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from offmoe.base.errors import UsageError
-from offmoe.generation.finite import is_finite
+from offmoe.generation.finite import NoTokenError, finite
 from offmoe.generation.processors import Rules, impossible_rule
 
 Number = TypeVar("Number", int, float)
@@ -31,6 +32,8 @@ _GREEDY_BELOW = 1e-8
 # not above, so that samples are bit by bit those of transformers.
 _SHIFT_BELOW = 1e-3
 _SMALLEST_TOP_P = 1e-6
+# What is read instead of an id.
+_NOT_FINITE, _ALL_RULED_OUT = -1, -2
 NO_RULES = Rules()
 Chooser = Callable[[torch.Tensor, torch.Tensor], int]
 
@@ -109,46 +112,71 @@ class _ShiftToZero(LogitsProcessor):
         return scores - scores.amax(dim=-1, keepdim=True)
 
 
+def greedy(ids: torch.Tensor, logits: torch.Tensor) -> int:
+    """The id of the largest of logits (1, V). Raises NoTokenError where they are not finite."""
+    return _choose(LogitsProcessorList(), _largest, ids, logits)
+
+
 def make_chooser(sampling: Sampling, device: torch.device | None = None, rules: Rules = NO_RULES) -> Chooser:
     """A function (ids (1, S), logits (1, V)) -> token id. `rules` are the publisher's, for the reply at hand.
 
-    It computes on `device`, where the logits are (None: the CPU); the id alone comes from there, at one wait.
+    It computes on `device`, where the logits are (None: the CPU); the id alone comes from there, at one wait. The
+    function raises NoTokenError for logits that are not finite, UsageError where the rules leave no token.
     """
     processors = LogitsProcessorList(rules.first)
-
-    def scored(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        try:
-            scores: torch.Tensor = processors(ids, logits.float())
-        except ValueError as error:  # ids beyond the vocabulary, which biases and bad words name
-            raise impossible_rule(error) from None
-        if processors and not is_finite(scores):
-            raise UsageError("the sampling options rule out every token; raise top_p or lower repetition_penalty")
-        return scores
-
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     processors.extend(rules.always)
     if sampling.temperature < _GREEDY_BELOW:
-        return lambda ids, logits: int(scored(ids, logits).argmax(dim=-1))
-    if sampling.temperature < _SHIFT_BELOW:
-        processors.append(_ShiftToZero())
-    if sampling.temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        processors.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p > 0.0:
-        processors.append(MinPLogitsWarper(sampling.min_p))
+        return partial(_choose, processors, _largest)
+    processors.extend(_warpers(sampling))
     processors.extend(rules.sampled)
     generator = torch.Generator(device or torch.device("cpu"))
     if sampling.seed is None:
         generator.seed()
     else:
         generator.manual_seed(sampling.seed)
+    return partial(
+        _choose, processors, lambda scores: torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)
+    )
 
-    def choose(ids: torch.Tensor, logits: torch.Tensor) -> int:
-        probabilities = scored(ids, logits).softmax(dim=-1)
-        return int(torch.multinomial(probabilities, 1, generator=generator))
 
-    return choose
+def _largest(scores: torch.Tensor) -> torch.Tensor:
+    return scores.argmax(dim=-1)
+
+
+def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
+    """The processors of sampling, in transformers' order."""
+    warpers: list[LogitsProcessor] = []
+    if sampling.temperature < _SHIFT_BELOW:
+        warpers.append(_ShiftToZero())
+    if sampling.temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0.0:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    return warpers
+
+
+def _choose(
+    processors: LogitsProcessorList, pick: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor,
+    logits: torch.Tensor,
+) -> int:  # fmt: skip
+    """What `pick` takes from the processed logits (1, V). Whether there is anything to take comes with the id."""
+    is_choice = finite(logits)
+    try:
+        scores: torch.Tensor = processors(ids, logits.float())
+    except ValueError as error:  # ids beyond the vocabulary, which biases and bad words name
+        raise impossible_rule(error) from None
+    is_left = finite(scores) if processors else is_choice
+    # Zeros in the place of what is no number: CUDA gives a process up that samples from it.
+    token = pick(torch.where(is_left, scores, 0.0)).view(())
+    token_id = int(torch.where(is_choice, torch.where(is_left, token, _ALL_RULED_OUT), _NOT_FINITE))
+    if token_id == _NOT_FINITE:
+        raise NoTokenError
+    if token_id == _ALL_RULED_OUT:
+        raise UsageError("the sampling options rule out every token; raise top_p or lower repetition_penalty")
+    return token_id

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.base.errors import NonFiniteError
 from offmoe.base.machine import give_back_freed_memory
-from offmoe.generation.finite import is_finite, non_finite_error
+from offmoe.generation.finite import NoTokenError, non_finite_error
 from offmoe.generation.sampling import Chooser
 from offmoe.models.kv_prefix import KeptCache
 from offmoe.models.kv_rewind import remember
@@ -40,9 +40,10 @@ def generate_step(
         logits = _read_prompt(model, forward, prompt_ids, kept, chunk, on_prefill, smaller_chunk)
         kept.prompt_ends(logits)
     while True:
-        if not is_finite(logits):
-            raise _no_numbers(model, ids, kept, chunk)
-        token_id = choose(ids, logits)
+        try:
+            token_id = choose(ids, logits)
+        except NoTokenError:
+            raise _no_numbers(model, ids, kept, chunk) from None
         yield token_id
         new = ids.new_full((1, 1), token_id)  # filled by the device: nothing to wait for
         ids = torch.cat([ids, new], dim=1)

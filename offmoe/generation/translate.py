@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from offmoe.base.errors import UsageError
-from offmoe.generation.finite import is_finite, non_finite_error
+from offmoe.generation.finite import NoTokenError, non_finite_error
 from offmoe.generation.sampling import Chooser
 
 
@@ -43,11 +43,12 @@ def translate_step(
                 encoder_outputs=encoded, attention_mask=torch.ones_like(source), decoder_input_ids=new,
                 past_key_values=cache, use_cache=True,
             )  # fmt: skip
-        if not is_finite(output.logits[:, -1]):
-            again = partial(model, input_ids=source, decoder_input_ids=ids, use_cache=False)
-            raise non_finite_error(model, ids.shape[1], again)
         cache = output.past_key_values
-        token_id = choose(ids, output.logits[:, -1]) if forced is None else int(forced)
+        try:
+            token_id = choose(ids, output.logits[:, -1]) if forced is None else int(forced)
+        except NoTokenError:
+            again = partial(model, input_ids=source, decoder_input_ids=ids, use_cache=False)
+            raise non_finite_error(model, ids.shape[1], again) from None
         forced = None
         yield token_id
         new = ids.new_full((1, 1), token_id)

@@ -11,6 +11,7 @@ import torch
 
 from offmoe.base.errors import UsageError
 from offmoe.generation.engine import Engine
+from offmoe.generation.sampling import greedy
 
 # Largest difference of logits, relative to the largest logit, that counts as equal. The arithmetic is the same
 # instructions on the same bytes, so 0 is expected; the allowance is for a matrix product that splits rows otherwise.
@@ -64,9 +65,9 @@ def run_and_record(
     logits: list[torch.Tensor] = []
     chosen: list[int] = []
 
-    def choose(_: torch.Tensor, last: torch.Tensor) -> int:
+    def choose(seen: torch.Tensor, last: torch.Tensor) -> int:
         logits.append(last[0].float().cpu())
-        chosen.append(int(last.argmax(dim=-1)))
+        chosen.append(greedy(seen, last))
         return chosen[-1] if given is None else given[len(chosen) - 1]
 
     engine.generate(ids, max_new_tokens=num_new, choose=choose, ignore_end=True)
