@@ -15,6 +15,7 @@ from offmoe.generation.finite import NoTokenError, non_finite_error
 from offmoe.generation.sampling import Chooser
 from offmoe.models.kv_prefix import KeptCache
 from offmoe.models.kv_rewind import remember
+from offmoe.models.lengths import angles_of, starts_over
 from offmoe.models.transformers_internals import experts_modules
 
 
@@ -47,6 +48,12 @@ def generate_step(
         yield token_id
         new = ids.new_full((1, 1), token_id)  # filled by the device: nothing to wait for
         ids = torch.cat([ids, new], dim=1)
+        if kept.grows_past(ids.shape[1]) and starts_over(model, ids, kept.cache):  # once in a reply, if at all
+            so_far = ids[0].tolist()
+            kept.begin(so_far, reuse=False)
+            forward = Forward(model, kept.cache)
+            logits = _read_prompt(model, forward, so_far, kept, chunk, lambda done, total: None, smaller_chunk)
+            continue
         logits = decode(forward, new) if decode else forward(new)
         kept.hold([token_id])
 
@@ -82,7 +89,8 @@ def _read_prompt(
         while begin < total:
             piece = ids[:, begin : begin + chunk]
             size, layers_done = piece.shape[1], 0
-            result = forward(piece) if smaller_chunk is None else forward.unless_out_of_memory(piece)
+            with angles_of(model, len(prompt_ids)):
+                result = forward(piece) if smaller_chunk is None else forward.unless_out_of_memory(piece)
             if result is None:
                 assert smaller_chunk is not None
                 chunk = smaller_chunk(size)

@@ -14,9 +14,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.models.kv_cache import PreallocatedLayer, SlidingLayer
-
-# Rotary angles that change for all tokens once there are more than the model was first trained on.
-_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+from offmoe.models.lengths import longest_with_same_angles
 
 
 class KeptCache:
@@ -32,7 +30,9 @@ class KeptCache:
         """`divisible`: the model gives the same result when a prompt comes in pieces; otherwise nothing is reused."""
         self._make_cache = make_cache
         self._divisible = divisible and not model.config.is_encoder_decoder
+        # Beyond it all angles change; states of the first tokens are then of one length or the other.
         self._longest = longest_with_same_angles(model)
+        self._num_seen = 0  # tokens that were held at once, since the cache was empty
         self.cache: DynamicCache | None = None
         self.ids: list[int] = []
         self.logits: torch.Tensor | None = None
@@ -51,7 +51,7 @@ class KeptCache:
             same = 0
         repeated = same == len(ids) == self._num_prompt and self._ends is not None
         same = same if repeated else min(same, len(ids) - 1)
-        if self._longest is not None and len(ids) > self._longest:
+        if self._longest is not None and max(len(ids), self._num_seen) > self._longest:
             same = 0
         if same == 0 or not self._cut(same):
             same, repeated = 0, False
@@ -68,6 +68,11 @@ class KeptCache:
     def hold(self, ids: Sequence[int]) -> None:
         """The states of `ids` were appended, all of them in all layers."""
         self.ids.extend(ids)
+        self._num_seen = max(self._num_seen, len(self.ids))
+
+    def grows_past(self, length: int) -> bool:
+        """Whether a text of `length` tokens is the first whose angles are others than those of shorter ones."""
+        return self._longest is not None and length == self._longest + 1
 
     def prompt_ends(self, logits: torch.Tensor) -> None:
         """What followed the prompt, (1, V): a repetition of it starts from there."""
@@ -122,6 +127,7 @@ class KeptCache:
             self.cache = None
             self.cache = self._make_cache()
         self.ids.clear()
+        self._num_seen = 0
 
 
 def _reaches(layer: Any, length: int) -> bool:
@@ -136,18 +142,3 @@ def _reaches(layer: Any, length: int) -> bool:
 
 def _is_stateless(layer: Any) -> bool:
     return type(layer).__name__ == "DummyLayer"  # by name: transformers 5.17 has no such class
-
-
-def longest_with_same_angles(model: PreTrainedModel) -> int | None:
-    """Tokens up to which rotary angles do not depend on how many there are; None where they never do."""
-    config = model.config.get_text_config()
-    found = getattr(config, "rope_parameters", None) or {}
-    kinds = [kind for kind in (found, *found.values()) if isinstance(kind, dict)]
-    dependent = [kind for kind in kinds if kind.get("rope_type") in _LENGTH_DEPENDENT_ROPE]
-    if not dependent:
-        return None
-    own = getattr(config, "original_max_position_embeddings", None)
-    lengths = [
-        kind.get("original_max_position_embeddings") or own or config.max_position_embeddings for kind in dependent
-    ]
-    return min(int(length) for length in lengths)

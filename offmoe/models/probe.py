@@ -5,6 +5,8 @@ Runs before any expert is loaded (the seam answers zero), on eight tokens, so it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +42,23 @@ def foresee_kv_bytes(model: PreTrainedModel, context_length: int) -> int:
         "past_key_values": make_kv_cache(model, num_tokens), "use_cache": True,
     }  # fmt: skip
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _attributes_kept(model):
             output = functional_call(model, shapes, kwargs=given)
     except (NotImplementedError, RuntimeError, ValueError, TypeError):
         return 0
     return kv_bytes(output.past_key_values, num_tokens, context_length)
+
+
+@contextmanager
+def _attributes_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards every module has the attributes it had: rotary ones keep frequencies that they make in a call."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def probe_model(model: PreTrainedModel, context_length: int) -> ModelProbe:
