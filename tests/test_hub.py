@@ -20,7 +20,7 @@ from hub_server import COMMIT, FakeHub, digest, serve
 import offmoe
 from offmoe.base.errors import ModelNotFoundError, OutputError, UnsupportedModelError
 from offmoe.checkpoint import download
-from offmoe.checkpoint.index import INDEX_NAME
+from offmoe.checkpoint.index import INDEX_NAME, QUANT_CONFIG_NAME
 from offmoe.checkpoint.locate import locate_model
 
 NAME = "someone/tiny"
@@ -128,6 +128,18 @@ def test_what_a_config_refuses_costs_one_small_file(kind: str, hub: FakeHub, who
     assert cached_names(tmp_path) == {"config.json"}
 
 
+def test_modelopt_is_refused_before_headers_and_weights(hub: FakeHub, whole: Path, tmp_path: Path) -> None:
+    """ModelOpt tells its quantisation in a file of its own, beside a config.json that is that of the model before."""
+    hub.folder = copied(whole, tmp_path)
+    (hub.folder / QUANT_CONFIG_NAME).write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    for command in ("inspect", "plan"):
+        assert "'modelopt NVFP4'" in fail(command, NAME)
+    with pytest.raises(UnsupportedModelError, match="'modelopt NVFP4'"):
+        offmoe.load(NAME, tell=None)
+    assert hub.asked() == ["config.json", QUANT_CONFIG_NAME]
+    assert cached_names(tmp_path) == {"config.json", QUANT_CONFIG_NAME}
+
+
 def test_a_dense_model_is_refused_by_its_headers(hub: FakeHub, whole: Path, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
@@ -149,7 +161,8 @@ def test_inspect_and_plan_read_headers_alone(hub: FakeHub, whole: Path, tmp_path
     expected = last_json(succeed("inspect", whole, "--json").stdout)
     assert last_json(succeed("inspect", NAME, "--json").stdout) == expected
     assert all(request.range for request in hub.requests if request.host == "store")
-    assert sorted(hub.asked()) == sorted(["config.json", INDEX_NAME, *(p.name for p in whole.glob("model-*"))])
+    small = ("config.json", QUANT_CONFIG_NAME, INDEX_NAME)
+    assert sorted(hub.asked()) == sorted([*small, *(p.name for p in whole.glob("model-*"))])
     found = last_json(succeed("plan", NAME, "--ram", "4GiB", "--json").stdout)
     assert found["fits"] and found["sizes"]["total_bytes"] == expected["total_bytes"]
     assert not (tmp_path / "cache").exists(), "nothing is kept"

@@ -22,7 +22,7 @@ from offmoe.base.units import format_bytes
 from offmoe.checkpoint.hub import Hub, Listing, RemoteFile
 from offmoe.checkpoint.hub_cache import CachedModel, cache_root, indexed_names
 from offmoe.checkpoint.hub_files import gguf_parts, small_names, weight_names
-from offmoe.checkpoint.index import INDEX_NAME
+from offmoe.checkpoint.index import INDEX_NAME, QUANT_CONFIG_NAME
 
 Progress = Callable[[str, int, int], None]
 _NUM_THREADS = 4
@@ -82,8 +82,9 @@ class Download:
         return (small or not self.has_config) and all((self.folder / file.name).is_file() for file in self.weights)
 
     def fetch_config(self) -> Path:
-        """The folder, with config.json in it, and with the model's code where that is wanted."""
-        first = [file for file in self.small if file.name == "config.json" or file.name.endswith(".py")]
+        """The folder, with config.json and ModelOpt's in it, and with the model's code where that is wanted."""
+        configs = ("config.json", QUANT_CONFIG_NAME)
+        first = [file for file in self.small if file.name in configs or file.name.endswith(".py")]
         self._fetch(first)
         return self.folder
 

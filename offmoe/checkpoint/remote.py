@@ -17,8 +17,16 @@ from offmoe.base.errors import CheckpointError, HubUnreachableError, ModelNotFou
 from offmoe.checkpoint.download import Progress, fetch_headers
 from offmoe.checkpoint.hub import Hub
 from offmoe.checkpoint.hub_files import gguf_parts, weight_names
-from offmoe.checkpoint.index import INDEX_NAME, SINGLE_NAME, is_shard_name, read_json
+from offmoe.checkpoint.index import (
+    INDEX_NAME,
+    QUANT_CONFIG_NAME,
+    SINGLE_NAME,
+    is_shard_name,
+    read_config,
+    read_json,
+)
 from offmoe.checkpoint.locate import hub_name, is_hub_id, locate_cached, locate_model, refuse_offline
+from offmoe.checkpoint.quant_config import read_quantisation
 
 
 @contextmanager
@@ -46,7 +54,10 @@ def locate_headers(
 
 
 def _fetch_model(hub: Hub, folder: Path, gguf: str | None, progress: Progress) -> Path:
-    """Config and headers to `folder`; returns what to read. Two small files, then the headers, without a listing."""
+    """Config and headers to `folder`; returns what to read. Three small files, then the headers, without a listing.
+
+    Raises what `read_quantisation` says of the config before a header is fetched.
+    """
     config = None
     if gguf is None:
         try:
@@ -64,6 +75,8 @@ def _fetch_model(hub: Hub, folder: Path, gguf: str | None, progress: Progress) -
         fetch_headers(hub, names, folder, progress)
         return folder / Path(names[0]).name
     (folder / "config.json").write_bytes(config)
+    _fetch_quantisation(hub, folder)
+    read_quantisation(read_config(folder))
     names = _weights(hub, folder)
     try:
         fetch_headers(hub, names, folder, progress)
@@ -73,6 +86,18 @@ def _fetch_model(hub: Hub, folder: Path, gguf: str | None, progress: Progress) -
         weight_names(hub.hub_id, hub.listing().names, [] if names == [SINGLE_NAME] else names)  # says what there is
         raise
     return folder
+
+
+def _fetch_quantisation(hub: Hub, folder: Path) -> None:
+    """ModelOpt's own file of how the weights are quantised, where config.json does not say it."""
+    if isinstance(read_json(folder / "config.json").get("quantization_config"), dict):
+        return
+    try:
+        (folder / QUANT_CONFIG_NAME).write_bytes(hub.small_file(QUANT_CONFIG_NAME))
+    except HubUnreachableError:
+        raise
+    except ModelNotFoundError:
+        return
 
 
 def _weights(hub: Hub, folder: Path) -> list[str]:
