@@ -7,7 +7,7 @@ int32_t offmoe_abi_version();
 const char* offmoe_level(int32_t idx, int32_t* usable);
 void* offmoe_open(int32_t level_idx, int32_t num_threads, int32_t spin_us);
 void offmoe_close(void* handle);
-void offmoe_round_activations(void* handle, int32_t on);
+int32_t offmoe_round_activations(void* handle, int32_t on);
 int32_t offmoe_experts(void* handle, const offmoe::Call* call);
 int32_t offmoe_linear(void* handle, const offmoe::Linear* call);
 int32_t offmoe_norm(void* handle, const offmoe::Norm* call);
@@ -15,7 +15,7 @@ int32_t offmoe_attend(void* handle, const offmoe::Attend* call);
 int32_t offmoe_latent(void* handle, const offmoe::Latent* call);
 int32_t offmoe_layer(void* handle, const offmoe::Layer* call);
 int64_t offmoe_run(void* handle, const offmoe::Run* call);
-void offmoe_route(const offmoe::Route* route, const float* logits, float* scores);
+int32_t offmoe_route(const offmoe::Route* route, const float* logits, float* scores);
 }
 
 namespace made {

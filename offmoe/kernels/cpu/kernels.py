@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offmoe.base.errors import EngineBusyError
+from offmoe.base.errors import EngineBusyError, ResourceError
 from offmoe.formats.dense import ExpertWeights
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.activations import Activation, find_activation
@@ -125,7 +125,8 @@ class CpuKernels:
 
     @rounds_activations.setter
     def rounds_activations(self, on: bool) -> None:
-        self._library.offmoe_round_activations(self._handle, int(on))
+        if code := self._library.offmoe_round_activations(self._handle, int(on)):
+            raise _failure(code, "the choice of rounding")
         self._rounds_activations = on
 
     def close(self) -> None:
@@ -214,21 +215,32 @@ class CpuKernels:
         """
         stop: int = self._library.offmoe_run(self._handle, address)
         if stop < 0:
-            raise MemoryError("no memory for a token's layers")
+            raise _failure(-stop, "a token's layers")
         return stop
 
     def run_route(self, address: int, logits: int, scores: int) -> None:
-        """A `structs.Route` on one row of float32 logits; see layer.py."""
-        self._library.offmoe_route(address, logits, scores)
+        """A `structs.Route` on one row of float32 logits; see layer.py. Raises MemoryError."""
+        if code := self._library.offmoe_route(address, logits, scores):
+            raise _failure(code, "a router's choice")
 
     def _call(self, function: Callable[..., int], address: int, what: str) -> None:
-        if function(self._handle, address):
-            raise MemoryError(f"no memory for {what}")
+        if code := function(self._handle, address):
+            raise _failure(code, what)
 
     def _activation(self, math: ExpertMath, weights: ExpertWeights) -> Activation | None:
         hidden = _inputs(weights.down, math)
         gated = sum(_outputs((part,), math) for part in weights.up) == 2 * hidden
         return find_activation(math.activate, hidden, gated=gated, device=torch.device("cpu"))
+
+
+def _failure(code: int, what: str) -> MemoryError | ResourceError:
+    """The error for a code of src/library.cpp: 1 for memory, any other for what else the system refused."""
+    if code == 1:
+        return MemoryError(f"no memory for {what}")
+    return ResourceError(
+        f"the system refuses the CPU kernels a lock or a thread for {what}; end other programs, or set "
+        "OFFMOE_CPU_KERNELS=off to compute with PyTorch alone"
+    )
 
 
 def _kind(weight: Weight, *, transposed: bool) -> tuple[object, ...]:

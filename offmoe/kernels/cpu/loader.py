@@ -102,7 +102,5 @@ def _library() -> ctypes.CDLL:
         library.offmoe_latent.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     library.offmoe_run.restype = ctypes.c_int64
     library.offmoe_route.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-    library.offmoe_route.restype = None
     library.offmoe_round_activations.argtypes = (ctypes.c_void_p, ctypes.c_int32)
-    library.offmoe_round_activations.restype = None
     return library

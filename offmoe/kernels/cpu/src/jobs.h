@@ -36,7 +36,7 @@ void add_bias(int32_t type, const void* bias, int64_t begin, int64_t count, floa
 // Logits, as floats, to experts and weights. `scores`: room for three numbers an expert.
 void run_route(const Route& route, const float* logits, float* scores);
 
-// All return 0, or 1 where there was no memory.
+// All return 0, or 1 where there was no memory; or they throw std::bad_alloc.
 int32_t run_experts(Pool& pool, const Level& level, Workspace& space, const Call& call);
 int32_t run_linear(Pool& pool, const Level& level, Workspace& space, const Linear& call);
 int32_t run_norm(const Level& level, Workspace& space, const Norm& call);

@@ -1,7 +1,9 @@
-// The library's face: what Python calls. One handle is one set of threads and one instruction set.
+// The library's face: what Python calls. One handle is one set of threads and one instruction set. No exception leaves it:
+// functions that can fail return 0, or a code (../kernels.py).
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 
 #include "jobs.h"
 #include "pool.h"
@@ -57,12 +59,38 @@ bool has_instructions(const char* level) {
     return std::strcmp(level, "portable") == 0;
 }
 
+// What `run` returns, or the code of what it throws: Python's frames, and ctypes, know nothing of C++ exceptions.
+constexpr int32_t kNoMemory = 1, kRefused = 2;
+
+template <class Run>
+int32_t guarded(Run run) noexcept {
+    try {
+        return run();
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    } catch (const std::length_error&) {  // as much memory as no vector can have
+        return kNoMemory;
+    } catch (...) {  // a lock, a thread
+        return kRefused;
+    }
+}
+
+// The same for a call that has the handle's threads to itself.
+template <class Run>
+int32_t alone(void* handle, Run run) noexcept {
+    return guarded([&] {
+        Kernels& kernels = *static_cast<Kernels*>(handle);
+        std::lock_guard<std::mutex> lock(kernels.pool.calls());
+        return run(kernels);
+    });
+}
+
 }  // namespace
 
 extern "C" {
 
 // Changes with abi.h.
-int32_t offmoe_abi_version() { return 7; }
+int32_t offmoe_abi_version() { return 8; }
 
 // The idx-th best level that was compiled, or null; `usable`: this processor has it.
 const char* offmoe_level(int32_t idx, int32_t* usable) {
@@ -72,69 +100,86 @@ const char* offmoe_level(int32_t idx, int32_t* usable) {
     return kLevels[idx].level->name;
 }
 
+// Null where there is no memory.
 void* offmoe_open(int32_t level_idx, int32_t num_threads, int32_t spin_us) {
-    return new (std::nothrow) Kernels(level_idx, num_threads, spin_us);
+    void* handle = nullptr;
+    guarded([&] {
+        handle = new Kernels(level_idx, num_threads, spin_us);
+        return 0;
+    });
+    return handle;
 }
 
 // Ends the threads. A forked child leaves its parent's state alone.
 void offmoe_close(void* handle) {
     Kernels* kernels = static_cast<Kernels*>(handle);
-    kernels->pool.stop();
+    guarded([&] {
+        kernels->pool.stop();
+        return 0;
+    });
     delete kernels;
 }
 
 // From the next call on: whether activations are rounded to 8 bits where weights are integers.
-void offmoe_round_activations(void* handle, int32_t on) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.pool.calls());
-    kernels.round_activations(on != 0);
+int32_t offmoe_round_activations(void* handle, int32_t on) {
+    return alone(handle, [&](Kernels& kernels) {
+        kernels.round_activations(on != 0);
+        return 0;
+    });
 }
 
 int32_t offmoe_experts(void* handle, const offmoe::Call* call) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.pool.calls());
-    return offmoe::run_experts(kernels.pool, kernels.level, kernels.space, *call);
+    return alone(handle, [&](Kernels& kernels) {
+        return offmoe::run_experts(kernels.pool, kernels.level, kernels.space, *call);
+    });
 }
 
 int32_t offmoe_linear(void* handle, const offmoe::Linear* call) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.pool.calls());
-    return offmoe::run_linear(kernels.pool, kernels.level, kernels.space, *call);
+    return alone(handle, [&](Kernels& kernels) {
+        return offmoe::run_linear(kernels.pool, kernels.level, kernels.space, *call);
+    });
 }
 
 int32_t offmoe_norm(void* handle, const offmoe::Norm* call) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.pool.calls());
-    return offmoe::run_norm(kernels.level, kernels.space, *call);
+    return alone(handle, [&](Kernels& kernels) {
+        return offmoe::run_norm(kernels.level, kernels.space, *call);
+    });
 }
 
 int32_t offmoe_attend(void* handle, const offmoe::Attend* call) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.pool.calls());
-    return offmoe::run_attend(kernels.pool, kernels.level, kernels.space, *call);
+    return alone(handle, [&](Kernels& kernels) {
+        return offmoe::run_attend(kernels.pool, kernels.level, kernels.space, *call);
+    });
 }
 
 int32_t offmoe_latent(void* handle, const offmoe::Latent* call) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.pool.calls());
-    return offmoe::run_latent(kernels.pool, kernels.level, kernels.space, *call);
+    return alone(handle, [&](Kernels& kernels) {
+        return offmoe::run_latent(kernels.pool, kernels.level, kernels.space, *call);
+    });
 }
 
 int32_t offmoe_layer(void* handle, const offmoe::Layer* call) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.pool.calls());
-    return offmoe::run_layer(kernels.pool, kernels.level, kernels.space, *call);
+    return alone(handle, [&](Kernels& kernels) {
+        return offmoe::run_layer(kernels.pool, kernels.level, kernels.space, *call);
+    });
 }
 
+// The layer that it stopped at, or minus a code.
 int64_t offmoe_run(void* handle, const offmoe::Run* call) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.pool.calls());
-    return offmoe::run_run(kernels.pool, kernels.level, kernels.space, *call);
+    int64_t stop = 0;
+    const int32_t code = alone(handle, [&](Kernels& kernels) {
+        stop = offmoe::run_run(kernels.pool, kernels.level, kernels.space, *call);
+        return stop < 0 ? kNoMemory : 0;
+    });
+    return code == 0 ? stop : -code;
 }
 
 // One row of logits of the route's type, to try a rule out. `scores`: room for three numbers an expert.
-void offmoe_route(const offmoe::Route* route, const float* logits, float* scores) {
-    offmoe::run_route(*route, logits, scores);
+int32_t offmoe_route(const offmoe::Route* route, const float* logits, float* scores) {
+    return guarded([&] {
+        offmoe::run_route(*route, logits, scores);
+        return 0;
+    });
 }
 
 }  // extern "C"

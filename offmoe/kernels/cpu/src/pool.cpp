@@ -5,6 +5,8 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <exception>
+#include <new>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -23,6 +25,7 @@ struct Pool::State {
     std::atomic<uint64_t> generation{0};
     std::atomic<int64_t> next[kMaxPhases], done[kMaxPhases];
     std::atomic<int32_t> helping{0};
+    std::atomic<bool> failed{false};
 };
 
 namespace {
@@ -79,6 +82,7 @@ void Pool::run(Job& job) {
         state.next[phase].store(0, std::memory_order_relaxed);
         state.done[phase].store(0, std::memory_order_relaxed);
     }
+    state.failed.store(false, std::memory_order_relaxed);
     {
         std::lock_guard<std::mutex> lock(state.mutex);
         state.job = &job;
@@ -91,6 +95,7 @@ void Pool::run(Job& job) {
         state.job = nullptr;
     }
     wait_until([&] { return state.helping.load(std::memory_order_acquire) == 0; });
+    if (state.failed.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 
 void Pool::work(State& state, Job& job, int32_t worker) {
@@ -99,7 +104,11 @@ void Pool::work(State& state, Job& job, int32_t worker) {
         for (;;) {
             const int64_t task = state.next[phase].fetch_add(1, std::memory_order_relaxed);
             if (task >= num_tasks) break;
-            job.run(phase, task, worker);
+            try {
+                if (!state.failed.load(std::memory_order_relaxed)) job.run(phase, task, worker);
+            } catch (...) {  // all that tasks ask for is memory; the others still count theirs, so that nobody waits
+                state.failed.store(true, std::memory_order_relaxed);
+            }
             state.done[phase].fetch_add(1, std::memory_order_release);
         }
         wait_until([&] { return state.done[phase].load(std::memory_order_acquire) >= num_tasks; });

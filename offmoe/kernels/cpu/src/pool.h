@@ -31,7 +31,7 @@ public:
 
     // Held by who runs jobs, one at a time. In a forked child: another one, with new helpers.
     std::mutex& calls();
-    // Returns when all is done.
+    // Returns when all is done. Throws std::bad_alloc, when no helper has the job any more, where a task threw.
     void run(Job& job);
     // Ends the helpers; run() then works alone. Takes `calls` itself.
     void stop();
