@@ -6,6 +6,8 @@ import os
 import signal
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +16,11 @@ from hypothesis import HealthCheck, settings
 from makers import LAYOUTS, Measured, TinyExperts, make_tiny_experts
 
 from offmoe.kernels.cpu.kernels import CpuKernels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    import offmoe
 
 # A busy machine is no failure. The same examples in every run: `--hypothesis-profile search` looks for others.
 _either = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -80,6 +87,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyExperts:
 def tiny_of_layout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyExperts:
     """The same experts, once in each layout. Nobody writes to them."""
     return make_tiny_experts(tmp_path_factory.mktemp("tiny"), layout=request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Qwen3-MoE, where a test file has no model of its own under this name."""
+    from engines import save_tiny  # transformers, which few test files need
+
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[offmoe.Engine]:
+    """That model, opened with room for a quarter of its experts."""
+    from engines import open_tiny
+
+    with open_tiny(folder) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> PreTrainedModel:
+    """That model in transformers' hands."""
+    from engines import plain_model
+
+    return plain_model(folder)
 
 
 @pytest.fixture(params=LEVELS or ["none"])

@@ -156,7 +156,7 @@ def test_unknown_option_names_the_known(shared: offmoe.Engine) -> None:
         offmoe.load(contextlength=5)
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.0, "3", True, None])
+@pytest.mark.parametrize("value", [0, -1, 2.0, "3", True])
 def test_max_new_tokens_is_a_whole_number(shared: offmoe.Engine, value: Any) -> None:
     with pytest.raises(UsageError, match=r"max_new_tokens is .*at least 1"):
         shared.generate(PROMPT, max_new_tokens=value)

@@ -9,33 +9,17 @@ from typing import Any
 import pytest
 import torch
 from adapted_families import build_adapted
-from engines import PROMPT, open_tiny, plain_model, save_tiny
+from engines import PROMPT, open_tiny, save_tiny
 from families import save_layout
 from test_field_reports import always, byte_tokenizer, edit_json
 from transformers import GenerationConfig, PreTrainedModel
 
 import offmoe
 from offmoe.base.errors import UsageError
-from offmoe.generation.processors import not_followed
+from offmoe.generation.processors import not_followed, reply_length
 from offmoe.generation.sampling import make_chooser, resolve_sampling
 
 NUM_NEW = 14
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[offmoe.Engine]:
-    with open_tiny(folder) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def plain(folder: Path) -> PreTrainedModel:
-    return plain_model(folder)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +89,27 @@ def test_stop_strings_of_the_publisher_end_a_reply(folder: Path, tmp_path: Path)
         assert (reply.text, reply.finish_reason) == ("ab", "stop")
         reply = engine.generate("a", max_new_tokens=6, ignore_end=True, choose=always(engine, wanted), stop="b")
         assert reply.text == "a"
+
+
+def test_a_reply_is_as_long_as_the_publisher_says(
+    engine: offmoe.Engine, plain: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers does it. `max_length`, in many files an old default, is left alone."""
+    config = GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=5, max_length=14)
+    monkeypatch.setattr(engine.model, "generation_config", config)
+    wanted = plain.generate(torch.tensor([PROMPT]), generation_config=config)[0, len(PROMPT) :]
+    assert list(engine.generate(PROMPT, ignore_end=True).token_ids) == wanted.tolist()
+    assert len(engine.generate(PROMPT, max_new_tokens=7, ignore_end=True).token_ids) == 7
+    assert reply_length(None, GenerationConfig(max_length=20)) == reply_length(None, None) == 256
+    assert reply_length(None, GenerationConfig(max_new_tokens=300)) == 300
+
+
+def test_stop_strings_without_a_tokenizer_are_named(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path)
+    edit_json(model / "generation_config.json", stop_strings=["cd"])
+    with open_tiny(model) as engine:
+        (note,) = [note for note in engine.stats()["notes"] if "generation_config.json" in note]
+    assert "stop_strings ['cd'] (the model has no tokenizer), which offmoe does not follow" in note
 
 
 def test_what_is_not_followed_is_said(tmp_path: Path) -> None:

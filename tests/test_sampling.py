@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engines import PROMPT, TINY_EXPERTS, open_tiny, plain_model, save_tiny
+from engines import PROMPT, TINY_EXPERTS, open_tiny, save_tiny
 from makers import one_line
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -18,22 +17,6 @@ from offmoe.base.errors import UsageError
 from offmoe.generation.sampling import Sampling, resolve_sampling
 
 NUM_NEW = 24
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[offmoe.Engine]:
-    with open_tiny(folder) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def plain(folder: Path) -> PreTrainedModel:
-    return plain_model(folder)
 
 
 def sample(engine: offmoe.Engine, **options: Any) -> tuple[int, ...]:

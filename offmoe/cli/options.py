@@ -100,8 +100,8 @@ def named_config() -> str | None:
 def sampling_options(command: Command) -> Command:
     """The flags of how long a reply is and how its tokens are chosen."""
     length = click.option(
-        "--max-new-tokens", type=click.IntRange(1), metavar="N", default=256, show_default=True,
-        help="Length of the reply.",
+        "--max-new-tokens", type=click.IntRange(1), metavar="N",
+        help="Length of the reply. Default: what the model's publisher set, else 256.",
     )  # fmt: skip
     return length(choice_options(command))
 

@@ -10,11 +10,11 @@ import click
 
 from offmoe.cli.options import (
     Command,
+    choice_options,
     engine_options,
     json_option,
     named_config,
     print_json,
-    sampling_options,
     split_engine_options,
     user_errors,
 )
@@ -46,7 +46,11 @@ def _shown_options(command: Command) -> Command:
 @click.option("-o", "--output", type=_FILE, required=True, metavar="FILE", help="The trace to write.")
 @click.option("--guesses/--no-guesses", default=True, help="Ask the routers of coming layers, too; slower.")
 @force_option
-@sampling_options
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), metavar="N", default=256, show_default=True,
+    help="Tokens after each prompt.",
+)  # fmt: skip
+@choice_options
 @engine_options
 @json_option
 @user_errors

@@ -28,7 +28,7 @@ from offmoe.generation.conversation import Conversation
 from offmoe.generation.ends import end_ids
 from offmoe.generation.engine_stats import engine_stats
 from offmoe.generation.prefill_chunk import PrefillChunk
-from offmoe.generation.processors import Rules, joined_stops, not_followed, publisher_rules
+from offmoe.generation.processors import Rules, joined_stops, not_followed, publisher_rules, reply_length
 from offmoe.generation.prompt import encode, stop_rules
 from offmoe.generation.reasoning import split_reasoning
 from offmoe.generation.reply import Reply, collect
@@ -95,7 +95,8 @@ class Engine:
         # What a GGUF file says of ends is in the generation config already.
         stated = {} if is_gguf(self.folder) else read_config(self.folder)
         self._end_ids = end_ids(loaded.model.generation_config, stated, loaded.tokenizer)
-        if (note := not_followed(loaded.model.generation_config)) is not None:
+        has_text = loaded.tokenizer is not None
+        if (note := not_followed(loaded.model.generation_config, has_text=has_text)) is not None:
             loaded.serving.notes.append(note)
         self._process = OneProcess()
         self._running = threading.Lock()
@@ -231,13 +232,15 @@ class Engine:
         )
 
     def stream(
-        self, prompt: str | Sequence[int], *, max_new_tokens: int = 256, stop: str | Sequence[str] | None = None,
-        on_prefill: Callable[[int, int], None] = lambda done, total: None, ignore_end: bool = False,
-        choose: Chooser | None = None, reuse: bool | None = None, own_text: bool = False, **sampling: Any,
+        self, prompt: str | Sequence[int], *, max_new_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None, ignore_end: bool = False, choose: Chooser | None = None,
+        on_prefill: Callable[[int, int], None] = lambda done, total: None,
+        reuse: bool | None = None, own_text: bool = False, **sampling: Any,
     ) -> Iterator[Piece]:  # fmt: skip
         """Pieces of the reply as they come; the last one says why it ended and what it cost.
 
-        `prompt` is text or token ids. `stop`: strings that end the reply and are not part of it. `on_prefill(done,
+        `prompt` is text or token ids. `max_new_tokens`: the reply's length at most; by default what the model's
+        generation_config says, else 256. `stop`: strings that end the reply and are not part of it. `on_prefill(done,
         total)` is told of the prompt's progress, in tokens that have to be read. `sampling`: temperature (0 is greedy),
         top_k, top_p, min_p, repetition_penalty, seed; what is not given comes from the model's generation_config.
         `ignore_end` goes on after the end token. `choose` replaces sampling by a function (ids, logits) -> id.
@@ -260,7 +263,8 @@ class Engine:
         settings = self._sampling(sampling)
         ids = encode(prompt, self.tokenizer, vocab_size=self.vocab_size)
         rules = stop_rules(
-            num_prompt=len(ids), context_length=parts.context_length, max_new_tokens=max_new_tokens,
+            num_prompt=len(ids), context_length=parts.context_length,
+            max_new_tokens=reply_length(max_new_tokens, parts.model.generation_config),
             stop=joined_stops(stop, parts.model.generation_config, self.tokenizer),
             end_ids=frozenset() if ignore_end else self._end_ids, tokenizer=self.tokenizer,
             longest_context=longest_context(parts.model),

@@ -37,6 +37,7 @@ _NOT_FOLLOWED: dict[str, Any] = {
     "force_words_ids": None, "dola_layers": None, "prompt_lookup_num_tokens": None, "token_healing": False,
     "remove_invalid_values": False, "renormalize_logits": False, "max_time": None,
 }  # fmt: skip
+_USUAL_LENGTH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +118,25 @@ def joined_stops(
     return [*own, *([published] if isinstance(published, str) else published)]
 
 
-def not_followed(config: GenerationConfig | None) -> str | None:
-    """One line that names the settings of generation_config.json that offmoe does not follow; None without any."""
+def reply_length(given: int | None, config: GenerationConfig | None) -> int:
+    """The user's number of new tokens, else the publisher's (`max_new_tokens`), else 256.
+
+    Not the publisher's `max_length`: old configs have transformers' former default of 20 there, prompt included.
+    """
+    published = None if config is None else config.max_new_tokens
+    return next(length for length in (given, published, _USUAL_LENGTH) if length is not None)
+
+
+def not_followed(config: GenerationConfig | None, *, has_text: bool = True) -> str | None:
+    """One line that names the settings of generation_config.json that offmoe does not follow; None without any.
+
+    `has_text`: the model has a tokenizer, without which stop strings cannot be found.
+    """
     given = {} if config is None else {name: getattr(config, name, None) for name in _NOT_FOLLOWED}
     names = [name for name, value in given.items() if value is not None and value != _NOT_FOLLOWED[name]]
-    if not names:
+    settings = [f"{name} {given[name]!r}" for name in names]
+    if config is not None and config.stop_strings and not has_text:
+        settings.append(f"stop_strings {config.stop_strings!r} (the model has no tokenizer)")
+    if not settings:
         return None
-    settings = ", ".join(f"{name} {given[name]!r}" for name in names)
-    return f"generation_config.json asks for {settings}, which offmoe does not follow: replies are without"
+    return f"generation_config.json asks for {', '.join(settings)}, which offmoe does not follow: replies are without"
