@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from commands import succeed
+from engines import save_tiny
 from makers import one_line, write_shards
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from offmoe.base.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from offmoe.planner.model_facts import read_facts
 from offmoe.planner.survey import Survey, survey
 
 CONFIG: dict[str, Any] = {
@@ -58,7 +61,7 @@ def test_the_same_model_in_two_layouts(experts: dict[str, torch.Tensor], layout:
     assert found == Survey(
         model_type="tinymoe", architecture="TinyMoeForCausalLM", num_layers=3, num_moe_layers=2, experts_per_layer=4,
         top_k=2, expert_bytes=expert_bytes, experts_total_bytes=8 * expert_bytes, resident_bytes=RESIDENT_BYTES,
-        total_bytes=RESIDENT_BYTES + 8 * expert_bytes, layout=layout,
+        unused_bytes=0, total_bytes=RESIDENT_BYTES + 8 * expert_bytes, layout=layout,
         formats={"BF16": RESIDENT_BYTES - 128 + 8 * expert_bytes, "F32": 128}, num_files=1,
         num_tensors=len(RESIDENT | experts), context_length=512,
     )  # fmt: skip
@@ -124,3 +127,25 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="has 0 bytes"):
         survey(tmp_path)
+
+
+def test_what_is_not_loaded_is_in_no_count(tmp_path: Path) -> None:
+    """DeepSeek-V3's files hold 59 layers of experts, one of them beyond its 61 layers; `plan` counted 58."""
+    folder = save_tiny(tmp_path, "deepseek_v3")
+    before, tensors = survey(folder), load_file(folder / "model.safetensors")
+    last = f"model.layers.{before.num_layers - 1}."
+    beyond = {
+        name.replace(last, f"model.layers.{before.num_layers}."): t.clone()
+        for name, t in tensors.items()
+        if last in name
+    }
+    assert any(".experts." in name for name in beyond)
+    save_file(tensors | beyond, folder / "model.safetensors", metadata={"format": "pt"})
+    found = json.loads(succeed("inspect", folder, "--json").stdout)
+    for name in ("num_moe_layers", "experts_per_layer", "experts_total_bytes", "expert_bytes", "resident_bytes"):
+        assert found[name] == getattr(before, name), name
+    assert found["unused_bytes"] == sum(tensor.nbytes for tensor in beyond.values())
+    plan = read_facts(folder, direct=False)
+    assert found["num_moe_layers"] == plan.num_moe_layers and found["unused_bytes"] == plan.unused_bytes
+    assert found["experts_total_bytes"] == plan.experts_total_bytes
+    assert (found["resident_bytes"], found["total_bytes"]) == (plan.resident_disk_bytes, plan.total_bytes)

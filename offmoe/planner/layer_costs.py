@@ -11,7 +11,7 @@ from typing import Any
 
 from offmoe.base.machine_record import LayerCosts
 from offmoe.base.shape import text_config
-from offmoe.planner.survey import numbers
+from offmoe.planner.survey import num_hidden_layers
 
 WHOLE = frozenset({
     "aria", "aria_text", "deepseek_ocr2", "dots1", "glm4_moe", "glm4v_moe", "glm4v_moe_text", "gpt_oss", "hy_v3",
@@ -51,6 +51,6 @@ def latent_work(config: dict[str, Any], num_tokens: int) -> tuple[float, float]:
             return 0.0, 0.0
         sizes.append(size)
     latent, num_heads, rotated, keys, values = sizes
-    num_layers = max(numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0)
+    num_layers = num_hidden_layers(config)
     operations = 2.0 * num_layers * num_tokens * num_heads * (2 * latent + rotated)
     return operations, float(num_layers * num_heads * latent * (keys + values))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,15 +16,13 @@ from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
 from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, Span, common_slot_bytes
 from offmoe.checkpoint.index import CheckpointIndex, read_config
 from offmoe.checkpoint.model_dtype import model_dtype
-from offmoe.checkpoint.needless import is_beyond, needless_kind, tower_kind
 from offmoe.checkpoint.quant_config import read_quantisation
 from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.checkpoint.tensor_entry import FLOAT_TYPES, ITEM_BITS, TensorEntry
 from offmoe.formats.layout import aligned
-from offmoe.planner.survey import EXPERT_COUNTS, TOP_K, find_experts, layer_of, numbers
+from offmoe.planner.survey import EMBEDDING, TOP_K, is_tied, layer_of, loaded_tensors, num_hidden_layers, numbers
 
 _KINDS = {"BF16": "bf16", "F16": "bf16", "F32": "f32", "F64": "f32"}
-_EMBEDDING = re.compile(r"\b(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
 # Families whose attention transformers only has in its plain form, which writes scores out; and those of them whose
 # sinks offmoe leaves to the fused operation, on the CPU (models/sinks.py).
 _EAGER = ("gemma4", "hy_v4", "inkling2", "inkling2_text", "nllb_moe")
@@ -96,28 +93,18 @@ def facts_of(
     name: str, config: dict[str, Any], index: CheckpointIndex, *, direct: bool, path: Path | None = None
 ) -> ModelFacts:
     """Of a checkpoint whose headers are known."""
-    num_layers = max(numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0)
-    has_towers = not str(next(iter(config.get("architectures") or ()), "")).endswith("ForCausalLM")
-    used = {
-        n: e for n, e in index.tensors.items()
-        if not is_beyond(n, num_layers) and needless_kind(n) is None and (has_towers or tower_kind(n) is None)
-    }  # fmt: skip
-    per_expert, stacked = find_experts(used.values(), numbers(config, EXPERT_COUNTS))
+    num_layers, loaded = num_hidden_layers(config), loaded_tensors(config, index.tensors)
+    per_expert, stacked, resident = loaded.per_expert, loaded.stacked, loaded.resident
     spans, weights = _spans(per_expert, stacked)
     if not spans:
         raise UnsupportedModelError(
             f"{name} is a dense model ({config.get('model_type')}): it has no experts to stream; "
             "use transformers or llama.cpp"
         )
-    experts = {entry.name for _, _, entry in per_expert} | {entry.name for entry, _ in stacked}
-    resident = [entry for n, entry in used.items() if n not in experts]
     item = ITEM_BITS[model_dtype(config, index.tensors.values(), is_gguf=index.is_gguf)] // 8
     expert_total = sum(span.num_bytes for one in spans.values() for span in one)
-    tied = bool(text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
-    if tied and any(_EMBEDDING.search(entry.name) for entry in resident):
-        resident = [entry for entry in resident if not entry.name.endswith("lm_head.weight")]
     memory = {entry.name: _memory_bytes(entry, item) for entry in resident}
-    embedding = 0 if tied else sum(size for n, size in memory.items() if _EMBEDDING.search(n))
+    embedding = 0 if is_tied(config) else sum(size for n, size in memory.items() if EMBEDDING.search(n))
     vocab = largest_number(text_config(config), "vocab_size", 1)
     matrices = [memory[e.name] for e in resident if len(e.shape) == 2 and vocab not in e.shape]
     layers = {prefix for prefix, _ in spans}

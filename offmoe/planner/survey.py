@@ -7,14 +7,17 @@ every family.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.base.shape import text_config
 from offmoe.checkpoint.context_limit import context_limit
 from offmoe.checkpoint.derived import StoredTensor
 from offmoe.checkpoint.index import CheckpointIndex, read_config
+from offmoe.checkpoint.needless import is_beyond, needless_kind, tower_kind
 from offmoe.checkpoint.quant_config import read_quantisation
 
 EXPERT_COUNTS = (
@@ -33,12 +36,17 @@ _ROWS_OF_ALL = re.compile(r"\bexperts\.mlp\.(w1|v1|w2)$")
 # JetMoE's attention has experts too, which stay resident.
 _RESIDENT = re.compile(r"\bself_attention\.|conv")
 _EXPERTS = re.compile(r"^(.*\bexperts?)\.")
+EMBEDDING = re.compile(r"\b(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What a checkpoint holds. Bytes on disk; `resident` is everything that is not a routed expert."""
+    """What a checkpoint holds. Bytes on disk; `resident` is everything that is loaded and no routed expert.
+
+    `unused_bytes` are of tensors that are not loaded: layers beyond the last, for guessing tokens ahead, a tied head
+    that is stored too, parts of other modalities. The numbers are those of `offmoe plan`.
+    """
 
     model_type: str
     architecture: str
@@ -49,6 +57,7 @@ class Survey:
     expert_bytes: int
     experts_total_bytes: int
     resident_bytes: int
+    unused_bytes: int
     total_bytes: int
     layout: str
     formats: dict[str, int]
@@ -71,8 +80,8 @@ def survey(folder: Path) -> Survey:
     config = read_config(folder)
     index = CheckpointIndex.open(folder, read_quantisation(config))
     index.close()
-    counts = numbers(config, EXPERT_COUNTS)
-    per_expert, stacked = find_experts(index.tensors.values(), counts)
+    loaded = loaded_tensors(config, index.tensors)
+    per_expert, stacked = loaded.per_expert, loaded.stacked
     if not per_expert and not stacked:
         raise UnsupportedModelError(
             f"{folder} is a dense model ({config.get('model_type')}): it has no experts to stream; "
@@ -82,16 +91,18 @@ def survey(folder: Path) -> Survey:
     layers = {prefix for prefix, _, _ in per_expert} | {layer_of(entry.name) for entry, _ in stacked}
     num_experts = max([idx + 1 for _, idx, _ in per_expert] + [count for _, count in stacked])
     expert_total = sum(entry.num_bytes for entry in experts)
+    resident_total = sum(entry.num_bytes for entry in loaded.resident)
     return Survey(
         model_type=str(config.get("model_type")),
         architecture=_architecture(config),
-        num_layers=max(numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0),
+        num_layers=num_hidden_layers(config),
         num_moe_layers=len(layers),
         experts_per_layer=num_experts,
         top_k=max(numbers(config, TOP_K), default=0),
         expert_bytes=expert_total // (len(layers) * num_experts),
         experts_total_bytes=expert_total,
-        resident_bytes=index.num_bytes - expert_total,
+        resident_bytes=resident_total,
+        unused_bytes=index.num_bytes - expert_total - resident_total,
         total_bytes=index.num_bytes,
         layout="one tensor per expert" if per_expert else "stacked tensors",
         formats=index.formats,
@@ -101,8 +112,43 @@ def survey(folder: Path) -> Survey:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadedTensors:
+    """The tensors of a checkpoint that a model is made of. Experts as `find_experts` gives them."""
+
+    per_expert: list[tuple[str, int, StoredTensor]]
+    stacked: list[tuple[StoredTensor, int]]
+    resident: list[StoredTensor]
+
+
+def loaded_tensors(config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> LoadedTensors:
+    """Leave out what the loader does: layers beyond the last, needless tensors, towers of a text model, a tied head."""
+    num_layers, names = num_hidden_layers(config), config.get("architectures")
+    has_towers = not (isinstance(names, list) and names and str(names[0]).endswith("ForCausalLM"))
+    used = {
+        n: e for n, e in tensors.items()
+        if not is_beyond(n, num_layers) and needless_kind(n) is None and (has_towers or tower_kind(n) is None)
+    }  # fmt: skip
+    per_expert, stacked = find_experts(used.values(), numbers(config, EXPERT_COUNTS))
+    experts = {entry.name for _, _, entry in per_expert} | {entry.name for entry, _ in stacked}
+    resident = [entry for n, entry in used.items() if n not in experts]
+    if is_tied(config) and any(EMBEDDING.search(entry.name) for entry in resident):
+        resident = [entry for entry in resident if not entry.name.endswith("lm_head.weight")]
+    return LoadedTensors(per_expert=per_expert, stacked=stacked, resident=resident)
+
+
+def is_tied(config: dict[str, Any]) -> bool:
+    """The head is the embedding's matrix."""
+    return bool(text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+
+
+def num_hidden_layers(config: dict[str, Any]) -> int:
+    """Layers of the model; 0 where its config does not say."""
+    return max(numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0)
+
+
 def find_experts(
-    entries: Any, counts: set[int]
+    entries: Iterable[StoredTensor], counts: set[int]
 ) -> tuple[list[tuple[str, int, StoredTensor]], list[tuple[StoredTensor, int]]]:
     """(prefix, expert, tensor) of experts with tensors of their own, and (tensor, experts) of stacked ones."""
     per_expert, stacked = [], []

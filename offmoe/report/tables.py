@@ -36,6 +36,7 @@ def survey_rows(survey: Survey) -> list[tuple[str, str]]:
         ("one expert", f"{format_bytes(s.expert_bytes)} ({s.expert_bytes} bytes), {s.layout}"),
         ("all experts", format_bytes(s.experts_total_bytes)),
         ("resident", f"{format_bytes(s.resident_bytes)} (attention, norms, routers, shared experts, embeddings)"),
+        *([("not loaded", f"{format_bytes(s.unused_bytes)} (guessing ahead, twice there)")] if s.unused_bytes else []),
         ("read per token", f"{format_bytes(s.bytes_per_token)} of experts when nothing is cached"),
         ("on disk", f"{format_bytes(s.total_bytes)} in {s.num_files} files, {s.num_tensors} tensors"),
         ("formats", formats),
