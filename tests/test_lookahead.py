@@ -38,7 +38,7 @@ class Asked:
 
     def want(
         self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, predict_ns: int = 0,
-        whole_layer: bool = False, num_sure: int | None = None,
+        whole_layer: bool = False, num_sure: int | None = None, hidden_ns: int = 0,
     ) -> None:  # fmt: skip
         self.sure.append(num_sure)
         self.wants.append((layer_idx, list(expert_ids), distance, whole_layer))

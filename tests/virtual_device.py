@@ -36,6 +36,7 @@ from offmoe.executor.executor import Executor
 from offmoe.executor.misses import AdmissionFates, AheadFates, MissPlacer
 from offmoe.executor.resident import preload
 from offmoe.executor.rows import Computed, ReferenceRows
+from offmoe.executor.stalls import StreamStalls
 from offmoe.kernels.reference import ExpertMath
 from offmoe.models.look_ahead import most_ahead
 from offmoe.prefetch.ahead import AheadOfTime
@@ -76,8 +77,23 @@ class Stream:
     def mark(self) -> Job | None:
         return None if self.blocking else self.queue(0)
 
+    def moment(self) -> VirtualMoment:
+        return VirtualMoment(self.queue(0))
+
     def synchronize(self) -> None:
         self.machine.wait(*self._waits_for)
+
+
+@dataclass(frozen=True)
+class VirtualMoment:
+    """A point on the device's stream."""
+
+    job: Job
+
+    def ns_since(self, earlier: VirtualMoment) -> int | None:
+        if self.job.end_s is None or earlier.job.end_s is None:
+            return None
+        return round((self.job.end_s - earlier.job.end_s) * 1e9)
 
 
 @dataclass
@@ -204,11 +220,12 @@ def make_pass(ids: list[torch.Tensor], guesses: list[torch.Tensor], seed: int) -
 
 @dataclass(kw_only=True)
 class Machine:
-    """Speeds as shares of the device's, and how the device works."""
+    """Speeds as shares of the device's, and how the device works. `predict_s`: of the host, to ask for one guess."""
 
     link: float = 0.5
     cpu: float = 0.5
     attention_s: float = 0.0
+    predict_s: float = 0.0
     blocking: bool = True
     device_slots: int = 64
     chunks: int = 4
@@ -247,11 +264,21 @@ class Engine:
                 lookahead.observe_input(layer_idx, each.x_TD)
             self.stream.queue(self.shape.attention_s * DEVICE_SPEED)
             if lookahead is not None:
-                lookahead.observe_state(layer_idx, each.x_TD)
-            self.stream.synchronize()
+                lookahead.observe_state(layer_idx, each.x_TD if self.stream.blocking else each.x_TD.to("meta"))
+            self._learn_ids(each)
             y_TD = self.executor.run_layer(layer_idx, MATH, self.num_experts, each.x_TD, ids_TK, each.weights_TK)
             if self.shape.computes:
                 self.outputs.append(y_TD)
+
+    def _learn_ids(self, each: Pass) -> None:
+        """The host waits for what the router chose. Not blocking: as `Executor` does for ids that are on a device."""
+        begin_s = self.machine.now_s
+        self.stream.synchronize()
+        self.executor.read_stalls()
+        waited_ns = round((self.machine.now_s - begin_s) * 1e9)
+        for layer_idx in self.ahead.pending() if self.ahead is not None else ():
+            assert self.ahead is not None
+            waited_ns -= self.ahead.take(layer_idx, each.guesses[layer_idx].tolist(), free_ns=waited_ns)
 
     @property
     def num_experts(self) -> int:
@@ -262,8 +289,10 @@ class Engine:
         return len(self.two.experts.layers)
 
     def guess(self, layer_idx: int, state_TD: torch.Tensor) -> torch.Tensor:
+        """On the state's device, which is not the host where ids come later."""
         assert self.now is not None
-        return self.now.guesses[layer_idx]
+        self.machine.advance(self.shape.predict_s)
+        return self.now.guesses[layer_idx].to(state_TD.device)
 
     def check_slots(self) -> None:
         """By the times of the jobs: nothing computed before its copy had ended, no slot overwritten while in use."""
@@ -300,7 +329,10 @@ def open_engine(
     ) as two:  # fmt: skip
         preload(two.host, list(two.experts.keys()), lambda done, total: None)
         rows = VirtualRows(stream, computes=shape.computes)
-        executor = Executor(two.cache, rows=rows, clock_ns=lambda: int(machine.now_s * 1e9))
+        stalls = None if shape.blocking else StreamStalls(stream.moment)
+        executor = Executor(
+            two.cache, rows=rows, over_link=True, stalls=stalls, clock_ns=lambda: int(machine.now_s * 1e9)
+        )
         engine = Engine(shape, machine, stream, two, executor)
         if miss is not Mode.STREAM:
             _place_misses(engine, miss, error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -22,6 +23,8 @@ from offmoe.executor.cpu_rows import CpuRows
 from offmoe.executor.dispatch import Assignment, dispatch, num_rows
 from offmoe.executor.misses import MissPlacer
 from offmoe.executor.rows import Computed, ReferenceRows, Rows
+from offmoe.executor.stalls import StreamStalls
+from offmoe.formats.dense import ExpertWeights
 from offmoe.kernels.reference import ExpertMath, combine_rows
 from offmoe.prefetch.ahead import AheadOfTime
 
@@ -32,10 +35,11 @@ class Executor:
     def __init__(
         self, cache: ExpertCache, *, rows: Rows | None = None, ahead: AheadOfTime | None = None,
         cpu: CpuExperts | None = None, placer: MissPlacer | None = None, recorder: Recorder | None = None,
-        over_link: bool = False,
+        over_link: bool = False, stalls: StreamStalls | None = None,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
-        self.recorder, self.over_link = recorder or Recorder(), over_link
+        """`stalls`: of a device whose stream waits for copies while the host goes on; None where the host waits."""
+        self.recorder, self.over_link, self.stalls = recorder or Recorder(), over_link, stalls
         self.cache, self.rows, self.ahead = cache, rows or ReferenceRows(), ahead
         self.cpu, self.placer, self.clock_ns = cpu, placer, clock_ns
         self._counters: Counters = cache.counters
@@ -114,12 +118,23 @@ class Executor:
             return expert_ids_TK
         self._counters.syncs += 1
         guesses = self.ahead.pending() if self.ahead is not None else {}
-        flat = torch.cat([expert_ids_TK.flatten(), *(ids_TK.flatten() for ids_TK in guesses.values())]).cpu()
+        queued = torch.cat([expert_ids_TK.flatten(), *(ids_TK.flatten() for ids_TK in guesses.values())])
+        begin = self.clock_ns()
+        flat = queued.cpu()
+        waited_ns = self.clock_ns() - begin
+        self.read_stalls()
         own, *others = torch.split(flat, [expert_ids_TK.numel(), *(ids_TK.numel() for ids_TK in guesses.values())])
         if self.ahead is not None:
             for (layer_idx, ids_TK), host_ids in zip(guesses.items(), others, strict=True):
-                self.ahead.take(layer_idx, host_ids.view(ids_TK.shape).tolist())
+                waited_ns -= self.ahead.take(layer_idx, host_ids.view(ids_TK.shape).tolist(), free_ns=waited_ns)
         return own.view(expert_ids_TK.shape)
+
+    def read_stalls(self) -> None:
+        """Book the stalls that the device's stream has told of by now; the host has just waited for it."""
+        for stall in self.stalls.measured() if self.stalls is not None else ():
+            self._counters.link_stall_ns += stall.link_ns
+            if self.ahead is not None:
+                self.ahead.stall_measured(stall.num_bytes, stall.stall_ns, stall.late_ns)
 
     def recover(self) -> None:
         """After a call was broken off between any two lines: nothing is computed, held or under way any more."""
@@ -127,6 +142,8 @@ class Executor:
             self.cpu.restart()
         self.cache.recover()
         self.recorder.forget_guesses()
+        if self.stalls is not None:
+            self.stalls.forget()
         if self.ahead is not None:
             self.ahead.reset()
 
@@ -258,21 +275,31 @@ class _LayerRun:
         begin = self._executor.clock_ns()
         while self._in_flight and (not arrived or self._in_flight[0][0].ticket.done()):
             fetch, assignments = self._in_flight.popleft()
-            arrived.append(Computed(fetch.slot, self._cache.finish(fetch), assignments))
+            arrived.append(Computed(fetch.slot, self._finish(fetch), assignments))
             self._held.append(fetch.key)
             self._demanded_bytes += 0 if fetch.was_ahead else self._cache.num_bytes(fetch.key)
         self._stall_ns += self._executor.clock_ns() - begin
         if is_last and not self._in_flight:
             self._count_stall()
             if self._ahead is not None:
-                self._ahead.demand_ends(self._demanded_bytes, self._stall_ns)
+                is_known = self._executor.stalls is None
+                self._ahead.demand_ends(*((self._demanded_bytes, self._stall_ns) if is_known else (0, 0)))
                 self._ahead.pump()
         self._compute(arrived)
 
+    def _finish(self, fetch: Fetch) -> ExpertWeights:
+        stalls = self._executor.stalls
+        if stalls is None or fetch.ticket.done():
+            return self._cache.finish(fetch)
+        late = fetch.key if fetch.was_ahead else None
+        return stalls.wait(self._layer_idx, late, partial(self._cache.finish, fetch))
+
     def _count_stall(self) -> None:
         """Over a link, what was waited for the disk is counted already, by who waited."""
-        if self._executor.over_link:
-            from_disk_ns = self._counters.disk_stall_ns - self._disk_stall_ns
+        from_disk_ns = self._counters.disk_stall_ns - self._disk_stall_ns
+        if self._executor.stalls is not None:
+            self._executor.stalls.layer_waited(num_bytes=self._demanded_bytes, disk_ns=from_disk_ns)
+        elif self._executor.over_link:
             self._counters.link_stall_ns += max(0, self._stall_ns - from_disk_ns)
         else:
             self._counters.disk_stall_ns += self._stall_ns

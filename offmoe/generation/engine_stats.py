@@ -16,6 +16,7 @@ def engine_stats(
 ) -> dict[str, Any]:
     """As `Engine.stats` says. `baseline_bytes`: what the process held before it grew by the model."""
     cache, plan, device = parts.cache, parts.plan, parts.device
+    serving = parts.serving.stats()  # first: it reads the stalls that the counters are to have
     totals: dict[str, Any] = {
         **cache.counters.as_dict(),
         **decoded.as_dict(),
@@ -27,7 +28,7 @@ def engine_stats(
         "reused_tokens": kept.num_reused,
         "compile": compile_state,
         "lossy": list(parts.lossy),
-        **parts.serving.stats(),
+        **serving,
         "ram_bytes": plan.ram_bytes,
         "planned_bytes": plan.total_bytes,
         "peak_rss_growth_bytes": max(0, peak_rss_bytes() - baseline_bytes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from offmoe.executor.misses import AdmissionFates, MissPlacer
 from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.executor.resident import ResidentExecutor, preload
 from offmoe.executor.rows import KernelRows, Rows
+from offmoe.executor.stalls import StreamStalls
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.slot_kernels import SlotKernels, make_slot_kernels
@@ -44,7 +46,7 @@ from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
 
 if TYPE_CHECKING:
-    from offmoe.tiers.device import Device, DevicePool
+    from offmoe.tiers.device import Device, DevicePool, Moment
 
 # Tokens whose rows the slot kernels compute; more go through large matrix products, expert by expert.
 KERNEL_TOKENS = 16
@@ -69,9 +71,11 @@ class Serving:
     rounds: bool = False
     notes: list[str] = field(default_factory=list)
     closing: ExitStack = field(default_factory=ExitStack)
+    read_stalls: Callable[[], None] = field(default=lambda: None)
 
     def stats(self) -> dict[str, Any]:
         """What prefetching and the arbiter did and decided, for `Engine.stats`."""
+        self.read_stalls()
         found: dict[str, Any] = {"prefetch": self.ahead.as_dict() if self.ahead is not None else "off"}
         found |= policy_facts(self.cache.policy)
         if self.host is not self.cache:
@@ -123,7 +127,11 @@ def build_serving(
     )
     layouts = [layout_of(layer) for layer in experts.layers]
     link = LinkSource(experts, layouts, host, host_source, device_pool, device.copier, counters)
-    cache = make_cache(device_pool.num_slots, experts, link, counters, policy=config.policy, usage=Usage(counted))
+    stalls = _stalls_of(device)
+    cache = make_cache(
+        device_pool.num_slots, experts, link, counters, policy=config.policy, usage=Usage(counted),
+        clock_ns=time.perf_counter_ns if stalls is None else _standing_clock,
+    )  # fmt: skip
     serving = Serving(cache=cache, host=host, executor=_NOT_YET, cpu_rows=cpu_rows, warm=warm)
     if (refused := device.pin(pool.slab)) is not None:
         serving.notes.append(f"RAM slots are not pinned ({refused}): copies go through a staging ring")
@@ -133,7 +141,10 @@ def build_serving(
         return serving
     kernels = make_slot_kernels(experts.layers, maths, device_pool.slab, device_pool.slot_bytes)
     serving.kernels = kernels
-    executor = Executor(cache, rows=_rows(kernels, experts, device_pool), recorder=serving.recorder, over_link=True)
+    executor = Executor(
+        cache, rows=_rows(kernels, experts, device_pool), recorder=serving.recorder, over_link=True, stalls=stalls
+    )
+    serving.read_stalls = executor.read_stalls
     _place_misses(serving, executor, link, experts, maths, config, device, device_pool)
     _fetch_ahead(serving, executor, model, experts, config)
     _take_turns(serving)
@@ -143,18 +154,30 @@ def build_serving(
 
 def make_cache(
     num_slots: int, experts: ExpertIndex, source: Source, counters: Counters, *, policy: str,
-    usage: Usage | None = None, listens: bool = False,
+    usage: Usage | None = None, listens: bool = False, clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> ExpertCache:  # fmt: skip
-    """A cache of `num_slots` slots whose policy has the name `policy`. `listens`: only misses of a tier above come."""
+    """A cache of `num_slots` slots whose policy has the name `policy`. `listens`: only misses of a tier above come.
+    `clock_ns` times the host's waits.
+    """
     layers = experts.layers
     chosen = choose_policy(
         policy, num_slots, [layer.num_experts for layer in layers], [layer.expert_bytes for layer in layers],
         experts.top_k, usage=usage, listens=listens,
     )  # fmt: skip
-    cache = ExpertCache(num_slots, len(layers), source, chosen, counters)
+    cache = ExpertCache(num_slots, len(layers), source, chosen, counters, clock_ns=clock_ns)
     if isinstance(chosen, AutoPolicy):
         cache.on_layer, cache.on_recover = chosen.layer_call, chosen.recover
     return cache
+
+
+def _stalls_of(device: Device) -> StreamStalls | None:
+    """The clock of a device whose stream waits while the host goes on; None where the host's own tells."""
+    return None if device.moment() is None else StreamStalls(cast("Callable[[], Moment]", device.moment))
+
+
+def _standing_clock() -> int:
+    """The host's share of waits that a stream's clock measures."""
+    return 0
 
 
 def _make_resident(

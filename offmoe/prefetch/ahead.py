@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from offmoe.base.keys import ExpertKey
 from offmoe.base.trial import Trial
 from offmoe.prefetch.lookahead import Lookahead
 from offmoe.prefetch.prefetcher import Prefetcher
@@ -45,9 +46,9 @@ class AheadOfTime:
         """Predictions on the device that the host does not have yet; hand them over with `take`."""
         return self.lookahead.pending()
 
-    def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]]) -> None:
-        """A pending prediction, as numbers."""
-        self.lookahead.take(layer_idx, ids_TK)
+    def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]], *, free_ns: int = 0) -> int:
+        """A pending prediction, as numbers; see `Lookahead.take`."""
+        return self.lookahead.take(layer_idx, ids_TK, free_ns=free_ns)
 
     def router_spoke(
         self, layer_idx: int, expert_ids: Sequence[int], num_tokens: int, *, now_s: float | None = None
@@ -73,6 +74,10 @@ class AheadOfTime:
     def demand_ends(self, num_bytes: int, stall_ns: int) -> None:
         """They have arrived: the tier below is free for others."""
         self.prefetcher.demand_ends(num_bytes, stall_ns)
+
+    def stall_measured(self, num_bytes: int, stall_ns: int, late_ns: Mapping[ExpertKey, int]) -> None:
+        """A device's stream told late; see `Prefetcher.stall_measured`."""
+        self.prefetcher.stall_measured(num_bytes, stall_ns, late_ns)
 
     def pump(self) -> None:
         """A moment to start something; what the layer needs is held."""

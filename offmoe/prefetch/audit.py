@@ -172,9 +172,17 @@ class Audit:
             layer.wasted += layer.pending
             layer.wasted_bytes += layer.pending_bytes
 
-    def spent_predicting(self, layer_idx: int, predict_ns: int, *, distance: int = 1) -> None:
-        """A prediction for the layer was made."""
-        self.layer(layer_idx, distance).predict_ns += predict_ns
+    def waited(self, layer_idx: int, waited_ns: int, *, distance: int = 1) -> None:
+        """A late one that was used had been waited for, as is known now."""
+        layer = self.layer(layer_idx, distance)
+        layer.waited_ns += waited_ns
+        layer.hidden_ns -= waited_ns
+
+    def spent_predicting(self, layer_idx: int, predict_ns: int, hidden_ns: int = 0, *, distance: int = 1) -> None:
+        """A prediction for the layer was made; `hidden_ns` of it while the model stood still anyway."""
+        layer = self.layer(layer_idx, distance)
+        layer.predict_ns += predict_ns
+        layer.predict_hidden_ns += hidden_ns
 
     def demand_ended(self, num_bytes: int, stall_ns: int, late_ns: int) -> None:
         """The model stood still for `stall_ns`: `late_ns` for late prefetches, and for `num_bytes` on demand."""

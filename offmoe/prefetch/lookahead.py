@@ -35,11 +35,12 @@ class Prefetcher(Protocol):
 
     def want(
         self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, predict_ns: int = 0,
-        whole_layer: bool = False, num_sure: int | None = None,
+        whole_layer: bool = False, num_sure: int | None = None, hidden_ns: int = 0,
     ) -> None:  # fmt: skip
         """The layer will need these experts, the surest first; replaces what was wanted of it.
 
-        `num_sure`: one token is decoded, and its router would choose the first so many.
+        `num_sure`: one token is decoded, and its router would choose the first so many. `hidden_ns`: of
+        `predict_ns`, passed while the computation stood still anyway.
         """
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
@@ -177,14 +178,22 @@ class Lookahead:
         """Predictions that are still on the device: layer -> ids (T, K). Hand them over with `take`."""
         return {layer_idx: waiting.ids_TK for layer_idx, waiting in self._pending.items()}
 
-    def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]]) -> None:
-        """The pending prediction of a layer, as numbers on the host: T rows of K."""
+    def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]], *, free_ns: int = 0) -> int:
+        """The pending prediction of a layer, as numbers on the host: T rows of K.
+
+        `free_ns`: the host has just waited so long for the device, so asking for the prediction cost that much less.
+        Returns the part of it that this prediction took.
+        """
         waiting = self._pending.pop(layer_idx)
         begin = self._clock_ns()
         ranked = rank_experts(ids_TK, self._num_experts[layer_idx])
         predict_ns = waiting.predict_ns + self._clock_ns() - begin
+        hidden_ns = min(waiting.predict_ns, max(0, free_ns))
         num_sure = waiting.num_chosen if len(ids_TK) == 1 else None
-        self._want(layer_idx, ranked, waiting.distance, predict_ns, whole_layer=False, num_sure=num_sure)
+        self._want(
+            layer_idx, ranked, waiting.distance, predict_ns, whole_layer=False, num_sure=num_sure, hidden_ns=hidden_ns
+        )
+        return hidden_ns
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         """The layer's router chose these distinct experts: passed on to the prefetcher, which drops the layer's wants.
@@ -233,11 +242,12 @@ class Lookahead:
 
     def _want(
         self, layer_idx: int, expert_ids: Sequence[int], distance: int, predict_ns: int, *, whole_layer: bool,
-        num_sure: int | None = None,
+        num_sure: int | None = None, hidden_ns: int = 0,
     ) -> None:  # fmt: skip
         self._prefetcher.want(
-            layer_idx, expert_ids, distance=distance, predict_ns=predict_ns, whole_layer=whole_layer, num_sure=num_sure
-        )
+            layer_idx, expert_ids, distance=distance, predict_ns=predict_ns, whole_layer=whole_layer,
+            num_sure=num_sure, hidden_ns=hidden_ns,
+        )  # fmt: skip
         if self._predictions is not None:
             self._predictions(Prediction(layer_idx, tuple(expert_ids), distance, whole_layer))
 

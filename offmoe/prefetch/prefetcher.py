@@ -16,7 +16,7 @@ would save, against what it costs otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from offmoe.base.keys import ExpertKey
 from offmoe.base.trial import Trial
@@ -61,6 +61,7 @@ class Prefetcher:
         self._num_calls = 0
         self._is_demand_waiting = False
         self._late_wait_ns = 0
+        self._late: dict[ExpertKey, int] = {}  # the distance of late ones, whose wait may be measured later
         self._cancelling: ExpertKey | None = None
 
     def __repr__(self) -> str:
@@ -101,12 +102,13 @@ class Prefetcher:
 
     def want(
         self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, predict_ns: int = 0,
-        whole_layer: bool = False, num_sure: int | None = None,
+        whole_layer: bool = False, num_sure: int | None = None, hidden_ns: int = 0,
     ) -> None:  # fmt: skip
         """Layer `layer_idx`, to run `distance` layers from now, will need `expert_ids`, the surest first.
 
         Replaces what was said of the layer before; what had been started for it and is no longer wanted is taken
-        back if its move has not begun. `predict_ns`: time that the prediction took. `whole_layer`: a prefill will
+        back if its move has not begun. `predict_ns`: time that the prediction took, `hidden_ns` of it while the
+        computation stood still anyway. `whole_layer`: a prefill will
         touch (nearly) all experts. Its bound is slots, not bytes: free ones and one layer's share of the others, so
         that the experts used in decoding stay. It is not subject to what the switch learns from decoding.
 
@@ -114,7 +116,7 @@ class Prefetcher:
         next in its ranking. Then, in "auto", only what is worth it is fetched. None: all of them are.
         """
         if predict_ns:
-            self.audit.spent_predicting(layer_idx, predict_ns, distance=distance)
+            self.audit.spent_predicting(layer_idx, predict_ns, hidden_ns, distance=distance)
             if self._is_demand_waiting:
                 self._unsettled.append((layer_idx, distance, predict_ns))
         self._wanted.pop(layer_idx, None)
@@ -186,6 +188,15 @@ class Prefetcher:
             stall_ns -= hidden_ns
         self._unsettled.clear()
 
+    def stall_measured(self, num_bytes: int, stall_ns: int, late_ns: Mapping[ExpertKey, int]) -> None:
+        """Instead of numbers for `demand_ends`, later: a device's stream stood still for `stall_ns`, of that for
+        each late prefetch `late_ns`, and `num_bytes` were fetched on demand meanwhile.
+        """
+        for key, waited_ns in late_ns.items():
+            if key in self._late:
+                self.audit.waited(key.layer_idx, waited_ns, distance=self._late.pop(key))
+        self.audit.demand_ended(num_bytes, stall_ns, sum(late_ns.values()))
+
     def pass_ended(self, seconds: float, *, num_tokens: int = 1) -> None:
         """A forward pass over `num_tokens` positions took `seconds`. The switch learns from those of one token."""
         if num_tokens == 1:
@@ -232,6 +243,8 @@ class Prefetcher:
         if ended is not None:
             self._late_wait_ns += waited_ns
             num_bytes, distance = ended
+            if late:
+                self._late[key] = distance
             self.audit.used(key.layer_idx, num_bytes, late=late, waited_ns=waited_ns, distance=distance)
 
     def wasted_ahead(self, key: ExpertKey) -> None:
@@ -252,6 +265,7 @@ class Prefetcher:
         """
         self._wanted.clear()
         self._unsettled.clear()
+        self._late.clear()
         if self.chances is not None:
             self.chances.forget_open()
         self._pending, self.num_pending = {}, 0

@@ -7,7 +7,7 @@ fed by the same guesses. Keys and integers only; the one thread that runs the mo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
@@ -107,7 +107,7 @@ class TwoTierPrefetcher:
 
     def want(
         self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, predict_ns: int = 0,
-        whole_layer: bool = False, num_sure: int | None = None,
+        whole_layer: bool = False, num_sure: int | None = None, hidden_ns: int = 0,
     ) -> None:  # fmt: skip
         """As `Prefetcher.want`. The time of a prediction is charged to the disk where only the disk acts upon it, and
         nothing was waited for meanwhile. A prefill that touches whole layers goes through RAM to the device anyway.
@@ -116,10 +116,11 @@ class TwoTierPrefetcher:
         serves_link = whole_layer or self.over_link.is_on(layer_idx, distance)
         if serves_link:
             self.over_link.want(
-                layer_idx, ids, distance=distance, predict_ns=predict_ns, whole_layer=whole_layer, num_sure=num_sure
-            )
+                layer_idx, ids, distance=distance, predict_ns=predict_ns, whole_layer=whole_layer, num_sure=num_sure,
+                hidden_ns=hidden_ns,
+            )  # fmt: skip
         if not whole_layer:
-            own_ns = 0 if serves_link or self._is_link_waiting else predict_ns
+            own_ns = 0 if serves_link or self._is_link_waiting else predict_ns - hidden_ns
             self.from_disk.want(layer_idx, ids, distance=distance, predict_ns=own_ns, num_sure=num_sure)
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
@@ -139,6 +140,10 @@ class TwoTierPrefetcher:
         """It waits no longer for the link."""
         self._is_link_waiting = False
         self.over_link.demand_ends(num_bytes, stall_ns)
+
+    def stall_measured(self, num_bytes: int, stall_ns: int, late_ns: Mapping[ExpertKey, int]) -> None:
+        """Of the link; see `Prefetcher.stall_measured`."""
+        self.over_link.stall_measured(num_bytes, stall_ns, late_ns)
 
     def pump(self) -> None:
         """Start what may start. From disk nothing while something that is needed is read."""

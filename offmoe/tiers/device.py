@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -81,6 +81,13 @@ class DevicePool:
         self._slab = None
 
 
+class Moment(Protocol):
+    """A point on a device's stream."""
+
+    def ns_since(self, earlier: Any) -> int | None:
+        """Nanoseconds from `earlier` (of the same kind) to this; None while it has not been passed. Never blocks."""
+
+
 class Device(Protocol):
     """Where the resident weights and the expert slots are, and the link to it."""
 
@@ -99,6 +106,11 @@ class Device(Protocol):
 
     def unpin(self) -> None:
         """Undo every `pin`, once what was copied from there has ended."""
+
+    def moment(self) -> Moment | None:
+        """The point that its stream has reached in what the calling thread has queued; None where nothing is queued,
+        since a copy and a computation have ended when the host has waited for them.
+        """
 
     def free_bytes(self) -> int:
         """What could be allocated now, by its driver's word."""
@@ -148,6 +160,9 @@ class SimulatedDevice:
 
     def unpin(self) -> None:
         """Nothing to undo."""
+
+    def moment(self) -> None:
+        """The host waits."""
 
     def free_bytes(self) -> int:
         """What neither pools nor others use."""
