@@ -235,7 +235,7 @@ def generate(engine: offmoe.Engine, num_new: int) -> Any:
 
 
 def profile(run: Callable[[], object]) -> tuple[Counter[str], str]:
-    """How often each operation or runtime call was made, and torch's own table of the 25 that took the host longest."""
+    """Count operations and runtime calls, beside torch's own table of the 25 that took the host longest."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 

@@ -106,7 +106,7 @@ def is_old(target: Path) -> bool:
 
 
 def compiler() -> str:
-    """As build tools have it: CXX, or g++."""
+    """Name of the compiler, as build tools have it: CXX, or g++."""
     return os.environ.get("CXX", "g++")
 
 

@@ -63,7 +63,7 @@ SLACK_BYTES = 24 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What this process has while only the long-lived engine is open."""
+    """Resources of this process while only the long-lived engine is open."""
 
     tokens: int
     seconds: float
@@ -119,12 +119,12 @@ class Soak:
             yield piece
 
     def options(self) -> dict[str, Any]:
-        """Of a request."""
+        """Options of a request."""
         sampled = {"temperature": self.random.choice((0.0, 0.7, 1.2)), "seed": self.random.randrange(1 << 30)}
         return {"max_new_tokens": self.random.randint(20, 400), "ignore_end": True, **sampled}
 
     def prompt(self) -> str:
-        """Of one to sixty phrases."""
+        """A prompt of one to sixty phrases."""
         return " ".join(self.random.choices(WORDS, k=self.random.choice((1, 2, 5, 20, 60))))
 
 

@@ -45,7 +45,7 @@ class ModelNotFoundError(OffmoeError):
 
 
 class HubUnreachableError(ModelNotFoundError):
-    """There is no way to the hub now, and the local cache has not all of the model."""
+    """The hub is out of reach, and the local cache does not have all of the model."""
 
 
 class UnsupportedModelError(OffmoeError):

@@ -101,7 +101,7 @@ def read_bounded(path: Path, what: str, most_bytes: int = MAX_TEXT_BYTES) -> byt
 
 
 def read_text_bounded(path: Path, what: str, most_bytes: int = MAX_TEXT_BYTES) -> str:
-    """As `read_bounded`, in UTF-8; lines end in newlines. Raises UsageError."""
+    """Read a file as `read_bounded` does, as UTF-8 text with newlines as line ends. Raises UsageError."""
     try:
         text = read_bounded(path, what, most_bytes).decode()
     except UnicodeDecodeError as error:

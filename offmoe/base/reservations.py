@@ -88,7 +88,7 @@ class Reservation:
 
 
 def outstanding(folder: Path | None = None) -> list[Outstanding]:
-    """What every living process has planned and not taken yet. Files of processes that ended are removed."""
+    """Memory that living processes have planned and not taken yet. Removes the files of processes that ended."""
     folder = folder or run_folder()
     planned: dict[int, list[tuple[int, int]]] = {}
     with contextlib.suppress(OSError):
@@ -109,7 +109,7 @@ def outstanding(folder: Path | None = None) -> list[Outstanding]:
 
 @contextmanager
 def one_at_a_time(folder: Path | None = None, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
-    """Within: no other process of the user looks at free memory and reserves of it. After LOCK_WAIT_S without it."""
+    """Keep the user's other processes from reserving memory meanwhile. Goes on unguarded after LOCK_WAIT_S."""
     folder = folder or run_folder()
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError, ImportError):
@@ -151,7 +151,7 @@ def _namespace() -> str:
 
 
 def _started_s(pid: int) -> float | None:
-    """When the process started; None when there is none of that number."""
+    """Start time of a process; None without a process of that number."""
     try:
         return round(psutil.Process(pid).create_time(), 2)
     except (psutil.Error, OverflowError, ValueError):

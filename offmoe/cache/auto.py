@@ -77,7 +77,7 @@ class AutoPolicy:
             self._tell_heard()
 
     def recover(self) -> None:
-        """After a call was broken off between any two lines: what the race keeps is whole again."""
+        """Make the race's records whole again after a call that was broken off between any two lines."""
         self.race.recover()
 
     def _tell_heard(self) -> None:

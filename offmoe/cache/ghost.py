@@ -63,7 +63,7 @@ class ShadowCache:
         return CallResult(hits, misses, self._fetch(layer_idx, hits, misses, keep))
 
     def recover(self) -> None:
-        """After a call was broken off between any two lines (Ctrl-C): policy and cache know the same keys again."""
+        """Give policy and cache the same keys again after a call that was broken off between any two lines (Ctrl-C)."""
         hand_over(self.policy, self.policy, set(self._cached))
 
     def _fetch(self, layer_idx: int, hits: list[int], misses: list[int], keep: set[int]) -> int:

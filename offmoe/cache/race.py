@@ -110,7 +110,7 @@ class Race:
                 self._window[name] += missed * self._bytes[number]
 
     def recover(self) -> None:
-        """After a call was broken off between any two lines."""
+        """Make all shadow caches whole again after a call that was broken off between any two lines."""
         for shadow in self._shadows.values():
             shadow.recover()
 

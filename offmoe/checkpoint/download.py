@@ -115,7 +115,7 @@ class Download:
         return folder if self.has_config else folder / Path(self.weights[0].name).name
 
     def fetch_all(self, progress: Progress) -> Path:
-        """What is missing, with `progress("download", bytes, of bytes)`. Returns the model's folder or GGUF file."""
+        """Fetch missing files, with `progress("download", bytes, of bytes)`. Returns the folder or GGUF file."""
         files = [*self.small, *self.weights]
         total = sum(file.num_bytes for file in files)
         self._done_bytes = total - sum(self._missing_bytes(file) for file in files)
@@ -244,7 +244,7 @@ def fetch_headers(hub: Hub, names: list[str], folder: Path, progress: Progress) 
 
 
 class _StoppedError(Exception):
-    """In a thread: another one failed, or the user pressed Ctrl-C."""
+    """End of a downloading thread because another one failed, or the user pressed Ctrl-C."""
 
 
 def _why(error: OSError) -> str:

@@ -63,7 +63,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufHeader:
-    """What a file says before its data. `factors`: the values of the small tensors that belong to the config."""
+    """Contents of a file before its data. `factors`: the values of the small tensors that belong to the config."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]

@@ -29,7 +29,7 @@ OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "out
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How files of one architecture become a config and tensors of a transformers model.
+    """Recipe that turns files of one architecture into a config and tensors of a transformers model.
 
     `config` gives the part of the config that is its own. `modules` maps a tensor's name in a layer to the module whose
     weight (or, for those in `biased`, bias) it is, `parameters` whole names, `outside` those of no layer. `experts` are

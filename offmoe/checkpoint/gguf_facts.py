@@ -106,7 +106,7 @@ class Facts:
             )
 
     def expect_usual(self, key: str, *allowed: Any) -> None:
-        """As `expect`, of a key that the architecture did not read."""
+        """Check a key that the architecture did not read, as `expect` does."""
         if key not in self._read:
             self.expect(key, *allowed)
 

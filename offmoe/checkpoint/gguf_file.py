@@ -1,4 +1,4 @@
-"""Which files are GGUF models, told by what is in them and not by their names. No torch.
+"""Recognition of GGUF models by what is in a file and not by its name. No torch.
 
 A GGUF file may be no language model: vision projectors (general.architecture `clip`), importance matrices, adapters
 and control vectors come in the same container. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -49,7 +49,7 @@ def why_not_gguf(path: Path) -> str:
 
 
 def no_model(path: Path) -> str | None:
-    """What a GGUF file is instead of a language model, None for a model: from its first metadata, or its name."""
+    """The kind of a GGUF file that is no language model, by its first metadata or its name; None for a model."""
     facts = _first_texts(path)
     if facts.get("general.architecture") == "clip":
         return "a vision projector"

@@ -1,4 +1,4 @@
-"""How a GGUF file's metadata and factors scale positions, as the `rope_parameters` of a config. No torch.
+"""Scaled positions of a GGUF file's metadata and factors, as the `rope_parameters` of a config. No torch.
 
 Source: llama.cpp's `llm_graph_context` and `ggml_rope_ext` (angles are divided by the factors of `rope_freqs`, cosines
 and sines multiplied by `rope.scaling.attn_factor`), transformers' `modeling_rope_utils`. Factors of frequencies have no
@@ -20,7 +20,7 @@ FREQUENCIES = "rope_freqs.weight"
 
 @dataclass(frozen=True, slots=True)
 class Frequencies:
-    """What frequencies are divided by, one for each (none: all by 1), and cosines and sines multiplied by."""
+    """Divisors of rotary frequencies, one for each (none: all 1), and the factor of cosines and sines."""
 
     factors: tuple[float, ...]
     attention: float
@@ -58,7 +58,7 @@ def rope(facts: Facts, *, rotated: int) -> dict[str, Any]:
 
 
 def frequencies(header: GgufHeader) -> Frequencies | None:
-    """What the model's own angles are changed by, None for nothing."""
+    """The file's changes of the model's own angles, None without any."""
     facts = Facts(header)
     factors = header.factors.get(FREQUENCIES, ())
     attention = facts.positive("rope.scaling.attn_factor", 1.0)

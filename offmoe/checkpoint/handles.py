@@ -60,8 +60,8 @@ class Handles:
             self._drop_forgotten()
 
     def forget_unlocked(self, key: Hashable) -> None:
-        """As `forget`, for finalizers: these run between any two lines, also of the thread that holds the lock, which
-        then does it.
+        """Forget a handle from a finalizer. These run between any two lines, also of the thread that holds the lock,
+        which then does it.
         """
         self._forgotten.append(key)
         if self._lock.acquire(blocking=False):
@@ -105,7 +105,7 @@ class Handles:
 
 @cache
 def shared_handles() -> Handles:
-    """Those of this process."""
+    """Handles that all checkpoints of this process share."""
     return Handles(_most_open())
 
 

@@ -100,7 +100,7 @@ class Hub:
         return RemoteFile(name=name, num_bytes=size, blob=blob)
 
     def _ask_identity(self, name: str) -> tuple[int, str]:
-        """Of the hub's own answer about a file: where it sends on to, sizes are the same and names are not."""
+        """Size and blob name of a file by the hub's own answer; the store it sends on to has other names."""
         with self._open(self._url(name), {}, name, method="HEAD") as answer:
             size = answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length") or ""
             blob = answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag") or ""
@@ -187,7 +187,7 @@ class Hub:
         return data
 
     def _read_whole(self, answer: Any, most_bytes: int) -> bytes:
-        """As `read`; what ends before its announced length is a failure."""
+        """Read an answer to its end; one that ends before its announced length is a failure."""
         data = self.read(answer, most_bytes)
         if len(data) < most_bytes and answer.length:
             raise self._unreachable(ConnectionError("the connection was closed amid an answer"))

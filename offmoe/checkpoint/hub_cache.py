@@ -35,7 +35,7 @@ def is_offline() -> bool:
 
 @dataclass(frozen=True)
 class CachedModel:
-    """What the cache has, or will have, of the model `hub_id`."""
+    """The model `hub_id` in the local cache, or its place there."""
 
     hub_id: str
 

@@ -1,4 +1,4 @@
-"""From what the user typed to a model folder or a GGUF file: a path, or a hub id that is cached or fetched."""
+"""Search for a model folder or GGUF file by what the user typed: a path, or a hub id that is cached or fetched."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def hub_name(name: str) -> tuple[str, str | None]:
 
 
 def begin_download(name: str, *, code: bool) -> Download:
-    """What the hub has of the hub id `name`; a model that has another name now is warned of."""
+    """Ask the hub for the files of `name`. Warns of a model that has another name now."""
     hub_id, gguf = hub_name(name)
     hub = Hub(hub_id)
     listing = hub.listing()

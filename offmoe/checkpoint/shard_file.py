@@ -65,7 +65,7 @@ class ShardFile:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Within, failures of reads through `raw` are raised as DiskReadError."""
+        """Raise failures of reads through `raw` as DiskReadError."""
         try:
             yield
         except OSError as error:

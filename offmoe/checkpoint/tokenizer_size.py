@@ -13,7 +13,7 @@ _TIMES_FILE = 4.7
 
 
 def gguf_tokenizer_bytes(metadata: dict[str, Any]) -> int:
-    """Of the tokenizer that is made of a GGUF file's metadata."""
+    """Bytes in memory of the tokenizer made of a GGUF file's metadata."""
     tokens, merges = (_count(metadata.get(f"tokenizer.ggml.{name}")) for name in ("tokens", "merges"))
     if metadata.get("tokenizer.ggml.model") == "llama":
         return tokens * _SCORED_BYTES
@@ -21,7 +21,7 @@ def gguf_tokenizer_bytes(metadata: dict[str, Any]) -> int:
 
 
 def folder_tokenizer_bytes(folder: Path) -> int:
-    """Of the tokenizer.json in `folder`; 0 where there is none (or where it was not fetched)."""
+    """Bytes in memory of the tokenizer.json in `folder`; 0 without one (or where it was not fetched)."""
     try:
         return round((folder / "tokenizer.json").stat().st_size * _TIMES_FILE)
     except OSError:

@@ -19,7 +19,7 @@ DASH = "-"
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    """How messages become a prompt. `thinking` is "on", "off" or None for the template's own default."""
+    """Settings that turn messages into a prompt. `thinking` is "on", "off" or None for the template's own default."""
 
     arguments: dict[str, Any]
     thinking: str | None

@@ -174,7 +174,7 @@ def print_json(record: dict[str, Any]) -> None:
 
 
 def template_arguments(given: Sequence[str]) -> dict[str, Any]:
-    """What --template-arg was given: names and values, which are JSON where they parse as that. Raises UsageError."""
+    """Names and values given to --template-arg; values are JSON where they parse as that. Raises UsageError."""
     arguments: dict[str, Any] = {}
     for argument in given:
         name, equals, text = argument.partition("=")

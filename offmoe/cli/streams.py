@@ -87,7 +87,7 @@ def _rewrapped(stream: Any, raw: io.FileIO, name: str) -> io.TextIOWrapper:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within: SIGTERM and SIGHUP raise Terminated in the main thread, once; the second one ends the process at once.
+    """Let SIGTERM and SIGHUP raise Terminated in the main thread, once; the second one ends the process at once.
 
     A signal that is ignored stays ignored (nohup). Outside the main thread, where signals cannot be caught, it does
     nothing.

@@ -47,7 +47,7 @@ class RecoveringExecutor:
         return JoinedExperts(self._executor, rows) if isinstance(rows, CpuRows) else None
 
     def guard(self, call: Callable[[], Result]) -> Result:
-        """What `call`, which uses the executor, returns. Raises EngineBusyError in a forked child."""
+        """Run `call`, which uses the executor, and return its result. Raises EngineBusyError in a forked child."""
         self._process.check()
         if self._in_call:  # a second Ctrl-C broke off the recovery of the call before
             self._executor.recover()

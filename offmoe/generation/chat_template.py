@@ -75,8 +75,8 @@ def _reason(error: Exception) -> str:
 
 
 def check_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What apply_chat_template is given. Raises UsageError for an argument that the template does not read, which would
-    be without effect.
+    """Arguments for apply_chat_template. Raises UsageError for one that the template does not read, which would be
+    without effect.
     """
     if tokenizer.chat_template is None and arguments:
         raise UsageError(f"the model has no chat template, so {next(iter(arguments))!r} is no argument of it")
@@ -117,7 +117,9 @@ def _variables(template: str) -> set[str]:
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """As given; as parts; as text; parts for one role and text for the others; then with system for developer."""
+    """Forms of the messages to try: as given; as parts; as text; parts for one role and text for the others; then with
+    system for developer.
+    """
     renamed = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
     roles = list(dict.fromkeys(message["role"] for message in messages))
     for given in [messages] if renamed == list(messages) else [messages, renamed]:

@@ -55,7 +55,7 @@ class CompileThread(threading.Thread):
 
     @contextmanager
     def window(self) -> Iterator[None]:
-        """Within, the thread may be interrupted: torch's code, none of ours."""
+        """Open a window in which the thread may be interrupted: torch's code, none of ours."""
         with self._gate:
             self._is_open = True
         try:
@@ -82,7 +82,7 @@ _threads: weakref.WeakSet[CompileThread] = weakref.WeakSet()
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within: the calling thread may be interrupted, where it is one that compiles in the background."""
+    """Allow the calling thread to be interrupted, where it is one that compiles in the background."""
     thread = threading.current_thread()
     if not isinstance(thread, CompileThread):
         yield
@@ -92,7 +92,7 @@ def interruptible() -> Iterator[None]:
 
 
 def is_compiling() -> bool:
-    """Whether any engine of this process compiles in the background."""
+    """True while any engine of this process compiles in the background."""
     return any(thread.is_alive() for thread in list(_threads))
 
 
@@ -104,7 +104,7 @@ def _raise_in(thread: threading.Thread, kind: type[BaseException] | None) -> Non
 
 @atexit.register
 def _end_all() -> None:
-    """At the interpreter's end, before it ends daemon threads: each is asked, then waited for however long it takes."""
+    """Ask each thread to end, and wait for it however long it takes, before the interpreter ends daemon threads."""
     for thread in list(_threads):
         if not thread.interrupt():
             thread.join()

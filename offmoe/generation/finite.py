@@ -17,7 +17,7 @@ class NoTokenError(Exception):
 
 
 def finite(logits: torch.Tensor) -> torch.Tensor:
-    """Whether there is no NaN and no plus infinity, by one reduction: a bool of shape (), where the logits are.
+    """Check by one reduction that there is no NaN and no plus infinity: a bool of shape (), where the logits are.
 
     Minus infinity is how models rule out single tokens; of all tokens it is no answer.
     """
@@ -25,7 +25,7 @@ def finite(logits: torch.Tensor) -> torch.Tensor:
 
 
 def is_finite(logits: torch.Tensor) -> bool:
-    """As `finite`, waited for."""
+    """Wait for the answer of `finite`."""
     return bool(finite(logits))
 
 

@@ -64,7 +64,7 @@ def stop_rules(
     *, num_prompt: int, context_length: int, max_new_tokens: int, stop: str | Sequence[str] | None,
     end_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase | None, longest_context: int | None = None,
 ) -> StopRules:  # fmt: skip
-    """When the reply ends. Raises UsageError, and ContextLengthError when the prompt leaves no room for a token.
+    """Make the rules that end a reply. Raises UsageError, and ContextLengthError for a prompt without room for a token.
 
     `longest_context`: tokens that the model takes at most, None where it does not say.
     """

@@ -165,7 +165,7 @@ def _choose(
     processors: LogitsProcessorList, pick: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor,
     logits: torch.Tensor,
 ) -> int:  # fmt: skip
-    """What `pick` takes from the processed logits (1, V). Whether there is anything to take comes with the id."""
+    """Take an id from the processed logits (1, V) by `pick`. Whether there is any comes with the id."""
     is_choice = finite(logits)
     try:
         scores: torch.Tensor = processors(ids, logits.float())

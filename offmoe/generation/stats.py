@@ -77,7 +77,7 @@ class Totals:
         self.decode = self.decode.plus(stats.decode)
 
     def as_dict(self) -> dict[str, Any]:
-        """For `Engine.stats`."""
+        """Return the totals as `Engine.stats` shows them."""
         return {
             "decoded_tokens": self.num_tokens,
             "decode_tok_per_s": round(tok_per_s(self.num_tokens, self.decode_s), 3),

@@ -33,7 +33,7 @@ class TextDecoder:
         self._context_text = self._decode(self._context).rstrip(_REPLACEMENT)
 
     def spelling(self, token_id: int) -> str:
-        """How a control token is written, which is no text; empty for any other token."""
+        """The letters of a control token, which are no text; empty for any other token."""
         return self._control.get(token_id, "")
 
     def add(self, token_id: int) -> str:

@@ -1,4 +1,4 @@
-"""What torch raises when memory or a device is full or lost, said in offmoe's errors."""
+"""Translation of torch's errors about full memory and full or lost devices into offmoe's errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def explain(error: BaseException, device: Device | None) -> OffmoeError | None:
 
 @contextlib.contextmanager
 def explained(device: Device | None) -> Iterator[None]:
-    """Within: failures of `device`, and RAM and threads that are refused, are raised as OffmoeErrors."""
+    """Raise failures of `device`, and RAM and threads that the system refuses, as OffmoeErrors."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

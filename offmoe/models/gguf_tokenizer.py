@@ -37,7 +37,7 @@ class GgufTokenizer(PreTrainedTokenizerFast):
         super().__init__(*args, **kwargs)
 
     def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedTokenizerFast.decode`."""
+        """Return the text of ids; user-defined tokens are written as they are."""
         if self.literal and isinstance(token_ids, list) and not self.literal.keys().isdisjoint(token_ids):
             runs = itertools.groupby(token_ids, key=lambda idx: idx if idx in self.literal else None)
             texts = [

@@ -71,7 +71,7 @@ class KeptCache:
         self._num_seen = max(self._num_seen, len(self.ids))
 
     def grows_past(self, length: int) -> bool:
-        """Whether a text of `length` tokens is the first whose angles are others than those of shorter ones."""
+        """True for the one length from which on all angles differ from those of shorter texts."""
         return self._longest is not None and length == self._longest + 1
 
     def prompt_ends(self, logits: torch.Tensor) -> None:

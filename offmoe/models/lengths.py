@@ -33,7 +33,7 @@ def longest_with_same_angles(model: PreTrainedModel) -> int | None:
 
 @contextmanager
 def angles_of(model: PreTrainedModel, length: int) -> Iterator[None]:
-    """Within: rotary modules turn every token as one of a text of `length` tokens, in whatever pieces it comes.
+    """Let rotary modules turn every token as one of a text of `length` tokens, in whatever pieces it comes.
 
     So a prompt in pieces gets the angles that transformers gives to a whole one. The last position is put behind those
     of each call, and its angles are taken off again.

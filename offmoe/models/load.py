@@ -171,7 +171,7 @@ def _budgets(
     built: _Built, kept: QuantisedLinears | None, device: Device | None, reservation: Reservation, *,
     baseline_bytes: int,
 ) -> Budgets:  # fmt: skip
-    """What may be used, and what the parts of the model take of it."""
+    """Budgets, and the memory that the parts of the model take of them."""
     keys = built.expert_keys if kept is None else built.expert_keys | kept.keys
     return Budgets(
         built.model, built.experts, built.config, built.context_length,

@@ -30,7 +30,7 @@ class OneCallAtATime:
         self._lock, self._owner, self._depth = threading.Lock(), 0, 0
 
     def enter(self, *_: object) -> None:
-        """Before a call. Raises EngineBusyError while another thread is in one."""
+        """Begin a call. Raises EngineBusyError while another thread is in one."""
         if torch.compiler.is_dynamo_compiling():
             return
         if self._owner != threading.get_ident():
@@ -40,7 +40,7 @@ class OneCallAtATime:
         self._depth += 1
 
     def leave(self, *_: object) -> None:
-        """After a call, whatever became of it; also after one that was refused, which changes nothing."""
+        """End a call, whatever became of it; after one that was refused nothing changes."""
         if torch.compiler.is_dynamo_compiling() or self._owner != threading.get_ident():
             return
         self._depth -= 1
@@ -57,7 +57,7 @@ class CallBudget:
         self._kv_bytes_per_token = plan.kv_bytes / context_length
 
     def check(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a call. Raises BudgetError for one that needs more than `ram` leaves."""
+        """Refuse a call before it begins: BudgetError for one that needs more than `ram` leaves."""
         given = next(
             (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
         )

@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
 
 
 def _with_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """With the chat template of chat_template.json (Qwen3-Omni), which transformers gives to processors only."""
+    """Add the chat template of chat_template.json (Qwen3-Omni), which transformers gives to processors only."""
     path = folder / _TEMPLATE_FILE
     if tokenizer.chat_template is None and path.is_file():
         tokenizer.chat_template = read_json(path).get("chat_template")

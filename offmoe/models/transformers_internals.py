@@ -224,7 +224,7 @@ def _apply(operation: object, state: dict[str, Matrix], param_shape: tuple[int, 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What loading the resident weights left open; names of parameters."""
+    """Parameters, by name, that loading the resident weights left open."""
 
     missing: frozenset[str]
     mismatched: tuple[str, ...]

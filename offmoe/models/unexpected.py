@@ -69,7 +69,7 @@ def sort_out(
 
 
 class _Places:
-    """What a model has places for, beside its parameters."""
+    """Places of a model for tensors that are no parameters."""
 
     def __init__(self, model: PreTrainedModel, mapping: KeyMapping) -> None:
         self._computed = {name for name, _ in model.named_buffers()} - mapping.params.keys()
@@ -81,7 +81,7 @@ class _Places:
         self._towers = {kind for name in mapping.params if (kind := tower_kind(name)) is not None}
 
     def kind(self, key: str, param: str) -> str | None:
-        """Why the tensor `key`, which would be `param`, need not be read; None where nothing says so."""
+        """The reason not to read the tensor `key`, which would be `param`; None without any."""
         found = _IN_LAYER.match(param) or _IN_LAYER.match(key)
         last = self._last.get(found[1]) if found else None
         if found and last is not None and int(found[2]) > last:

@@ -42,7 +42,7 @@ _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What a checkpoint holds. Bytes on disk; `resident` is everything that is loaded and no routed expert.
+    """Contents of a checkpoint. Bytes on disk; `resident` is everything that is loaded and no routed expert.
 
     `unused_bytes` are of tensors that are not loaded: layers beyond the last, for guessing tokens ahead, a tied head
     that is stored too, parts of other modalities. The numbers are those of `offmoe plan`.
@@ -159,7 +159,7 @@ def find_experts(
         elif len(entry.shape) == 3 and entry.shape[0] in counts and _are_matrices(entry):
             stacked.append((entry, entry.shape[0]))
         elif len(entry.shape) == 2 and len(counts) == 1 and _ROWS_OF_ALL.search(entry.name):
-            stacked.append((entry, *counts))
+            stacked.append((entry, next(iter(counts))))
     return per_expert, stacked
 
 

@@ -117,7 +117,7 @@ def _write_checkpoint(case: dict[str, Any], folder: Path) -> None:
 
 
 def _describe(path: Path) -> None:
-    """What `inspect` and `plan` read."""
+    """Read a checkpoint as `inspect` and `plan` do."""
     from offmoe.planner.model_facts import read_facts
     from offmoe.planner.survey import survey
 
@@ -131,7 +131,7 @@ def _read_checkpoint(data: bytes, folder: Path) -> None:
 
 
 def _read_model(data: bytes, folder: Path) -> None:
-    """As far as the model without weights, its sampling, and the bytes of every expert."""
+    """Load a model without its weights, its sampling rules, and the bytes of every expert."""
     case = _document(data)
     _write_checkpoint(case, folder)
     if "generation_config" in case:
