@@ -62,6 +62,17 @@ def writes_factors(writer: gguf.GGUFWriter) -> None:
     writer.add_tensor("rope_freqs.weight", np.array(llama3_factors(LLAMA3, 64), dtype=np.float32))
 
 
+SHORT, LONG = [1.0 + 0.02 * i for i in range(32)], [1.5 + 0.1 * i for i in range(32)]
+
+
+def writes_longrope(writer: gguf.GGUFWriter) -> None:
+    for name, factors in (("short", SHORT), ("long", LONG)):
+        writer.add_tensor(f"rope_factors_{name}.weight", np.array(factors, dtype=np.float32))
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+    writer.add_rope_scaling_orig_ctx_len(512)
+    writer.add_rope_scaling_attn_factors(1.2)
+
+
 SCALED: dict[str, tuple[dict[str, Any], Callable[[gguf.GGUFWriter], None]]] = {
     "rope_freqs": (LLAMA3, writes_factors),
     "linear, by the old key": (
@@ -84,6 +95,13 @@ SCALED: dict[str, tuple[dict[str, Any], Callable[[gguf.GGUFWriter], None]]] = {
             "attention_factor": 1.25, "original_max_position_embeddings": 1024,
         },
         lambda writer: writer.add_rope_scaling_attn_factors(1.25),
+    ),
+    "longrope": (
+        {
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": SHORT, "long_factor": LONG,
+            "attention_factor": 1.2, "original_max_position_embeddings": 512,
+        },
+        writes_longrope,
     ),
 }  # fmt: skip
 
