@@ -8,7 +8,8 @@ A call computes eight experts, up to down, each for all T rows, other experts th
 many times larger than the caches. GB/s are bytes of codes, scales and zero points a second. The read is torch's sum of
 memory, in as many threads. Rounds are short, some calls between two reads: a machine that others use too changes its
 speed from one second to the next. The table has medians and, for the share of the read, the median of the rounds'
-shares of the two reads around them. torch's own op is the same experts in bfloat16 by `kernels.reference`, once each.
+shares of the two reads around them. torch's own op is the same experts in bfloat16 by `kernels.reference`, once each;
+with `--torch` it is the format's experts, unpacked for each use, one call after each round of the kernels.
 `--cpu-time` counts CPU time of the whole process over the number of threads, for machines that others use too.
 A table goes to stderr, one JSON object to stdout, last.
 """
@@ -60,6 +61,8 @@ FORMATS: dict[str, QuantFormat | None] = {
     "q4_k": _blocks("q4_k"),
     "q4_0": _blocks("q4_0"),
     "mxfp4-gguf": _blocks("mxfp4_gguf"),
+    "iq4_xs": _blocks("iq4_xs"),
+    "iq4_nl": _blocks("iq4_nl"),
 }
 
 
@@ -74,6 +77,7 @@ class Timed:
     read_gb_per_s: float
     share_of_read: float
     torch_us: float | None
+    times_torch: float | None
 
 
 class Clock:
@@ -126,11 +130,13 @@ def bench_format(
         time.sleep(SPIN_S)
         for step in steps:
             step()
-        reads, calls = [reader.bytes_per_s()], []
+        reads, calls, unpacked = [reader.bytes_per_s()], [], []
         for first in range(0, args.rounds * CALLS_A_ROUND, CALLS_A_ROUND):
             turn = [steps[idx % len(steps)] for idx in range(first, first + CALLS_A_ROUND)]
             calls.append(clock.time(lambda: [step() for step in turn]) / CALLS_A_ROUND)  # noqa: B023  # called here
             reads.append(reader.bytes_per_s())
+            if args.torch:
+                unpacked.append(_time_torch(clock, plain_steps[first % len(plain_steps)], kernels.num_threads))
         around = [(before + after) / 2 for before, after in itertools.pairwise(reads)]
         found.append(
             Timed(
@@ -140,20 +146,33 @@ def bench_format(
                 gb_per_s=call_bytes / median(calls) / 1e9,
                 read_gb_per_s=median(reads) / 1e9,
                 share_of_read=median(call_bytes / call / read for call, read in zip(calls, around, strict=True)),
-                torch_us=median(plains) * 1e6 if plains else None,
+                torch_us=median(plains or unpacked) * 1e6 if plains or unpacked else None,
+                times_torch=median(t / call for t, call in zip(unpacked, calls, strict=True)) if unpacked else None,
             )
         )
     return found
 
 
+def _time_torch(clock: Clock, step: Callable[[], object], num_threads: int) -> float:
+    torch.set_num_threads(num_threads)
+    step_s = clock.time(step)
+    torch.set_num_threads(1)
+    time.sleep(SPIN_S)
+    return step_s
+
+
 def table(found: Sequence[Timed]) -> list[str]:
     """As Markdown."""
-    lines = ["| format | rows | us a call | GB/s | read GB/s | share of the read | torch us |", "|" + "---|" * 7]
+    lines = [
+        "| format | rows | us a call | GB/s | read GB/s | share of the read | torch us | times torch |",
+        "|" + "---|" * 8,
+    ]
     for timed in found:
         plain = "-" if timed.torch_us is None else f"{timed.torch_us:.0f}"
+        times = "-" if timed.times_torch is None else f"{timed.times_torch:.1f}"
         lines.append(
             f"| {timed.format} | {timed.tokens} | {timed.call_us:.0f} | {timed.gb_per_s:.1f} | "
-            f"{timed.read_gb_per_s:.1f} | {timed.share_of_read:.0%} | {plain} |"
+            f"{timed.read_gb_per_s:.1f} | {timed.share_of_read:.0%} | {plain} | {times} |"
         )
     return lines
 
@@ -192,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=None, help="default: as many as torch has")
     parser.add_argument("--level", default="auto", help="avx512, avx2 or portable")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the rows")
+    parser.add_argument("--torch", action="store_true", help="time PyTorch on every format, in turn with the kernels")
     parser.add_argument("--cpu-time", action="store_true", help="CPU time instead of the clock on the wall")
     parser.add_argument("--out", type=Path, help="also write a result file")
     args = parser.parse_args(command)

@@ -121,8 +121,8 @@ def _random_blocks(shape: tuple[int, ...], kind: Type, *, seed: int) -> NDArray[
     columns, size = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // columns, size), dtype=np.uint8)
-    places = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,), Type.Q2_K: (80, 82), Type.Q3_K: (108,)}[kind]
-    for at in places:
+    places = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,), Type.Q2_K: (80, 82), Type.Q3_K: (108,)}
+    for at in places.get(kind, (0,)):
         scale = rng.uniform(1e-4, 2e-4, blocks.shape[:-1]).astype(np.float16)
         blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import gguf
 import pytest
 import torch
 from cpu_cases import LEVELS, linear, needs_library, open_kernels
@@ -23,8 +24,8 @@ SCALES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # How many bits of the sum of absolute products may be lost.
 TOLERANCES = {torch.float32: 2**-21, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 ODD = 3
-PAIRS: tuple[QuantKind, ...] = ("q4_0", "q8_0", "mxfp4_gguf")  # of 32 columns
-LARGE: tuple[QuantKind, ...] = ("q4_k", "q5_k", "q6_k")  # of 256
+PAIRS: tuple[QuantKind, ...] = ("q4_0", "q8_0", "mxfp4_gguf", "iq4_nl")  # of 32 columns
+LARGE: tuple[QuantKind, ...] = ("q4_k", "q5_k", "q6_k", "iq4_xs")  # of 256
 
 
 def int4(shape: tuple[int, int], group: int, *, symmetric: bool, scale_dtype: str) -> QuantMatrix:
@@ -167,13 +168,39 @@ def test_the_smallest_scale_of_mxfp4(kernels: CpuKernels) -> None:
         torch.testing.assert_close(linear(kernels, x_TK.to(dtype), matrix).double(), expected, rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("kind", ["q4_k", "q6_k", "q8_0"])
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k", "q8_0", "iq4_nl", "iq4_xs"])
 def test_each_column_of_a_block_has_its_own_place(kernels: CpuKernels, kind: QuantKind) -> None:
     matrix = blocks(kind, (37, 512))
     for dtype, tolerance in TOLERANCES.items():
         got = linear(kernels, torch.eye(512).to(dtype), matrix).double()
         values = matrix.dequantise(torch.float64).t()
         torch.testing.assert_close(got, values, rtol=tolerance, atol=2**-20)
+
+
+def test_every_code_and_scale_of_iq4_is_the_gguf_packages(kernels: CpuKernels) -> None:
+    """A row for each scale of six bits, the same in all eight groups; a column for each code."""
+    codes = torch.zeros(64, 136, dtype=torch.uint8)
+    codes[:, 0:2] = torch.tensor([0.125], dtype=torch.float16).view(torch.uint8)
+    scales = torch.arange(64, dtype=torch.int64)
+    codes[:, 2:4] = (scales >> 4)[:, None] * 0b01010101
+    codes[:, 4:8] = (scales & 15)[:, None] * 0x11
+    codes[:, 8:] = torch.arange(16, dtype=torch.uint8).repeat(8) * 0x11
+    small = torch.cat((codes[:, 0:2], codes[:, 8:24]), 1)
+    for kind, stored in (("iq4_xs", codes), ("iq4_nl", small)):
+        block = BLOCK_KINDS[kind]
+        matrix = QuantMatrix(
+            QuantFormat(kind=kind, group=block.num_columns, scale_dtype="U8"),
+            (64, block.num_columns),
+            stored,
+            None,
+            None,
+        )
+        number = gguf.GGMLQuantizationType(block.type_number)
+        expected = torch.from_numpy(gguf.dequantize(stored.numpy(), number))
+        assert expected.unique().numel() > 16 if kind == "iq4_xs" else expected.unique().numel() == 16
+        for dtype in TOLERANCES:
+            got = linear(kernels, torch.eye(block.num_columns).to(dtype), matrix)
+            assert torch.equal(got, expected.t().to(dtype)), f"{kind=} {dtype=}"
 
 
 def test_every_exponent_of_gguf_mxfp4_but_the_infinite_one(kernels: CpuKernels) -> None:

@@ -28,6 +28,7 @@ from offmoe.tiers.device import SimulatedDevice
 NUM_PROMPT, NUM_NEW = 12, 24
 # As llama.cpp's Q4_K_M: the down projections of some layers have more bits than those of the others.
 Q4_K_M = {"gate": Type.Q4_K, "up": Type.Q4_K, "down": Type.Q4_K, "down.1": Type.Q6_K, "dense": Type.Q8_0}
+IQ4_XS, IQ4_NL = Type.IQ4_XS, Type.IQ4_NL
 ALL_Q8 = dict.fromkeys(("gate", "up", "down", "dense"), Type.Q8_0)
 CASES: dict[str, tuple[str, dict[str, Type]]] = {
     **{f"{name}, q8_0": (name, ALL_Q8) for name in MODELS},
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Type]]] = {
     "olmoe, q2_k and q3_k": ("olmoe", {"gate": Type.Q2_K, "up": Type.Q2_K, "down": Type.Q3_K, "dense": Type.Q4_1}),
     "gpt-oss, mxfp4": ("gpt-oss", dict.fromkeys(("gate", "up", "down"), Type.MXFP4)),
     "gpt-oss, f32": ("gpt-oss", {}),
+    "qwen3moe, iq4_xs and iq4_nl": ("qwen3moe", {**dict.fromkeys(("gate", "up", "dense"), IQ4_XS), "down": IQ4_NL}),
 }  # fmt: skip
 
 

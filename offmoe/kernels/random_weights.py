@@ -14,10 +14,12 @@ from offmoe.formats.quantised import QuantMatrix
 _SPREAD = {
     "int4": 4.6, "int8": 74.0, "mxfp4": 2.9, "fp8": 130.0,
     "q4_0": 4.6, "q8_0": 74.0, "q4_k": 260.0, "q5_k": 530.0, "q6_k": 1370.0, "mxfp4_gguf": 2.9,
+    "iq4_nl": 67.4, "iq4_xs": 1246.3,
 }  # fmt: skip
 # Where a GGUF block has its float16 scales, and their sizes: a minimum's is that of the mean code.
 _HALVES: dict[str, dict[int, float]] = {
     "q4_0": {0: 1.0}, "q8_0": {0: 1.0}, "q4_k": {0: 1.0, 2: 7.5}, "q5_k": {0: 1.0, 2: 15.5}, "q6_k": {208: 1.0},
+    "iq4_nl": {0: 1.0}, "iq4_xs": {0: 1.0},
 }  # fmt: skip
 
 

@@ -103,6 +103,8 @@ constexpr Format kFormats[] = {
     {"q5_k", Q5_K, 256, 176, 0, 2},
     {"q6_k", Q6_K, 256, 210, 208, -1},
     {"mxfp4_gguf", MXFP4_BLOCKS, 32, 17, -1, -1},
+    {"iq4_nl", IQ4_NL, 32, 18, 0, -1},
+    {"iq4_xs", IQ4_XS, 256, 136, 0, -1},
 };
 
 inline bool is_dense(const Format& format) { return format.kind <= DENSE_F16; }

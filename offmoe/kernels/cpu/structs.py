@@ -7,13 +7,14 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
 DENSE_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 QUANT_KINDS = {
     "int8": 3, "int4": 4, "mxfp4": 5, "fp8": 6,
     "q4_0": 7, "q8_0": 8, "q4_k": 9, "q5_k": 10, "q6_k": 11, "mxfp4_gguf": 12,
+    "iq4_nl": 13, "iq4_xs": 14,
 }  # fmt: skip
 CURVES = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu_squared": 5}
 

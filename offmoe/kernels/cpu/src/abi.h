@@ -8,7 +8,7 @@ enum Type : int32_t { F32 = 0, BF16 = 1, F16 = 2, E8M0 = 3 };
 // From Q4_0 on GGUF's blocks, which hold their scales: the other fields on scales and zeros mean nothing there.
 enum Kind : int32_t {
     DENSE_F32 = 0, DENSE_BF16 = 1, DENSE_F16 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, FP8 = 6,
-    Q4_0 = 7, Q8_0 = 8, Q4_K = 9, Q5_K = 10, Q6_K = 11, MXFP4_BLOCKS = 12
+    Q4_0 = 7, Q8_0 = 8, Q4_K = 9, Q5_K = 10, Q6_K = 11, MXFP4_BLOCKS = 12, IQ4_NL = 13, IQ4_XS = 14
 };
 enum Curve : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4, RELU_SQUARED = 5 };
 

@@ -59,13 +59,14 @@ struct PairNibbles : Pair<KIND> {
 
     static float value_of(int code) {
         if (KIND == Q4_0) return static_cast<float>(code - 8);
+        if (is_iq4(KIND)) return kIq4[code];
         U32x16 nibble = {};
         nibble[0] = static_cast<uint32_t>(code);
         return 2.0f * e2m1(nibble)[0];
     }
 
     OFFMOE_INLINE void unpack(const uint8_t* step, int, __m512i* w) const {
-        constexpr int64_t at = KIND == Q4_0 ? 2 : 1;
+        constexpr int64_t at = KIND == MXFP4_BLOCKS ? 1 : 2;
         const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(step + at));
         const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(step + block_bytes(KIND) + at));
         const __m512i word = _mm512_cvtepu8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1));
@@ -135,6 +136,36 @@ struct GroupsOf32 {
     }
 
     __m512i table, lanes[kParts], shifts[kParts];
+};
+
+// Eight groups of 32 columns with scales alone: a part is two of them, as a pair of IQ4_NL's blocks has them.
+struct GroupsOfIq4 : PairNibbles<IQ4_NL> {
+    static constexpr int64_t kColumns = 256, kBytes = block_bytes(IQ4_XS);
+    static constexpr int kParts = 4;
+
+    GroupsOfIq4() {
+        for (int part = 0; part < kParts; ++part) {
+            alignas(64) int32_t group_of_lane[kLanes];
+            for (int lane = 0; lane < kLanes; ++lane) group_of_lane[lane] = 2 * part + lane / 8;
+            lanes[part] = load_512(group_of_lane);
+        }
+    }
+
+    // In lanes 0 to 7.
+    static OFFMOE_INLINE __m512 scales(const uint8_t* block) {
+        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(iq4_scales(block))));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(bytes, _mm512_set1_epi32(32))), two_halves(block, block));
+    }
+
+    OFFMOE_INLINE __m512 spread(int part, __m512 scales) const { return _mm512_permutexvar_ps(lanes[part], scales); }
+
+    OFFMOE_INLINE void unpack(const uint8_t* block, int part, __m512i* w) const {
+        const __m512i word = _mm512_cvtepu8_epi16(load<__m256i>(block + 8 + 32 * part));
+        w[0] = _mm512_permutexvar_epi16(word, table);
+        w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(word, 4), table);
+    }
+
+    __m512i lanes[kParts];
 };
 
 // Sixteen groups of 16 columns. A part is 64 bytes of six bits: parts 2 h and 2 h + 1 share their 64 bytes of nibbles.

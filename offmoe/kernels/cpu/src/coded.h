@@ -9,7 +9,7 @@
 //   Weights widen_fp8(codes)              32 numbers of e4m3, divided by kFp8Scale
 //   Weights dense<KIND>(from)             32 dense ones
 //   U8x32 nibbles(codes)                  of 16 bytes: the low ones, then the high ones
-//   I8x32 e2m1_twice(nibbles)             numbers
+//   I8x32 e2m1_twice(nibbles), iq4(nibbles) numbers
 //   Weights of_table<KIND>(nibbles)       what 32 nibbles mean (twice e2m1), with kTables; others come by way of `widen`
 //   Vec dot(weights, x)                   sums of their products, in lanes
 //   Vec dot_halves(weights, x, a, b)      the same, the first 16 columns times a, the others times b
@@ -27,14 +27,15 @@ OFFMOE_INLINE U8x32 shifted(U8x32 bytes, int count) { return bits<U8x32>(bits<U1
 OFFMOE_INLINE U8x32 times_16(U8x32 bytes) { return bits<U8x32>(bits<U16x16>(bytes) << 4); }  // of numbers below 16
 
 constexpr bool is_nibbles(int32_t kind) {
-    return kind == INT4 || kind == MXFP4 || kind == Q4_0 || kind == MXFP4_BLOCKS || kind == Q4_K;
+    return kind == INT4 || kind == MXFP4 || kind == Q4_0 || kind == MXFP4_BLOCKS || kind == Q4_K || is_iq4(kind);
 }
 
 // 32 nibbles; of a block of 256 columns the part-th 32.
 template <class Unit, int32_t KIND>
 OFFMOE_INLINE U8x32 nibbles_of(const uint8_t* from, int part) {
     if constexpr (KIND == Q4_K) return shifted(load<U8x32>(from + 16 + 32 * (part / 2)), 4 * (part & 1)) & 15;
-    else return Unit::nibbles(from + (KIND == Q4_0 ? 2 : KIND == MXFP4_BLOCKS ? 1 : 0));
+    else if constexpr (KIND == IQ4_XS) return Unit::nibbles(from + 8 + 16 * part);
+    else return Unit::nibbles(from + (KIND == Q4_0 || KIND == IQ4_NL ? 2 : KIND == MXFP4_BLOCKS ? 1 : 0));
 }
 
 // 32 codes as signed bytes. `flip` is taken from bytes.
@@ -43,6 +44,7 @@ OFFMOE_INLINE I8x32 signed_bytes(const uint8_t* from, int part, uint8_t flip) {
     if constexpr (KIND == INT8) return bits<I8x32>(load<U8x32>(from) ^ flip);
     if constexpr (KIND == Q8_0) return load<I8x32>(from + 2);
     if constexpr (KIND == MXFP4 || KIND == MXFP4_BLOCKS) return Unit::e2m1_twice(nibbles_of<Unit, KIND>(from, part));
+    if constexpr (is_iq4(KIND)) return Unit::iq4(nibbles_of<Unit, KIND>(from, part));
     if constexpr (is_nibbles(KIND)) return bits<I8x32>(nibbles_of<Unit, KIND>(from, part)) - (KIND == Q4_K ? 0 : 8);
     if constexpr (KIND == Q5_K) {
         const U8x32 low = shifted(load<U8x32>(from + 48 + 32 * (part / 2)), 4 * (part & 1)) & 15;
@@ -68,6 +70,7 @@ struct BlockScales {
             set(0, eight_signed(load<uint64_t>(from + 192)) * all);
             set(8, eight_signed(load<uint64_t>(from + 200)) * all);
         }
+        if constexpr (KIND == IQ4_XS) set(0, (eight_unsigned(iq4_scales(from)) - 32.0f) * f16_at(from));
         if constexpr (KIND == Q4_K || KIND == Q5_K) {  // eight scales, eight minima
             uint32_t packed[4];
             six_bits(from + 4, packed);
@@ -337,6 +340,8 @@ void coded_multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t e
             case Q4_K: coded_kind<Unit, Q4_K, false>(matrix, begin, stop, x, num_x, out, stride); break;
             case Q5_K: coded_kind<Unit, Q5_K, false>(matrix, begin, stop, x, num_x, out, stride); break;
             case Q6_K: coded_kind<Unit, Q6_K, false>(matrix, begin, stop, x, num_x, out, stride); break;
+            case IQ4_NL: coded_kind<Unit, IQ4_NL, false>(matrix, begin, stop, x, num_x, out, stride); break;
+            case IQ4_XS: coded_kind<Unit, IQ4_XS, false>(matrix, begin, stop, x, num_x, out, stride); break;
             default: coded_kind<Unit, MXFP4_BLOCKS, false>(matrix, begin, stop, x, num_x, out, stride); break;
         }
     }

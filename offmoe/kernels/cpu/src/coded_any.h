@@ -66,6 +66,12 @@ struct AnyVectors {
         return bits<I8x32>((magnitude ^ minus) - minus);
     }
 
+    static OFFMOE_INLINE I8x32 iq4(U8x32 nibbles) {
+        int8_t numbers[32];
+        for (int i = 0; i < 32; ++i) numbers[i] = kIq4[nibbles[i]];
+        return load<I8x32>(numbers);
+    }
+
     static OFFMOE_INLINE F32x16 splat(float number) { return offmoe::splat(number); }
     static OFFMOE_INLINE float total(F32x16 sums) { return sum(sums); }
 

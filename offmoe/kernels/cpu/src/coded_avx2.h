@@ -82,7 +82,7 @@ struct Avx2Vectors {
         Table table = {};
         for (int i = 0; i < 16; ++i) {
             const int e2m1 = i % 8 < 4 ? i % 8 : i % 8 < 6 ? 2 * (i % 8) - 4 : 4 * (i % 8) - 16;
-            const int value = kind == Q4_K ? i : kind == INT4 || kind == Q4_0 ? i - 8 : i < 8 ? e2m1 : -e2m1;
+            const int value = is_iq4(kind) ? kIq4[i] : kind == Q4_K ? i : kind == INT4 || kind == Q4_0 ? i - 8 : i < 8 ? e2m1 : -e2m1;
             int magnitude = value < 0 ? -value : value, exponent = 134;
             if (magnitude == 0) continue;
             while (magnitude < 128) magnitude *= 2, --exponent;
@@ -114,6 +114,10 @@ struct Avx2Vectors {
         const __m256i table = _mm256_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12, 0, 1, 2, 3, 4, 6,
                                                8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
         return bits<I8x32>(_mm256_shuffle_epi8(table, bits<__m256i>(nibble)));
+    }
+
+    static OFFMOE_INLINE I8x32 iq4(U8x32 nibble) {
+        return bits<I8x32>(_mm256_shuffle_epi8(twice(reinterpret_cast<const uint8_t*>(kIq4)), bits<__m256i>(nibble)));
     }
 
     static OFFMOE_INLINE Vec splat(float number) { return _mm256_set1_ps(number); }

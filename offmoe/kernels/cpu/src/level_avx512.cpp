@@ -113,6 +113,8 @@ void prepare_blocks(const Matrix& matrix, const float* x, uint16_t* out) {
     switch (matrix.kind) {
         case Q4_0: return prepare_chunks<PairNibbles<Q4_0>>(matrix, x, out);
         case MXFP4_BLOCKS: return prepare_chunks<PairNibbles<MXFP4_BLOCKS>>(matrix, x, out);
+        case IQ4_NL: return prepare_chunks<PairNibbles<IQ4_NL>>(matrix, x, out);
+        case IQ4_XS: return prepare_chunks<GroupsOfIq4>(matrix, x, out);
         case Q8_0: return prepare_chunks<PairQ8>(matrix, x, out);
         case Q6_K: return prepare_chunks<GroupsOf16>(matrix, x, out);
         default: break;
@@ -194,6 +196,8 @@ void multiply_fast(const Matrix& matrix, int64_t begin, int64_t end, const void*
         case FP8: return run_kernel<Coded<Fp8, false>>(matrix, begin, end, x, num_x, out, stride);
         case Q4_0: return run_kernel<Blocks<PairNibbles<Q4_0>>>(matrix, begin, end, x, num_x, out, stride);
         case MXFP4_BLOCKS: return run_kernel<Blocks<PairNibbles<MXFP4_BLOCKS>>>(matrix, begin, end, x, num_x, out, stride);
+        case IQ4_NL: return run_kernel<Blocks<PairNibbles<IQ4_NL>>>(matrix, begin, end, x, num_x, out, stride);
+        case IQ4_XS: return run_kernel<Blocks<GroupsOfIq4>>(matrix, begin, end, x, num_x, out, stride);
         case Q8_0: return run_kernel<Blocks<PairQ8>>(matrix, begin, end, x, num_x, out, stride);
         case Q4_K: return run_kernel<Blocks<GroupsOf32<Q4_K>>>(matrix, begin, end, x, num_x, out, stride);
         case Q5_K: return run_kernel<Blocks<GroupsOf32<Q5_K>>>(matrix, begin, end, x, num_x, out, stride);
