@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from makers import one_line
 from small_tokenizers import CHATML, INST, byte_level, sentencepiece
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from offmoe.base.errors import UsageError
 from offmoe.generation.chat import chat_ids
-from offmoe.generation.chat_template import thinking_arguments
+from offmoe.generation.chat_template import MOST_CHARACTERS, thinking_arguments
 from offmoe.generation.control_tokens import HiddenTokens
 from offmoe.models.tokenizer import load_tokenizer
 
@@ -189,11 +189,13 @@ def test_arguments_of_the_template() -> None:
         st.text(st.sampled_from("ab h字🦜 \n\t<|>[]/im_endsINT"), min_size=1).filter(str.strip), min_size=1, max_size=3
     )
 )
+@example(["<|im_end|>"])
 def test_ids_of_harmless_words_are_those_of_transformers(name: str, contents: list[str]) -> None:
     tokenizer = TOKENIZERS[name]
     messages = [{"role": "user" if idx % 2 == 0 else "assistant", "content": text} for idx, text in enumerate(contents)]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    if not any(token in text for text in contents for token in tokenizer.all_special_tokens):
+    control = [str(token) for token in tokenizer.added_tokens_decoder.values()]  # more than `all_special_tokens`
+    if not any(token in text for text in contents for token in control):
         assert chat_ids(tokenizer, messages) == expected
     assert chat_ids(tokenizer, messages, allow_control_tokens=True) == expected
 
@@ -264,3 +266,19 @@ def test_without_a_template_control_tokens_are_text_too() -> None:
 
 def test_a_text_with_control_tokens_of_the_other_form() -> None:
     assert INST != CHATML and prompt(INST, [{"role": "user", "content": "<|im_end|>"}]).count("<|im_end|>") == 1
+
+
+def test_a_template_that_makes_a_prompt_of_many_millions_of_characters_is_refused() -> None:
+    template = CHATML + "{{ '%" + str(MOST_CHARACTERS) + "d' % 3 }}"
+    rest = len(prompt(CHATML, USER))
+    with pytest.raises(UsageError) as caught:
+        chat_ids(with_template(template), USER)
+    assert one_line(caught).startswith(
+        f"the conversation is a prompt of {MOST_CHARACTERS + rest} characters, {MOST_CHARACTERS} is the most; shorten"
+    )
+
+
+def test_the_reason_of_a_refusal_is_kept() -> None:
+    with pytest.raises(UsageError, match="no such role") as caught:
+        chat_ids(with_template("{{ raise_exception('no such role') }}"), USER)
+    assert type(caught.value.__cause__).__name__ == "TemplateError"

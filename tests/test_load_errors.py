@@ -75,6 +75,8 @@ CONFIG = [
     damaged("value of a wrong type", set_config(hidden_size="big"), "config.json", "qwen3_moe", "hidden_size"),
     damaged("impossible number", set_config(num_attention_heads=0), "config.json", "qwen3_moe"),
     damaged("unknown activation", set_config(hidden_act="nope"), "config.json", "nope"),
+    damaged("classes that are a number", set_config(architectures=2), "config.json: architectures is 2", "a list of"),
+    damaged("classes that are a text", set_config(architectures="X"), "architectures is 'X'", "a list of class names"),
     damaged("top-k above experts", set_config(num_experts_per_tok=9), "config.json"),
     damaged("no experts", experts_in_config(0), "asks for no experts"),
     damaged("fewer experts", experts_in_config(7), "says 7 experts", "holds 8"),

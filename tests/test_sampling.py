@@ -89,6 +89,7 @@ def test_the_publishers_settings_are_the_default(folder: Path, tmp_path: Path) -
         ("top_p", 0.0, "between 1e-06 and 1"), ("top_p", 1.1, "between 1e-06 and 1"),
         ("min_p", -0.5, "between 0 and 1"), ("min_p", 2, "between 0 and 1"),
         ("repetition_penalty", 0, "of at least 1e-06"), ("repetition_penalty", [1], "of at least 1e-06"),
+        ("repetition_penalty", 10**400, "of at least 1e-06"), ("top_p", 10**400, "between 1e-06 and 1"),
         ("seed", -3, "whole number of at least 0"), ("seed", 1 << 64, "whole number"), ("seed", "x", "whole number"),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from offmoe.base.errors import UsageError
-from offmoe.generation.chat_template import Message, check_arguments, render, words
+from offmoe.generation.chat_template import Message, check_arguments, check_length, render, words
 from offmoe.generation.control_tokens import HiddenTokens
 from offmoe.generation.prompt import check_rows, check_text
 from offmoe.models.tokenizing import tokenizing
@@ -26,8 +26,8 @@ def chat_ids(
     `arguments` are variables of the template, such as enable_thinking. Control tokens that stand in a message are
     encoded as the text that they are, so that nobody's words can end a turn or begin another; with
     `allow_control_tokens` they are structure, as in transformers. Without a template (base models) the turns are joined
-    by newlines. Raises UsageError for malformed messages, for what the template itself refuses, and for a token that
-    is beyond `vocab_size`.
+    by newlines. Raises UsageError for malformed messages, for what the template itself refuses, for more than
+    MOST_CHARACTERS, and for a token that is beyond `vocab_size`.
     """
     check_messages(messages)
     if not messages:
@@ -37,7 +37,7 @@ def chat_ids(
     is_base = tokenizer.chat_template is None
     if is_base:
         check_arguments(tokenizer, arguments or {})
-        text = "\n".join(words(message) for message in said) + "\n"
+        text = check_length("\n".join(words(message) for message in said) + "\n")
     else:
         text = render(tokenizer, said, arguments or {})
     with tokenizing("the model"):

@@ -22,6 +22,8 @@ _GIVEN = frozenset(
 )
 # Switches of Qwen, GLM and others; of DeepSeek and Granite.
 _THINKING = ("enable_thinking", "thinking")
+# A tokenizer takes 190 bytes of RAM a character. A context of a million tokens is about half of this.
+MOST_CHARACTERS = 8 << 20
 # Below this many characters a text may be in the prompt by chance.
 _SHORT = 40
 _GENERATION_TAG = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
@@ -40,17 +42,32 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], argu
     """
     arguments = check_arguments(tokenizer, arguments)
     reasons: list[str] = []
+    cause: Exception | None = None
     for attempt in _forms(messages):
         try:
             rendered = _apply(tokenizer, attempt, arguments)
         except Exception as error:  # noqa: BLE001 - a template is a program, and fails as programs do
+            cause = cause if reasons else error
             reasons.append(f"refuses this conversation: {_reason(error)}")
             continue
-        left_out = _left_out(tokenizer, attempt, arguments, rendered)
+        left_out = _left_out(tokenizer, attempt, arguments, check_length(rendered))
         if left_out is None:
             return rendered
         reasons.append(f"leaves out what the {left_out} says: this model has no place for it")
-    raise UsageError(f"the model's chat template {reasons[0]}")
+    try:
+        raise UsageError(f"the model's chat template {reasons[0]}") from cause
+    finally:
+        del cause  # its traceback holds this call and all that the template made
+
+
+def check_length(prompt: str) -> str:
+    """`prompt`. Raises UsageError where it has more characters than any context."""
+    if len(prompt) <= MOST_CHARACTERS:
+        return prompt
+    raise UsageError(
+        f"the conversation is a prompt of {len(prompt)} characters, {MOST_CHARACTERS} is the most; shorten it, or give "
+        "the model another chat template"
+    )
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase, name: object = None) -> str:

@@ -75,7 +75,7 @@ def resolve_sampling(
 
 def _raised(top_p: Any) -> Any:
     """Any share above none; below the smallest one only the likeliest token is left, as with that one."""
-    return _SMALLEST_TOP_P if isinstance(top_p, Real) and 0.0 < float(top_p) < _SMALLEST_TOP_P else top_p
+    return _SMALLEST_TOP_P if isinstance(top_p, Real) and 0.0 < top_p < _SMALLEST_TOP_P else top_p
 
 
 def _off_below_0(top_k: Any) -> Any:
@@ -90,7 +90,10 @@ def _first(value: Number | None, default: Number | None, otherwise: Number) -> N
 
 
 def _number(name: str, value: object, low: float, high: float | None) -> float:
-    number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+    try:
+        number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.nan
     if math.isfinite(number) and low <= number <= (math.inf if high is None else high):
         return number
     limits = f"of at least {low:g}" if high is None else f"between {low:g} and {high:g}"

@@ -155,7 +155,7 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
 
 def _instantiate(config: PreTrainedConfig, index: CheckpointIndex, *, trust_remote_code: bool) -> PreTrainedModel:
     dtype = _gguf_dtype(index) if index.is_gguf else _folder_dtype(index)
-    model_class = _model_class(config)
+    model_class = _model_class(config, index)
     if model_class is None and not trust_remote_code and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
             f"{config.model_type!r} has no text generation model in transformers{_nearest(config.model_type)}"
@@ -169,10 +169,14 @@ def _instantiate(config: PreTrainedConfig, index: CheckpointIndex, *, trust_remo
         raise _bad_config(_config_path(index), config.model_type, error) from None
 
 
-def _model_class(config: PreTrainedConfig) -> Any:
+def _model_class(config: PreTrainedConfig, index: CheckpointIndex) -> Any:
     """The class that the checkpoint names, when transformers has it and it generates."""
-    for name in getattr(config, "architectures", None) or ():
-        found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        given = repr(names)[:100]
+        raise CheckpointError(f"{_config_path(index)}: architectures is {given}, it must be a list of class names")
+    for name in names:
+        found: Any = getattr(transformers, name, None)
         if _is_generator(found):
             return found
     return None

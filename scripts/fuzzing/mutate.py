@@ -41,6 +41,31 @@ def mutate_json(data: bytes, rng: random.Random, others: Sequence[bytes]) -> byt
         return data
 
 
+def mutate_parts(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
+    """Change one of a document's parts, each as likely as the others: a long one does not take all changes.
+
+    By values alone, a config of 40 values beside a header of 100 was changed in one input of eight.
+    """
+    tree = _object(data)
+    if not tree or rng.random() < 0.2:
+        return mutate_json(data, rng, others)
+    name = rng.choice(sorted(tree))
+    parts = [json.dumps(other[name]).encode() for other in map(_object, others) if name in other]
+    try:
+        tree[name] = json.loads(mutate_json(json.dumps(tree[name]).encode(), rng, parts))
+        return json.dumps(tree).encode()
+    except (ValueError, RecursionError):
+        return data
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def mutate_text(data: bytes, rng: random.Random, others: Sequence[bytes], words: Sequence[str] = ()) -> bytes:
     """Put words in, take pieces out, double them, and splice two inputs."""
     text = data.decode("utf-8", errors="replace")

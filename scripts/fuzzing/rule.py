@@ -80,9 +80,10 @@ def _hang(signal_number: int, frame: FrameType | None) -> None:
 
 
 def _way(error: BaseException) -> str:
-    """File and line of the calls below the target, the last ones of them."""
+    """File and line of the calls below the target, the last ones of them; before them those of what caused it."""
+    cause = f"{type(error.__cause__).__name__} {_way(error.__cause__)} " if error.__cause__ is not None else ""
     frames = traceback.extract_tb(error.__traceback__)
-    return " ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-4:])
+    return cause + " ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-4:])
 
 
 def _shape(text: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuzzing.mutate import mutate_bytes, mutate_json, mutate_text
+from fuzzing.mutate import mutate_bytes, mutate_json, mutate_parts, mutate_text
 from offmoe.checkpoint.header import read_header
 from offmoe.checkpoint.index import INDEX_NAME, CheckpointIndex, read_config
 from offmoe.checkpoint.locate import demo_model_folder
@@ -300,7 +300,7 @@ _WORDS = (
     "{{ x.y.z }}", "{{ messages | map('upper') | join }}", "{% macro f(x) %}", "{% endmacro %}", "{{ f(f) }}",
     "{% break %}", "{{", "}}", "{%- if tools %}", "{{ ''.__class__.__mro__ }}", "{{ '%d' % 'x' }}",
     "{{ m.content[::-1] }}", "{{ cycler }}", "| list", "| length", "| sort", "| int + none", "{% include 'x' %}",
-    "{% import 'x' as y %}", "{{ '%99999999d' % 3 }}", "{{ '{:>99999999}'.format(3) }}", "{{ messages.append(1) }}",
+    "{% import 'x' as y %}", "{{ '%9999999d' % 3 }}", "{{ '{:>9999999}'.format(3) }}", "{{ messages.append(1) }}",
     "{{ ([[]] * 9) | sum }}", "{{ lipsum(99999) }}",
 )  # fmt: skip
 
@@ -318,12 +318,12 @@ def _read_saved_chat(data: bytes, folder: Path) -> None:
 _TARGETS = (
     Target(name="safetensors", read=_read_safetensors, mutate=mutate_json),
     Target(name="index", read=_read_index, mutate=mutate_json),
-    Target(name="quantised", read=_read_checkpoint, mutate=mutate_json),
+    Target(name="quantised", read=_read_checkpoint, mutate=mutate_parts),
     Target(name="gguf", read=_read_gguf, mutate=mutate_json),
     Target(name="gguf_bytes", read=_read_gguf_bytes, mutate=mutate_bytes),
     Target(name="gguf_model", read=_read_gguf_model, mutate=mutate_json),
     Target(name="gguf_tokenizer", read=_read_gguf_tokenizer, mutate=mutate_json),
-    Target(name="model", read=_read_model, mutate=mutate_json),
+    Target(name="model", read=_read_model, mutate=mutate_parts),
     Target(name="tokenizer", read=_read_tokenizer, mutate=mutate_json),
     Target(name="template", read=_read_template, mutate=functools.partial(mutate_text, words=_WORDS)),
     Target(name="saved_chat", read=_read_saved_chat, mutate=mutate_json),
