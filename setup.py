@@ -52,9 +52,10 @@ class BuildKernels(build_ext):
             "experts.cpp",
             "decode.cpp",
             "latent.cpp",
+            "delta.cpp",
             "layer.cpp",
             "route.cpp",
-            "run.cpp",
+            "program.cpp",
             "library.cpp",
         ]
         objects += self._compile(common, levels)

@@ -66,7 +66,7 @@ class Recorder:
     """Told of every layer call; keeps the last `ring_choices` choices, and hands all to `sink` while there is one.
 
     Used by the thread that runs the model. Without a sink a call of `record` takes a quarter of a microsecond.
-    `reading_prompt`: calls of one token are part of a prompt too.
+    `reading_prompt`: calls of one token are part of a prompt too. `is_paused`: calls are not noted.
     """
 
     def __init__(self, ring_choices: int = RING_CHOICES) -> None:
@@ -74,6 +74,7 @@ class Recorder:
         self._room, self._most = ring_choices, ring_choices
         self._guesses: dict[int, dict[int, tuple[int, ...]]] = {}
         self.sink: EventSink | None = None
+        self.is_paused = False
         self.reading_prompt = False
 
     def __repr__(self) -> str:
@@ -84,6 +85,8 @@ class Recorder:
 
         `weights`: a tensor of as many numbers; it is read, which may wait for a device, only while there is a sink.
         """
+        if self.is_paused:
+            return
         is_prefill = self.reading_prompt or len(ids) > top_k
         self._ring.append((layer_idx, top_k, is_prefill, ids))
         self._room -= len(ids)

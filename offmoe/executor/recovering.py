@@ -6,7 +6,8 @@ raises inside the bookkeeping itself is beyond that: a slot may be off the free 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -45,6 +46,16 @@ class RecoveringExecutor:
         """
         rows = self._executor.rows
         return JoinedExperts(self._executor, rows) if isinstance(rows, CpuRows) else None
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Within: what routers choose is not recorded, for a token that is computed a second time."""
+        recorder = self._executor.recorder
+        recorder.is_paused = True
+        try:
+            yield
+        finally:
+            recorder.is_paused = False
 
     def guard(self, call: Callable[[], Result]) -> Result:
         """Run `call`, which uses the executor, and return its result. Raises EngineBusyError in a forked child."""

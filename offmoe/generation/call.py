@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from offmoe.decode.paths import DecodePaths
 from offmoe.generation.compiled import DecodeCompiler
 from offmoe.generation.prefill_chunk import PrefillChunk
 from offmoe.generation.sampling import Chooser
@@ -33,16 +34,15 @@ class Call:
 
 
 def answer(
-    call: Call, parts: LoadedModel, totals: Totals, kept: KeptCache, compiler: DecodeCompiler | None,
+    call: Call, parts: LoadedModel, totals: Totals, kept: KeptCache, decode: DecodeCompiler | DecodePaths,
     halving: PrefillChunk | None,
 ) -> Iterator[Piece]:  # fmt: skip
     """The prompt read where `kept` does not hold it, then the reply. `totals` gets what it cost."""
-    if compiler is not None:
-        compiler.begin(len(call.ids) + call.rules.max_new_tokens, num_held=len(kept.ids))
+    decode.begin(len(call.ids) + call.rules.max_new_tokens, num_held=len(kept.ids))
     num_reused = kept.begin(call.ids, reuse=call.reuse)
     steps = generate_step(
         parts.model, call.ids, call.choose, kept=kept, chunk=halving.size if halving else parts.plan.prefill_chunk,
-        on_prefill=call.on_prefill, decode=compiler or (parts.native.threads.run_token if parts.native else None),
+        on_prefill=call.on_prefill, decode=decode,
         smaller_chunk=halving.halve if halving else None,
     )  # fmt: skip
     steps = note_phases(steps, parts.serving.recorder, len(call.ids) - num_reused)
@@ -50,6 +50,7 @@ def answer(
         yield from stream_text(
             steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
             num_reused=num_reused, on_end=totals.add, lossy=parts.lossy, after=() if call.own_text else call.ids,
+            way=lambda: (decode.path, decode.reason),
         )  # fmt: skip
 
 

@@ -97,6 +97,16 @@ class DecodeCompiler:
             layer.reset()
         return self.cache
 
+    @property
+    def path(self) -> str:
+        """The way that the last token took."""
+        return "eager" if self._active is None else "compiled"
+
+    @property
+    def reason(self) -> str:
+        """The state of compiling, which decides the way."""
+        return f"compile is {self.state}"
+
     def close(self) -> None:
         """Let go of the model. A compilation in the background is interrupted and waited for, so that nothing keeps
         weights and KV cache afterwards.

@@ -20,6 +20,7 @@ from offmoe.base.trace import TraceEvent
 from offmoe.base.trace_file import TraceWriter
 from offmoe.checkpoint.gguf_file import is_gguf
 from offmoe.checkpoint.index import read_config
+from offmoe.decode.paths import DecodePaths
 from offmoe.generation.call import Call, answer, translate
 from offmoe.generation.chat import chat_ids
 from offmoe.generation.chat_template import Message
@@ -102,6 +103,11 @@ class Engine:
         self._running = threading.Lock()
         self._totals = Totals()
         self._compiler = compiler = make_compiler(loaded.model, loaded.context_length, self.config, progress)
+        native = loaded.native
+        self._paths = DecodePaths(
+            loaded.model, loaded.serving.executor, None if native is None else native.kernels,
+            None if native is None else native.threads, loaded.calls,
+        )  # fmt: skip
         self._kept = KeptCache(
             loaded.model,
             compiler.empty_cache if compiler else lambda: make_kv_cache(loaded.model, loaded.context_length),
@@ -188,10 +194,8 @@ class Engine:
 
         With a device also its name, slots and memory; its peak is what torch allocated, None where that is not counted.
         """
-        totals = engine_stats(
-            self._parts, self._kept, self._totals, baseline_bytes=self._baseline_bytes,
-            compile_state=self._compiler.state if self._compiler else "off",
-        )  # fmt: skip
+        decode = self._compiler or self._paths
+        totals = engine_stats(self._parts, self._kept, self._totals, decode, baseline_bytes=self._baseline_bytes)
         return totals if self.predicted is None else totals | {"predicted": dict(self.predicted)}
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Reply:
@@ -276,7 +280,8 @@ class Engine:
         )  # fmt: skip
         if parts.model.config.is_encoder_decoder:
             return self._exclusively(translate(call, parts, self._totals))
-        return self._exclusively(answer(call, parts, self._totals, self._kept, self._compiler, self._halving_chunk))
+        decode = self._compiler or self._paths
+        return self._exclusively(answer(call, parts, self._totals, self._kept, decode, self._halving_chunk))
 
     def _exclusively(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Hold the engine from the first piece to the last, or to the generator's end."""
@@ -320,6 +325,7 @@ class Engine:
             self._kept.forget()
             if self._compiler is not None:
                 self._compiler.close()
+            self._paths.close()
             loaded.close()
 
     def _give_up(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from offmoe.base.machine import peak_rss_bytes
+from offmoe.decode.paths import DecodePaths
+from offmoe.generation.compiled import DecodeCompiler
 from offmoe.generation.stats import Totals
 from offmoe.models.device_failures import peak_bytes
 from offmoe.models.kv_prefix import KeptCache
@@ -12,7 +14,7 @@ from offmoe.models.loaded import LoadedModel
 
 
 def engine_stats(
-    parts: LoadedModel, kept: KeptCache, decoded: Totals, *, baseline_bytes: int, compile_state: str
+    parts: LoadedModel, kept: KeptCache, decoded: Totals, decode: DecodeCompiler | DecodePaths, *, baseline_bytes: int
 ) -> dict[str, Any]:
     """As `Engine.stats` says. `baseline_bytes`: what the process held before it grew by the model."""
     cache, plan, device = parts.cache, parts.plan, parts.device
@@ -26,7 +28,9 @@ def engine_stats(
         "io": "direct" if parts.disk.direct else "buffered",
         "prefilled_tokens": kept.num_prefilled,
         "reused_tokens": kept.num_reused,
-        "compile": compile_state,
+        "compile": decode.state if isinstance(decode, DecodeCompiler) else "off",
+        "decode_path": decode.path,
+        "decode_path_reason": decode.reason,
         "lossy": list(parts.lossy),
         **serving,
         "ram_bytes": plan.ram_bytes,

@@ -14,7 +14,9 @@ class GenerationStats:
     """Times in seconds. `prefill` and `decode` are the counters of the two phases.
 
     `prefill_s` runs to the first token, `step_s` has the time of every later token. `reused_tokens` of the prompt were
-    in the KV cache already. `lossy`: what makes this not exactly the model's own output.
+    in the KV cache already. `lossy`: what makes this not exactly the model's own output. `decode_path`: the way of the
+    last token (fused, compiled, eager; empty where no token was decoded), with the reason where it is another than
+    fused.
     """
 
     prompt_tokens: int
@@ -25,6 +27,8 @@ class GenerationStats:
     prefill: Counters
     decode: Counters
     lossy: tuple[str, ...] = ()
+    decode_path: str = ""
+    decode_path_reason: str = ""
 
     @property
     def prefill_tok_per_s(self) -> float:
@@ -55,6 +59,8 @@ class GenerationStats:
             "prefill_disk_bytes": self.prefill.disk_bytes,
             "prefill_link_bytes": self.prefill.link_bytes,
             "lossy": list(self.lossy),
+            "decode_path": self.decode_path,
+            "decode_path_reason": self.decode_path_reason,
         }
 
     def line(self) -> str:
@@ -137,6 +143,9 @@ def stats_line(stats: GenerationStats) -> str:
             f"prefetch {format_traffic(mean['ahead_bytes_per_token'])}/token, {mean['prefetch_useful']:.0%} useful, "
             f"{mean['prefetch_wasted']:.0%} wasted"
         )
+    if stats.decode_path and stats.step_s:
+        reason = f" ({stats.decode_path_reason})" if stats.decode_path_reason else ""
+        parts.append(f"decode {stats.decode_path}{reason}")
     if stats.lossy:
         parts.append(f"not exact: {', '.join(stats.lossy)}")
     return " | ".join(parts)

@@ -120,6 +120,11 @@ class Forward:
         self._takes_positions = "position_ids" in accepted
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
+    @property
+    def cache(self) -> DynamicCache | None:
+        """The KV cache; None before the model made one."""
+        return self._cache
+
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Last logits (1, V) after appending ids (1, N)."""

@@ -43,16 +43,17 @@ def stream_text(
     steps: Iterator[int], tokenizer: PreTrainedTokenizerBase | None, rules: StopRules, counters: Counters,
     *, num_prompt_tokens: int, num_reused: int = 0, clock: Callable[[], float] = time.perf_counter,
     on_end: Callable[[GenerationStats], None] = lambda stats: None, lossy: tuple[str, ...] = (),
-    after: Sequence[int] = (),
+    after: Sequence[int] = (), way: Callable[[], tuple[str, str]] = lambda: ("", ""),
 ) -> Iterator[Piece]:  # fmt: skip
     """Pieces of text for the ids of `steps`, until a rule ends them. Without a tokenizer, pieces have ids only.
 
     `num_reused` of the prompt's tokens were in the KV cache already. `on_end` is told what it cost, also when it is
-    broken off. `lossy` is for the statistics. `after`: ids whose text the reply continues.
+    broken off. `lossy` is for the statistics. `after`: ids whose text the reply continues. `way`: the last
+    token's decode path and its reason.
     """
     decoder = TextDecoder(tokenizer, after=after) if tokenizer is not None else None
     stops = StopMatcher(rules.stop_strings)
-    meter = Meter(counters, num_prompt_tokens, num_reused, clock, lossy)
+    meter = Meter(counters, num_prompt_tokens, num_reused, clock, lossy, way)
     reason = rules.limit_reason
     try:
         for token_id in steps:
@@ -77,10 +78,10 @@ class Meter:
 
     def __init__(
         self, counters: Counters, num_prompt_tokens: int, num_reused: int, clock: Callable[[], float],
-        lossy: tuple[str, ...] = (),
+        lossy: tuple[str, ...] = (), way: Callable[[], tuple[str, str]] = lambda: ("", ""),
     ) -> None:  # fmt: skip
         self._counters, self._num_prompt_tokens, self._clock = counters, num_prompt_tokens, clock
-        self._num_reused, self._lossy = num_reused, lossy
+        self._num_reused, self._lossy, self._way = num_reused, lossy, way
         self._times = [clock()]
         self._at_start = counters.copy()
         self._at_first = self._at_start
@@ -98,7 +99,7 @@ class Meter:
 
     def stats(self) -> GenerationStats:
         """What it cost up to now."""
-        times = self._times
+        times, (path, reason) = self._times, self._way()
         return GenerationStats(
             prompt_tokens=self._num_prompt_tokens,
             reused_tokens=self._num_reused,
@@ -108,4 +109,6 @@ class Meter:
             prefill=self._at_first.minus(self._at_start),
             decode=self._counters.copy().minus(self._at_first),
             lossy=self._lossy,
+            decode_path=path,
+            decode_path_reason=reason,
         )

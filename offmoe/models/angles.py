@@ -18,11 +18,16 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class AngleTable:
-    """(cos, sin) of `rotary`, each (1, 1, W), for one position. `by_name`: it takes positions by their name."""
+    """(cos, sin) of `rotary`, each (1, 1, W), for one position. `by_name`: it takes positions by their name. `kind`: of
+    layers, where the module has angles of their own for each.
+    """
 
-    def __init__(self, rotary: nn.Module, *, by_name: bool) -> None:
-        self._rotary, self._by_name = rotary, by_name
-        self._is_fixed = getattr(rotary, "rope_type", None) in _FIXED_KINDS
+    def __init__(self, rotary: nn.Module, *, by_name: bool, kind: str = "") -> None:
+        self._rotary, self._by_name, self._kind = rotary, by_name, kind
+        rope_type: object = getattr(rotary, "rope_type", None)
+        rope_type = rope_type.get(kind) if isinstance(rope_type, dict) else rope_type
+        self._is_fixed = rope_type in _FIXED_KINDS
+        self._frequencies = f"{kind}_inv_freq" if kind else "inv_freq"
         self._known: tuple[object, ...] = ()
         self._table: Angles | None = None
 
@@ -32,7 +37,7 @@ class AngleTable:
         if not self._is_fixed or rotary._forward_hooks or rotary._forward_pre_hooks or positions.device.type != "cpu":
             return self._ask(x, positions)
         block, at = divmod(int(positions), _BLOCK)
-        known = (block, x.dtype, id(getattr(rotary, "inv_freq", None)))
+        known = (block, x.dtype, id(getattr(rotary, self._frequencies, None)))
         if known != self._known or self._table is None:
             self._known, self._table = known, None
             own = self._ask(x, positions)
@@ -45,5 +50,9 @@ class AngleTable:
         return cos[:, at : at + 1], sin[:, at : at + 1]
 
     def _ask(self, x: torch.Tensor, positions: torch.Tensor) -> Angles:
-        angles: Angles = self._rotary(x, position_ids=positions) if self._by_name else self._rotary(x, positions)
+        named = {"layer_type": self._kind} if self._kind else {}
+        if self._by_name:
+            angles: Angles = self._rotary(x, position_ids=positions, **named)
+        else:
+            angles = self._rotary(x, positions, **named)
         return angles

@@ -20,8 +20,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.models.latent_attention import LatentAttention, find_latent_attention
+from offmoe.models.masks import mask_sees_all
 from offmoe.models.native import agree
-from offmoe.models.native_token import mask_sees_all
 from offmoe.models.sinks import fuse_sinks, has_fused_sinks
 from offmoe.models.token_attention import TokenAttention, set_token_attention, token_attention
 
@@ -56,12 +56,8 @@ def absorb_latents(model: PreTrainedModel) -> None:
 
 
 def attend_by_kernels(model: PreTrainedModel, kernels: CpuKernels) -> TokenAttention | None:
-    """Let one token's attention be computed by the kernels, until that is closed; None: nobody asks for it.
-
-    Modules that were taken whole keep torch's, which those are compared with.
-    """
+    """Let one token's attention be computed by the kernels, until that is closed; None: nobody asks for it."""
     modules = [module for module in model.modules() if hasattr(module, _MARK) or has_fused_sinks(module)]
-    modules = [module for module in modules if "forward" not in module.__dict__]
     attention = TokenAttention(kernels)
     for module in modules:
         set_token_attention(module, attention)

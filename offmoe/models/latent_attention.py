@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from offmoe.base.shape import MAX_ABSORBED_TOKENS
-from offmoe.models.native_token import mask_sees_all
+from offmoe.models.masks import mask_sees_all
 from offmoe.models.token_attention import token_attention
 
 _CHECKED_TOKENS, _CHECKED_CONTEXT = 3, 9

@@ -35,12 +35,6 @@ from offmoe.models.expert_map import map_experts, streamed_parameters
 from offmoe.models.loaded import LoadedModel, attach_all
 from offmoe.models.model_calls import CallBudget, guard_calls
 from offmoe.models.native import NativeModules
-from offmoe.models.native_attention import swap_attention
-from offmoe.models.native_latent import swap_latents
-from offmoe.models.native_layer import swap_layers
-from offmoe.models.native_mlp import swap_mlps
-from offmoe.models.native_model import swap_decoders
-from offmoe.models.native_moe import swap_moe
 from offmoe.models.probe import ModelProbe, probe_model
 from offmoe.models.quantised_linears import QuantisedLinears
 from offmoe.models.resident import load_peak_bytes, load_resident
@@ -110,11 +104,12 @@ def load_model(
         native = _swap_modules(model, serving, cpu_kernels if device is None else None)
         in_ram = device is None
         budget = CallBudget(model, plan, built.context_length, baseline_bytes=baseline_bytes) if in_ram else None
-        serving.closing.callback(guard_calls(model, folder, budget))
+        calls, remove_guard = guard_calls(model, folder, budget)
+        serving.closing.callback(remove_guard)
         opened.pop_all()
     return LoadedModel(
         model=model, tokenizer=tokenizer, index=built.index, experts=experts, disk=built.disk,
-        pools=(pool, device_pool), serving=serving, native=native, device=device, plan=plan,
+        pools=(pool, device_pool), serving=serving, native=native, calls=calls, device=device, plan=plan,
         context_length=built.context_length, chunkable=probe.chunkable,
     )  # fmt: skip
 
@@ -269,18 +264,11 @@ def _swap_modules(model: PreTrainedModel, serving: Serving, kernels: CpuKernels 
     native = NativeModules(kernels)
     serving.closing.callback(native.remove)
     native.swap_simple(model)
-    swap_mlps(native, model)
-    swap_attention(native, model)
-    swap_latents(native, model)
-    swap_moe(native, model)
-    swap_layers(native, model)
-    swap_decoders(native, model)
     attention = attend_by_kernels(model, kernels)
     if attention is not None:
         serving.closing.callback(attention.close)
     if serving.cpu_rows is not None:
-        attends = attention is not None or native.counts["attentions"] > 0
-        native.threads.begin(model, serving.cpu_rows.reasons, attends=attends)
+        native.threads.begin(model, serving.cpu_rows.reasons, attends=attention is not None)
     return native
 
 

@@ -14,6 +14,7 @@ from offmoe.cache.expert_cache import ExpertCache
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.executor.uncached import UncachedExecutor
+from offmoe.models.model_calls import OneCallAtATime
 from offmoe.models.native import NativeModules
 from offmoe.models.rounding import ROUNDING_LABEL
 from offmoe.models.seam import ClosedExecutor, ExpertsExecutor, attach
@@ -41,6 +42,7 @@ class LoadedModel:
     device: Device | None
     serving: Serving
     native: NativeModules | None
+    calls: OneCallAtATime
     plan: MemoryPlan
     context_length: int
     chunkable: bool

@@ -39,6 +39,12 @@ class OneCallAtATime:
             self._owner = threading.get_ident()
         self._depth += 1
 
+    def __enter__(self) -> None:
+        self.enter()
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
     def leave(self, *_: object) -> None:
         """End a call, whatever became of it; after one that was refused nothing changes."""
         if torch.compiler.is_dynamo_compiling() or self._owner != threading.get_ident():
@@ -104,10 +110,12 @@ def _logits_kept(kwargs: dict[str, Any], tokens: int) -> int:
     return min(keep, tokens) if keep else tokens
 
 
-def guard_calls(model: PreTrainedModel, folder: Path, budget: CallBudget | None) -> Callable[[], None]:
+def guard_calls(
+    model: PreTrainedModel, folder: Path, budget: CallBudget | None
+) -> tuple[OneCallAtATime, Callable[[], None]]:
     """Let `model`, whose experts are in the files of `folder`, be called by one thread at a time, within `budget`. No
     parameter wants a gradient from now on: through experts there is none (models/seam.py). Saving it is refused.
-    Returns what takes the hooks away.
+    Returns the guard, for calls that pass the model's own forward by, and what takes the hooks away.
     """
     model.requires_grad_(False)
     calls = OneCallAtATime()
@@ -129,4 +137,4 @@ def guard_calls(model: PreTrainedModel, folder: Path, budget: CallBudget | None)
         for hook in hooks:
             hook.remove()
 
-    return remove
+    return calls, remove

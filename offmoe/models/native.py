@@ -1,20 +1,17 @@
-"""Resident modules computed by the CPU kernels for one token or a few; for more, the model's own code stays.
+"""Linears and RMS norms computed by the CPU kernels for a few rows; for more, the model's own code stays.
 
-torch reads 16-bit weights at a quarter of the memory's speed when there are few rows, and a norm or an attention of one
-token is ten or thirty of its operations. What is swapped is a module's `forward`, on the module itself:
+torch reads 16-bit weights at a quarter of the memory's speed when there are few rows, and a norm of one token is ten of
+its operations. A module's `forward` is replaced, on the module itself:
 
-- linears (`nn.Linear`): checked against torch on random rows when they are swapped;
-- routers: their own code, with its `F.linear` on their own weight computed here; checked likewise, by the logits;
-- RMS norms, recognised by what they do to random rows, whatever they are called;
-- attention of one token (native_attention.py), recognised by its code, checked on the first tokens it would serve.
+- linears (`nn.Linear`): checked against torch on random rows when they are replaced;
+- RMS norms, recognised by what they do to random rows, whatever they are called.
 
-Whatever fails its check stays as it is. Under torch.compile and where gradients are wanted the original runs.
+A module that fails its check stays as it is. Under torch.compile and where gradients are wanted the original runs.
 """
 
 from __future__ import annotations
 
 import inspect
-import types
 from collections import Counter
 from collections.abc import Callable
 
@@ -80,8 +77,6 @@ class NativeModules:
                 continue
             if type(module) is nn.Linear:
                 self._swap_linear(module)
-            elif _calls_linear(module):
-                self._swap_router(module)
             else:
                 self._swap_norm(module)
 
@@ -92,16 +87,6 @@ class NativeModules:
         rows = _random_rows(linear.num_inputs, module.weight.dtype)
         if agree(linear(rows), module(rows)):
             self.swap(module, _linear_forward(module, linear, self.threads), "linears")
-
-    def _swap_router(self, module: nn.Module) -> None:
-        weight = module._parameters["weight"]
-        assert weight is not None
-        if weight.is_meta or unreadable(weight, weight.dtype) is not None or not weight.is_contiguous():
-            return
-        linear = CpuLinear(self.kernels, weight.detach(), None, dtype=weight.dtype)
-        rows = _random_rows(linear.num_inputs, weight.dtype)
-        if agree(linear(rows), nn.functional.linear(rows, weight)):
-            self.swap(module, _with_own_linear(module, linear), "routers")
 
     def _swap_norm(self, module: nn.Module) -> None:
         norm = find_norm(self.kernels, module)
@@ -120,47 +105,6 @@ def make_linear(kernels: CpuKernels, module: nn.Linear) -> CpuLinear | None:
     if bias is not None and (bias.dtype != dtype or bias.device.type != "cpu" or not bias.is_contiguous()):
         return None
     return CpuLinear(kernels, weight, None if bias is None else bias.detach(), dtype=dtype)
-
-
-class _Functional:
-    """`torch.nn.functional`, but for products of a few rows with one weight."""
-
-    def __init__(self, weight: torch.Tensor, linear: CpuLinear) -> None:
-        self._weight, self._linear = weight, linear
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(nn.functional, name)
-
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """As F.linear."""
-        few = weight is self._weight and bias is None and x.numel() <= MAX_ROWS * self._linear.num_inputs
-        if not few or torch.is_grad_enabled() or not self._linear.takes(x):
-            return nn.functional.linear(x, weight, bias)
-        return self._linear(x)
-
-
-def _calls_linear(module: nn.Module) -> bool:
-    """A module with a matrix of its own that its forward multiplies with by F.linear, as routers do."""
-    forward, weight = type(module).forward, module._parameters.get("weight")
-    if weight is None or weight.dim() != 2 or not isinstance(forward, types.FunctionType) or forward.__closure__:
-        return False
-    return {"F", "linear"} <= set(forward.__code__.co_names) and forward.__globals__.get("F") is nn.functional
-
-
-def _with_own_linear(module: nn.Module, linear: CpuLinear) -> Forward:
-    """The module's own forward, in which F is another for this module alone."""
-    original, weight = type(module).forward, module._parameters["weight"]
-    assert isinstance(original, types.FunctionType) and weight is not None
-    names = {**original.__globals__, "F": _Functional(weight, linear)}
-    ours = types.FunctionType(original.__code__, names, original.__name__, original.__defaults__)
-    ours.__kwdefaults__ = original.__kwdefaults__
-
-    def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        run = original if torch.compiler.is_dynamo_compiling() else ours
-        result: torch.Tensor = run(module, *args, **kwargs)
-        return result
-
-    return forward
 
 
 def find_norm(kernels: CpuKernels, module: nn.Module) -> CpuNorm | None:

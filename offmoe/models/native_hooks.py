@@ -23,6 +23,12 @@ def mark_observer(hook: Callable[..., None], tell: Tell) -> None:
     setattr(hook, _MARK, tell)
 
 
+def marked_tell(hook: Callable[..., None]) -> Tell:
+    """How to tell the observer of a marked hook. `hook` was marked."""
+    tell: Tell = getattr(hook, _MARK)
+    return tell
+
+
 class Hooks:
     """The hooks of `modules` and of `told`, and those that torch calls for every module."""
 

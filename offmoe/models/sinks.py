@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from offmoe.models.masks import mask_sees_all
 from offmoe.models.native import agree
-from offmoe.models.native_token import mask_sees_all
 from offmoe.models.token_attention import token_attention
 
 SINKS = "offmoe_sinks"

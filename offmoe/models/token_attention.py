@@ -1,7 +1,7 @@
 """One token's attention by the CPU kernels, for models whose own code asks transformers' attention functions.
 
-native_attention.py takes whole attention modules that it understands. The others (gates, rotations and caches of their
-own) still hand query, keys and values over, and torch reads those at 4 GB/s for one bfloat16 query; the kernels at 15
+The fused step (decode/) computes whole layers of families that it knows. Attention modules of all others hand query,
+keys and values over, and torch reads those at 4 GB/s for one bfloat16 query; the kernels at 15
 (benchmarks/2026-11-23-cpu-attention.md). The numbers are those of the fused operation up to rounding, which is seen the
 first time that heads of a kind are computed: where the two differ, torch's stays.
 """

@@ -28,10 +28,6 @@ from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.executor.speeds import cached_speed
 from offmoe.generation.engine import Engine
 from offmoe.kernels.cpu.kernels import CpuKernels
-from offmoe.models.native_layer import LayerStep
-from offmoe.models.native_model import DecoderStep
-from offmoe.models.native_moe import MoeStep
-from offmoe.models.stand_ins import stand_in
 
 PROMPT = list(range(1, 17))
 # Tokens a round; the first ones, in which modules check themselves, do not count.
@@ -98,10 +94,10 @@ def _resident_costs(engine: Engine, cold: torch.Tensor | None, rate: float) -> d
     """
     layer_bytes, rest_bytes = _bytes_of(engine)
     by_depth = None
-    if cold is None or _is_joined(engine.model):  # without hooks, which cost something themselves
+    if cold is None or engine.stats()["decode_path"] == "fused":  # without hooks, which cost something themselves
         by_depth = _times_by_depth(engine, cold)
     whole_s, whole_token_s = by_depth or _layer_times(engine, cold)
-    with _module_by_module(engine.model):
+    with engine._paths.only_eager("layers are measured one by one"):
         modules_s, token_s = _layer_times(engine, cold)
     return {
         "whole_s": max(0.0, whole_s - layer_bytes / rate), "modules_s": max(0.0, modules_s - layer_bytes / rate),
@@ -133,13 +129,6 @@ def _make_shallow(folder: Path) -> None:
             (folder / file.name).symlink_to(file)
     config = json.loads((demo_model_folder() / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}), encoding="utf-8")
-
-
-def _is_joined(model: nn.Module) -> bool:
-    """One call computes all layers of a token: hooks on a layer would have each computed by itself."""
-    layers = _decoder_layers(model)
-    return any("forward" in vars(module) and layers[0] in module.modules() and module not in layers
-               for module in model.modules())  # fmt: skip
 
 
 @contextmanager
@@ -202,17 +191,6 @@ def _layer_times(engine: Engine, cold: torch.Tensor | None) -> tuple[float, floa
         layer_s.append(inside / len(layers))
         token_s.append(end_s - begin_s - inside - (touched_after_s - touched_s))
     return median(layer_s), max(0.0, median(token_s))
-
-
-@contextmanager
-def _module_by_module(model: nn.Module) -> Iterator[None]:
-    """Within: no layer, no block of experts and no run of layers is computed whole."""
-    whole = [
-        module for module in model.modules()
-        if isinstance(getattr(vars(module).get("forward"), "__self__", None), (DecoderStep, LayerStep, MoeStep))
-    ]  # fmt: skip
-    with stand_in(dict.fromkeys(whole)):
-        yield
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:

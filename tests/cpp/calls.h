@@ -14,7 +14,7 @@ int32_t offmoe_norm(void* handle, const offmoe::Norm* call);
 int32_t offmoe_attend(void* handle, const offmoe::Attend* call);
 int32_t offmoe_latent(void* handle, const offmoe::Latent* call);
 int32_t offmoe_layer(void* handle, const offmoe::Layer* call);
-int64_t offmoe_run(void* handle, const offmoe::Run* call);
+int64_t offmoe_program(void* handle, const offmoe::Program* call);
 int32_t offmoe_route(const offmoe::Route* route, const float* logits, float* scores);
 }
 

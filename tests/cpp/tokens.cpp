@@ -53,7 +53,7 @@ struct MadeAttend {
         call.eps = 1e-6f;
         call.scale = 0.3f;
         call.norm_kind = static_cast<int32_t>(turn % 3);
-        call.type = type;
+        call.type = call.angle_type = type;
     }
 
     Buffer query, key, value, query_norm, key_norm, head_norm, cos, sin, half_cos, half_sin, sinks, keys, values, output;
@@ -249,17 +249,32 @@ int64_t try_layers(const Handles& handles) {
                     mlp.total = nullptr;
                     const Buffer mlp_y(width * size);
                     mlp.y = mlp_y.at();
-                    std::vector<int32_t> ids(top_k);
-                    Step step = {&layer, layer.router ? &call : nullptr, table.data(), chosen.data(), way % 2 || !layer.router ? &mlp : nullptr, output.at(), ids.data(), 0, 0};
+                    Lookup lookup = {&call, layer.route.ids, table.data(), chosen.data()};
                     const int64_t rows[] = {num_rows};
-                    Run run = {&step, rows, 0, 1};
-                    require(offmoe_run(handles.alone, &run) == 1, "a run", "", width, heads, way);
-                    step.output = again.at();
-                    require(offmoe_run(handles.many, &run) == 1, "a run of several threads", "", width, heads, way);
-                    require(std::memcmp(again.at(), output.at(), static_cast<size_t>(again.size())) == 0, "bits depend on threads", "a run", width, heads, way);
+                    std::vector<Op> ops = {{&layer, rows, 0, OP_LAYER}};
+                    const void* added = total.at();
+                    if (layer.router) ops.push_back({&lookup, nullptr, 0, OP_EXPERTS});
+                    const bool has_mlp = way % 2 || !layer.router;
+                    if (has_mlp) ops.push_back({&mlp, nullptr, 0, OP_MLP});
+                    Numbers gate = {mlp_y.at(), normed.at(), mlp_y.at(), width, 1, 1.0f, GATE, type};
+                    Numbers both = {total.at(), mlp_y.at(), total.at(), width, width, 0.5f, SUM, type};
+                    Numbers cap = {total.at(), nullptr, total.at(), width, 0, 30.0f, CAP, type};
+                    Numbers clamp = {total.at(), nullptr, total.at(), width, 0, 2.0f, CLAMP, type};
+                    Numbers scale = {total.at(), nullptr, total.at(), width, 0, 3.0f, SCALE, type};
+                    if (has_mlp && !layer.router) added = mlp_y.at();
+                    if (has_mlp) ops.push_back({&gate, nullptr, 0, OP_NUMBERS});
+                    if (has_mlp && layer.router)
+                        for (Numbers* numbers : {&both, &cap, &clamp, &scale}) ops.push_back({numbers, nullptr, 0, OP_NUMBERS});
+                    Numbers sum = {state.at(), added, output.at(), width, width, 1.0f, SUM, type};
+                    ops.push_back({&sum, nullptr, 0, OP_NUMBERS});
+                    Program program = {ops.data(), 0, static_cast<int64_t>(ops.size())};
+                    require(offmoe_program(handles.alone, &program) == program.end, "a program", "", width, heads, way);
+                    sum.to = again.at();
+                    require(offmoe_program(handles.many, &program) == program.end, "a program of several threads", "", width, heads, way);
+                    require(std::memcmp(again.at(), output.at(), static_cast<size_t>(again.size())) == 0, "bits depend on threads", "a program", width, heads, way);
                     if (!layer.router) continue;
                     for (const Expert*& expert : table) expert = nullptr;
-                    require(offmoe_run(handles.many, &run) == 0, "a run that lacks experts", "", width, heads, way);
+                    require(offmoe_program(handles.many, &program) == 1, "a program that lacks experts", "", width, heads, way);
                 }
     return made;
 }

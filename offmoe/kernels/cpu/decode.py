@@ -33,19 +33,19 @@ class CpuNorm:
         assert weight_D.is_contiguous() and weight_D.device.type == "cpu", f"{weight_D.shape=}"
         self.weight_D, self.eps, self.kind = weight_D, eps, kind
         self._kernels = kernels
-        self._call = structs.Norm(
+        self.call = structs.Norm(
             weight=weight_D.data_ptr(), width=weight_D.numel(), eps=eps, kind=NORM_KINDS[kind],
             type=structs.TYPES[weight_D.dtype],
         )  # fmt: skip
-        self._address = ctypes.addressof(self._call)
+        self._address = ctypes.addressof(self.call)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Contiguous rows of the weight's type and width."""
-        return x.dtype == self.weight_D.dtype and x.shape[-1] == self._call.width and x.is_contiguous()
+        return x.dtype == self.weight_D.dtype and x.shape[-1] == self.call.width and x.is_contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normed rows, of x's shape. `takes` said True. Raises MemoryError."""
-        y, call = torch.empty_like(x), self._call
+        y, call = torch.empty_like(x), self.call
         call.x, call.y, call.rows = x.data_ptr(), y.data_ptr(), x.numel() // call.width
         self._kernels.run_norm(self._address)
         return y
@@ -92,8 +92,9 @@ class CpuAttention:
         """The heads' outputs, (H * value width), of one token.
 
         `query`, `key` and `value` are the projections' contiguous outputs; `cos` and `sin` the angles of its position,
-        a number for each that turns, or (`half_angles`) for each pair. The caches (G, S, width) hold S rows, the last
-        of which is written here. Their last dimension has stride 1, and all is of one type. Raises MemoryError.
+        a number for each that turns, or (`half_angles`) for each pair; in float32 where the model rounds only what was
+        turned. The caches (G, S, width) hold S rows, the last of which is written here. Their last dimension has
+        stride 1, and all but the angles is of one type. Raises MemoryError.
         """
         call = self.struct
         output = value.new_empty(call.num_heads * call.value_width)
@@ -124,6 +125,7 @@ def set_position(
         call.cos, call.sin, call.num_angles = None, None, 0
     else:
         call.cos, call.sin, call.num_angles = cos.data_ptr(), sin.data_ptr(), cos.numel()
+        call.angle_type = structs.TYPES[cos.dtype]
         call.rotary = call.num_angles * (2 if half_angles else 1)
     *_, group, row, _ = keys_GSW.stride()
     call.key_group_bytes, call.key_row_bytes = group * size, row * size
@@ -142,11 +144,11 @@ class CpuLinear:
         self._kernels, self.matrix, self.bias_N = kernels, describe(weight_NK), bias_N
         self.dtype, (self.num_outputs, self.num_inputs) = dtype, weight_NK.shape
         type_idx, size = structs.TYPES[dtype], dtype.itemsize
-        self._call = structs.Linear(
+        self.call = structs.Linear(
             matrix=ctypes.addressof(self.matrix.struct), bias=None if bias_N is None else bias_N.data_ptr(),
             x_row_bytes=self.num_inputs * size, y_row_bytes=self.num_outputs * size, type=type_idx, x_type=type_idx,
         )  # fmt: skip
-        self._address = ctypes.addressof(self._call)
+        self._address = ctypes.addressof(self.call)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Contiguous rows of that type and the weight's width."""
@@ -154,7 +156,7 @@ class CpuLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., N) of x (..., K). `takes` said True. Raises MemoryError."""
-        y, call = x.new_empty(*x.shape[:-1], self.num_outputs), self._call
+        y, call = x.new_empty(*x.shape[:-1], self.num_outputs), self.call
         call.x, call.y, call.num_x = x.data_ptr(), y.data_ptr(), x.numel() // self.num_inputs
         self._kernels.run_linear(self._address)
         return y

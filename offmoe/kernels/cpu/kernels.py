@@ -209,11 +209,11 @@ class CpuKernels:
         """A `structs.Layer`; see layer.py. Raises MemoryError."""
         self._call(self._library.offmoe_layer, address, "a token's layer")
 
-    def run_layers(self, address: int) -> int:
-        """A `structs.Run`; see run.py. The number of the first layer whose experts were not computed, or the end.
+    def run_program(self, address: int) -> int:
+        """A `structs.Program`; see program.py. The number of the step whose experts are not all in RAM, or the end.
         Raises MemoryError.
         """
-        stop: int = self._library.offmoe_run(self._handle, address)
+        stop: int = self._library.offmoe_program(self._handle, address)
         if stop < 0:
             raise _failure(-stop, "a token's layers")
         return stop

@@ -82,6 +82,16 @@ class CpuLatentAttention:
             and latents.stride(-2) >= shape.latent + shape.rotated
         )
 
+    def call_between(self, query: torch.Tensor, compressed: torch.Tensor, output: torch.Tensor) -> structs.Latent:
+        """A call that always reads and writes these rows; its cache, angles and rotation are to be set. Keep it."""
+        shape = self.shape
+        assert query.numel() == shape.num_heads * (shape.key_width + shape.rotated), f"{query.shape=}"
+        assert compressed.numel() == shape.latent + shape.rotated, f"{compressed.shape=}"
+        assert output.numel() == shape.num_heads * shape.value_width, f"{output.shape=}"
+        call = structs.Latent.from_buffer_copy(self._call)
+        call.query, call.compressed, call.output = query.data_ptr(), compressed.data_ptr(), output.data_ptr()
+        return call
+
     def __call__(
         self, query: torch.Tensor, compressed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
         latents: torch.Tensor, *, rotation: Rotation,

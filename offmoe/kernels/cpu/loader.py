@@ -96,11 +96,11 @@ def _library() -> ctypes.CDLL:
     library.offmoe_open.argtypes = (ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
     library.offmoe_close.restype = None
     library.offmoe_close.argtypes = (ctypes.c_void_p,)
-    for name in ("experts", "linear", "norm", "attend", "layer", "run"):
+    for name in ("experts", "linear", "norm", "attend", "layer", "program"):
         getattr(library, f"offmoe_{name}").argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     if hasattr(library, "offmoe_latent"):
         library.offmoe_latent.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    library.offmoe_run.restype = ctypes.c_int64
+    library.offmoe_program.restype = ctypes.c_int64
     library.offmoe_route.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     library.offmoe_round_activations.argtypes = (ctypes.c_void_p, ctypes.c_int32)
     return library

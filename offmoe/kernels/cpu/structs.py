@@ -92,7 +92,7 @@ class Attend(ctypes.Structure):
         ("norm_width", c_int64), ("rotary", c_int64), ("num_angles", c_int64),
         ("key_group_bytes", c_int64), ("key_row_bytes", c_int64), ("value_group_bytes", c_int64),
         ("value_row_bytes", c_int64), ("num_rows", c_int64),
-        ("eps", c_float), ("scale", c_float), ("norm_kind", c_int32), ("type", c_int32),
+        ("eps", c_float), ("scale", c_float), ("norm_kind", c_int32), ("type", c_int32), ("angle_type", c_int32),
     )  # fmt: skip
 
 
@@ -130,16 +130,54 @@ class Layer(ctypes.Structure):
     )  # fmt: skip
 
 
-class Step(ctypes.Structure):
-    """One layer of a run of layers."""
+class Lookup(ctypes.Structure):
+    """The experts that a router chose, and their weighted sum."""
+
+    _fields_ = (("experts", c_void_p), ("ids", c_void_p), ("table", c_void_p), ("chosen", c_void_p))
+
+
+class Choice(ctypes.Structure):
+    """From a row of logits to experts and weights."""
+
+    _fields_ = (("route", c_void_p), ("logits", c_void_p), ("scores", c_void_p))
+
+
+class Copy(ctypes.Structure):
+    """Rows that lie apart, put together."""
+
+    _fields_ = (("x", c_void_p), ("to", c_void_p), ("rows", c_int64), ("row_bytes", c_int64), ("x_stride", c_int64))
+
+
+class Delta(ctypes.Structure):
+    """One token through a gated delta net; strides in numbers."""
 
     _fields_ = (
-        ("layer", c_void_p), ("experts", c_void_p), ("table", c_void_p), ("chosen", c_void_p), ("mlp", c_void_p),
-        ("output", c_void_p), ("ids", c_void_p), ("routed_ns", c_int64), ("ended_ns", c_int64),
+        ("query", c_void_p), ("key", c_void_p), ("value", c_void_p), ("gate", c_void_p), ("beta", c_void_p),
+        ("decay", c_void_p), ("conv", c_void_p), ("conv_state", c_void_p), ("state", c_void_p), ("rate", c_void_p),
+        ("decay_bias", c_void_p), ("norm", c_void_p), ("output", c_void_p),
+        ("query_stride", c_int64), ("key_stride", c_int64), ("value_stride", c_int64), ("gate_stride", c_int64),
+        ("beta_stride", c_int64), ("decay_stride", c_int64),
+        ("num_keys", c_int64), ("num_values", c_int64), ("key_width", c_int64), ("value_width", c_int64),
+        ("taps", c_int64), ("eps", c_float), ("type", c_int32),
     )  # fmt: skip
 
 
-class Run(ctypes.Structure):
-    """Consecutive layers of one token."""
+class Numbers(ctypes.Structure):
+    """Elementwise arithmetic on one row, or on two."""
 
-    _fields_ = (("steps", c_void_p), ("num_rows", c_void_p), ("begin", c_int64), ("end", c_int64))
+    _fields_ = (
+        ("x", c_void_p), ("y", c_void_p), ("to", c_void_p), ("count", c_int64), ("y_count", c_int64),
+        ("scale", c_float), ("what", c_int32), ("type", c_int32),
+    )  # fmt: skip
+
+
+class Op(ctypes.Structure):
+    """One step of a program."""
+
+    _fields_ = (("call", c_void_p), ("num_rows", c_void_p), ("ended_ns", c_int64), ("kind", c_int32))
+
+
+class Program(ctypes.Structure):
+    """One token through a decoder."""
+
+    _fields_ = (("ops", c_void_p), ("begin", c_int64), ("end", c_int64))

@@ -88,7 +88,7 @@ struct Norm {
 
 // One token's attention: norms and rotates its query and key, appends key and value to the cache as its last row, and
 // attends to all `num_rows` rows. Query (heads, width), key (groups, width) and value (groups, value_width) are
-// contiguous and all of `type`, like everything else here.
+// contiguous and all of `type`, like everything else here but the angles.
 struct Attend {
     const void* query;
     const void* key;  // null where the cache has key and value of the token already
@@ -108,6 +108,7 @@ struct Attend {
     int64_t num_rows;
     float eps, scale;
     int32_t norm_kind, type;
+    int32_t angle_type;  // of cos and sin; where it is another, what turns is rounded once, at the end
 };
 
 // Which numbers turn with each other, and where they go: a half with the other half; neighbours, apart into halves;
@@ -168,23 +169,87 @@ struct Layer {
     int32_t input_kind, output_kind;
 };
 
-// One layer of a run of layers: `layer`, whose x is the output of the layer before; then its experts, or an MLP that is
-// always there, or both; and the sum. `experts` and `mlp` read the layer's normed row.
-struct Step {
-    Layer* layer;
-    Call* experts;               // or null; its K experts are looked up in `table`
+// The experts that a router chose, found in the table of a layer, and their weighted sum.
+struct Lookup {
+    Call* experts;               // its K experts are looked up in `table`
+    const int64_t* ids;          // (K): what the router chose
     const Expert* const* table;  // for each expert of the layer: where it is described, null where it is not in RAM
     const Expert** chosen;       // (K): where `experts` has its experts
-    const Call* mlp;             // or null
-    void* output;                // (width): the layer's state and what the experts and the MLP add to it
-    int32_t* ids;                // (K): what the router chose
-    int64_t routed_ns, ended_ns;  // when it had chosen and when the layer ended, since the run began
 };
 
-// Consecutive layers of one token, from `begin` on. `num_rows`: of every layer's cache, this token's included.
-struct Run {
-    Step* steps;
+// A router's logits of one row, of the route's type, to experts and weights.
+struct Choice {
+    const Route* route;
+    const void* logits;
+    float* scores;  // room for four numbers an expert
+};
+
+// Rows that lie apart, put together: (rows, row_bytes) from every x_stride bytes.
+struct Copy {
+    const void* x;
+    void* to;
+    int64_t rows, row_bytes, x_stride;
+};
+
+// One token through a gated delta net (Yang et al. 2024, arXiv 2412.06464), after its projections and before its last
+// one: a short convolution with SiLU over queries, keys and values, the delta rule on each value head's state, the RMS
+// norm of its output and a SiLU gate. Several value heads may share a key head. Projections are of `type`, and for each
+// key head lie `..._stride` numbers apart.
+struct Delta {
+    const void* query;
+    const void* key;
+    const void* value;
+    const void* gate;
+    const void* beta;
+    const void* decay;
+    const void* conv;     // (2 * keys * key_width + values * value_width, taps): of queries, keys, values
+    void* conv_state;     // as large: the last inputs, the newest last
+    float* state;         // (values, key_width, value_width)
+    const float* rate;    // (values): the state decays by e^(-rate * softplus(decay + decay_bias))
+    const float* decay_bias;
+    const void* norm;  // (value_width)
+    void* output;      // (values, value_width)
+    int64_t query_stride, key_stride, value_stride, gate_stride, beta_stride, decay_stride;
+    int64_t num_keys, num_values, key_width, value_width, taps;
+    float eps;
+    int32_t type;
+};
+
+// What is done number by number, each step rounded to `type`. y has `count` numbers or one that all share.
+enum Elementwise : int32_t {
+    SUM = 0,         // x + scale * y (no product where the scale is 1)
+    GATE = 1,        // x * sigmoid(y)
+    SCALE = 2,       // x * scale
+    CAP = 3,         // scale * tanh(x / scale)
+    CLAMP = 4        // x between -scale and scale
+};
+
+struct Numbers {
+    const void* x;
+    const void* y;
+    void* to;
+    int64_t count, y_count;
+    float scale;
+    int32_t what, type;
+};
+
+// One step of a program. `call` is a struct of its kind. `num_rows`: of the cache that it appends to, this token's own
+// included; or null, where there is none.
+enum OpKind : int32_t {
+    OP_LAYER = 0, OP_NORM = 1, OP_LINEAR = 2, OP_ATTEND = 3, OP_LATENT = 4, OP_CHOOSE = 5, OP_EXPERTS = 6, OP_MLP = 7,
+    OP_NUMBERS = 8, OP_COPY = 9, OP_DELTA = 10
+};
+
+struct Op {
+    void* call;
     const int64_t* num_rows;
+    int64_t ended_ns;  // since the program began
+    int32_t kind;
+};
+
+// One token through a decoder: `ops` from `begin` on, in order.
+struct Program {
+    Op* ops;
     int64_t begin, end;
 };
 

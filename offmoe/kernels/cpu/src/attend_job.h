@@ -69,15 +69,15 @@ public:
     void prepare() {
         float *angles = small_, *rows = small_ + 2 * in_vectors(call_.num_angles);
         if (call_.cos != nullptr) {
-            read_row(call_.type, call_.cos, call_.num_angles, angles);
-            read_row(call_.type, call_.sin, call_.num_angles, angles + in_vectors(call_.num_angles));
+            read_row(call_.angle_type, call_.cos, call_.num_angles, angles);
+            read_row(call_.angle_type, call_.sin, call_.num_angles, angles + in_vectors(call_.num_angles));
         }
         float* key = heads_ + call_.num_heads * width_;
         read_heads(call_.query, call_.query_norm, call_.num_heads, rows, heads_);
         if (call_.key != nullptr) read_heads(call_.key, call_.key_norm, call_.num_groups, rows, key);
         if (call_.cos != nullptr)
             for (int64_t head = 0; head < call_.num_heads + (call_.key != nullptr ? call_.num_groups : 0); ++head)
-                level_.rotate(heads_ + head * width_, angles, angles + in_vectors(call_.num_angles), call_.rotary, call_.num_angles, call_.type);
+                rotate(heads_ + head * width_, angles);
         if (call_.key == nullptr) return;
         const int64_t last = call_.num_rows - 1, size = size_of(call_.type);
         for (int64_t group = 0; group < call_.num_groups; ++group) {
@@ -88,6 +88,11 @@ public:
     }
 
 private:
+    void rotate(float* head, const float* angles) const {
+        level_.rotate(head, angles, angles + in_vectors(call_.num_angles), call_.rotary, call_.num_angles, call_.angle_type);
+        if (call_.angle_type != call_.type) round_row(call_.type, head, call_.rotary);
+    }
+
     // `rows`: room for the norm's weights and one row of it.
     void read_heads(const void* from, const void* norm, int64_t num_heads, float* rows, float* heads) {
         const int64_t size = size_of(call_.type), norm_width = call_.norm_width == call_.width ? call_.width : num_heads * call_.width;

@@ -1,4 +1,4 @@
-// One token's work between matrix products: RMS norm and rotary embedding; attend.h has attention. Compiled for each
+// One token's work between matrix products: RMS norm, rotary embedding, the delta rule; attend.h has attention. Compiled for each
 // instruction set. float32 inside; rounded to the model's type where transformers' modules round.
 #pragma once
 #include <algorithm>
@@ -42,6 +42,51 @@ inline void rotate(float* head, const float* cos, const float* sin, int64_t rota
         const F32x16 last = round_to(type, round_to(type, b * cos_b) + round_to(type, a * sin_b));
         std::memcpy(head + i, &first, static_cast<size_t>(bytes));
         std::memcpy(head + half + i, &last, static_cast<size_t>(bytes));
+    }
+}
+
+// `count` of a state's columns from `from` on; state = decay * state, then the part of the value that the key does not
+// find in it is written to it, and the query reads it.
+template <int64_t kVectors>
+inline void delta_columns(float* state, const float* query, const float* key, const float* value, float decay, float beta,
+                          int64_t key_width, int64_t value_width, float* out) {
+    F32x16 found[kVectors] = {}, read[kVectors] = {}, added[kVectors];
+    for (int64_t i = 0; i < key_width; ++i) {
+        float* row = state + i * value_width;
+        OFFMOE_UNROLL
+        for (int64_t v = 0; v < kVectors; ++v) {
+            const F32x16 lanes = load<F32x16>(row + v * kLanes) * decay;
+            std::memcpy(row + v * kLanes, &lanes, sizeof lanes);
+            found[v] += lanes * key[i];
+        }
+    }
+    OFFMOE_UNROLL
+    for (int64_t v = 0; v < kVectors; ++v) added[v] = (load<F32x16>(value + v * kLanes) - found[v]) * beta;
+    for (int64_t i = 0; i < key_width; ++i) {
+        float* row = state + i * value_width;
+        OFFMOE_UNROLL
+        for (int64_t v = 0; v < kVectors; ++v) {
+            const F32x16 lanes = load<F32x16>(row + v * kLanes) + added[v] * key[i];
+            std::memcpy(row + v * kLanes, &lanes, sizeof lanes);
+            read[v] += lanes * query[i];
+        }
+    }
+    std::memcpy(out, read, sizeof read);
+}
+
+inline void delta_rule(float* state, const float* query, const float* key, const float* value, float decay, float beta,
+                       int64_t key_width, int64_t value_width, float* out) {
+    int64_t at = 0;
+    for (; at + 4 * kLanes <= value_width; at += 4 * kLanes)
+        delta_columns<4>(state + at, query, key, value + at, decay, beta, key_width, value_width, out + at);
+    for (; at + kLanes <= value_width; at += kLanes)
+        delta_columns<1>(state + at, query, key, value + at, decay, beta, key_width, value_width, out + at);
+    for (; at < value_width; ++at) {
+        float found = 0, read = 0;
+        for (int64_t i = 0; i < key_width; ++i) found += (state[i * value_width + at] *= decay) * key[i];
+        const float added = (value[at] - found) * beta;
+        for (int64_t i = 0; i < key_width; ++i) read += (state[i * value_width + at] += added * key[i]) * query[i];
+        out[at] = read;
     }
 }
 

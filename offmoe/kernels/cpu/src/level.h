@@ -25,6 +25,9 @@ struct Level {
     // attend.h: the heads that share the keys and values of `group`, and chunk number `chunk` of those. `query`: of all
     // heads, padded; `parts`: of all chunks and heads; `scores`: score_floats.
     void (*attend)(const Attend& attend, int64_t group, int64_t chunk, const float* query, float* parts, float* scores);
+    // decode.h: the delta rule on one head's state, (key_width, value_width).
+    void (*delta_rule)(float* state, const float* query, const float* key, const float* value, float decay, float beta,
+                       int64_t key_width, int64_t value_width, float* out);
 };
 
 // The same three of a level's functions, with activations rounded to 8 bits where weights are integers (int8.h).

@@ -7,6 +7,6 @@
 
 namespace offmoe {
 const Level kAvx2 = {"avx2", coded_prepared_bytes, coded_prepare<Avx2Vectors>, coded_multiply<Avx2Vectors>,
-    general_activate, norm_row, rotate, attend_any};
+    general_activate, norm_row, rotate, attend_any, delta_rule};
 const Rounding kAvx2Int8 = {int8_prepared_bytes<kAvx2>, int8_prepare<kAvx2>, int8_multiply<Avx2Unit, kAvx2>};
 }  // namespace offmoe

@@ -164,11 +164,11 @@ int32_t offmoe_layer(void* handle, const offmoe::Layer* call) {
     });
 }
 
-// The layer that it stopped at, or minus a code.
-int64_t offmoe_run(void* handle, const offmoe::Run* call) {
+// The step that it stopped at, or minus a code.
+int64_t offmoe_program(void* handle, const offmoe::Program* call) {
     int64_t stop = 0;
     const int32_t code = alone(handle, [&](Kernels& kernels) {
-        stop = offmoe::run_run(kernels.pool, kernels.level, kernels.space, *call);
+        stop = offmoe::run_program(kernels.pool, kernels.level, kernels.space, *call);
         return stop < 0 ? kNoMemory : 0;
     });
     return code == 0 ? stop : -code;

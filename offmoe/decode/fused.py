@@ -1,0 +1,221 @@
+"""One token by one call of the CPU kernels: embedding, all layers, last norm, head.
+
+The call ends early at a layer that lacks one of its experts: this layer's experts are fetched and computed as always,
+and the next call goes on behind them. While a lookahead is awake, which must hear of each layer before the next one
+begins, every layer is a call of its own.
+
+Concurrency: on the thread that runs the model, and no other. Rows are overwritten by the next token.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+import weakref
+from collections import deque
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import LinearAttentionLayer
+
+from offmoe.decode.layers import Angles, FusedLayer, LayerWriter
+from offmoe.decode.spec import DecoderSpec, Latents
+from offmoe.executor.joined import JoinedExperts
+from offmoe.executor.recovering import RecoveringExecutor
+from offmoe.kernels.cpu.kernels import CpuKernels
+from offmoe.kernels.cpu.program import CpuProgram
+from offmoe.models.angles import AngleTable
+from offmoe.models.kv_cache import PreallocatedLayer, SlidingLayer
+from offmoe.models.native_hooks import marked_tell
+
+
+class FusedStep:
+    """The fused step of one model, made when every layer's experts were seen. Raises NoSpecError where it cannot be.
+
+    Valid as long as the model's modules, and the memory of their weights, stay the same.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, decoder: Any, spec: DecoderSpec, executor: RecoveringExecutor,
+        experts: JoinedExperts, kernels: CpuKernels,
+    ) -> None:  # fmt: skip
+        self._executor, self._experts = executor, experts
+        self._embed, modules = decoder.embed_tokens, list(decoder.layers)
+        rotary = decoder.rotary_emb
+        parameters = set(inspect.signature(rotary.forward).parameters)
+        kinds = decoder.config.layer_types if "layer_type" in parameters else [""] * len(modules)
+        self._angles = {
+            kind: AngleTable(rotary, by_name="position_ids" in parameters, kind=kind) for kind in dict.fromkeys(kinds)
+        }
+        self._kinds = list(kinds)
+        dtype = model.dtype
+        program = self._program = CpuProgram(kernels, len(modules))
+        writer = LayerWriter(program, kernels, spec, experts, dtype)
+        width = self._embed.weight.shape[1]
+        self._x_1D = row = program.row(width, dtype)
+        self.layers: list[FusedLayer] = []
+        for layer_idx, module in enumerate(modules):
+            output = program.row(width, dtype)
+            self.layers.append(writer.write(module, layer_idx, row, output))
+            row = output
+        head = writer.linear_of(model.get_output_embeddings(), "the head")
+        normed = program.row(width, dtype)
+        program.norm(writer.norm_of(decoder.norm), row, normed)
+        self._logits_1V = program.row(head.num_outputs, dtype)
+        program.linear(head, normed, self._logits_1V)
+        if spec.logits_scale != 1.0:
+            program.numbers("scale", self._logits_1V, None, self._logits_1V, scale=spec.logits_scale)
+        if spec.logits_cap is not None:
+            program.numbers("cap", self._logits_1V, None, self._logits_1V, scale=spec.logits_cap)
+        program.finish()
+        self._embedding = spec.embedding
+        self._in_float = isinstance(spec.attention, Latents)
+        self._own_angles: dict[str, Angles] = {}
+        self._layer_at = {layer.moe.step: layer for layer in self.layers if layer.moe is not None}
+        self._hooks = [
+            (layer.layer_idx, module is layer.module, module._forward_pre_hooks, row)
+            for layer in self.layers for module, row in layer.seen_by
+        ]  # fmt: skip
+        self._past: weakref.ref[Any] | None = None
+
+    def takes(self, cache: Any) -> bool:
+        """Whether the KV cache is our own with room for one token more, and this engine computes the experts."""
+        layers = [] if cache is None else cache.layers
+        return (
+            len(layers) == len(self.layers)
+            and all(map(_can_append, self.layers, layers))
+            and all(layer.moe is None or layer.moe.binding.executor is self._executor for layer in self.layers)
+        )
+
+    def __call__(self, cache: Any, ids: torch.Tensor, position: int, *, count: bool = True) -> torch.Tensor:
+        """Logits (1, V) after appending the one token `ids` (1, 1) to `cache`, which holds `position` tokens.
+
+        `takes` said True. Without `count`, experts that are in RAM do not count as used. Raises what experts raise.
+        """
+        x = self._embed(ids)
+        if self._embedding != 1.0:
+            x = x * self._embedding
+        self._x_1D.copy_(x.view(1, -1))
+        positions = torch.tensor([[position]])
+        self._open_rows(cache, {kind: table(x, positions) for kind, table in self._angles.items()})
+        told = _Told(self._hooks)
+        step, end = 0, len(self._program)
+        while step < end:
+            if self._experts.is_unwatched:
+                stop = self._executor.guard(partial(self._compute, step, count))
+            else:
+                stop = self._compute_watched(step, told)
+            told.up_to(self._layer_at[stop].layer_idx if stop < end else len(self.layers))
+            if stop < end:
+                self._serve(self._layer_at[stop])
+                stop += 1
+            step = stop
+        return self._logits_1V.clone()
+
+    def _compute(self, begin: int, count: bool) -> int:
+        """One call, and its books; the step that it ended at."""
+        self._experts.refresh()
+        began_ns = time.perf_counter_ns()
+        stop = self._program(begin)
+        for step, layer in self._layer_at.items() if count else ():
+            moe = layer.moe
+            if moe is not None and begin <= step < stop:
+                chosen_ns, ended_ns = self._program.ended_ns(step - 1), self._program.ended_ns(step)
+                self._experts.ran(
+                    moe.binding.layer_idx, moe.ids_K[:], moe.route.weights_1K, began_ns + chosen_ns, began_ns + ended_ns
+                )
+        return stop
+
+    def _compute_watched(self, begin: int, told: _Told) -> int:
+        """Up to the next layer's experts, whoever they are; each layer's input is told before the layer begins."""
+        stop = min((step for step in self._layer_at if step >= begin), default=len(self._program))
+        for layer in self.layers:
+            if begin < layer.begin <= stop:
+                self._program(begin, layer.begin)
+                begin = layer.begin
+            if begin == layer.begin:
+                told.input_of(layer.layer_idx)
+        self._program(begin, stop)
+        return stop
+
+    def _serve(self, layer: FusedLayer) -> None:
+        """The experts of a layer as always: fetched where they are missing."""
+        moe = layer.moe
+        assert moe is not None and moe.binding.math is not None, f"{layer.layer_idx=}"
+        y = self._executor.run_layer(
+            moe.binding.layer_idx, moe.binding.math, moe.binding.num_experts, moe.x, moe.route.ids_1K,
+            moe.route.weights_1K,
+        )  # fmt: skip
+        moe.y.copy_(y.view(1, -1))
+
+    def _open_rows(self, cache: Any, angles: dict[str, Any]) -> None:
+        """One token more in every layer's cache. Whole caches of full attention are only longer than before."""
+        is_known = self._set_angles(angles) and self._past is not None and self._past() is cache
+        num_rows = self._program.num_rows
+        for idx, (layer, rows, kind) in enumerate(zip(self.layers, cache.layers, self._kinds, strict=True)):
+            if not layer.has_rows:
+                layer.place(self._own_angles[kind], (rows.conv_states[0], rows.recurrent_states[0]))
+            elif is_known and isinstance(rows, PreallocatedLayer):
+                num_rows[idx] = rows.count_row()
+            else:
+                buffers = rows.open_row()
+                layer.place(self._own_angles[kind], buffers)
+                num_rows[idx] = buffers[0].shape[-2]
+        self._past = weakref.ref(cache)
+
+    def _set_angles(self, angles: dict[str, Any]) -> bool:
+        """Copy them to where the layers read them. False where that is another place than for the token before."""
+        are_like = True
+        for kind, given in angles.items():
+            pair, mine = _as_pair(given, in_float=self._in_float), self._own_angles.get(kind)
+            if mine is None or [(a.shape, a.dtype) for a in mine] != [(a.shape, a.dtype) for a in pair]:
+                mine = self._own_angles[kind] = (torch.empty_like(pair[0]), torch.empty_like(pair[1]))
+                are_like = False
+            mine[0].copy_(pair[0])
+            mine[1].copy_(pair[1])
+        return are_like
+
+
+class _Told:
+    """One token's observers: marked hooks of the layers' modules, told in the order of the layers, once each."""
+
+    def __init__(self, hooks: list[tuple[int, bool, dict[int, Any], torch.Tensor]]) -> None:
+        self._left = deque(
+            (layer_idx, is_input, marked_tell(hook), row)
+            for layer_idx, is_input, table, row in hooks for hook in table.values()
+        )  # fmt: skip
+
+    def input_of(self, layer_idx: int) -> None:
+        """Tell of a layer's input, and of whatever comes before it."""
+        while self._left and (self._left[0][0] < layer_idx or self._left[0][:2] == (layer_idx, True)):
+            self._tell()
+
+    def up_to(self, layer_idx: int) -> None:
+        """Tell of all rows up to those of a layer."""
+        while self._left and self._left[0][0] <= layer_idx:
+            self._tell()
+
+    def _tell(self) -> None:
+        *_, tell, row = self._left.popleft()
+        tell(row)
+
+
+def _can_append(layer: FusedLayer, rows: Any) -> bool:
+    """Whether a layer of the KV cache has tokens already, and room for one more."""
+    if layer.has_rows:
+        return isinstance(rows, (PreallocatedLayer, SlidingLayer)) and rows.can_open
+    return isinstance(rows, LinearAttentionLayer) and rows.has_previous_state[0] and not rows.record_past
+
+
+def _as_pair(angles: Any, *, in_float: bool) -> Angles:
+    """Cosines and sines as the kernels read them: of complex numbers, or (`in_float`) one float32 a pair."""
+    if isinstance(angles, torch.Tensor):
+        pairs = torch.view_as_real(angles).flatten(end_dim=-2).float()
+        return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
+    cos, sin = angles
+    if not in_float:
+        return cos, sin
+    half = cos.numel() // 2
+    return cos.flatten()[:half].float(), sin.flatten()[:half].float()

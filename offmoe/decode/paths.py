@@ -1,0 +1,229 @@
+"""Which way a token takes: the fused step where there is one that agrees, transformers' modules everywhere else.
+
+The fused step is compared with the modules on the first tokens that it would serve, by their logits. If they differ,
+the modules go on, with one warning. `path` and `reason` say which way the last token took, and why not the fast one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from offmoe.decode.families import spec_of
+from offmoe.decode.fused import FusedStep
+from offmoe.decode.spec import DecoderSpec, NoSpecError
+from offmoe.executor.recovering import RecoveringExecutor
+from offmoe.kernels.cpu.kernels import CpuKernels
+from offmoe.models.kv_rewind import remember
+from offmoe.models.native_hooks import Hooks
+from offmoe.models.seam import ExpertsExecutor, find_binding
+from offmoe.models.torch_threads import TorchThreads
+from offmoe.models.transformers_internals import experts_modules
+
+Path = Literal["fused", "eager"]
+# Tokens that are computed both ways; and those of them that may differ by more than rounding, as a router does that
+# nearly ties.
+NUM_CHECKS, NUM_TRIES = 2, 3
+# Largest difference of logits, relative to the largest logit. In float32 1e-6 was seen, in 16 bits up to 2e-2.
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}
+TOLERANCE_16_BITS = 4e-2
+# Tokens after which experts that the kernels have not computed yet are taken to be torch's.
+MOST_WAITS = 4
+VARIABLE = "OFFMOE_DECODE"
+
+
+class ModelStep(Protocol):
+    """The model's own forward: `position` tokens are in `cache`."""
+
+    position: int
+
+    @property
+    def cache(self) -> Any:
+        """The KV cache; None before the model made one."""
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Last logits (1, V) after appending ids (1, N)."""
+
+
+class DecodePaths:
+    """The decode step of one engine on a CPU. `path` is the last token's; `reason` is empty for the fused one."""
+
+    def __init__(
+        self, model: PreTrainedModel, executor: ExpertsExecutor, kernels: CpuKernels | None,
+        threads: TorchThreads | None, calls: AbstractContextManager[None],
+    ) -> None:  # fmt: skip
+        """`calls`: entered around tokens that pass the model's forward by. What hooks the model itself has now are
+        this engine's.
+        """
+        self._model, self._executor, self._kernels, self._threads = model, executor, kernels, threads
+        self._calls, self._num_own_hooks = calls, _num_hooks(model)
+        self.path: Path = "eager"
+        self.reason = ""
+        self._step: FusedStep | None = None
+        self._hooks: Hooks | None = None
+        self._modules: list[tuple[dict[str, Any], str, Any]] = []
+        self._forwards = [(name, vars(module), vars(module).get("forward")) for name, module in model.named_modules()]
+        self._replaced = ""
+        self._agreed = self._differed = self._num_waits = 0
+        self._final = ""  # a reason that no later token changes
+        try:
+            self._decoder, self._spec = self._find(model, executor, kernels)
+        except NoSpecError as error:
+            self._final = str(error)
+
+    def _find(
+        self, model: PreTrainedModel, executor: ExpertsExecutor, kernels: CpuKernels | None
+    ) -> tuple[Any, DecoderSpec]:
+        if os.environ.get(VARIABLE) == "eager":
+            raise NoSpecError(f"{VARIABLE}=eager")
+        if kernels is None:
+            raise NoSpecError("no CPU kernels")
+        if not isinstance(executor, RecoveringExecutor):
+            raise NoSpecError("experts are computed on a device")
+        decoder: Any = model.get_decoder()
+        if decoder is None or not hasattr(decoder, "embed_tokens"):
+            raise NoSpecError(f"no spec for {model.config.model_type}")
+        return decoder, spec_of(decoder.config)
+
+    def __call__(self, forward: ModelStep, ids: torch.Tensor) -> torch.Tensor:
+        """Last logits (1, V) after appending the one token `ids` (1, 1) to the cache of `forward`."""
+        step = self._usable(forward.cache)
+        if step is None:
+            self.path = "eager"
+            return self._eager(forward, ids)
+        self.path, self.reason = "fused", ""
+        if self._agreed < NUM_CHECKS:
+            return self._check(step, forward, ids)
+        with torch.inference_mode(), self._calls:
+            logits = step(forward.cache, ids, forward.position)
+        forward.position += 1
+        return logits
+
+    @contextmanager
+    def only_eager(self, why: str) -> Iterator[None]:
+        """Within: transformers' modules compute every token, for the reason given."""
+        before, self._final = self._final, why
+        try:
+            yield
+        finally:
+            self._final = before
+
+    def begin(self, num_tokens: int, *, num_held: int) -> None:
+        """A reply begins, to up to `num_tokens` tokens: modules may have been replaced since the last one."""
+        if any(table.get(name) is not found for table, name, found in self._modules):
+            self._step = None
+        replaced = (name or "the model" for name, table, own in self._forwards if table.get("forward") is not own)
+        self._replaced = next(replaced, "")
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._step, self._modules, self._forwards, self._final = None, [], [], "the engine is closed"
+
+    def _eager(self, forward: ModelStep, ids: torch.Tensor) -> torch.Tensor:
+        return forward(ids) if self._threads is None else self._threads.run_token(forward, ids)
+
+    def _usable(self, cache: Any) -> FusedStep | None:
+        """The fused step if it can compute the next token; else None, and `reason` says why."""
+        if not self._final and self._step is None:
+            self._make()
+        if self._final or self._step is None:
+            self.reason = self._final or self.reason
+            return None
+        assert self._hooks is not None
+        if self._replaced:
+            self.reason = f"the forward of {self._replaced} was replaced"
+            return None
+        if not self._hooks.may_pass or _num_hooks(self._model) != self._num_own_hooks:
+            self.reason = f"hooks on {self._hooked()}"
+            return None
+        if not self._step.takes(cache):
+            self.reason = "the KV cache or the experts are not this engine's"
+            return None
+        return self._step
+
+    def _make(self) -> None:
+        """The step, once the kernels have computed some experts of every layer, as a prompt makes them do."""
+        assert isinstance(self._executor, RecoveringExecutor) and self._kernels is not None
+        experts = self._executor.joined()
+        bindings = [find_binding(module) for _, module in experts_modules(self._model)]
+        if experts is None or not all(b and b.math and experts.knows(b.layer_idx, b.math) for b in bindings):
+            self._num_waits += 1
+            self.reason = "experts are computed by torch"
+            self._final = self.reason if self._num_waits > MOST_WAITS else ""
+            return
+        try:
+            attention = getattr(self._decoder.config, "_attn_implementation", None)
+            if attention not in ("sdpa", "eager") and not str(attention).startswith("offmoe"):
+                raise NoSpecError(f"attention is {attention}")
+            self._step = FusedStep(self._model, self._decoder, self._spec, self._executor, experts, self._kernels)
+        except (NoSpecError, AttributeError) as error:
+            self._final = str(error) if isinstance(error, NoSpecError) else f"another layout: {error}"
+            return
+        told = [module for layer in self._step.layers for module, _ in layer.seen_by]
+        inside = [module for module in self._model.modules() if module is not self._model]
+        self._hooks = Hooks(inside, told)
+        self._modules = [
+            (table, name, found) for module in inside for table in (module._modules, module._parameters)
+            for name, found in table.items()
+        ]  # fmt: skip
+
+    def _hooked(self) -> str:
+        """The first module with hooks that the step would pass by."""
+        if _num_hooks(self._model) != self._num_own_hooks:
+            return "the model"
+        told = {id(module) for layer in self._step.layers for module, _ in layer.seen_by} if self._step else set()
+        for name, module in self._model.named_modules():
+            hooks = Hooks((), (module,)) if id(module) in told else Hooks((module,))
+            if name and _num_hooks(module) and not hooks.may_pass:
+                return str(name)
+        return "all modules"
+
+    def _check(self, step: FusedStep, forward: ModelStep, ids: torch.Tensor) -> torch.Tensor:
+        """Both ways, the fused one last: what it writes stays, as it does for all tokens that follow."""
+        cache, position = forward.cache, forward.position
+        rewind = remember(cache)
+        expected = self._eager(forward, ids)
+        rewind()
+        rewind = remember(cache)
+        assert isinstance(self._executor, RecoveringExecutor)
+        with torch.inference_mode(), self._calls, self._executor.unrecorded():
+            logits = step(cache, ids, position, count=False)
+        difference = _difference(logits, expected)
+        if difference <= TOLERANCES.get(logits.dtype, TOLERANCE_16_BITS):
+            self._agreed += 1
+            return logits
+        rewind()
+        forward.position = position
+        with self._executor.unrecorded():
+            expected = self._eager(forward, ids)
+        self.path, self.reason = "eager", f"logits differ by {difference:.1e} of the largest"
+        self._differed += 1
+        if self._differed > NUM_TRIES - NUM_CHECKS:
+            self._give_up(difference, TOLERANCES.get(logits.dtype, TOLERANCE_16_BITS))
+        return expected
+
+    def _give_up(self, difference: float, allowed: float) -> None:
+        name: str = self._decoder.config.model_type
+        self._step, self._final = None, f"logits differ by {difference:.1e} of the largest (allowed {allowed:.0e})"
+        warnings.warn(
+            f"decoding of {name} goes through transformers' modules: on the fused path {self._final}; please report it",
+            RuntimeWarning, stacklevel=2,
+        )  # fmt: skip
+
+
+def _num_hooks(module: nn.Module) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+
+
+def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest one, relative to the largest logit; infinite where one of the two is no number."""
+    found = float((logits.float() - expected.float()).abs().max() / expected.float().abs().max())
+    return found if math.isfinite(found) else math.inf

@@ -1,0 +1,132 @@
+// One token through a decoder: steps in order, as long as the experts that its routers choose are in RAM.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+
+#include "jobs.h"
+
+namespace offmoe {
+namespace {
+
+constexpr int64_t kBlock = 512;
+
+int64_t now_ns() {
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
+
+// Of `count` numbers. `y` has as many, or is empty where there are none.
+void compute(const Numbers& call, float* x, float* y, int64_t count) {
+    const int32_t type = call.type;
+    switch (call.what) {
+        case SUM:
+            if (call.scale != 1.0f) {
+                for (int64_t i = 0; i < count; ++i) y[i] *= call.scale;
+                round_row(type, y, count);
+            }
+            for (int64_t i = 0; i < count; ++i) x[i] += y[i];
+            return;
+        case GATE:
+            for (int64_t i = 0; i < count; ++i) y[i] = 1.0f / (1.0f + std::exp(-y[i]));
+            round_row(type, y, count);
+            for (int64_t i = 0; i < count; ++i) x[i] *= y[i];
+            return;
+        case SCALE:
+            for (int64_t i = 0; i < count; ++i) x[i] *= call.scale;
+            return;
+        case CAP:
+            for (int64_t i = 0; i < count; ++i) x[i] /= call.scale;
+            round_row(type, x, count);
+            for (int64_t i = 0; i < count; ++i) x[i] = std::tanh(x[i]);
+            round_row(type, x, count);
+            for (int64_t i = 0; i < count; ++i) x[i] *= call.scale;
+            return;
+        default:
+            for (int64_t i = 0; i < count; ++i) x[i] = std::min(std::max(x[i], -call.scale), call.scale);
+    }
+}
+
+void run_numbers(const Numbers& call) {
+    const int64_t size = call.type == F32 ? 4 : 2;
+    float x[kBlock], y[kBlock], shared = 0;
+    const bool one = call.y != nullptr && call.y_count == 1;
+    if (one) read_row(call.type, call.y, 1, &shared);
+    for (int64_t begin = 0; begin < call.count; begin += kBlock) {
+        const int64_t count = std::min(kBlock, call.count - begin), at = begin * size;
+        read_row(call.type, static_cast<const uint8_t*>(call.x) + at, count, x);
+        if (one) std::fill_n(y, count, shared);
+        else if (call.y != nullptr) read_row(call.type, static_cast<const uint8_t*>(call.y) + at, count, y);
+        compute(call, x, y, count);
+        write_row(call.type, x, count, static_cast<uint8_t*>(call.to) + at);
+    }
+}
+
+void choose(const Choice& call) {
+    float* logits = call.scores + 3 * call.route->num_experts;
+    read_row(call.route->logits_type, call.logits, call.route->num_experts, logits);
+    run_route(*call.route, logits, call.scores);
+}
+
+// False where one of them is not in RAM.
+bool look_up(const Lookup& call) {
+    bool all = true;
+    for (int32_t k = 0; k < call.experts->top_k; ++k) {
+        call.chosen[k] = call.table[call.ids[k]];
+        all = all && call.chosen[k] != nullptr;
+    }
+    return all;
+}
+
+// 0, 1 where there was no memory, or -1 where an expert is missing.
+int32_t run_op(Pool& pool, const Level& level, Workspace& space, const Op& op) {
+    switch (op.kind) {
+        case OP_LAYER: {
+            Layer& call = *static_cast<Layer*>(op.call);
+            call.attend.num_rows = *op.num_rows;
+            return run_layer(pool, level, space, call);
+        }
+        case OP_NORM: return run_norm(level, space, *static_cast<const Norm*>(op.call));
+        case OP_LINEAR: return run_linear(pool, level, space, *static_cast<const Linear*>(op.call));
+        case OP_ATTEND: {
+            Attend& call = *static_cast<Attend*>(op.call);
+            call.num_rows = *op.num_rows;
+            return run_attend(pool, level, space, call);
+        }
+        case OP_LATENT: {
+            Latent& call = *static_cast<Latent*>(op.call);
+            call.num_rows = *op.num_rows;
+            return run_latent(pool, level, space, call);
+        }
+        case OP_CHOOSE: choose(*static_cast<const Choice*>(op.call)); return 0;
+        case OP_EXPERTS: {
+            const Lookup& call = *static_cast<const Lookup*>(op.call);
+            return look_up(call) ? run_experts(pool, level, space, *call.experts) : -1;
+        }
+        case OP_MLP: return run_experts(pool, level, space, *static_cast<const Call*>(op.call));
+        case OP_DELTA: return run_delta(pool, level, space, *static_cast<const Delta*>(op.call));
+        case OP_COPY: {
+            const Copy& call = *static_cast<const Copy*>(op.call);
+            for (int64_t row = 0; row < call.rows; ++row)
+                std::memcpy(static_cast<uint8_t*>(call.to) + row * call.row_bytes, static_cast<const uint8_t*>(call.x) + row * call.x_stride, static_cast<size_t>(call.row_bytes));
+            return 0;
+        }
+        default: run_numbers(*static_cast<const Numbers*>(op.call)); return 0;
+    }
+}
+
+}  // namespace
+
+int64_t run_program(Pool& pool, const Level& level, Workspace& space, const Program& call) {
+    const int64_t began = now_ns();
+    for (int64_t i = call.begin; i < call.end; ++i) {
+        Op& op = call.ops[i];
+        const int32_t failed = run_op(pool, level, space, op);
+        if (failed > 0) return -1;
+        if (failed < 0) return i;
+        op.ended_ns = now_ns() - began;
+    }
+    return call.end;
+}
+
+}  // namespace offmoe
