@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_terminated_while_tracing_keeps_what_is_whole(tmp_path: Path) -> None:
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
         partial = tmp_path / "a.trace.partial"
         while process.poll() is None and not (partial.exists() and partial.stat().st_size > 1000):
-            pass
+            time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 128 + signal.SIGTERM
