@@ -160,6 +160,23 @@ def solar_open(config: Any) -> DecoderSpec:
     return DecoderSpec(attention=Heads(), moe=Moe(router=_grouped_sigmoid(config), shared="shared_experts"))
 
 
+def ernie4_5_moe(config: Any) -> DecoderSpec:
+    """ERNIE 4.5: neighbours turn with each other, in float32."""
+    router = Router(
+        normalised=True, correction="gate.moe_statics.e_score_correction_bias", logits_dtype=FLOAT,
+        weights_dtype="model",
+    )  # fmt: skip
+    return DecoderSpec(attention=Heads(rotary="neighbours"), moe=Moe(router=router, shared="shared_experts"))
+
+
+def hunyuan_v1_moe(config: Any) -> DecoderSpec:
+    """Hunyuan-A13B: norms after turning, a shared expert beside the routed ones."""
+    return DecoderSpec(
+        attention=Heads(norms=("query_layernorm", "key_layernorm"), norm_last=True),
+        moe=Moe(router=Router(weight="gate.wg.weight", normalised=True), shared="shared_mlp"),
+    )  # fmt: skip
+
+
 def _gated(config: Any, net: DeltaNet, router: Router) -> DecoderSpec:
     """Three layers of four have running states, the others gated attention."""
     heads = _qk_normed(config, gated=True)
@@ -186,6 +203,7 @@ FAMILIES: dict[str, Callable[[Any], DecoderSpec]] = {
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
     "dots1": dots1,
+    "ernie4_5_moe": ernie4_5_moe,
     "exaone_moe": exaone_moe,
     "flex_olmo": flex_olmo,
     "glm4_moe": glm4_moe,
@@ -193,6 +211,7 @@ FAMILIES: dict[str, Callable[[Any], DecoderSpec]] = {
     "glm4v_moe_text": glm4v_moe,
     "gpt_oss": gpt_oss,
     "granitemoe": granitemoe,
+    "hunyuan_v1_moe": hunyuan_v1_moe,
     "hy_v3": hy_v3,
     "mellum": qwen3_moe,
     "minimax_m2": minimax_m2,

@@ -269,6 +269,7 @@ class LayerWriter:
         if weight is None or binding is None:
             raise NoSpecError(f"{type(block).__name__} has no {router.weight}")
         dtype = router.logits_dtype or weight.dtype
+        weights_dtype = self._dtype if router.weights_dtype == "model" else router.weights_dtype or dtype
         if (reason := unreadable(weight, dtype)) is not None:
             raise NoSpecError(f"the router's weight: {reason}")
         linear = CpuLinear(
@@ -276,7 +277,7 @@ class LayerWriter:
         )
         rule = RouteRule(
             scoring=router.scoring, num_experts=binding.num_experts, top_k=top_k, normalised=router.normalised,
-            weights_dtype=router.weights_dtype or dtype, is_sorted=router.is_sorted, scale=router.scale,
+            weights_dtype=weights_dtype, is_sorted=router.is_sorted, scale=router.scale,
             groups=router.groups, hidden=router.hidden,
             correction_E=None if correction is None else correction.detach().float().flatten().contiguous(),
         )  # fmt: skip
@@ -292,7 +293,7 @@ class LayerWriter:
         shape = AttentionShape(
             num_heads=query // width, num_groups=linears[1].num_outputs // width, width=width,
             value_width=linears[2].num_outputs * width // linears[1].num_outputs, scale=float(inner.scaling),
-            dtype=self._dtype,
+            dtype=self._dtype, neighbours=attention.rotary == "neighbours", norm_last=attention.norm_last,
         )  # fmt: skip
         norms = [None, None] if attention.norms is None else [self._norm(inner, name) for name in attention.norms]
         sinks = None if attention.sinks is None else getattr(inner, attention.sinks).detach().contiguous()
@@ -379,8 +380,10 @@ def _place_heads(call: Any, attention: Heads) -> Place:
 
 def _top_k(block: nn.Module, router: Router) -> int:
     """The router's number of experts a token, or its block's."""
-    owner = part_of(block, router.weight.rpartition(".")[0]) if "." in router.weight else block
-    for module in (owner, block):
-        if isinstance(found := getattr(module, "top_k", None), int):
+    name = router.weight
+    while name := name.rpartition(".")[0]:
+        if isinstance(found := part_of(block, f"{name}.top_k"), int):
             return found
+    if isinstance(found := getattr(block, "top_k", None), int):
+        return found
     raise NoSpecError(f"{type(block).__name__} does not say how many experts a token has")

@@ -29,7 +29,8 @@ class Heads:
 
     `norms`: of query and key, each over one head or over all. `rotary`: the angles' table has one number for each
     number that turns ("halves": the first half of them turns with the second), or one for each pair ("half_table").
-    None: nothing turns. `gated`: the query's projection gives each head a second half, whose sigmoid multiplies the
+    "neighbours": as "halves", but each number turns with the one beside it. None: nothing turns. `norm_last`: norms
+    come after turning. `gated`: the query's projection gives each head a second half, whose sigmoid multiplies the
     head's output. `clip`: queries, keys and values are clamped to it, after the norms. `sinks`: a parameter with a
     logit a head.
     """
@@ -37,7 +38,8 @@ class Heads:
     name: str = "self_attn"
     projections: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj")
     norms: tuple[str, str] | None = None
-    rotary: Literal["halves", "half_table"] | None = "halves"
+    norm_last: bool = False
+    rotary: Literal["halves", "half_table", "neighbours"] | None = "halves"
     gated: bool = False
     clip: float | None = None
     sinks: str | None = None
@@ -72,7 +74,8 @@ class Router:
 
     `weight`: of the logits, (E, D), computed in `logits_dtype` (None: the weight's own). `correction`: a number an
     expert that is added to scores when experts are chosen. `groups`: (how many, how many are kept, how many best
-    scores rank one); experts of the others score `hidden`. `weights_dtype`: None is the logits' type.
+    scores rank one); experts of the others score `hidden`. `weights_dtype`: None is the logits'
+    type.
     """
 
     weight: str = "gate.weight"
@@ -85,7 +88,7 @@ class Router:
     hidden: float = -math.inf
     correction: str | None = None
     logits_dtype: torch.dtype | None = None
-    weights_dtype: torch.dtype | None = None
+    weights_dtype: torch.dtype | Literal["model"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,8 @@ struct MadeAttend {
         call.scale = 0.3f;
         call.norm_kind = static_cast<int32_t>(turn % 3);
         call.type = call.angle_type = type;
+        call.neighbours = turn % 6 == 2;
+        call.norm_last = turn % 3 == 0 && !of_all && turn % 2;
     }
 
     Buffer query, key, value, query_norm, key_norm, head_norm, cos, sin, half_cos, half_sin, sinks, keys, values, output;

@@ -53,7 +53,9 @@ class CpuNorm:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """What stays the same from token to token. `scale` multiplies scores."""
+    """What stays the same from token to token. `scale` multiplies scores. `neighbours`: each number turns with the one
+    beside it, not with one of the other half. `norm_last`: norms, of one head each, come after turning.
+    """
 
     num_heads: int
     num_groups: int
@@ -61,6 +63,8 @@ class AttentionShape:
     value_width: int
     scale: float
     dtype: torch.dtype
+    neighbours: bool = False
+    norm_last: bool = False
 
 
 class CpuAttention:
@@ -81,8 +85,9 @@ class CpuAttention:
             num_heads=shape.num_heads, num_groups=shape.num_groups, width=shape.width, value_width=shape.value_width,
             norm_width=shape.width if norm is None else norm.weight_D.numel(), eps=0.0 if norm is None else norm.eps,
             norm_kind=0 if norm is None else NORM_KINDS[norm.kind], scale=shape.scale,
-            type=structs.TYPES[shape.dtype],
+            type=structs.TYPES[shape.dtype], neighbours=int(shape.neighbours), norm_last=int(shape.norm_last),
         )  # fmt: skip
+        assert not shape.norm_last or norm is None or norm.weight_D.numel() == shape.width, f"{shape=}"
         self._address = ctypes.addressof(self.struct)
 
     def __call__(

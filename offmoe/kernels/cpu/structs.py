@@ -7,7 +7,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
 DENSE_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -93,6 +93,7 @@ class Attend(ctypes.Structure):
         ("key_group_bytes", c_int64), ("key_row_bytes", c_int64), ("value_group_bytes", c_int64),
         ("value_row_bytes", c_int64), ("num_rows", c_int64),
         ("eps", c_float), ("scale", c_float), ("norm_kind", c_int32), ("type", c_int32), ("angle_type", c_int32),
+        ("neighbours", c_int32), ("norm_last", c_int32),
     )  # fmt: skip
 
 

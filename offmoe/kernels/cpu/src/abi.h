@@ -109,6 +109,8 @@ struct Attend {
     float eps, scale;
     int32_t norm_kind, type;
     int32_t angle_type;  // of cos and sin; where it is another, what turns is rounded once, at the end
+    int32_t neighbours;  // each number turns with the one beside it, not with one of the other half
+    int32_t norm_last;   // norms, of one head each, come after turning
 };
 
 // Which numbers turn with each other, and where they go: a half with the other half; neighbours, apart into halves;

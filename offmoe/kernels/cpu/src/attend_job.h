@@ -73,11 +73,14 @@ public:
             read_row(call_.angle_type, call_.sin, call_.num_angles, angles + in_vectors(call_.num_angles));
         }
         float* key = heads_ + call_.num_heads * width_;
-        read_heads(call_.query, call_.query_norm, call_.num_heads, rows, heads_);
-        if (call_.key != nullptr) read_heads(call_.key, call_.key_norm, call_.num_groups, rows, key);
+        const void* query_norm = call_.norm_last ? nullptr : call_.query_norm;
+        const void* key_norm = call_.norm_last ? nullptr : call_.key_norm;
+        read_heads(call_.query, query_norm, call_.num_heads, rows, heads_);
+        if (call_.key != nullptr) read_heads(call_.key, key_norm, call_.num_groups, rows, key);
         if (call_.cos != nullptr)
             for (int64_t head = 0; head < call_.num_heads + (call_.key != nullptr ? call_.num_groups : 0); ++head)
                 rotate(heads_ + head * width_, angles);
+        if (call_.norm_last) norm_heads(rows);
         if (call_.key == nullptr) return;
         const int64_t last = call_.num_rows - 1, size = size_of(call_.type);
         for (int64_t group = 0; group < call_.num_groups; ++group) {
@@ -89,8 +92,31 @@ public:
 
 private:
     void rotate(float* head, const float* angles) const {
-        level_.rotate(head, angles, angles + in_vectors(call_.num_angles), call_.rotary, call_.num_angles, call_.angle_type);
+        const float *cos = angles, *sin = angles + in_vectors(call_.num_angles);
+        if (call_.neighbours) {
+            for (int64_t i = 0; i < call_.rotary / 2; ++i) {
+                float* pair = head + 2 * i;
+                float products[4] = {pair[0] * cos[i], pair[1] * sin[i], pair[1] * cos[i], pair[0] * sin[i]};
+                round_row(call_.angle_type, products, 4);
+                pair[0] = products[0] - products[1];
+                pair[1] = products[2] + products[3];
+            }
+            round_row(call_.angle_type, head, call_.rotary);
+        } else {
+            level_.rotate(head, cos, sin, call_.rotary, call_.num_angles, call_.angle_type);
+        }
         if (call_.angle_type != call_.type) round_row(call_.type, head, call_.rotary);
+    }
+
+    void norm_heads(float* weight) const {
+        const int64_t num_keys = call_.key != nullptr ? call_.num_groups : 0;
+        for (int64_t head = 0; head < call_.num_heads + num_keys; ++head) {
+            const void* norm = head < call_.num_heads ? call_.query_norm : call_.key_norm;
+            if (norm == nullptr) continue;
+            if (head == 0 || head == call_.num_heads) read_padded(call_.type, norm, call_.width, weight);
+            float* row = heads_ + head * width_;
+            level_.norm_row(row, weight, call_.type, call_.width, call_.eps, call_.norm_kind, row);
+        }
     }
 
     // `rows`: room for the norm's weights and one row of it.
