@@ -3,9 +3,8 @@
     python scripts/quantised_perplexity.py --out benchmarks/DATE-quantised-demo.md
 
 The text is the demo model's held-out documents (prose, code, reference topics and chat about the standard library, in
-equal parts), in windows of 512 tokens that overlap by half. A second table has what `--fast-activations` (int8
-activations) costs each quantised model, against the same one without. Progress goes to stderr; the last line on stdout
-is one JSON object.
+equal parts), in windows of 512 tokens that overlap by half. Progress goes to
+stderr; the last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from demo_eval import windows
 import offmoe
 from offmoe.models.quantise import QuantiseOptions, quantise
 from offmoe.report.perplexity import Perplexity, perplexity
-from offmoe.report.price import Price, price
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "offmoe" / "demo_model"
@@ -51,7 +49,6 @@ class Row:
     total_bytes: int
     expert_bytes: int
     by_kind: dict[str, Perplexity]
-    prices: tuple[Price, ...] = ()  # of int8 activations, a kind each; none for weights that are no integers
 
     @property
     def overall(self) -> Perplexity:
@@ -64,23 +61,17 @@ class Row:
 
 def measure(folder: Path, name: str, documents: list[Document], tokens_per_kind: int) -> Row:
     by_kind = {}
-    prices = []
-    with offmoe.load(folder, fast_activations=True) as engine:
+    with offmoe.load(folder) as engine:
         assert engine.tokenizer is not None
         for kind in KINDS:
             pieces: list[torch.Tensor] = list(windows(engine.tokenizer, documents, kind))
             ids = torch.cat(pieces, dim=1)[0, :tokens_per_kind].tolist()
-            if engine.lossy:
-                prices.append(price(engine, ids))
-                by_kind[kind] = prices[-1].exact
-            else:
-                by_kind[kind] = perplexity(engine, ids)
+            by_kind[kind] = perplexity(engine, ids)
             print(f"{name}: {kind} {by_kind[kind].value:.3f}", file=sys.stderr)
         index = engine._parts.index
         return Row(
-            name=name, total_bytes=index.num_bytes, expert_bytes=engine._parts.experts.num_bytes, by_kind=by_kind,
-            prices=tuple(prices),
-        )  # fmt: skip
+            name=name, total_bytes=index.num_bytes, expert_bytes=engine._parts.experts.num_bytes, by_kind=by_kind
+        )
 
 
 def measure_all(tokens_per_kind: int) -> list[Row]:
@@ -126,27 +117,7 @@ def render(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {row.name} | {sizes} | {row.overall.value:.4f} | {change(row, base)} | {' | '.join(by_kind)} |"
         )
-    return "\n".join([*lines, "", *render_prices(rows), ""])
-
-
-def render_prices(rows: Sequence[Row]) -> list[str]:
-    """The table of what int8 activations cost."""
-    lines = [
-        "With `--fast-activations`, against the same model without; KL in nats a token, exact || int8 activations:",
-        "",
-        "| weights | perplexity | with int8 activations | change | KL | same best next token |",
-        "|---" * 6 + "|",
-    ]
-    for row in rows:
-        if row.prices:
-            tokens = sum(part.exact.num_tokens for part in row.prices)
-            lossy = Perplexity(num_tokens=tokens, nats=sum(part.lossy.nats for part in row.prices))
-            kl, same = (sum(getattr(part, name) for part in row.prices) / tokens for name in ("kl_nats", "same"))
-            change = 100 * (lossy.value / row.overall.value - 1)
-            lines.append(
-                f"| {row.name} | {row.overall.value:.4f} | {lossy.value:.4f} | {change:+.2f}% | {kl:.5f} | {same:.2%} |"
-            )
-    return lines
+    return "\n".join([*lines, ""])
 
 
 def as_json(rows: Sequence[Row]) -> dict[str, Any]:

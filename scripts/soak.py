@@ -46,7 +46,7 @@ from offmoe.generation.conversation import Conversation  # noqa: E402
 HOME_SLOTS = 10
 SETS = (
     {"experts": 4}, {"experts": 7, "policy": "lru"}, {"experts": 12, "policy": "lfru"}, {"experts": 32},
-    {"experts": 16, "prefetch": 1}, {"experts": 6, "policy": "s3fifo", "prefetch": 2},
+    {"experts": 16, "prefetch": 1}, {"experts": 6, "policy": "decayed", "prefetch": 2},
     {"experts": 20, "policy": "decayed", "io": "buffered"}, {"experts": 8, "warm_start": False},
     {"experts": 9, "placement_invariant": True, "prefetch": "off"},
 )  # fmt: skip

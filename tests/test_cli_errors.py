@@ -64,6 +64,7 @@ def test_unknown_flags(command: str) -> None:
         (("generate", "--prompt", "x", "--context-length", "0"), ("context_length is '0'", "at least 1")),
         (("verify", "--experts", "1.5"), ("experts is '1.5'", "whole number")),
         (("verify", "--policy", "random"), ("policy is 'random'", "known: auto, lru")),
+        (("chat", "--fast-activations"), ("fast_activations is gone: it was not faster; leave it out",)),
         (("bench", "--io", "fast"), ("io is 'fast'", "known: auto, direct, buffered")),
         (("bench", "--device", "abacus"), ("device is 'abacus'", "known: auto, cpu, cuda, cuda:N")),
         (("generate", "--prompt", "x", "--vram", "much"), ("vram is 'much'", '"6GiB"')),

@@ -49,6 +49,20 @@ def test_values_that_are_kept(name: str, value: Any, kept: Any) -> None:
     assert type(config.as_dict()[name]) is type(kept)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fast_activations": True}, "fast_activations is gone: it was not faster; leave it out, products are exact"),
+        ({"policy": "s3fifo"}, "policy s3fifo is gone: it read up to 21% more than lfru or decayed; use lfru, "),
+        ({"policy": "static"}, "policy static is gone: it read up to 69% more than lfru or decayed; use lfru, "),
+    ],
+)
+def test_what_is_gone_names_what_to_use(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_config(**options)
+    assert one_line(caught).startswith(said)
+
+
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("value", [0, -1, 1.5, "many", "", True, [1], float("nan"), float("inf"), 10**400, "9" * 5000])
 def test_counts_are_whole_numbers_of_at_least_one(name: str, value: Any) -> None:

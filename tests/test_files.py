@@ -70,7 +70,7 @@ def test_links_stay_links(tmp_path: Path) -> None:
 def test_settings_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "models.json")
     write_flags(tmp_path / "link", "1", "a", {"policy": "lru"})
-    write_flags(tmp_path / "link", "2", "b", {"policy": "static"})
+    write_flags(tmp_path / "link", "2", "b", {"policy": "lfru"})
     assert (tmp_path / "link").is_symlink()
     found = read_flags(tmp_path / "models.json", "1", {})
     assert found is not None and found.flags == {"policy": "lru"}

@@ -48,8 +48,7 @@ def start(opened: Opened) -> tuple[RecoveringExecutor, Call]:
     ("policy", "files"),
     [
         ("lru", INTERRUPTED_FILES),
-        *((name, {str(PACKAGE / "cache/frequency.py")}) for name in ("lfru", "decayed", "static")),
-        ("s3fifo", {str(PACKAGE / "cache/s3fifo.py")}),
+        *((name, {str(PACKAGE / "cache/frequency.py")}) for name in ("lfru", "decayed")),
     ],
 )
 def test_ctrl_c_at_every_line(tiny: TinyExperts, policy: str, files: set[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -12,10 +12,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offmoe.base.trace import PADDING, TraceEvent
-from offmoe.cache.replay import LayerCall, layer_calls, lru_curve, replay_belady, replay_static
+from offmoe.cache.replay import LayerCall, ReplayResult, layer_calls, lru_curve, replay_belady
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 EXPERTS, SIZES = (NUM_EXPERTS,) * NUM_LAYERS, (10, 7)
+
+
+def replay_static(calls: Sequence[LayerCall], num_slots: int, expert_bytes: Sequence[int]) -> ReplayResult:
+    """The experts that the whole trace uses most, each fetched once and never let go: no policy can know them."""
+    uses = Counter((call.layer_idx, idx) for call in calls for idx in call.rows_by_expert)
+    kept = {key for key, _ in sorted(uses.items(), key=lambda item: (-item[1], item[0]))[:num_slots]}
+    result = ReplayResult(name="static", num_slots=num_slots)
+    here: set[tuple[int, int]] = set()
+    for call in calls:
+        needed = {(call.layer_idx, idx) for idx in call.rows_by_expert}
+        hits = len(needed & here)
+        result.phase(call).add(hits, len(needed) - hits, expert_bytes[call.layer_idx])
+        here |= needed & kept
+    return result
 
 
 def calls_of(passes: Sequence[Sequence[Sequence[int]]]) -> list[LayerCall]:

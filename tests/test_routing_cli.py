@@ -221,6 +221,8 @@ def test_folders_of_results_are_made(recorded: Path, tmp_path: Path) -> None:
         ("{", "is no file of flags"),
         ("[]", "is no file of flags"),
         ('{"models": {"HASH": {"flags": {"warp": 9}}}}', "has the flag 'warp', which is none"),
+        ('{"models": {"HASH": {"flags": {"fast_activations": true}}}}', "fast_activations is gone: it was not faster"),
+        ('{"models": {"HASH": {"flags": {"policy": "s3fifo"}}}}', "policy s3fifo is gone: it read up to 21% more"),
         ('{"models": {"HASH": {"flags": {"ram": "lots"}}}}', "ram is 'lots', not a size"),
     ],
 )

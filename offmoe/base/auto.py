@@ -89,8 +89,6 @@ def _refuse_contradictions(config: EngineConfig, *, on_device: bool) -> None:
         raise UsageError(
             "miss is cpu and placement_invariant computes every expert on the device; leave out one of the two"
         )
-    if not on_device and config.fast_activations and config.compile == "on":
-        raise UsageError("compile is on, which fast_activations does not reach on the CPU; leave out one of the two")
 
 
 def _refuse_more_than_there_is(name: str, given_bytes: int | None, total_bytes: int | None) -> None:

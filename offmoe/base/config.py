@@ -22,7 +22,7 @@ class EngineConfig:
     context_length      tokens of prompt plus reply that memory is set aside for
     experts             expert slots where experts are computed, instead of what `vram` (or `ram`) leaves room for
     prefill_chunk       prompt tokens that go through the model at once
-    policy              who is evicted: "auto", "lru", "lfru", "decayed", "s3fifo" or "static"
+    policy              who is evicted: "auto", "lru", "lfru" or "decayed"
     warm_start          count experts' uses from run to run, in a small file in the user's cache folder
     io                  "auto" (direct where possible), "direct" or "buffered"
     device              "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"
@@ -31,7 +31,6 @@ class EngineConfig:
     prefetch            "auto", "off", or how many layers ahead experts are fetched: 1 to 3
     compile             compile the model's resident part: "auto", "off" or "on"
     placement_invariant compute every expert in one place, so that rounding does not depend on what was cached where
-    fast_activations    on the CPU, round activations to 8 bits where weights are int4, int8 or mxfp4: not exact
     trust_remote_code   run model code that comes with the checkpoint
     """
 
@@ -48,7 +47,6 @@ class EngineConfig:
     prefetch: str | int = "auto"
     compile: str = "auto"
     placement_invariant: bool = False
-    fast_activations: bool = False
     trust_remote_code: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,12 +58,18 @@ OPTION_NAMES = tuple(field.name for field in fields(EngineConfig))
 MAX_PREFETCH_DISTANCE = 3
 _SIZES = ("ram", "vram")
 _COUNTS = ("context_length", "experts", "prefill_chunk")
-_SWITCHES = ("warm_start", "placement_invariant", "fast_activations", "trust_remote_code")
+_SWITCHES = ("warm_start", "placement_invariant", "trust_remote_code")
 _CHOICES = {
-    "policy": ("auto", "lru", "lfru", "decayed", "s3fifo", "static"), "io": ("auto", "direct", "buffered"),
+    "policy": ("auto", "lru", "lfru", "decayed"), "io": ("auto", "direct", "buffered"),
     "miss": ("auto", "stream", "cpu"),
     "compile": ("auto", "off", "on"),
 }  # fmt: skip
+# Options and choices of earlier versions, and what to do without them.
+_GONE = {
+    "fast_activations": "it was not faster; leave it out, products are exact",
+    "policy s3fifo": "it read up to 21% more than lfru or decayed; use lfru, decayed or auto",
+    "policy static": "it read up to 69% more than lfru or decayed; use lfru, decayed or auto",
+}
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 
 
@@ -84,7 +88,8 @@ def make_config(**options: Any) -> EngineConfig:
             values[name] = _count(name, values[name])
     for name, choices in _CHOICES.items():
         if name in values and values[name] not in choices:
-            raise UsageError(f"{name} is {values[name]!r}; known: {', '.join(choices)}")
+            known = f"{name} is {values[name]!r}; known: {', '.join(choices)}"
+            raise UsageError(gone(f"{name} {values[name]}") or known)
     for name in _SWITCHES:
         if not isinstance(values.get(name, False), bool):
             raise UsageError(f"{name} is {values[name]!r}; use True or False")
@@ -119,10 +124,17 @@ def _check_device(values: dict[str, Any]) -> None:
         raise UsageError("vram is set and device is cpu, which has none; leave out one of the two")
 
 
+def gone(name: str) -> str | None:
+    """A line about an option, or an option and its choice, of an earlier version; None for any other."""
+    return f"{name} is gone: {_GONE[name]}" if name in _GONE else None
+
+
 def refuse_unknown(given: Iterable[str], known: Sequence[str]) -> None:
     """Raise UsageError for the first name that is not known, with the nearest and all that are."""
     for name in given:
         if name not in known:
+            if (why := gone(name)) is not None:
+                raise UsageError(why)
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ";"
             raise UsageError(f"unknown option {name!r}{hint} known: {', '.join(known)}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offmoe.base.config import OPTION_NAMES, make_config
+from offmoe.base.config import OPTION_NAMES, gone, make_config
 from offmoe.base.errors import OutputError, UsageError
 from offmoe.base.files import read_bounded, write_whole
 from offmoe.base.folders import config_folder
@@ -52,7 +52,8 @@ def read_flags(path: Path, model_hash: str, given: dict[str, Any]) -> SavedFlags
     flags = {name: value for name, value in entry["flags"].items() if name not in given}
     unknown = [name for name in flags if name not in OPTION_NAMES]
     if unknown:
-        raise UsageError(f"{path} has the flag {unknown[0]!r}, which is none; run offmoe tune again, or --config off")
+        why = f"has the flag {unknown[0]!r}, which is none" if (left := gone(unknown[0])) is None else f"says: {left}"
+        raise UsageError(f"{path} {why}; run offmoe tune again, or --config off")
     try:
         make_config(**flags)
     except UsageError as error:

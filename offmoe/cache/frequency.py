@@ -1,4 +1,4 @@
-"""Policies that count: LFRU, decayed frequency, and a hot set that is learned once."""
+"""Policies that count: LFRU and decayed frequency."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from offmoe.base.keys import ExpertKey
 from offmoe.cache.ranking import IsEvictable, RankingPolicy
 from offmoe.cache.usage import Usage
 
-# Token passes after which a use counts half in `DecayedPolicy`, and after which `StaticPolicy` learns no more.
-HALF_LIFE, LEARN_PASSES = 100, 400
+# Token passes after which a use counts half in `DecayedPolicy`.
+HALF_LIFE = 100
 
 
 class LfruPolicy(RankingPolicy):
@@ -179,22 +179,3 @@ class DecayedPolicy(_LazyHeapPolicy):
         if old is None:
             return now + log2(max(1, self.usage.counts.get(key, 0)))
         return now + log2(1 + 2.0 ** (old - now))
-
-
-class StaticPolicy(_LazyHeapPolicy):
-    """Keeps the experts that were used most while it learned, whatever comes afterwards.
-
-    What `usage` knows when it is made is all that it learns (counters of earlier runs, or of another policy); where
-    that is nothing, it counts for `LEARN_PASSES` passes.
-    """
-
-    name = "static"
-
-    def __init__(self, usage: Usage | None = None) -> None:
-        super().__init__(usage)
-        self._learned = dict(self.usage.counts)
-        self._end = self.usage.now + (0 if self._learned else LEARN_PASSES)
-
-    def _value(self, key: ExpertKey, old: float | None) -> float:
-        value = self._learned.get(key, 0) if old is None else old
-        return value + 1 if self.usage.now < self._end else value

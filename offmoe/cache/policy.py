@@ -6,16 +6,15 @@ from collections.abc import Callable, Collection
 
 from offmoe.base.errors import UsageError
 from offmoe.base.keys import ExpertKey
-from offmoe.cache.frequency import DecayedPolicy, LfruPolicy, StaticPolicy
+from offmoe.cache.frequency import DecayedPolicy, LfruPolicy
 from offmoe.cache.per_layer import PerLayerPolicy, fair_shares
 from offmoe.cache.ranking import IsEvictable, LruPolicy, Policy
-from offmoe.cache.s3fifo import S3FifoPolicy
 from offmoe.cache.usage import Usage
 
 __all__ = ["POLICY_NAMES", "KeepAllPolicy", "LruPolicy", "Policy", "hand_over", "make_policy", "needs_quota"]
 
 _POLICIES: dict[str, Callable[[Usage | None], Policy]] = {
-    "lru": LruPolicy, "lfru": LfruPolicy, "decayed": DecayedPolicy, "s3fifo": S3FifoPolicy, "static": StaticPolicy,
+    "lru": LruPolicy, "lfru": LfruPolicy, "decayed": DecayedPolicy,
 }  # fmt: skip
 POLICY_NAMES = tuple(_POLICIES)
 

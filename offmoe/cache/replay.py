@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -235,17 +234,3 @@ def _next_uses(keys_of: Sequence[Sequence[tuple[int, int]]]) -> list[list[int]]:
         following.update(dict.fromkeys(keys_of[call_idx], call_idx))
     found.reverse()
     return found
-
-
-def replay_static(calls: Sequence[LayerCall], num_slots: int, expert_bytes: Sequence[int]) -> ReplayResult:
-    """The experts that the whole trace uses most, each fetched once and never let go: no policy can know them."""
-    uses = Counter((call.layer_idx, idx) for call in calls for idx in call.rows_by_expert)
-    kept = {key for key, _ in sorted(uses.items(), key=lambda item: (-item[1], item[0]))[:num_slots]}
-    result = ReplayResult(name="static", num_slots=num_slots)
-    here: set[tuple[int, int]] = set()
-    for call in calls:
-        needed = {(call.layer_idx, idx) for idx in call.rows_by_expert}
-        hits = len(needed & here)
-        result.phase(call).add(hits, len(needed) - hits, expert_bytes[call.layer_idx])
-        here |= needed & kept
-    return result

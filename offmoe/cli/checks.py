@@ -20,26 +20,15 @@ from offmoe.cli.options import engine_options, json_option, print_json, split_en
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), default=8, show_default=True, help="Greedy tokens to compare."
 )
-@click.option(
-    "--eval",
-    "text_file",
-    type=click.Path(path_type=Path),
-    help="With --fast-activations: a text to price it on. Default: the model's own.",
-)
 @engine_options
 @json_option
 @user_errors
-def verify(
-    model: str | None, prompt: str, max_new_tokens: int, text_file: Path | None, as_json: bool, **options: Any
-) -> None:  # fmt: skip
-    """Check that cached output equals uncached output, at three cache sizes.
-
-    With --fast-activations also what that costs: perplexity and KL divergence against exact activations.
-    """
+def verify(model: str | None, prompt: str, max_new_tokens: int, as_json: bool, **options: Any) -> None:
+    """Check that cached output equals uncached output, at three cache sizes."""
     from offmoe.cli.verify import run_verify
 
     engine_given, _ = split_engine_options(options)
-    sys.exit(run_verify(model, engine_given, prompt, max_new_tokens, text_file, as_json=as_json))
+    sys.exit(run_verify(model, engine_given, prompt, max_new_tokens, as_json=as_json))
 
 
 @click.command()

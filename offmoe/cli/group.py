@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from offmoe.base.config import gone
 from offmoe.base.errors import OutputError
 from offmoe.cli.streams import Terminated, ended_by_signals, prepare_streams
 
@@ -65,4 +66,6 @@ def _one_line_errors() -> Iterator[None]:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "offmoe"
         message = " ".join(error.format_message().split()).rstrip(".")
+        if isinstance(error, click.NoSuchOption):
+            message = gone(error.option_name.lstrip("-").replace("-", "_")) or message
         raise _OneLineError(f"{message[:1].lower()}{message[1:]}; see {command} --help") from None

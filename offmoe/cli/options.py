@@ -38,7 +38,7 @@ _ENGINE_FLAGS = [
     ),
     click.option("--experts", metavar="N", help="Expert slots, instead of what --vram or --ram leaves room for."),
     click.option("--prefill-chunk", metavar="N", help="Prompt tokens that go through the model at once."),
-    click.option("--policy", metavar="auto|lru|lfru|decayed|s3fifo|static", help="Which experts are evicted."),
+    click.option("--policy", metavar="auto|lru|lfru|decayed", help="Which experts are evicted."),
     click.option(
         "--warm-start/--no-warm-start", default=None, help="Count experts' uses from run to run, in the cache folder."
     ),
@@ -52,10 +52,6 @@ _ENGINE_FLAGS = [
     click.option(
         "--placement-invariant", is_flag=True, default=None,
         help="Compute every expert in one place: the same rounding whatever is cached where.",
-    ),
-    click.option(
-        "--fast-activations", is_flag=True, default=None,
-        help="On the CPU, round activations to 8 bits for int4, int8 and mxfp4 weights. Not exact; verify prices it.",
     ),
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model."),
 ]  # fmt: skip

@@ -7,7 +7,6 @@ numbers do not either. Shapes: T tokens, D model width, K experts a token, S = T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 
 import torch
 
@@ -17,7 +16,6 @@ from offmoe.formats.dense import ExpertWeights
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu.decode import CpuTokenExperts
 from offmoe.kernels.cpu.kernels import CpuKernels, CpuLayer, ExpertRows
-from offmoe.kernels.int8_activations import rounds
 from offmoe.kernels.reference import ExpertMath
 
 # Rows of one expert that go through the kernels; more are a product for torch, which turns quantised weights into
@@ -46,7 +44,7 @@ class CpuRows:
         if layer is None:
             self._reference.compute(layer_idx, math, experts, x_TD, y_SD)
             return
-        most = self._most_rows(experts[0].weights)
+        most = MAX_QUANTISED_ROWS if isinstance(experts[0].weights.up[0], QuantMatrix) else MAX_ROWS
         few = [expert for expert in experts if num_rows(expert.assigned) <= most]
         if few:
             rows = [_rows_of(expert) for expert in few]
@@ -54,14 +52,6 @@ class CpuRows:
         many = [expert for expert in experts if num_rows(expert.assigned) > most]
         if many:
             self._reference.compute(layer_idx, math, many, x_TD, y_SD)
-
-    def _most_rows(self, weights: ExpertWeights) -> float:
-        first = weights.up[0]
-        if not isinstance(first, QuantMatrix):
-            return MAX_ROWS
-        if self.kernels.rounds_activations and rounds(first.format):
-            return inf  # a row is rounded whatever the number of rows
-        return MAX_QUANTISED_ROWS
 
     def token_sum(
         self, layer_idx: int, layer: CpuLayer, expert_ids: Sequence[int], experts: Sequence[ExpertWeights],

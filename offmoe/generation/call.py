@@ -49,7 +49,7 @@ def answer(
     with kept.guarded():
         yield from stream_text(
             steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
-            num_reused=num_reused, on_end=totals.add, lossy=parts.lossy, after=() if call.own_text else call.ids,
+            num_reused=num_reused, on_end=totals.add, after=() if call.own_text else call.ids,
             way=lambda: (decode.path, decode.reason),
         )  # fmt: skip
 
@@ -59,5 +59,5 @@ def translate(call: Call, parts: LoadedModel, totals: Totals) -> Iterator[Piece]
     steps = translate_step(parts.model, call.ids, call.choose, on_prefill=call.on_prefill)
     yield from stream_text(
         steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
-        on_end=totals.add, lossy=parts.lossy,
+        on_end=totals.add,
     )  # fmt: skip

@@ -157,17 +157,6 @@ class Engine:
         with self._parts.uncached():
             yield
 
-    @property
-    def lossy(self) -> tuple[str, ...]:
-        """What makes replies not exactly the model's own output; empty unless a setting asks for it."""
-        return self._parts.lossy
-
-    @contextmanager
-    def exact_activations(self) -> Iterator[None]:
-        """Within: as without `fast_activations`. Between two calls of the engine; what prices that setting."""
-        with self._parts.exact_activations():
-            yield
-
     @contextmanager
     def trace(
         self, path: str | Path, *, prompts: dict[str, Any] | None = None, guesses: bool = True, overwrite: bool = False

@@ -31,7 +31,6 @@ def engine_stats(
         "compile": decode.state if isinstance(decode, DecodeCompiler) else "off",
         "decode_path": decode.path,
         "decode_path_reason": decode.reason,
-        "lossy": list(parts.lossy),
         **serving,
         "ram_bytes": plan.ram_bytes,
         "planned_bytes": plan.total_bytes,

@@ -14,7 +14,7 @@ class GenerationStats:
     """Times in seconds. `prefill` and `decode` are the counters of the two phases.
 
     `prefill_s` runs to the first token, `step_s` has the time of every later token. `reused_tokens` of the prompt were
-    in the KV cache already. `lossy`: what makes this not exactly the model's own output. `decode_path`: the way of the
+    in the KV cache already. `decode_path`: the way of the
     last token (fused, compiled, eager; empty where no token was decoded), with the reason where it is another than
     fused.
     """
@@ -26,7 +26,6 @@ class GenerationStats:
     step_s: tuple[float, ...]
     prefill: Counters
     decode: Counters
-    lossy: tuple[str, ...] = ()
     decode_path: str = ""
     decode_path_reason: str = ""
 
@@ -58,7 +57,6 @@ class GenerationStats:
             "disk_stall_s": round(self.decode.disk_stall_ns / 1e9, 4),
             "prefill_disk_bytes": self.prefill.disk_bytes,
             "prefill_link_bytes": self.prefill.link_bytes,
-            "lossy": list(self.lossy),
             "decode_path": self.decode_path,
             "decode_path_reason": self.decode_path_reason,
         }
@@ -146,8 +144,6 @@ def stats_line(stats: GenerationStats) -> str:
     if stats.decode_path and stats.step_s:
         reason = f" ({stats.decode_path_reason})" if stats.decode_path_reason else ""
         parts.append(f"decode {stats.decode_path}{reason}")
-    if stats.lossy:
-        parts.append(f"not exact: {', '.join(stats.lossy)}")
     return " | ".join(parts)
 
 

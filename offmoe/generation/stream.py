@@ -42,18 +42,18 @@ class StopRules:
 def stream_text(
     steps: Iterator[int], tokenizer: PreTrainedTokenizerBase | None, rules: StopRules, counters: Counters,
     *, num_prompt_tokens: int, num_reused: int = 0, clock: Callable[[], float] = time.perf_counter,
-    on_end: Callable[[GenerationStats], None] = lambda stats: None, lossy: tuple[str, ...] = (),
+    on_end: Callable[[GenerationStats], None] = lambda stats: None,
     after: Sequence[int] = (), way: Callable[[], tuple[str, str]] = lambda: ("", ""),
 ) -> Iterator[Piece]:  # fmt: skip
     """Pieces of text for the ids of `steps`, until a rule ends them. Without a tokenizer, pieces have ids only.
 
     `num_reused` of the prompt's tokens were in the KV cache already. `on_end` is told what it cost, also when it is
-    broken off. `lossy` is for the statistics. `after`: ids whose text the reply continues. `way`: the last
+    broken off. `after`: ids whose text the reply continues. `way`: the last
     token's decode path and its reason.
     """
     decoder = TextDecoder(tokenizer, after=after) if tokenizer is not None else None
     stops = StopMatcher(rules.stop_strings)
-    meter = Meter(counters, num_prompt_tokens, num_reused, clock, lossy, way)
+    meter = Meter(counters, num_prompt_tokens, num_reused, clock, way)
     reason = rules.limit_reason
     try:
         for token_id in steps:
@@ -78,10 +78,10 @@ class Meter:
 
     def __init__(
         self, counters: Counters, num_prompt_tokens: int, num_reused: int, clock: Callable[[], float],
-        lossy: tuple[str, ...] = (), way: Callable[[], tuple[str, str]] = lambda: ("", ""),
+        way: Callable[[], tuple[str, str]] = lambda: ("", ""),
     ) -> None:  # fmt: skip
         self._counters, self._num_prompt_tokens, self._clock = counters, num_prompt_tokens, clock
-        self._num_reused, self._lossy, self._way = num_reused, lossy, way
+        self._num_reused, self._way = num_reused, way
         self._times = [clock()]
         self._at_start = counters.copy()
         self._at_first = self._at_start
@@ -108,7 +108,6 @@ class Meter:
             step_s=tuple(after - before for before, after in zip(times[1:-1], times[2:], strict=True)),
             prefill=self._at_first.minus(self._at_start),
             decode=self._counters.copy().minus(self._at_first),
-            lossy=self._lossy,
             decode_path=path,
             decode_path_reason=reason,
         )

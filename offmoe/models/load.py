@@ -38,7 +38,6 @@ from offmoe.models.native import NativeModules
 from offmoe.models.probe import ModelProbe, probe_model
 from offmoe.models.quantised_linears import QuantisedLinears
 from offmoe.models.resident import load_peak_bytes, load_resident
-from offmoe.models.rounding import note_rounding, start_rounding
 from offmoe.models.seam import LayerBinding, bind
 from offmoe.models.serving import Serving, build_serving
 from offmoe.models.tokenizer import load_tokenizer, note_end_tokens
@@ -70,7 +69,7 @@ def load_model(
     with ExitStack() as opened:
         if device is not None:
             opened.callback(device.close)
-        cpu_kernels, why_no_kernels = _open_kernels(config)
+        cpu_kernels, why_no_kernels = load_cpu_kernels()
         built = _build(folder, config, opened, has_device=device is not None or torch.cuda.is_available())
         config, model, experts = built.config, built.model, built.experts
         tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
@@ -94,8 +93,6 @@ def load_model(
                 device_pool=device_pool, warm=_warm_start(folder, config, built.index, experts),
                 progress=lambda done, total: progress("experts to the device", done, total),
             )  # fmt: skip
-        if config.fast_activations:
-            note_rounding(serving, experts, [] if kept is None else kept.formats(), on_device=device is not None)
         serving.notes += _notes(built, why_no_kernels)
         serving.closing.callback(reservation.close)
         if cpu_kernels is not None:
@@ -209,14 +206,6 @@ def _warm_start(
     if not config.warm_start:
         return None
     return WarmStart(model_hash(folder, index.stored), [layer.num_experts for layer in experts.layers])
-
-
-def _open_kernels(config: EngineConfig) -> tuple[CpuKernels | None, str]:
-    """With `fast_activations` they round, or UsageError is raised."""
-    kernels, why_none = load_cpu_kernels()
-    if config.fast_activations:
-        start_rounding(kernels, why_none)
-    return kernels, why_none
 
 
 def _notes(built: _Built, why_no_kernels: str) -> list[str]:

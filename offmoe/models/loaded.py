@@ -16,7 +16,6 @@ from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.executor.uncached import UncachedExecutor
 from offmoe.models.model_calls import OneCallAtATime
 from offmoe.models.native import NativeModules
-from offmoe.models.rounding import ROUNDING_LABEL
 from offmoe.models.seam import ClosedExecutor, ExpertsExecutor, attach
 from offmoe.models.serving import Serving
 from offmoe.models.transformers_internals import experts_modules
@@ -66,26 +65,6 @@ class LoadedModel:
             yield
         finally:
             attach_all(self.model, self.serving.executor)
-
-    @property
-    def lossy(self) -> tuple[str, ...]:
-        """The settings in force that change the model's output."""
-        rows = self.serving.cpu_rows
-        rounds = self.serving.rounds and rows is not None and rows.kernels.rounds_activations
-        return (ROUNDING_LABEL,) if rounds else ()
-
-    @contextmanager
-    def exact_activations(self) -> Iterator[None]:
-        """Activations are not rounded for a while."""
-        rows = self.serving.cpu_rows
-        if rows is None or not rows.kernels.rounds_activations:
-            yield
-            return
-        rows.kernels.rounds_activations = False
-        try:
-            yield
-        finally:
-            rows.kernels.rounds_activations = True
 
     def close(self) -> None:
         """Take the experts away from the model, end threads, give back memory, close files.

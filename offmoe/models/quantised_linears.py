@@ -15,13 +15,11 @@ from transformers import PreTrainedModel
 
 from offmoe.base.shape import LATENT_MATRIX
 from offmoe.checkpoint.index import CheckpointIndex
-from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu.decode import CpuLinear
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.matrices import knows, unreadable
-from offmoe.kernels.int8_activations import rounds
 from offmoe.models.native import MATRIX_NAME, MAX_ROWS
 from offmoe.models.stored import read_matrix, values_of
 from offmoe.models.transformers_internals import Target
@@ -53,10 +51,6 @@ class QuantisedLinears:
             if targets[keys[0]].pattern is None and entry.shape == module.weight.shape:
                 self._take(module, entry)
                 self.keys.add(keys[0])
-
-    def formats(self) -> list[QuantFormat]:
-        """Of every linear that stays quantised. Called after `read`."""
-        return [entry.format for module, entry in self._found if MATRIX_NAME in module.__dict__]
 
     def _take(self, module: nn.Linear, entry: QuantEntry) -> None:
         dtype = module.weight.dtype
@@ -98,11 +92,9 @@ def _forward_of(kernels: CpuKernels, module: nn.Linear, matrix: QuantMatrix) -> 
         bias = module.bias
         if linear is None and (bias is None or not bias.is_meta):
             linear = CpuLinear(kernels, matrix, None if bias is None else bias.detach(), dtype=dtype)
-        rounding = kernels.rounds_activations and rounds(matrix.format)  # then whatever the number of rows
-        x = input.contiguous() if rounding else input
-        few = x.numel() <= MAX_ROWS * matrix.shape[1] or rounding
-        if linear is not None and few and linear.takes(x) and not torch.compiler.is_dynamo_compiling():
-            return linear(x)
+        few = input.numel() <= MAX_ROWS * matrix.shape[1]
+        if linear is not None and few and linear.takes(input) and not torch.compiler.is_dynamo_compiling():
+            return linear(input)
         blocks = [
             nn.functional.linear(input, matrix.dequantise(input.dtype, rows), None if bias is None else bias[rows])
             for rows in matrix.row_blocks()

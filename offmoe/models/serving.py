@@ -54,10 +54,7 @@ KERNEL_TOKENS = 16
 
 @dataclass(kw_only=True)
 class Serving:
-    """The parts, for statistics and for `close`. `cache` is the tier that computes, `host` the RAM slots.
-
-    `rounds`: activations are rounded for some weights (`fast_activations`).
-    """
+    """The parts, for statistics and for `close`. `cache` is the tier that computes, `host` the RAM slots."""
 
     cache: ExpertCache
     host: ExpertCache
@@ -68,7 +65,6 @@ class Serving:
     cpu_rows: CpuRows | None = None
     warm: WarmStart | None = None
     recorder: Recorder = field(default_factory=Recorder)
-    rounds: bool = False
     notes: list[str] = field(default_factory=list)
     closing: ExitStack = field(default_factory=ExitStack)
     read_stalls: Callable[[], None] = field(default=lambda: None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,11 +73,6 @@ def run_and_record(
     return chosen, torch.stack(logits)
 
 
-def _placement_free(engine: Engine) -> AbstractContextManager[None]:
-    """Beside a device only the CPU rounds activations, so what is computed where would show: not here."""
-    return nullcontext() if engine.plan.device is None else engine.exact_activations()
-
-
 def verify(
     open_engine: Callable[[int | None], Engine], choose_ids: Callable[[Engine], list[int]], num_new: int,
     progress: Callable[[str, int, int], None],
@@ -96,12 +90,12 @@ def verify(
         ids = choose_ids(engine)
         sizes = cache_sizes(engine)
         progress("uncached", 0, 1 + len(sizes))
-        with engine.uncached(), _placement_free(engine):
+        with engine.uncached():
             expected_ids, expected = run_and_record(engine, ids, num_new)
     results = []
     for step, slots in enumerate(sizes):
         progress(f"{slots} slots", 1 + step, 1 + len(sizes))
-        with open_engine(slots) as engine, _placement_free(engine):
+        with open_engine(slots) as engine:
             got_ids, got = run_and_record(engine, ids, num_new, expected_ids)
             difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
             results.append(

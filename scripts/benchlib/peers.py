@@ -63,8 +63,7 @@ def build_systems(names: list[str], options: Options) -> list[System]:
 def _offmoe(name: str, options: Options) -> list[System]:
     """One system for each `--ram`, `--prefetch` and `--policy` value with each of the others.
 
-    "offmoe-int4" is the folder beside the model that `offmoe quantize` has written, with `-int4` added to its name;
-    "offmoe-int4-fast" the same with int8 activations.
+    "offmoe-int4" is the folder beside the model that `offmoe quantize` has written, with `-int4` added to its name.
     """
     folder, weights, bits = options.model, "as published", 16.0
     if name != "offmoe":
@@ -73,9 +72,6 @@ def _offmoe(name: str, options: Options) -> list[System]:
             raise ScriptError(f"{name} needs {folder}: offmoe quantize {options.model} {folder} --experts int4")
     command = [sys.executable, "-m", "offmoe", "bench", str(folder), "--ids", str(options.ids)]
     command += ["--prefill", str(options.prefill), "--json", *(["--warm"] if options.warm else [])]
-    if name == "offmoe-int4-fast":
-        weights += ", int8 activations"
-        command.append("--fast-activations")
     systems = []
     for ram, prefetch, policy in product(options.rams or ("",), options.prefetches or ("",), options.policies or ("",)):
         flags, label = list(command), [name]
@@ -149,7 +145,6 @@ def _llama(name: str, options: Options, weights: str, bits: float, *flags: str) 
 BUILDERS: dict[str, Callable[[str, Options], list[System]]] = {
     "offmoe": _offmoe,
     "offmoe-int4": _offmoe,
-    "offmoe-int4-fast": _offmoe,
     "transformers": lambda name, options: _hugging_face(name, options, "--experts", "grouped_mm"),
     "transformers-batched": lambda name, options: _hugging_face(name, options, "--experts", "batched_mm"),
     "transformers-eager": lambda name, options: _hugging_face(name, options, "--experts", "eager"),

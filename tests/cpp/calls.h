@@ -7,7 +7,6 @@ int32_t offmoe_abi_version();
 const char* offmoe_level(int32_t idx, int32_t* usable);
 void* offmoe_open(int32_t level_idx, int32_t num_threads, int32_t spin_us);
 void offmoe_close(void* handle);
-int32_t offmoe_round_activations(void* handle, int32_t on);
 int32_t offmoe_experts(void* handle, const offmoe::Call* call);
 int32_t offmoe_linear(void* handle, const offmoe::Linear* call);
 int32_t offmoe_norm(void* handle, const offmoe::Norm* call);
@@ -35,9 +34,6 @@ struct Handles {
     Handles(const Handles&) = delete;
     Handles& operator=(const Handles&) = delete;
 
-    void round_activations(bool on) const {
-        for (void* handle : {alone, few, many}) offmoe_round_activations(handle, on);
-    }
     void* several(int64_t turn) const { return turn % 2 ? few : many; }
 
     void *alone, *few, *many;

@@ -11,7 +11,7 @@
 
 namespace made {
 
-// Threads that share a handle, that use handles of their own, and that open and close them; one that switches rounding.
+// Threads that share a handle, that use handles of their own, and that open and close them.
 int64_t try_threads(int32_t level_idx) {
     std::atomic<int64_t> made{0};
     void* shared = offmoe_open(level_idx, 3, 10);
@@ -23,7 +23,6 @@ int64_t try_threads(int32_t level_idx) {
             void* handle = own ? offmoe_open(level_idx, 1 + turn % 4, turn % 2 ? 0 : 50) : shared;
             Linear call = {&weights.matrix, nullptr, x.at(), y.at(), 4 * 64, 4 * 64, 1, F32, F32};
             require(offmoe_linear(handle, &call) == 0, "a linear of a thread", "", turn, own, 0);
-            if (!own) offmoe_round_activations(handle, turn % 2);
             if (own) offmoe_close(handle);
         }
     };
@@ -49,11 +48,8 @@ int main(int argc, char** argv) {
         const auto begin = std::chrono::steady_clock::now();
         const Handles handles(idx);
         int64_t made[7] = {};
-        for (bool rounding : {false, true}) {
-            handles.round_activations(rounding);
-            made[0] += try_linears(handles, share);
-            made[1] += try_experts(handles, share);
-        }
+        made[0] = try_linears(handles, share);
+        made[1] = try_experts(handles, share);
         made[2] = try_norms(handles);
         made[3] = try_attention(handles, share);
         made[4] = try_latent(handles, share);

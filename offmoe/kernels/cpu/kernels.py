@@ -101,7 +101,6 @@ class CpuKernels:
         self.level, self.num_threads = level, num_threads
         # Not in a library that was built before there was such a function, and that does all else.
         self.attends_to_latents = hasattr(library, "offmoe_latent")
-        self._rounds_activations = False
         self._library: ctypes.CDLL | _Closed = library
         self._handle = library.offmoe_open(level_idx, num_threads, spin_us)
         if not self._handle:
@@ -113,21 +112,7 @@ class CpuKernels:
         return f"<CpuKernels {self}>"
 
     def __str__(self) -> str:
-        return f"{self.level}, {self.num_threads} threads" + (", int8 activations" if self.rounds_activations else "")
-
-    @property
-    def rounds_activations(self) -> bool:
-        """Products with integer weights are of activations rounded to 8 bits, as `int8_activations.py` rounds them.
-
-        Faster, and not the model's own output. Set between two calls; it holds from the next one on.
-        """
-        return self._rounds_activations
-
-    @rounds_activations.setter
-    def rounds_activations(self, on: bool) -> None:
-        if code := self._library.offmoe_round_activations(self._handle, int(on)):
-            raise _failure(code, "the choice of rounding")
-        self._rounds_activations = on
+        return f"{self.level}, {self.num_threads} threads"
 
     def close(self) -> None:
         """End the threads. No call is running; one that follows raises EngineBusyError."""

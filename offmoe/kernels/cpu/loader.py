@@ -102,5 +102,4 @@ def _library() -> ctypes.CDLL:
         library.offmoe_latent.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     library.offmoe_program.restype = ctypes.c_int64
     library.offmoe_route.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-    library.offmoe_round_activations.argtypes = (ctypes.c_void_p, ctypes.c_int32)
     return library

@@ -30,16 +30,7 @@ struct Level {
                        int64_t key_width, int64_t value_width, float* out);
 };
 
-// The same three of a level's functions, with activations rounded to 8 bits where weights are integers (int8.h).
-struct Rounding {
-    int64_t (*prepared_bytes)(const Matrix& matrix, int32_t type);
-    void (*prepare)(const Matrix& matrix, int32_t type, const float* x, void* prepared);
-    void (*multiply)(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, const void* const* x,
-                     int32_t num_x, float* out, int64_t out_stride);
-};
-
 // The last two where setup.py could compile them.
 extern const Level kPortable, kAvx2, kAvx512;
-extern const Rounding kPortableInt8, kAvx2Int8, kAvx512Int8;
 
 }  // namespace offmoe

@@ -3,10 +3,8 @@
 #include "attend.h"
 #include "coded_avx2.h"
 #include "decode.h"
-#include "int8_avx2.h"
 
 namespace offmoe {
 const Level kAvx2 = {"avx2", coded_prepared_bytes, coded_prepare<Avx2Vectors>, coded_multiply<Avx2Vectors>,
     general_activate, norm_row, rotate, attend_any, delta_rule};
-const Rounding kAvx2Int8 = {int8_prepared_bytes<kAvx2>, int8_prepare<kAvx2>, int8_multiply<Avx2Unit, kAvx2>};
 }  // namespace offmoe

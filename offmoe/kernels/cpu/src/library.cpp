@@ -10,42 +10,24 @@
 
 namespace {
 
-struct Kernels {
-    Kernels(int32_t level_idx, int32_t num_threads, int32_t spin_us);
-    void round_activations(bool on);
+const offmoe::Level* const kLevels[] = {  // best first
+#ifdef OFFMOE_HAS_AVX512
+    &offmoe::kAvx512,
+#endif
+#ifdef OFFMOE_HAS_AVX2
+    &offmoe::kAvx2,
+#endif
+    &offmoe::kPortable,
+};
 
-    const int32_t level_idx;
-    offmoe::Level level;
+struct Kernels {
+    Kernels(int32_t level_idx, int32_t num_threads, int32_t spin_us)
+        : level(*kLevels[level_idx]), pool(num_threads, spin_us) {}
+
+    const offmoe::Level& level;
     offmoe::Pool pool;
     offmoe::Workspace space;
 };
-
-struct Compiled {
-    const offmoe::Level* level;
-    const offmoe::Rounding* rounding;
-};
-
-const Compiled kLevels[] = {  // best first
-#ifdef OFFMOE_HAS_AVX512
-    {&offmoe::kAvx512, &offmoe::kAvx512Int8},
-#endif
-#ifdef OFFMOE_HAS_AVX2
-    {&offmoe::kAvx2, &offmoe::kAvx2Int8},
-#endif
-    {&offmoe::kPortable, &offmoe::kPortableInt8},
-};
-
-Kernels::Kernels(int32_t level_idx, int32_t num_threads, int32_t spin_us)
-    : level_idx(level_idx), level(*kLevels[level_idx].level), pool(num_threads, spin_us) {}
-
-void Kernels::round_activations(bool on) {
-    const Compiled& compiled = kLevels[level_idx];
-    level = *compiled.level;
-    if (!on) return;
-    level.prepared_bytes = compiled.rounding->prepared_bytes;
-    level.prepare = compiled.rounding->prepare;
-    level.multiply = compiled.rounding->multiply;
-}
 
 bool has_instructions(const char* level) {
 #if defined(__x86_64__)
@@ -96,8 +78,8 @@ int32_t offmoe_abi_version() { return 10; }
 const char* offmoe_level(int32_t idx, int32_t* usable) {
     const int32_t count = static_cast<int32_t>(sizeof kLevels / sizeof *kLevels);
     if (idx < 0 || idx >= count) return nullptr;
-    *usable = has_instructions(kLevels[idx].level->name) ? 1 : 0;
-    return kLevels[idx].level->name;
+    *usable = has_instructions(kLevels[idx]->name) ? 1 : 0;
+    return kLevels[idx]->name;
 }
 
 // Null where there is no memory.
@@ -118,14 +100,6 @@ void offmoe_close(void* handle) {
         return 0;
     });
     delete kernels;
-}
-
-// From the next call on: whether activations are rounded to 8 bits where weights are integers.
-int32_t offmoe_round_activations(void* handle, int32_t on) {
-    return alone(handle, [&](Kernels& kernels) {
-        kernels.round_activations(on != 0);
-        return 0;
-    });
 }
 
 int32_t offmoe_experts(void* handle, const offmoe::Call* call) {
