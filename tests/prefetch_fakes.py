@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from virtual_machine import CancelledJobError, Job, VirtualMachine
 
+from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
-from offmoe.cache.ahead_books import AheadListener
 from offmoe.cache.policy import LruPolicy
 from offmoe.cache.slots import SlotState, SlotTable
-from offmoe.prefetch.prefetcher import Prefetcher
+from offmoe.prefetch.controller import PrefetchController
 
 EXPERT_BYTES = 1_000_000
 
@@ -36,12 +36,13 @@ class FakeCache:
     def __init__(self, machine: VirtualMachine, *, num_slots: int, num_layers: int) -> None:
         self.machine, self.slots, self.policy = machine, SlotTable(num_slots), LruPolicy()
         self.num_layers = num_layers
-        self.listener: AheadListener | None = None
+        self.counters = Counters()
+        self.late = 0
         self.ahead_bytes = 0
         self.most_ahead_bytes = 0
         self.refuse = False
         self.coming: dict[ExpertKey, Coming] = {}
-        self.unused: set[ExpertKey] = set()
+        self.guesses: set[ExpertKey] = set()
         self.log: list[tuple[str, ExpertKey]] = []
 
     @property
@@ -62,11 +63,12 @@ class FakeCache:
         assert not self.is_ready(key) and not self.is_coming(key), f"{key} is asked for twice"
         if self.refuse or self.slots.find(key) is not None:
             return False
-        if not self._make_room(lambda k: k not in keep and k not in self.unused and self.slots.is_evictable(k)):
+        if not self._make_room(lambda k: k not in keep and k not in self.guesses and self.slots.is_evictable(k)):
             return False
         self._begin(key, urgent=False, ahead=True, cold=True)
-        self.unused.add(key)
+        self.guesses.add(key)
         self.ahead_bytes += EXPERT_BYTES
+        self.counters.ahead_bytes += EXPERT_BYTES
         self.most_ahead_bytes = max(self.most_ahead_bytes, self.ahead_bytes)
         return True
 
@@ -83,17 +85,17 @@ class FakeCache:
                 self.policy.touched(key)
             return coming
         evictable = self.slots.is_evictable
-        if self._make_room(lambda k: k not in self.unused and evictable(k)) or self._make_room(evictable):
+        if self._make_room(lambda k: k not in self.guesses and evictable(k)) or self._make_room(evictable):
             return self._begin(key, urgent=True, ahead=False, cold=cold)
         return None
 
     def finish(self, coming: Coming) -> None:
         """Wait, and hold."""
-        begin, late = self.machine.now_s, not coming.job.done()
+        self.late += coming.key in self.guesses and not coming.job.done()
         coming.job.wait()
         self._arrived(coming)
         self.slots.hold(coming.slot)
-        self._used(coming.key, late=late, waited_ns=int((self.machine.now_s - begin) * 1e9))
+        self._used(coming.key)
 
     def use(self, key: ExpertKey, *, touch: bool = True) -> None:
         """Hold a READY key."""
@@ -102,7 +104,7 @@ class FakeCache:
         self.slots.hold(slot)
         if touch:
             self.policy.touched(key)
-        self._used(key, late=False, waited_ns=0)
+        self._used(key)
 
     def release(self, keys: Sequence[ExpertKey]) -> None:
         for key in keys:
@@ -122,7 +124,8 @@ class FakeCache:
         return True
 
     def expire_ahead(self, layer_idx: int, needed: Collection[ExpertKey]) -> None:
-        for key in [key for key in self.unused if key.layer_idx == layer_idx and key not in needed]:
+        for key in [key for key in self.guesses if key.layer_idx == layer_idx and key not in needed]:
+            self.cancel_ahead(key)
             self._wasted(key)
 
     def poll(self) -> None:
@@ -141,12 +144,13 @@ class FakeCache:
             self._arrived(coming)
 
     def recover(self) -> None:
-        """As after Ctrl-C: nothing is held, nothing under way; the listener is told nothing."""
+        """As after Ctrl-C: nothing is held, nothing under way, and what was not used is wasted."""
         self.machine.drain()
         for coming in self.coming.values():
             self.policy.removed(coming.key)
         self.coming.clear()
-        self.unused.clear()
+        self.counters.ahead_wasted_bytes += len(self.guesses) * EXPERT_BYTES
+        self.guesses.clear()
         self.ahead_bytes = 0
         self.slots.recover(lambda slot: True)
 
@@ -172,32 +176,35 @@ class FakeCache:
     def _arrived(self, coming: Coming) -> None:
         del self.coming[coming.key]
         self.slots.mark_ready(coming.slot)
-        if coming.key in self.unused:
+        if coming.key in self.guesses:
             self.ahead_bytes -= EXPERT_BYTES
 
-    def _used(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
-        if key in self.unused:
-            self.unused.discard(key)
-            if self.listener is not None:
-                self.listener.used_ahead(key, late=late, waited_ns=waited_ns)
+    def _used(self, key: ExpertKey) -> None:
+        if key in self.guesses:
+            self.guesses.discard(key)
+            self.counters.ahead_used_bytes += EXPERT_BYTES
 
     def _wasted(self, key: ExpertKey) -> None:
-        if key in self.unused:
-            self.unused.discard(key)
+        if key in self.guesses:
+            self.guesses.discard(key)
             if key in self.coming:
                 self.ahead_bytes -= EXPERT_BYTES
-            if self.listener is not None:
-                self.listener.wasted_ahead(key)
+            self.counters.ahead_wasted_bytes += EXPERT_BYTES
 
 
-def check_prefetcher(prefetcher: Prefetcher, unused: Collection[ExpertKey], budget_bytes: int | None) -> None:
-    """What always holds of a prefetcher's books; `unused`: what its cache fetched ahead and nobody has used yet.
+def check_ledger(controller: PrefetchController, budget_bytes: int | None) -> None:
+    """What always holds of a cache's ledger, where a controller alone fetches ahead.
 
     `budget_bytes` is None where whole layers are wanted, which have another bound.
     """
-    total = prefetcher.audit.total()
-    assert total.pending == len(unused) and total.pending >= 0, f"{total} {unused=}"
-    assert total.started_bytes == total.useful_bytes + total.wasted_bytes + total.cancelled_bytes + total.pending_bytes
-    assert budget_bytes is None or prefetcher.cache.ahead_bytes <= budget_bytes, f"{prefetcher!r} {budget_bytes=}"
-    assert prefetcher.num_pending == len(unused), f"{prefetcher!r} {unused=}"
-    assert total.covered <= total.needed and total.named <= total.needed and total.late <= total.useful
+    cache, counters = controller.cache, controller.cache.counters
+    pending_bytes = sum(cache.num_bytes(key) for key in cache.guesses)
+    assert counters.ahead_bytes == counters.ahead_used_bytes + counters.ahead_wasted_bytes + pending_bytes
+    assert budget_bytes is None or cache.ahead_bytes <= budget_bytes, f"{controller!r} {budget_bytes=}"
+    assert controller.num_pending == len(cache.guesses)
+
+
+def fates(controller: PrefetchController) -> tuple[int, int]:
+    """Experts that were fetched ahead and used, and that were for nothing."""
+    counters = controller.cache.counters
+    return counters.ahead_used_bytes // EXPERT_BYTES, counters.ahead_wasted_bytes // EXPERT_BYTES

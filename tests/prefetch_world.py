@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from prefetch_fakes import EXPERT_BYTES, Coming, FakeCache
+from prefetch_fakes import Coming, FakeCache
 from virtual_machine import Speeds, VirtualMachine
 
 from offmoe.base.keys import ExpertKey
-from offmoe.prefetch.prefetcher import Prefetcher
+from offmoe.prefetch.controller import PrefetchController
 
 CHUNK_BYTES = 500_000
 
@@ -44,9 +44,8 @@ class World:
         self._last: list[set[int]] = [set() for _ in range(shape.num_layers)]
         self._num_passes = 0
 
-    def run(self, prefetcher: Prefetcher, num_passes: int) -> float:
+    def run(self, prefetcher: PrefetchController, num_passes: int) -> float:
         """Seconds that `num_passes` token passes took."""
-        self.cache.listener = prefetcher
         begin_s = self.machine.now_s
         for _ in range(num_passes):
             for name, value in self.shape.drift.get(self._num_passes, {}).items():
@@ -56,7 +55,7 @@ class World:
             self.run_pass(prefetcher)
         return self.machine.now_s - begin_s
 
-    def run_pass(self, prefetcher: Prefetcher) -> None:
+    def run_pass(self, prefetcher: PrefetchController) -> None:
         begin_s = self.machine.now_s
         chosen = [self._choose(layer_idx) for layer_idx in range(self.shape.num_layers)]
         for layer_idx, needed in enumerate(chosen):
@@ -65,7 +64,7 @@ class World:
             self.run_layer(prefetcher, layer_idx, needed)
         prefetcher.pass_ended(self.machine.now_s - begin_s)
 
-    def _attend(self, prefetcher: Prefetcher) -> None:
+    def _attend(self, prefetcher: PrefetchController) -> None:
         """Attention, with a moment for the prefetcher in the middle of it."""
         noise = self._noise.uniform(-self.shape.noise, self.shape.noise)
         for _ in range(2):
@@ -79,12 +78,12 @@ class World:
         self._last[layer_idx] = {*kept, *others}
         return kept + others
 
-    def _predict(self, prefetcher: Prefetcher, chosen: list[list[int]], layer_idx: int) -> None:
+    def _predict(self, prefetcher: PrefetchController, chosen: list[list[int]], layer_idx: int) -> None:
         """Name the next layers' experts, each rightly with the chance `accuracy`."""
         shape = self.shape
         for distance in (1, 2):
             target = layer_idx + distance
-            if target >= shape.num_layers or not prefetcher.is_on(target, distance):
+            if target >= shape.num_layers or not prefetcher.is_on(distance):
                 continue
             guesses = list(chosen[target]) + [-1] * max(0, shape.num_predicted - shape.top_k)
             named = [
@@ -93,9 +92,11 @@ class World:
                 for guess in guesses
             ]  # fmt: skip
             self.machine.advance(shape.predict_s)
-            prefetcher.want(target, named, distance=distance, predict_ns=int(shape.predict_s * 1e9))
+            prefetcher.want(target, named, distance=distance)
 
-    def run_layer(self, prefetcher: Prefetcher, layer_idx: int, needed: list[int], *, cold: bool = False) -> None:
+    def run_layer(
+        self, prefetcher: PrefetchController, layer_idx: int, needed: list[int], *, cold: bool = False
+    ) -> None:
         """As the executor does: hits are held, misses started, hits computed, arrivals waited for."""
         cache, machine = self.cache, self.machine
         keys = [ExpertKey(layer_idx, expert) for expert in needed]
@@ -125,8 +126,7 @@ class World:
             fetches += self._start(missing, cold=cold)
         if hits or late or held:
             cache.release(held)
-        num_missed = len(keys) - len(hits) - len(late)
-        prefetcher.demand_ends(num_missed * EXPERT_BYTES, int(stall_s * 1e9))
+        prefetcher.demand_ends(int(stall_s * 1e9))
         prefetcher.pump()
 
     def _start(self, missing: list[ExpertKey], *, cold: bool) -> list[Coming]:

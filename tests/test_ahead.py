@@ -9,9 +9,8 @@ from test_lookahead import Router, state
 from virtual_machine import Speeds, VirtualMachine
 
 from offmoe.prefetch.ahead import AheadOfTime
+from offmoe.prefetch.controller import Mode, PrefetchController
 from offmoe.prefetch.lookahead import Lookahead
-from offmoe.prefetch.prefetcher import Prefetcher
-from offmoe.prefetch.switch import Mode
 
 NUM_LAYERS, NUM_EXPERTS = 3, 10
 
@@ -23,10 +22,8 @@ def routers() -> list[Router]:
 
 def start(routers: list[Router], mode: Mode) -> AheadOfTime:
     cache = FakeCache(VirtualMachine(Speeds()), num_slots=12, num_layers=NUM_LAYERS)
-    prefetcher = cache.listener = Prefetcher(cache, budget_bytes=4 * EXPERT_BYTES, mode=mode)
-    lookahead = Lookahead(
-        routers, prefetcher, order=range(NUM_LAYERS), num_experts=[NUM_EXPERTS] * NUM_LAYERS, rescore=False
-    )
+    prefetcher = PrefetchController(cache, budget_bytes=4 * EXPERT_BYTES, mode=mode)
+    lookahead = Lookahead(routers, prefetcher, order=range(NUM_LAYERS), num_experts=[NUM_EXPERTS] * NUM_LAYERS)
     return AheadOfTime(lookahead, prefetcher, order=range(NUM_LAYERS))
 
 
@@ -42,12 +39,13 @@ def run_pass(ahead: AheadOfTime, *, num_tokens: int = 1, expert_ids: tuple[int, 
 
 
 def num_watched(ahead: AheadOfTime) -> int:
-    return ahead.prefetcher.audit.total().calls
+    assert isinstance(ahead.prefetcher, PrefetchController)
+    return ahead.prefetcher._num_calls
 
 
 def test_single_tokens_are_not_watched_while_it_is_off(routers: list[Router]) -> None:
     ahead = start(routers, "auto")
-    assert ahead.prefetcher.switch.distance == 0
+    assert ahead.prefetcher.distance == 0
     run_pass(ahead)
     assert ahead.lookahead.is_asleep
     before = num_watched(ahead)
@@ -60,8 +58,8 @@ def test_time_goes_on_and_a_comparison_wakes_it(routers: list[Router]) -> None:
     ahead = start(routers, "auto")
     for _ in range(40):
         run_pass(ahead)
-        assert ahead.lookahead.is_asleep <= (ahead.prefetcher.switch.distance == 0)
-    trial = ahead.prefetcher.switch.trial
+        assert ahead.lookahead.is_asleep <= (ahead.prefetcher.distance == 0)
+    trial = ahead.prefetcher.trial
     assert trial is not None
     assert trial.is_comparing or trial.num_comparisons
     assert any(router.calls for router in routers)

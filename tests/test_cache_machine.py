@@ -27,7 +27,7 @@ from offmoe.checkpoint.expert_index import ReadPlan
 from offmoe.executor.cpu_experts import CpuExperts
 from offmoe.executor.executor import Executor
 from offmoe.prefetch.ahead import AheadOfTime
-from offmoe.prefetch.prefetcher import Prefetcher
+from offmoe.prefetch.controller import PrefetchController
 from offmoe.tiers.copier import CancelledMoveError, Ticket
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Silent:
 
     is_asleep = False
 
-    def __init__(self, prefetcher: Prefetcher) -> None:
+    def __init__(self, prefetcher: PrefetchController) -> None:
         self._prefetcher = prefetcher
 
     def pending(self) -> dict[int, torch.Tensor]:
@@ -160,7 +160,7 @@ class CacheMachine(RuleBasedStateMachine):
     tiny: TinyExperts
     cache: ExpertCache
     executor: Executor
-    prefetcher: Prefetcher
+    prefetcher: PrefetchController
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,13 +176,16 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.pending_bytes() == self.unused_ready_bytes()
         self.opened.close()
 
-    @rule(key=st.sampled_from(KEYS), keep=st.sets(st.sampled_from(KEYS), max_size=3), to_stay=st.booleans())
-    def fetch_ahead(self, key: ExpertKey, keep: set[ExpertKey], to_stay: bool) -> None:
-        """As admission does, past the prefetcher."""
+    @rule(key=st.sampled_from(KEYS), keep=st.sets(st.sampled_from(KEYS), max_size=3), admitted=st.booleans())
+    def fetch_ahead(self, key: ExpertKey, keep: set[ExpertKey], admitted: bool) -> None:
+        """As whoever serves misses elsewhere does, past the prefetcher."""
         if self.cache.ahead_bytes + self.cache.num_bytes(key) > BUDGET_BYTES:
             return
         kept = {k for k in keep if self.cache.is_ready(k)}
-        self.cache.start_ahead(key, keep=keep, to_stay=to_stay)
+        if admitted:
+            self.cache.admit(key)
+            return
+        self.cache.start_ahead(key, keep=keep)
         assert all(self.cache.is_ready(k) for k in kept)
 
     @rule(
@@ -239,12 +242,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.executor.recover()
         self.check_at_rest()
         assert self.cache.ahead_bytes == 0
-        assert self.prefetcher.audit.total().pending == 0
+        assert self.prefetcher.num_pending == 0
 
     def attach(self, cache: ExpertCache, **options: Any) -> None:
         """The engine's own parts around `cache`."""
         self.cache = cache
-        self.prefetcher = cache.books.listener = Prefetcher(cache, budget_bytes=BUDGET_BYTES, mode=2)
+        self.prefetcher = PrefetchController(cache, budget_bytes=BUDGET_BYTES, mode=2)
         ahead = AheadOfTime(cast("Lookahead", Silent(self.prefetcher)), self.prefetcher, order=range(NUM_LAYERS))
         self.executor = Executor(cache, ahead=ahead, **options)
 
@@ -258,7 +261,7 @@ class CacheMachine(RuleBasedStateMachine):
         counters = self.cache.counters
         assert self.cache.ahead_bytes >= 0
         assert counters.ahead_bytes == counters.ahead_used_bytes + counters.ahead_wasted_bytes + self.pending_bytes()
-        assert self.prefetcher.audit.total().pending_bytes <= self.pending_bytes()
+        assert self.prefetcher.num_pending <= len(self.cache.books.unused)
 
     @invariant()
     @precondition(lambda self: hasattr(self, "cache"))

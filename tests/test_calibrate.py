@@ -12,6 +12,7 @@ import torch
 from engines import assert_at_rest, open_tiny, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inline_copier import InlineCopier
 from virtual_machine import Job, Speeds, VirtualMachine
 
 from offmoe.executor.calibrate import measure
@@ -19,7 +20,6 @@ from offmoe.executor.cpu_rows import CpuRows
 from offmoe.executor.measured import NUM_ROWS
 from offmoe.tiers.copier import Part, count_bytes
 from offmoe.tiers.device import SimulatedDevice
-from offmoe.tiers.inline import InlineCopier
 
 EXPERT_BYTES, NUM_EXPERTS = 64 << 10, 4
 

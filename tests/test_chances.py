@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from prefetch_fakes import EXPERT_BYTES, FakeCache, check_prefetcher
+from prefetch_fakes import EXPERT_BYTES, FakeCache, check_ledger, fates
 from virtual_machine import Speeds, VirtualMachine
 
 from offmoe.base.keys import ExpertKey
 from offmoe.base.trial import Trial
 from offmoe.prefetch.chances import COMMON_TRIES, HALVE_AFTER, PRIOR_CHANCE, Chances, is_worth
-from offmoe.prefetch.prefetcher import Prefetcher
-from offmoe.prefetch.switch import WINDOW_CALLS, Switch
+from offmoe.prefetch.controller import PrefetchController
 
 
 def learn(chances: Chances, layer_idx: int, distance: int, rank: int, share: float, tries: int, seed: int = 0) -> None:
@@ -71,13 +70,14 @@ def test_a_fetch_is_worth_it_when_what_it_saves_is_more_than_what_it_costs(
     assert is_worth(chance, price) is worth
 
 
-def make(*, busy: float = 0.0, far_when_idle: bool = True) -> tuple[FakeCache, Prefetcher]:
+def make(*, busy: float = 0.0, far_when_idle: bool = True) -> tuple[FakeCache, PrefetchController]:
     machine = VirtualMachine(Speeds(link=EXPERT_BYTES), chunk_bytes=EXPERT_BYTES / 4)
     cache = FakeCache(machine, num_slots=12, num_layers=4)
-    switch = Switch("auto", distances=(3,), trial=Trial((3, 0), first_after=10**9))
-    prefetcher = Prefetcher(cache, budget_bytes=4 * EXPERT_BYTES, switch=switch, far_when_idle=far_when_idle)
-    prefetcher.audit.busy = busy
-    cache.listener = prefetcher
+    trial = Trial((3, 0), first_after=10**9)
+    prefetcher = PrefetchController(
+        cache, budget_bytes=4 * EXPERT_BYTES, furthest=3, trial=trial, far_when_idle=far_when_idle
+    )
+    prefetcher.busy = busy
     return cache, prefetcher
 
 
@@ -85,7 +85,7 @@ def started(cache: FakeCache) -> list[tuple[int, int]]:
     return [(key.layer_idx, key.expert_idx) for what, key in cache.log if what == "ahead"]
 
 
-def teach(prefetcher: Prefetcher, layer_idx: int, distance: int, shares: list[float]) -> None:
+def teach(prefetcher: PrefetchController, layer_idx: int, distance: int, shares: list[float]) -> None:
     assert prefetcher.chances is not None
     for rank, share in enumerate(shares):
         learn(prefetcher.chances, layer_idx, distance, rank, share, 300)
@@ -98,7 +98,7 @@ def test_only_what_is_worth_it_is_fetched_and_it_may_lie_beyond_the_routers_choi
     prefetcher.pump()
     assert started(cache) == [(1, 5), (1, 3)]
     assert set(prefetcher.wanted) == {ExpertKey(1, 5), ExpertKey(1, 4), ExpertKey(1, 3)}  # kept, where it is cached
-    check_prefetcher(prefetcher, cache.unused, 4 * EXPERT_BYTES)
+    check_ledger(prefetcher, 4 * EXPERT_BYTES)
 
 
 def test_where_the_model_waits_most_of_the_time_only_sure_guesses_are_fetched() -> None:
@@ -135,10 +135,10 @@ def test_far_layers_are_not_guessed_while_something_nearer_is_queued() -> None:
     cache, prefetcher = make()
     prefetcher.demand_begins()
     prefetcher.want(1, [0], distance=1, num_sure=1)
-    assert [prefetcher.is_on(layer, layer) for layer in (1, 2, 3)] == [True, False, False]
+    assert [prefetcher.is_on(distance) for distance in (1, 2, 3)] == [True, False, False]
     prefetcher.demand_ends()
     prefetcher.pump()
-    assert started(cache) == [(1, 0)] and prefetcher.is_on(2, 2)
+    assert started(cache) == [(1, 0)] and prefetcher.is_on(2)
 
 
 def test_a_better_guess_takes_back_what_an_earlier_one_had_queued() -> None:
@@ -148,10 +148,10 @@ def test_a_better_guess_takes_back_what_an_earlier_one_had_queued() -> None:
     prefetcher.want(2, [0, 3], distance=1, num_sure=2)  # (2, 1) has not begun
     prefetcher.pump()
     assert [key for what, key in cache.log if what == "cancel"] == [ExpertKey(2, 1)]
-    assert prefetcher.audit.layer(2, 2).cancelled == 1 and prefetcher.audit.layer(2, 1).started == 1
+    assert fates(prefetcher) == (0, 1) and started(cache)[-1] == (2, 3)
 
 
-def test_the_books_tell_distances_apart_and_add_up() -> None:
+def test_the_ledger_has_what_was_right_and_what_was_wrong() -> None:
     cache, prefetcher = make(far_when_idle=False)
     prefetcher.want(1, [0], distance=1, num_sure=1)
     prefetcher.want(2, [1], distance=2, num_sure=1)
@@ -161,36 +161,5 @@ def test_the_books_tell_distances_apart_and_add_up() -> None:
     prefetcher.router_spoke(1, [0])
     cache.use(ExpertKey(1, 0))
     prefetcher.router_spoke(2, [5])
-    near, far, total = prefetcher.audit.layer(1, 1), prefetcher.audit.layer(2, 2), prefetcher.audit.total()
-    assert (near.useful, near.wasted, far.useful, far.wasted) == (1, 0, 0, 1)
-    assert (total.useful, total.wasted, total.started) == (1, 1, 2)
-
-
-def test_time_spent_guessing_is_no_loss_where_the_model_waits_afterwards() -> None:
-    _, prefetcher = make()
-    prefetcher.demand_begins()
-    prefetcher.want(1, [0], distance=1, predict_ns=100, num_sure=1)
-    prefetcher.want(2, [0], distance=2, predict_ns=100, num_sure=1)
-    prefetcher.demand_ends(EXPERT_BYTES, 150)
-    prefetcher.want(3, [0], distance=1, predict_ns=100, num_sure=1)
-    parts = [prefetcher.audit.layer(layer, distance) for layer, distance in ((1, 1), (2, 2), (3, 1))]
-    assert [(part.predict_ns, part.predict_hidden_ns) for part in parts] == [(100, 100), (100, 50), (100, 0)]
-
-
-def test_a_layer_is_switched_off_at_the_distance_that_loses_alone() -> None:
-    _, prefetcher = make()
-    switch, audit = prefetcher.switch, prefetcher.audit
-    for _ in range(WINDOW_CALLS):
-        audit.layer(0, 1).hidden_ns += 100
-        audit.layer(0, 3).predict_ns += 100
-        switch.layer_called(0, audit)
-    assert [switch.layer_is_on(0, distance) for distance in (0, 1, 2, 3)] == [True, True, True, False]
-    assert switch.as_dict()["distances_off"] == {"0": [3]} and switch.as_dict()["layers_off"] == []
-
-
-def test_busy_is_the_share_of_passes_that_stood_still() -> None:
-    _, prefetcher = make()
-    for _ in range(200):
-        prefetcher.demand_ends(EXPERT_BYTES, 250_000_000)
-        prefetcher.pass_ended(1.0)
-    assert prefetcher.audit.busy == pytest.approx(0.25, abs=0.01)
+    assert fates(prefetcher) == (1, 1) and cache.counters.ahead_bytes == 2 * EXPERT_BYTES
+    check_ledger(prefetcher, 4 * EXPERT_BYTES)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from inline_copier import InlineCopier
 from makers import one_line
 
 from offmoe.base.errors import BudgetError, DeviceError, UsageError
 from offmoe.tiers.cuda import as_device_error, why_no_cuda
 from offmoe.tiers.device import SLOT_ALIGN_BYTES, DevicePool, SimulatedDevice, open_device
-from offmoe.tiers.inline import InlineCopier
 
 CPU = torch.device("cpu")
 

@@ -103,8 +103,8 @@ def test_a_decode_layer_waits_once_and_a_token_once(
         num_calls = engine.stats()["layer_calls"] - before["layer_calls"]
         after = engine.stats()
         assert after["misses"] > before["misses"]
-        # Times are read when the host waits anyway.
-        assert (after["link_stall_ns"] > before["link_stall_ns"]) == (miss == "stream")
+        # Times are read when the host waits anyway. What the CPU serves may be on its way to the device as well.
+        assert after["link_stall_ns"] > before["link_stall_ns"] or miss == "cpu"
     # One more forward pass than tokens that come from it is queued, if the stream ends after it.
     assert cuda.waits.total() <= num_calls + NUM_NEW, cuda.waits
 

@@ -282,24 +282,25 @@ def test_a_guess_is_kept_until_its_layer_has_run_and_then_goes_first(opened: Ope
     assert opened.cached() == {B, D, E}
 
 
-def test_an_expert_fetched_to_stay_is_no_guess(opened: Opened) -> None:
-    """Its layer may run without it: it waits for a later use, and stays after one. Until then it goes first."""
-    cache = opened.cache
-    load(cache, A, B)
-    assert cache.start_ahead(C, keep=(), to_stay=True)
+def test_an_expert_that_is_served_elsewhere_is_admitted_when_it_is_used_far_more_often(opened: Opened) -> None:
+    """Until then its uses are counted. It is no guess: its layer may run without it, and it waits for a later use."""
+    cache, counts = opened.cache, opened.cache.policy.usage.counts
+    load(cache, A, B, D)  # three slots, each used once
+    assert not cache.admit(C) and not cache.admit(C) and counts[C] == 2
+    assert cache.admit(C) and not cache.admit(E)  # A goes, the oldest; one such copy at a time
     arrive(cache)
+    assert opened.cached() == {B, C, D} and counts[C] == 3
     cache.expire_ahead(C.layer_idx, needed=[A])
     assert cache.counters.ahead_wasted_bytes == 0
     cache.use(C, touch=True)
     cache.release([C])
     assert cache.counters.ahead_used_bytes == cache.num_bytes(C)
-    load(cache, D)  # A goes, the oldest
-    assert opened.cached() == {B, C, D}
-    assert cache.start_ahead(E, keep=(), to_stay=True)  # B goes
-    arrive(cache)
-    load(cache, A)  # E goes, which nobody has used
-    assert opened.cached() == {C, D, A}
-    assert cache.counters.ahead_wasted_bytes == cache.num_bytes(E)
+
+
+def test_what_is_served_elsewhere_takes_free_slots_at_once(opened: Opened) -> None:
+    assert opened.cache.admit(C)
+    arrive(opened.cache)
+    assert opened.cached() == {C} and opened.cache.counters.evictions == 0
 
 
 class FilledDisk(RecordingDisk):

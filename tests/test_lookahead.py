@@ -25,30 +25,23 @@ NUM_LAYERS, NUM_EXPERTS = 4, 10
 class Asked:
     """A prefetcher that writes down what it is told."""
 
-    off: set[int] = field(default_factory=set)
     far: int = 3
     wants: list[tuple[int, list[int], int, bool]] = field(default_factory=list)
     spoken: list[tuple[int, set[int]]] = field(default_factory=list)
-    predict_ns: list[int] = field(default_factory=list)
     sure: list[int | None] = field(default_factory=list)
-    pumps: int = 0
 
-    def is_on(self, layer_idx: int, distance: int = 1) -> bool:
-        return layer_idx not in self.off and distance <= self.far
+    def is_on(self, distance: int = 1) -> bool:
+        return distance <= self.far
 
     def want(
-        self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, predict_ns: int = 0,
-        whole_layer: bool = False, num_sure: int | None = None, hidden_ns: int = 0,
+        self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, whole_layer: bool = False,
+        num_sure: int | None = None,
     ) -> None:  # fmt: skip
         self.sure.append(num_sure)
         self.wants.append((layer_idx, list(expert_ids), distance, whole_layer))
-        self.predict_ns.append(predict_ns)
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         self.spoken.append((layer_idx, set(expert_ids)))
-
-    def pump(self) -> None:
-        self.pumps += 1
 
 
 class Router:
@@ -64,12 +57,12 @@ class Router:
 
 def look(
     asked: Asked, *, routers: list[Router] | None = None, order: Iterable[int] = range(NUM_LAYERS), distance: int = 1,
-    rescore: bool = True, predictions: list[Prediction] | None = None,
+    predictions: list[Prediction] | None = None,
 ) -> Lookahead:  # fmt: skip
     predictors: list[Predictor | None] = list(routers or [Router(i, 9 - i) for i in range(NUM_LAYERS)])
     return Lookahead(
         predictors, asked, order=list(order), num_experts=[NUM_EXPERTS] * NUM_LAYERS, distance=distance,
-        rescore=rescore, predictions=None if predictions is None else predictions.append,
+        predictions=None if predictions is None else predictions.append,
     )  # fmt: skip
 
 
@@ -92,8 +85,6 @@ def test_a_state_asks_the_next_layers_router() -> None:
     ahead.look(1)
     assert asked.wants == [(2, [2, 7], 1, False)]
     assert told == [Prediction(2, (2, 7), 1, False)]
-    assert asked.pumps == 0  # layer 1's own experts are not held yet
-    assert asked.predict_ns[0] > 0
 
 
 @pytest.mark.parametrize(("distance", "targets"), [(1, [3]), (2, [3, 1]), (3, [3, 1, 2])])
@@ -109,31 +100,19 @@ def test_nothing_comes_after_the_last_layer() -> None:
     assert asked.wants == []
 
 
-def test_the_layers_input_asks_its_own_router_again_and_starts_at_once() -> None:
-    asked = Asked()
-    ahead = look(asked)
-    ahead.observe_input(2, state())
-    assert asked.wants == [(2, [2, 7], 0, False)]
-    assert asked.pumps == 1
-    look(asked, rescore=False).observe_input(2, state())
-    assert len(asked.wants) == 1
-
-
-def test_a_layer_that_is_off_costs_no_router_call() -> None:
-    asked, routers = Asked(off={1}), [Router(0), Router(1), Router(2), Router(3)]
+def test_a_distance_that_is_off_costs_no_router_call() -> None:
+    asked, routers = Asked(far=1), [Router(0), Router(1), Router(2), Router(3)]
     ahead = look(asked, routers=routers, distance=2)
     reach(ahead, 0, state())
-    ahead.observe_input(1, state())
-    assert [router.calls for router in routers] == [0, 0, 1, 0]
-    asked.far = 1
+    assert [router.calls for router in routers] == [0, 1, 0, 0]
+    asked.far = 2
     reach(ahead, 0, state())
-    assert routers[2].calls == 1
+    assert [router.calls for router in routers] == [0, 2, 1, 0]
 
 
 def test_a_layer_without_predictor_is_left_alone() -> None:
     asked = Asked()
     ahead = Lookahead([None, lambda state_TD: None], asked, order=[0, 1], num_experts=[4, 4])
-    ahead.observe_input(0, state())
     reach(ahead, 0, state())
     assert asked.wants == []
     assert repr(ahead) == "<Lookahead [1 of 2 layers predicted, 0 pending]>"
@@ -143,13 +122,12 @@ def test_a_prefill_that_touches_nearly_all_wants_whole_layers_and_asks_no_router
     asked, routers = Asked(), [Router(0), Router(1), Router(2), Router(3)]
     ahead = look(asked, routers=routers)
     for layer_idx in (0, 1):
-        ahead.observe_input(layer_idx, state(64))
         ahead.observe_state(layer_idx, state(64))
         ahead.router_spoke(layer_idx, range(9))  # 9 of 10
         ahead.look(layer_idx)
     everything = list(range(NUM_EXPERTS))
-    assert asked.wants == [(0, [0], 0, False), (1, everything, 1, True), (2, everything, 1, True)]
-    assert [router.calls for router in routers] == [1, 0, 0, 0]
+    assert asked.wants == [(1, everything, 1, True), (2, everything, 1, True)]
+    assert not any(router.calls for router in routers)
 
 
 def test_what_a_prefill_touched_says_nothing_of_the_token_after_it() -> None:
@@ -158,9 +136,8 @@ def test_what_a_prefill_touched_says_nothing_of_the_token_after_it() -> None:
     ahead.observe_state(3, state(64))
     ahead.router_spoke(3, range(10))
     ahead.look(3)
-    ahead.observe_input(0, state(1))
     reach(ahead, 0, state(1))
-    assert [whole for *_, whole in asked.wants] == [False, False]
+    assert [whole for *_, whole in asked.wants] == [False]
 
 
 def test_a_short_prompt_wants_the_union() -> None:
@@ -176,8 +153,6 @@ def test_on_a_device_ids_wait_for_the_executors_own_copy() -> None:
     """The meta device stands for one whose numbers the host cannot read: nothing here tries."""
     asked = Asked()
     ahead = look(asked, distance=2)
-    ahead.observe_input(0, state(3, "meta"))
-    assert not ahead.pending()
     ahead.observe_state(0, state(3, "meta"))
     assert asked.wants == []
     assert {layer: (ids.shape, ids.device.type) for layer, ids in ahead.pending().items()} == {
@@ -212,7 +187,7 @@ def test_asleep_it_looks_at_nothing() -> None:
     assert asked.wants
 
 
-def test_the_router_is_passed_on_for_the_audit() -> None:
+def test_the_routers_choice_is_passed_on() -> None:
     asked = Asked()
     look(asked).router_spoke(1, [3, 3, 5])
     assert asked.spoken == [(1, {3, 5})]
@@ -236,7 +211,7 @@ def test_ranking_names_each_touched_expert_once(ids_TK: list[list[int]]) -> None
 
 
 def test_over_a_real_model() -> None:
-    """Hooks, predictors and lookahead together: every layer but the first is asked for twice, and rightly at last."""
+    """Hooks, predictors and lookahead together: every layer but the first is asked for once."""
     model, asked = build("deepseek_v4"), Asked()
     found = map_routing(model)
     ahead = Lookahead(found.predictors, asked, order=found.order, num_experts=[8] * len(found.layers))
@@ -247,5 +222,5 @@ def test_over_a_real_model() -> None:
         model(input_ids=torch.tensor([[17]]))
     hooks.remove()
     asked_for = [(layer, distance) for layer, _, distance, _ in asked.wants]
-    assert asked_for == [(0, 0), (1, 1), (1, 0), (2, 1), (2, 0), (3, 1), (3, 0)]
+    assert asked_for == [(1, 1), (2, 1), (3, 1)]
     assert all(len(set(ids)) == 2 for _, ids, _, _ in asked.wants)

@@ -1,4 +1,4 @@
-"""Copies, experts and attention overlap: the real executor, prefetcher and arbiter in virtual time, to the last bit.
+"""Copies, experts and attention overlap: the real parts in virtual time, to the last bit.
 
 Bounds are computed from a trace alone: what its misses take on the link, what its experts take on the device.
 
@@ -15,14 +15,14 @@ from functools import cache
 import pytest
 import torch
 from executor_cases import MATH
+from inline_copier import InlineCopier
 from makers import TinyExperts, make_tiny_experts
 from two_tiers import open_two_tiers
 from virtual_device import DEVICE_SPEED, EXPERT_BYTES, Engine, Machine, Pass, make_pass, open_engine
 
 from offmoe.executor.decide import Mode
 from offmoe.executor.executor import Executor
-from offmoe.prefetch.switch import Mode as PrefetchMode
-from offmoe.tiers.inline import InlineCopier
+from offmoe.prefetch.controller import Mode as PrefetchMode
 
 NUM_EXPERTS, TOP_K = 16, 4
 DEEP, SHALLOW = 24, 4
@@ -176,7 +176,7 @@ def test_outputs_are_those_without_overlap(
         assert all(torch.equal(*pair) for pair in zip(engine.outputs, expected, strict=True))
 
 
-# --- the arbiter
+# --- misses
 
 
 def placed_s(tiny: TinyExperts, ratio: float, miss: Mode, error: float = 1.0) -> float:
@@ -184,6 +184,32 @@ def placed_s(tiny: TinyExperts, ratio: float, miss: Mode, error: float = 1.0) ->
     shape = Machine(link=ratio / 4, cpu=1 / 4, device_slots=96, attention_s=EXPERT_S, computes=False, blocking=False)
     with open_engine(tiny, shape, miss=miss, error=error) as engine:
         return engine.run(decode(100, stay=0.5, skew=1.0))
+
+
+def served_by_the_cpu(
+    tiny: TinyExperts, miss: Mode, *, skew: float, num_passes: int = 150
+) -> tuple[float, float, float]:
+    """Seconds, hit rate of the last third, and experts copied for each that was missed, from an empty device."""
+    shape = Machine(link=0.125, cpu=0.25, device_slots=24, attention_s=EXPERT_S, computes=False, blocking=False)
+    passes = decode(num_passes, num_layers=SHALLOW, skew=skew)
+    with open_engine(tiny, shape, miss=miss) as engine:
+        counters = engine.two.cache.counters
+        seconds = engine.run(passes[: -num_passes // 3])
+        before = counters.copy()
+        seconds += engine.run(passes[-num_passes // 3 :])
+        return seconds, counters.copy().minus(before).hit_rate, counters.link_copies / counters.misses
+
+
+def test_the_device_adapts_though_the_cpu_serves(shallow: TinyExperts) -> None:
+    """Experts that are used far more often than others come to the device, and stay."""
+    _, stream_hits, _ = served_by_the_cpu(shallow, Mode.STREAM, skew=1.0)
+    _, cpu_hits, copied = served_by_the_cpu(shallow, Mode.CPU, skew=1.0)
+    assert cpu_hits > stream_hits and copied < 0.1, f"{cpu_hits=} {stream_hits=} {copied=}"
+
+
+def test_where_all_experts_are_used_alike_next_to_nothing_is_copied(shallow: TinyExperts) -> None:
+    _, _, copied = served_by_the_cpu(shallow, Mode.CPU, skew=0.0)
+    assert copied < 0.05, f"{copied=}"
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -237,18 +263,18 @@ def test_prefetching_gains_15_percent_where_the_link_is_the_bottleneck_and_idle(
 
 
 def passes_compared_twice(engine: Engine, passes: Sequence[Pass]) -> int:
-    """Token passes after which both the arbiter and the prefetcher were comparing."""
-    assert engine.arbiter is not None and engine.switch is not None and engine.switch.trial is not None
+    """Token passes after which both the scheduler and the prefetcher were comparing."""
+    assert engine.scheduler is not None and engine.prefetcher is not None and engine.prefetcher.trial is not None
     seen = []
     for each in passes:
         engine.run_pass(each)
-        seen.append((engine.arbiter.trial.is_comparing, engine.switch.trial.is_comparing))
-    assert any(arbiter for arbiter, _ in seen) and any(switch for _, switch in seen)
-    return sum(arbiter and switch for arbiter, switch in seen)
+        seen.append((engine.scheduler.trial.is_comparing, engine.prefetcher.trial.is_comparing))
+    assert any(misses for misses, _ in seen) and any(ahead for _, ahead in seen)
+    return sum(misses and ahead for misses, ahead in seen)
 
 
 @pytest.mark.parametrize("take_turns", [True, False])
-def test_arbiter_and_prefetcher_compare_one_at_a_time(shallow: TinyExperts, take_turns: bool) -> None:
+def test_misses_and_prefetching_compare_one_at_a_time(shallow: TinyExperts, take_turns: bool) -> None:
     passes = decode(500, num_layers=SHALLOW, stay=0.5, skew=0.7, accuracy=0.8)
     shape = Machine(link=0.25, cpu=0.5, device_slots=24, attention_s=4 * EXPERT_S, computes=False, blocking=False)
     with open_engine(shallow, shape, prefetch="auto", miss=Mode.AUTO, take_turns=take_turns) as engine:

@@ -1,4 +1,4 @@
-"""The prefetcher, driven through anything in any order; `check_prefetcher` is for other machines, too."""
+"""The prefetcher, driven through anything in any order; `check_ledger` is for other machines, too."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from prefetch_fakes import EXPERT_BYTES, FakeCache, check_prefetcher
+from prefetch_fakes import EXPERT_BYTES, FakeCache, check_ledger
 from virtual_machine import Speeds, VirtualMachine
 
 from offmoe.base.keys import ExpertKey
-from offmoe.prefetch.prefetcher import Prefetcher
+from offmoe.prefetch.controller import PrefetchController
 
 NUM_LAYERS, NUM_EXPERTS = 3, 6
 layers = st.integers(0, NUM_LAYERS - 1)
@@ -29,16 +29,15 @@ class PrefetcherMachine(RuleBasedStateMachine):
         self.cache = FakeCache(self.machine, num_slots=num_slots, num_layers=NUM_LAYERS)
         self.whole_layers = whole
         self.budget_bytes = None if whole else budget * EXPERT_BYTES
-        self.prefetcher = Prefetcher(self.cache, budget_bytes=budget * EXPERT_BYTES, mode=2)
-        self.cache.listener = self.prefetcher
+        self.prefetcher = PrefetchController(self.cache, budget_bytes=budget * EXPERT_BYTES, mode=2)
         self.wanted: dict[int, set[int]] = {}  # what each layer may have started and queued
         self.age: dict[int, int] = {}
         self.is_demand_waiting = False
         self.held: list[ExpertKey] = []
 
-    @rule(layer_idx=layers, ids=experts, distance=st.integers(0, 3))
+    @rule(layer_idx=layers, ids=experts, distance=st.integers(1, 3))
     def want(self, layer_idx: int, ids: list[int], distance: int) -> None:
-        self.prefetcher.want(layer_idx, ids, distance=distance, predict_ns=1, whole_layer=self.whole_layers)
+        self.prefetcher.want(layer_idx, ids, distance=distance, whole_layer=self.whole_layers)
         self.wanted[layer_idx] = set(ids) if self.whole_layers or distance <= 2 else set()
         self.age[layer_idx] = -distance
 
@@ -83,7 +82,7 @@ class PrefetcherMachine(RuleBasedStateMachine):
                 if coming is None:  # every slot is held or filling
                     continue
                 self.cache.finish(coming)
-                self.prefetcher.demand_ends(EXPERT_BYTES, 1000)
+                self.prefetcher.demand_ends(1000)
                 self.is_demand_waiting = False
             self.held.append(key)
         moved = [key for what, key in self.cache.log if what in {"ahead", "demand"}]
@@ -118,12 +117,12 @@ class PrefetcherMachine(RuleBasedStateMachine):
         self.prefetcher.reset()
         self.held, self.is_demand_waiting = [], False
         self.wanted, self.age = {}, {}
-        assert self.prefetcher.audit.total().pending == 0
+        assert self.prefetcher.num_pending == 0
 
     @invariant()
     def books_agree(self) -> None:
         if hasattr(self, "prefetcher"):
-            check_prefetcher(self.prefetcher, [*self.cache.unused], self.budget_bytes)
+            check_ledger(self.prefetcher, self.budget_bytes)
             expected = {ExpertKey(layer, expert) for layer, ids in self.wanted.items() for expert in ids}
             assert set(self.prefetcher.wanted) == expected
 
@@ -136,8 +135,7 @@ def test_everything_wanted_is_started_dropped_or_spoken_for() -> None:
     """Whatever happens to it, a want is gone once layers enough have run."""
     machine = VirtualMachine(Speeds(link=EXPERT_BYTES))
     cache = FakeCache(machine, num_slots=2, num_layers=8)
-    prefetcher = Prefetcher(cache, budget_bytes=EXPERT_BYTES, mode=3)
-    cache.listener = prefetcher
+    prefetcher = PrefetchController(cache, budget_bytes=EXPERT_BYTES, mode=3)
     for layer_idx in range(2, 8):
         prefetcher.want(layer_idx, range(5), distance=layer_idx % 3 + 1)
     order: Sequence[int] = [0, 1, 0, 1, 0, 1]
@@ -145,4 +143,4 @@ def test_everything_wanted_is_started_dropped_or_spoken_for() -> None:
         prefetcher.router_spoke(layer_idx, [0])
         prefetcher.pump()
         machine.advance(0.5)
-    assert not prefetcher.wanted and repr(prefetcher).startswith("<Prefetcher [0 queued")
+    assert not prefetcher.wanted and repr(prefetcher).startswith("<PrefetchController 3 [distance 3 | 0 queued")

@@ -10,29 +10,23 @@ import pytest
 import torch
 from interrupts import Interrupt
 from makers import NUM_EXPERTS, NUM_LAYERS, Opened, TinyExperts, failing_reads, open_cache
-from prefetch_fakes import EXPERT_BYTES, check_prefetcher
+from prefetch_fakes import EXPERT_BYTES, check_ledger
 from prefetch_world import Shape, World
 
 import offmoe
 from offmoe.base.errors import DiskReadError
 from offmoe.base.keys import ExpertKey
 from offmoe.formats.dense import ExpertWeights
-from offmoe.prefetch.prefetcher import Prefetcher
-from offmoe.prefetch.switch import Mode
+from offmoe.prefetch.controller import Mode, PrefetchController
 
 PACKAGE = Path(offmoe.__file__).parent
-INTERRUPTED_FILES = {
-    str(PACKAGE / name)
-    for name in ("prefetch/prefetcher.py", "prefetch/audit.py", "prefetch/switch.py", "base/trial.py")
-}
+INTERRUPTED_FILES = {str(PACKAGE / name) for name in ("prefetch/controller.py", "prefetch/chances.py", "base/trial.py")}
 A, B, C = (ExpertKey(0, expert) for expert in range(3))
 
 
-def make(opened: Opened, *, mode: Mode = 2, budget: int = 4) -> Prefetcher:
+def make(opened: Opened, *, mode: Mode = 2, budget: int = 4) -> PrefetchController:
     budget_bytes = budget * opened.cache.num_bytes(A)
-    prefetcher = Prefetcher(opened.cache, budget_bytes=budget_bytes, mode=mode)
-    opened.cache.books.listener = prefetcher
-    return prefetcher
+    return PrefetchController(opened.cache, budget_bytes=budget_bytes, mode=mode)
 
 
 def arrive(opened: Opened) -> None:
@@ -73,11 +67,8 @@ def test_whatever_is_predicted_the_weights_are_the_files(tiny: TinyExperts, num_
                 assert torch.equal(torch.cat(weights.down, dim=1), down)
                 prefetcher.pump()
             opened.cache.release(keys)
-            check_prefetcher(prefetcher, opened.cache.books.unused, 4 * opened.cache.num_bytes(A))
-        total = prefetcher.audit.total()
-        assert total.started and total.useful
-        assert opened.cache.counters.ahead_used_bytes == total.useful_bytes
-        assert opened.cache.counters.ahead_wasted_bytes == total.wasted_bytes + total.cancelled_bytes
+            check_ledger(prefetcher, 4 * opened.cache.num_bytes(A))
+        assert 0 < opened.cache.counters.ahead_used_bytes < opened.cache.counters.ahead_bytes
         opened.cache.settle()
         opened.assert_at_rest()
 
@@ -92,7 +83,7 @@ def test_a_prefetched_expert_is_read_once(tiny: TinyExperts) -> None:
         arrive(opened)
         get(opened, B)
         assert len(opened.disk.plans_read) == 2
-        assert prefetcher.audit.total().useful == 2
+        assert opened.cache.counters.ahead_used_bytes == 2 * opened.cache.num_bytes(A)
         opened.cache.release([A, B])
 
 
@@ -110,7 +101,7 @@ def test_a_read_that_fails_ahead_of_time_is_told_on_demand(tiny: TinyExperts) ->
         assert opened.cached() == {A, C}
         get(opened, B)
         opened.cache.release([B])
-        check_prefetcher(prefetcher, opened.cache.books.unused, 4 * opened.cache.num_bytes(A))
+        check_ledger(prefetcher, 4 * opened.cache.num_bytes(A))
         opened.assert_at_rest()
 
 
@@ -121,7 +112,7 @@ def test_after_ctrl_c_anywhere_it_is_at_rest_and_goes_on(mode: Mode) -> None:
     number = 1
     while True:
         world = World(shape)
-        prefetcher = Prefetcher(world.cache, budget_bytes=3 * EXPERT_BYTES, mode=mode)
+        prefetcher = PrefetchController(world.cache, budget_bytes=3 * EXPERT_BYTES, mode=mode)
         world.run(prefetcher, 5)
         try:
             with Interrupt(INTERRUPTED_FILES, number=number):
@@ -132,8 +123,8 @@ def test_after_ctrl_c_anywhere_it_is_at_rest_and_goes_on(mode: Mode) -> None:
         else:
             break
         assert not prefetcher.wanted and not prefetcher.num_pending
-        check_prefetcher(prefetcher, [], 3 * EXPERT_BYTES)
+        check_ledger(prefetcher, 3 * EXPERT_BYTES)
         world.run(prefetcher, 3)
-        check_prefetcher(prefetcher, world.cache.unused, 3 * EXPERT_BYTES)
+        check_ledger(prefetcher, 3 * EXPERT_BYTES)
         number += 7
     assert number > 200

@@ -1,4 +1,4 @@
-"""Beside a device: disk to RAM has a queue, an audit and a switch of its own, and reads while the drive is idle."""
+"""Beside a device: disk to RAM has a queue and a comparison of its own, and reads while the drive is idle."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 from engines import PROMPT, TINY_EXPERTS, leaves_nothing, open_tiny, save_tiny
+from inline_copier import InlineCopier
 from makers import make_tiny_experts
 from two_tiers import TwoTiers, open_two_tiers
 
 import offmoe
 from offmoe.base.keys import ExpertKey
 from offmoe.models import load as load_module
-from offmoe.prefetch.prefetcher import Prefetcher
+from offmoe.prefetch.controller import PrefetchController
 from offmoe.prefetch.two_tiers import BelowDevice, TwoTierPrefetcher
 from offmoe.tiers.device import SimulatedDevice
-from offmoe.tiers.inline import InlineCopier
 
 HOST_SLOTS, DEVICE_SLOTS = 6, 3
 FAR = ExpertKey(1, 2)
@@ -34,18 +34,20 @@ def tiers(tmp_path: Path) -> Iterator[TwoTiers]:
 def attach(tiers: TwoTiers, *, link: int | str = "off", disk: int | str = 3) -> TwoTierPrefetcher:
     """Both prefetchers as models/look_ahead.py makes them, with fixed settings."""
     budget_bytes = 1 << 30
-    over_link = Prefetcher(tiers.cache, budget_bytes=budget_bytes, mode=link)  # type: ignore[arg-type]
-    from_disk = Prefetcher(
+    over_link = PrefetchController(tiers.cache, budget_bytes=budget_bytes, mode=link)  # type: ignore[arg-type]
+    from_disk = PrefetchController(
         BelowDevice(tiers.host, tiers.cache),
         budget_bytes=budget_bytes,
         mode=disk,
         far_when_idle=True,  # type: ignore[arg-type]
     )
-    tiers.cache.books.listener, tiers.host.books.listener = over_link, from_disk
-    read_bytes = tiers.host.num_bytes(FAR)
-    return TwoTierPrefetcher(
-        over_link, from_disk, host=tiers.host, read_bytes=read_bytes, counters=tiers.cache.counters
-    )
+    return TwoTierPrefetcher(over_link, from_disk, host=tiers.host, counters=tiers.cache.counters)
+
+
+def fates(tiers: TwoTiers) -> tuple[int, int, int]:
+    """Experts that RAM read ahead: started, used, for nothing."""
+    counters, size = tiers.host.counters, tiers.host.num_bytes(FAR)
+    return counters.ahead_bytes // size, counters.ahead_used_bytes // size, counters.ahead_wasted_bytes // size
 
 
 def run_layer(tiers: TwoTiers, both: TwoTierPrefetcher, layer_idx: int, *experts: int) -> None:
@@ -74,10 +76,9 @@ def test_a_far_guess_comes_to_ram_alone_and_its_layer_finds_it_there(tiers: TwoT
     assert tiers.host.is_ready(FAR) and not tiers.cache.is_ready(FAR) and not tiers.cache.is_coming(FAR)
     run_layer(tiers, both, FAR.layer_idx, FAR.expert_idx)
     assert tiers.cache.is_ready(FAR)
-    counters, audit = tiers.cache.counters, both.from_disk.audit.total()
+    counters = tiers.cache.counters
     assert (counters.ram_hits, counters.ram_misses) == (1, 0)
-    assert (audit.started, audit.useful, audit.wasted, audit.pending) == (1, 1, 0, 0)
-    assert both.over_link.audit.total().started == 0
+    assert fates(tiers) == (1, 1, 0) and counters.ahead_bytes == 0
     tiers.assert_at_rest()
 
 
@@ -88,8 +89,7 @@ def test_a_wrong_guess_is_wasted_once_its_layer_has_spoken(tiers: TwoTiers) -> N
     both.pump()
     run_layer(tiers, both, 1, 3)
     land(tiers)
-    audit = both.from_disk.audit.total()
-    assert (audit.started, audit.useful) == (1, 0) and audit.wasted + audit.cancelled == 1
+    assert fates(tiers) == (1, 0, 1)
     assert not tiers.host.books.unused
 
 
@@ -104,7 +104,7 @@ def test_what_the_device_has_is_not_read(tiers: TwoTiers) -> None:
     assert not tiers.host.is_ready(FAR) and tiers.cache.is_ready(FAR)
     both.want(1, [2], distance=3)
     both.pump()
-    assert not tiers.host.ahead_bytes and not both.from_disk.audit.total().started
+    assert not tiers.host.ahead_bytes and not tiers.host.counters.ahead_bytes
 
 
 def test_nothing_is_read_ahead_while_something_needed_is_read_but_it_is_while_the_link_is_waited_for(
@@ -123,31 +123,29 @@ def test_nothing_is_read_ahead_while_something_needed_is_read_but_it_is_while_th
     both.demand_begins()  # of the link
     both.pump()
     assert tiers.host.is_coming(FAR) or tiers.host.is_ready(FAR)
-    both.demand_ends(100, 10)
+    both.demand_ends(10)
     land(tiers)
     run_layer(tiers, both, 1, 2)
 
 
-def test_what_reading_costs_is_learnt_from_the_counters_when_the_next_layer_begins(tiers: TwoTiers) -> None:
+def test_how_long_the_disk_was_waited_for_is_read_off_the_counters(tiers: TwoTiers) -> None:
     both = attach(tiers)
-    run_layer(tiers, both, 0, 0)
-    tiers.cache.counters.disk_stall_ns += 5 * tiers.host.num_bytes(FAR)
-    before = both.from_disk.audit.rate.ns_per_byte
-    both.router_spoke(1, [3])
-    assert before == 0 and both.from_disk.audit.rate.ns_per_byte >= 5
+    tiers.cache.counters.disk_stall_ns += 500_000_000
+    both.pass_ended(1.0)
+    assert both.from_disk.busy == 0.5 / 16 and both.over_link.busy == 0
+    both.pass_ended(1.0)
+    assert both.from_disk.busy < 0.5 / 16
     both.reset()
     assert both.is_idle is False and both.from_disk.num_pending == 0
 
 
-def test_a_near_guess_goes_to_both_where_both_are_on_and_is_charged_to_the_link(tiers: TwoTiers) -> None:
+def test_a_near_guess_goes_to_both_where_both_are_on(tiers: TwoTiers) -> None:
     both = attach(tiers, link=1)
     both.router_spoke(0, [0])
-    both.want(1, [2], distance=1, predict_ns=7)
-    both.want(2, [2], distance=2, predict_ns=9)
-    assert both.is_on(1) and both.is_on(2, 3) and not attach(tiers, disk="off").is_on(2, 3)
-    near, far = both.over_link.audit, both.from_disk.audit
-    assert near.layer(1, 1).predict_ns == 7 and far.layer(1, 1).predict_ns == 0
-    assert near.layer(2, 2).predict_ns == 0 and far.layer(2, 2).predict_ns == 9
+    both.want(1, [2], distance=1)
+    both.want(2, [2], distance=2)
+    assert both.is_on(1) and both.is_on(3) and not attach(tiers, disk="off").is_on(3)
+    assert set(both.over_link.wanted) == {FAR} and set(both.from_disk.wanted) == {FAR, ExpertKey(2, 2)}
     assert both.as_dict()["disk"] == both.from_disk.as_dict()
 
 
@@ -177,11 +175,11 @@ def test_an_engine_whose_ram_lacks_experts_reads_ahead_and_says_the_same(
         with open_tiny(folder, prefetch="auto", **options) as engine:
             ahead = engine._parts.serving.ahead
             assert ahead is not None and isinstance(ahead.prefetcher, TwoTierPrefetcher)
-            switch = ahead.prefetcher.from_disk.switch
-            assert switch.trial is not None
-            switch.trial.prefer(3)
-            switch.distance = 3
+            from_disk = ahead.prefetcher.from_disk
+            assert from_disk.trial is not None
+            from_disk.trial.prefer(3)
+            from_disk.distance = 3
             assert ids(engine) == expected
             stats = engine.stats()
-            assert stats["prefetch"]["disk"]["total"]["started"] > 0
+            assert stats["prefetch"]["disk"]["ahead_bytes"] > 0
             assert stats["ram_misses"] > 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from inline_copier import InlineCopier
 
 from offmoe.base.errors import UsageError
 from offmoe.base.files import PendingFile
@@ -34,7 +35,6 @@ from offmoe.executor.speeds import FORMATS, TURNED, TURNED_OFF_LINES, drive_spee
 from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.report import probe_layers
 from offmoe.report.probe import measure_drive, run_probe
-from offmoe.tiers.inline import InlineCopier
 
 COSTS = LayerCosts(whole_s=1e-4, whole_token_s=1e-3, modules_s=5e-4, token_s=2e-3, watched_s=0.0, fetch_s=1e-4)
 RECORD = MachineRecord(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,7 +54,6 @@ def open_two_tiers(
     host_slots: int,
     device_slots: int,
     disk_type: type[RecordingDisk] = RecordingDisk,
-    clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> Iterator[TwoTiers]:
     """Closed afterwards, the copier too."""
     index = CheckpointIndex.open(tiny.folder)
@@ -64,11 +62,11 @@ def open_two_tiers(
     host_pool = HostPool(num_slots=host_slots, slot_bytes=experts.slot_bytes(direct=disk.direct))
     host_source = DiskSource(experts, host_pool, disk)
     num_layers = len(experts.layers)
-    host = ExpertCache(host_slots, num_layers, host_source, make_policy("lru"), host_counters, clock_ns=clock_ns)
+    host = ExpertCache(host_slots, num_layers, host_source, make_policy("lru"), host_counters)
     pool = SimulatedDevice(bytes_per_s=1e12).make_pool(device_slots, device_slot_bytes(experts))
     layouts = [layout_of(layer) for layer in experts.layers]
     link = LinkSource(experts, layouts, host, host_source, pool, copier, counters)
-    cache = ExpertCache(device_slots, num_layers, link, make_policy("lru"), counters, clock_ns=clock_ns)
+    cache = ExpertCache(device_slots, num_layers, link, make_policy("lru"), counters)
     try:
         yield TwoTiers(tiny, index, experts, disk, host, cache, link, copier)
     finally:

@@ -1,4 +1,4 @@
-"""The real executor, caches, lookahead, prefetcher and arbiter on a machine in virtual time.
+"""The real executor, caches, lookahead, prefetcher and scheduler of misses on a machine in virtual time.
 
 Copies are jobs on the machine's link, experts jobs on its device or its CPU; bytes are really moved and rows really
 computed, so time and results are both checked. A slot holds NaN until its copy has ended.
@@ -28,22 +28,20 @@ from virtual_machine import CancelledJobError, Job, Lane, Speeds, VirtualMachine
 
 from offmoe.base.costs import Costs
 from offmoe.base.trial import Turns
-from offmoe.executor.admission import Admission
-from offmoe.executor.arbiter import Arbiter
 from offmoe.executor.cpu_experts import CpuExperts, Group
 from offmoe.executor.decide import Mode
 from offmoe.executor.executor import Executor
-from offmoe.executor.misses import AdmissionFates, AheadFates, MissPlacer
+from offmoe.executor.misses import MissPlacer
 from offmoe.executor.resident import preload
 from offmoe.executor.rows import Computed, ReferenceRows
+from offmoe.executor.scheduler import MissScheduler
 from offmoe.executor.stalls import StreamStalls
 from offmoe.kernels.reference import ExpertMath
 from offmoe.models.look_ahead import most_ahead
 from offmoe.prefetch.ahead import AheadOfTime
+from offmoe.prefetch.controller import Mode as PrefetchMode
+from offmoe.prefetch.controller import PrefetchController
 from offmoe.prefetch.lookahead import Lookahead
-from offmoe.prefetch.prefetcher import Prefetcher
-from offmoe.prefetch.switch import Mode as PrefetchMode
-from offmoe.prefetch.switch import Switch
 from offmoe.tiers.copier import CancelledMoveError, Part, check_parts, count_bytes, move_bytes
 
 POISON = 0xFF
@@ -243,8 +241,8 @@ class Engine:
     two: TwoTiers
     executor: Executor
     ahead: AheadOfTime | None = None
-    arbiter: Arbiter | None = None
-    switch: Switch | None = None
+    scheduler: MissScheduler | None = None
+    prefetcher: PrefetchController | None = None
     outputs: list[torch.Tensor] = field(default_factory=list)
     now: Pass | None = None
 
@@ -260,8 +258,6 @@ class Engine:
         self.now = each
         lookahead = self.ahead.lookahead if self.ahead is not None else None
         for layer_idx, ids_TK in enumerate(each.ids):
-            if lookahead is not None and self.stream.blocking:
-                lookahead.observe_input(layer_idx, each.x_TD)
             self.stream.queue(self.shape.attention_s * DEVICE_SPEED)
             if lookahead is not None:
                 lookahead.observe_state(layer_idx, each.x_TD if self.stream.blocking else each.x_TD.to("meta"))
@@ -272,13 +268,11 @@ class Engine:
 
     def _learn_ids(self, each: Pass) -> None:
         """The host waits for what the router chose. Not blocking: as `Executor` does for ids that are on a device."""
-        begin_s = self.machine.now_s
         self.stream.synchronize()
         self.executor.read_stalls()
-        waited_ns = round((self.machine.now_s - begin_s) * 1e9)
         for layer_idx in self.ahead.pending() if self.ahead is not None else ():
             assert self.ahead is not None
-            waited_ns -= self.ahead.take(layer_idx, each.guesses[layer_idx].tolist(), free_ns=waited_ns)
+            self.ahead.take(layer_idx, each.guesses[layer_idx].tolist())
 
     @property
     def num_experts(self) -> int:
@@ -315,8 +309,8 @@ def open_engine(
     tiny: TinyExperts, shape: Machine, *, prefetch: PrefetchMode = "off", miss: Mode = Mode.STREAM,
     take_turns: bool = True, error: float = 1.0,
 ) -> Iterator[Engine]:  # fmt: skip
-    """All experts are in RAM, none on the device; the clock is at zero. The arbiter is told that the link is `error`
-    times as fast as it is, and the CPU as much slower.
+    """All experts are in RAM, none on the device; the clock is at zero. The scheduler is told that the link is
+    `error` times as fast as it is, and the CPU as much slower.
     """
     link, cpu = shape.link * DEVICE_SPEED, shape.cpu * DEVICE_SPEED
     speeds = Speeds(link=link, cpu=cpu, device=DEVICE_SPEED, link_beside_cpu=link / 1.15, cpu_beside_link=cpu / 1.3)
@@ -325,7 +319,6 @@ def open_engine(
     num_experts = len(tiny.tensors) // len(MATRICES)
     with open_two_tiers(
         tiny, VirtualCopier(stream), host_slots=num_experts, device_slots=shape.device_slots,
-        clock_ns=lambda: int(machine.now_s * 1e9),
     ) as two:  # fmt: skip
         preload(two.host, list(two.experts.keys()), lambda done, total: None)
         rows = VirtualRows(stream, computes=shape.computes)
@@ -338,8 +331,9 @@ def open_engine(
             _place_misses(engine, miss, error)
         if prefetch != "off":
             _fetch_ahead(engine, prefetch)
-        if take_turns and engine.arbiter is not None and engine.switch is not None and engine.switch.trial is not None:
-            engine.switch.trial.turns = engine.arbiter.trial.turns = Turns(engine.switch.trial)
+        trial = engine.prefetcher.trial if engine.prefetcher is not None else None
+        if take_turns and engine.scheduler is not None and trial is not None:
+            trial.turns = engine.scheduler.trial.turns = Turns(trial)
         yield engine
         machine.drain()
         two.link.poll()
@@ -359,24 +353,19 @@ def _place_misses(engine: Engine, mode: Mode, error: float) -> None:
     engine.executor.cpu = cpu = CpuExperts(two.host, two.link.settle)
     cpu.close()
     cpu._thread = cast("Any", VirtualThread(engine.machine.cpu, computes=engine.shape.computes))
-    admission = Admission(expert_bytes=EXPERT_BYTES)
-    engine.arbiter = Arbiter(costs, mode=mode, admission=admission, clock=engine.machine.clock)
-    engine.executor.placer = MissPlacer(engine.arbiter, two.cache, two.host, bytes_per_weight=4)
-    two.cache.books.listener = AdmissionFates(engine.arbiter)
+    engine.scheduler = MissScheduler(costs, mode=mode, clock=engine.machine.clock)
+    engine.executor.placer = MissPlacer(engine.scheduler, two.cache, two.host, bytes_per_weight=4)
 
 
 def _fetch_ahead(engine: Engine, mode: PrefetchMode) -> None:
     """As models/serving.py does."""
     two, num_layers = engine.two, engine.num_layers
     num_ahead = most_ahead(two.cache.num_slots, engine.shape.top_k, from_disk=False)
-    engine.switch = Switch(mode)
-    prefetcher = Prefetcher(two.cache, budget_bytes=num_ahead * EXPERT_BYTES, switch=engine.switch)
-    books = two.cache.books
-    books.listener = prefetcher if books.listener is None else AheadFates(books.listener, prefetcher)
+    prefetcher = PrefetchController(two.cache, budget_bytes=num_ahead * EXPERT_BYTES, mode=mode)
+    engine.prefetcher = prefetcher
     lookahead = Lookahead(
         [partial(engine.guess, layer_idx) for layer_idx in range(num_layers)], prefetcher, order=range(num_layers),
         num_experts=[engine.num_experts] * num_layers, distance=mode if isinstance(mode, int) else 1,
-        clock_ns=lambda: int(engine.machine.now_s * 1e9),
     )  # fmt: skip
     clock = engine.machine.clock
     engine.ahead = engine.executor.ahead = AheadOfTime(lookahead, prefetcher, order=range(num_layers), clock=clock)

@@ -79,7 +79,7 @@ def complete_config(config: EngineConfig, facts: Facts) -> Complete:
         settle(
             "miss", "auto", "link and CPU are measured at load" if on_device else "RAM is where experts are computed"
         )
-    settle("prefetch", "auto", "on while it saves time, measured layer by layer")
+    settle("prefetch", "auto", "on while it saves time, compared with doing nothing")
     settle("policy", "auto", "chosen while it runs")
     return Complete(config=replace(config, **values), reasons=reasons)  # type: ignore[arg-type]
 

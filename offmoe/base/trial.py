@@ -132,7 +132,7 @@ class Trial(Generic[Setting]):
         self._cost = cost if not self._cost else self._cost + SMOOTHING * (cost - self._cost)
         self._left -= 1
         surprised = self._cost_then and self._cost > SURPRISE_FACTOR * self._cost_then
-        if (self._left <= 0 or surprised) and self._can_afford():
+        if surprised or (self._left <= 0 and self._can_afford()):
             self._begin()
 
     @property
@@ -141,7 +141,9 @@ class Trial(Generic[Setting]):
         return self._max_rounds * 2 * len(self._settings) * self._block
 
     def _can_afford(self) -> bool:
-        """The first comparison is on credit, the others wait until what was lost, and will be, is a small share."""
+        """The first comparison is on credit, as is one after a surprise, when the choice itself may be what has become
+        dear. The others wait until what was lost, and will be, is a small share.
+        """
         return not self.num_comparisons or self.lost_s + self._last_lost_s <= self._max_share * self.total_s
 
     def _begin(self) -> None:

@@ -1,22 +1,11 @@
-"""The books of fetches ahead of time: each is begun once and ends once, used or wasted. Keys and integers only."""
+"""The ledger of fetches ahead of time: each is begun once and ends once, used or wasted. Keys and integers only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
-
-
-class AheadListener(Protocol):
-    """Is told once of each fetch ahead of time how it ended."""
-
-    def used_ahead(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
-        """It was used; `late`: it was still under way and waited for."""
-
-    def wasted_ahead(self, key: ExpertKey) -> None:
-        """It was not used: evicted, taken back, failed, or its layer ran without it."""
 
 
 class AheadBooks:
@@ -32,7 +21,6 @@ class AheadBooks:
         self.unused: set[ExpertKey] = set()
         self.guesses: set[ExpertKey] = set()
         self.under_way_bytes = 0
-        self.listener: AheadListener | None = None
         self._counters, self._num_bytes = counters, num_bytes
 
     def began(self, key: ExpertKey, *, is_guess: bool) -> None:
@@ -48,13 +36,11 @@ class AheadBooks:
         if key in self.unused:
             self.under_way_bytes -= self._num_bytes(key)
 
-    def used(self, key: ExpertKey, *, late: bool, waited_ns: int) -> None:
+    def used(self, key: ExpertKey) -> None:
         """`key` is used; news only where it was fetched ahead and not used before."""
         if key in self.unused:
             self._forget(key)
             self._counters.ahead_used_bytes += self._num_bytes(key)
-            if self.listener is not None:
-                self.listener.used_ahead(key, late=late, waited_ns=waited_ns)
 
     def wasted(self, key: ExpertKey, *, is_under_way: bool = False) -> None:
         """`key` goes, or comes for nothing; news only where it was fetched ahead and not used before."""
@@ -63,15 +49,13 @@ class AheadBooks:
                 self.under_way_bytes -= self._num_bytes(key)
             self._forget(key)
             self._counters.ahead_wasted_bytes += self._num_bytes(key)
-            if self.listener is not None:
-                self.listener.wasted_ahead(key)
 
     def _forget(self, key: ExpertKey) -> None:
         self.unused.discard(key)
         self.guesses.discard(key)
 
     def recover(self) -> None:
-        """Nothing is under way any more: all that was not used is wasted. The listener resets itself."""
+        """Nothing is under way any more: all that was not used is wasted."""
         self._counters.ahead_wasted_bytes += sum(self._num_bytes(key) for key in self.unused)
         self.unused.clear()
         self.guesses.clear()

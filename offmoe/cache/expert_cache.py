@@ -7,14 +7,12 @@ tier below, into slots that are FILLING; a FILLING slot is nobody's until its ti
 only read. A slot is reused after eviction, which requires READY and no hold, so nothing writes to it and no
 computation that this thread started can be using it (a device's queued work: see LinkSource).
 
-A fetch is *ahead* when no computation waits for it (a prefetch). The first use of an expert that was fetched ahead,
-or the end of its use (evicted, taken back, its layer ran without it), is told to the listener, once.
+A fetch is *ahead* when no computation waits for it (a prefetch). How each ended is in `books`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
@@ -25,19 +23,19 @@ from offmoe.cache.policy import KeepAllPolicy, Policy
 from offmoe.cache.sources import Source
 from offmoe.formats.dense import ExpertWeights
 
+# An expert that is used elsewhere replaces one that was used less than 1 / so many times as often.
+FAR_MORE_OFTEN = 2
+
 
 class ExpertCache:
     """Expert weights in `num_slots` slots of one tier, for `num_layers` MoE layers."""
 
-    def __init__(
-        self, num_slots: int, num_layers: int, source: Source, policy: Policy, counters: Counters, *,
-        clock_ns: Callable[[], int] = time.perf_counter_ns,
-    ) -> None:  # fmt: skip
+    def __init__(self, num_slots: int, num_layers: int, source: Source, policy: Policy, counters: Counters) -> None:
         self._source, self.policy, self.counters = source, policy, counters
         self.contents = Contents(num_slots, policy)
         self.slots = self.contents.slots
         self.books = AheadBooks(counters, source.num_bytes)
-        self._num_layers, self._clock_ns = num_layers, clock_ns
+        self._num_layers = num_layers
         self._keeps_all = isinstance(policy, KeepAllPolicy)
         self._coming: dict[ExpertKey, Fetch] = {}
         self._layer_idx = num_layers
@@ -57,6 +55,11 @@ class ExpertCache:
     def slots_per_layer(self) -> int:
         """A layer's fair share of the slots."""
         return self.num_slots // self._num_layers
+
+    @property
+    def guesses(self) -> Set[ExpertKey]:
+        """Keys that were fetched for the next call of their layer, which has not run yet."""
+        return self.books.guesses
 
     @property
     def ahead_bytes(self) -> int:
@@ -100,7 +103,7 @@ class ExpertCache:
         self.slots.hold(self.slot_of(key))
         if touch:
             self.policy.touched(key)
-        self.books.used(key, late=False, waited_ns=0)
+        self.books.used(key)
         return weights
 
     def ready(self, keys: Sequence[ExpertKey]) -> list[ExpertWeights] | None:
@@ -122,7 +125,7 @@ class ExpertCache:
         for expert_idx in sorted(set(expert_ids)):
             key = ExpertKey(layer_idx, expert_idx)
             self.policy.touched(key)
-            self.books.used(key, late=False, waited_ns=0)
+            self.books.used(key)
 
     def slot_of(self, key: ExpertKey) -> int:
         """The slot of a key that is held."""
@@ -153,11 +156,11 @@ class ExpertCache:
             return fetch
         return self._begin(key, lambda: self._victim_on_demand(key.layer_idx), cold=cold, urgent=urgent)
 
-    def start_ahead(self, key: ExpertKey, *, keep: Collection[ExpertKey], to_stay: bool = False) -> bool:
+    def start_ahead(self, key: ExpertKey, *, keep: Collection[ExpertKey]) -> bool:
         """Begin fetching `key` before anybody needs it, into a free slot or a victim's that is not in `keep`.
 
-        It is inserted cold: until it is used it is the first to go. A guess is kept until the next call of its layer,
-        and is then right or wrong; one `to_stay` may be right at any later time. False when there is no such slot.
+        It is a guess: inserted cold, kept until the next call of its layer, and then right or wrong. False when there
+        is no such slot.
         """
         if self.slots.find(key) is not None:
             return False
@@ -165,8 +168,30 @@ class ExpertCache:
         fetch = self._begin(key, lambda: self.contents.victim(key.layer_idx, *refused), cold=True, urgent=False)
         if fetch is None:
             return False
-        fetch.ahead = fetch.was_ahead = True
-        self.books.began(key, is_guess=not to_stay)
+        fetch.ahead = True
+        self.books.began(key, is_guess=True)
+        return True
+
+    def admit(self, key: ExpertKey) -> bool:
+        """Begin fetching `key`, which was used where it lies on the tier below, to stay here.
+
+        Into a free slot, or where it was used far more often of late than what would go for it. One such at a time.
+
+        Admission by frequency (Einziger et al., TinyLFU, 2017), with a margin: of two experts that are used alike
+        neither goes for the other.
+        """
+        usage, layer_idx = self.policy.usage, key.layer_idx
+        count, victim = usage.counts.get(key, 0) + 1, None
+        may_begin = not self.books.under_way_bytes and self.slots.find(key) is None
+        if may_begin and not self.slots.num_free:
+            victim = self.contents.victim(layer_idx, self.books.guesses.__contains__)
+            may_begin = victim is not None and count > FAR_MORE_OFTEN * usage.counts.get(victim, 0)
+        fetch = self._begin(key, lambda: victim, cold=False, urgent=False) if may_begin else None
+        if fetch is None:
+            usage.note(key)
+            return False
+        fetch.ahead = True
+        self.books.began(key, is_guess=False)
         return True
 
     def _victim_on_demand(self, layer_idx: int) -> ExpertKey | None:
@@ -202,15 +227,13 @@ class ExpertCache:
         """Wait for a fetch, hold the key and return its weights. On failure the slot is freed and the error raised."""
         if self._coming.get(fetch.key) is not fetch:  # somebody else has waited for it
             return self.use(fetch.key, touch=False)
-        begin = self._clock_ns()
         try:
-            late = not fetch.ticket.done()
             fetch.ticket.wait()
             self._arrived(fetch)
         except BaseException:
             self.abandon([fetch])
             raise
-        self.books.used(fetch.key, late=late, waited_ns=self._clock_ns() - begin)
+        self.books.used(fetch.key)
         self.slots.hold(fetch.slot)
         weights = self.contents.find(fetch.key)
         assert weights is not None, f"{fetch=}"

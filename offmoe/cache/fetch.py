@@ -10,7 +10,7 @@ from offmoe.tiers.copier import Ticket
 
 @dataclass(slots=True)
 class Fetch:
-    """A move under way. `ahead`: nobody waits for it; `was_ahead`: it was begun so; `doomed`: it will not arrive.
+    """A move under way. `ahead`: nobody waits for it; `doomed`: it will not arrive.
 
     A fetch that is not ahead ends in ExpertCache's `finish` or `abandon`.
     """
@@ -19,7 +19,6 @@ class Fetch:
     slot: int
     ticket: Ticket
     ahead: bool = False
-    was_ahead: bool = False
     doomed: bool = False
 
 

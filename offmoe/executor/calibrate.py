@@ -1,4 +1,4 @@
-"""Measures link and CPU at load, alone and side by side, in about 0.2 s: what the arbiter begins with.
+"""Measures link and CPU at load, alone and side by side, in about 0.2 s: what the scheduler of misses begins with.
 
 Concurrency. The copier carries on its own threads or streams; products are computed on the calling thread, as long as
 copies are in flight. So nothing is started here that has to be ended, but copies, and those are waited for.

@@ -119,14 +119,12 @@ class Executor:
         self._counters.syncs += 1
         guesses = self.ahead.pending() if self.ahead is not None else {}
         queued = torch.cat([expert_ids_TK.flatten(), *(ids_TK.flatten() for ids_TK in guesses.values())])
-        begin = self.clock_ns()
         flat = queued.cpu()
-        waited_ns = self.clock_ns() - begin
         self.read_stalls()
         own, *others = torch.split(flat, [expert_ids_TK.numel(), *(ids_TK.numel() for ids_TK in guesses.values())])
         if self.ahead is not None:
             for (layer_idx, ids_TK), host_ids in zip(guesses.items(), others, strict=True):
-                waited_ns -= self.ahead.take(layer_idx, host_ids.view(ids_TK.shape).tolist(), free_ns=waited_ns)
+                self.ahead.take(layer_idx, host_ids.view(ids_TK.shape).tolist())
         return own.view(expert_ids_TK.shape)
 
     def read_stalls(self) -> None:
@@ -134,7 +132,7 @@ class Executor:
         for stall in self.stalls.measured() if self.stalls is not None else ():
             self._counters.link_stall_ns += stall.link_ns
             if self.ahead is not None:
-                self.ahead.stall_measured(stall.num_bytes, stall.stall_ns, stall.late_ns)
+                self.ahead.stall_measured(stall.stall_ns)
 
     def recover(self) -> None:
         """After a call was broken off between any two lines: nothing is computed, held or under way any more."""
@@ -163,7 +161,7 @@ class _LayerRun:
         self._ahead = executor.ahead
         self._job: CpuJob | None = None
         self._on_cpu: list[ExpertKey] = []
-        self._demanded_bytes = self._stall_ns = 0
+        self._stall_ns = 0
         self._disk_stall_ns = self._counters.disk_stall_ns
 
     def run(self, assignments: list[Assignment]) -> None:
@@ -277,13 +275,11 @@ class _LayerRun:
             fetch, assignments = self._in_flight.popleft()
             arrived.append(Computed(fetch.slot, self._finish(fetch), assignments))
             self._held.append(fetch.key)
-            self._demanded_bytes += 0 if fetch.was_ahead else self._cache.num_bytes(fetch.key)
         self._stall_ns += self._executor.clock_ns() - begin
         if is_last and not self._in_flight:
             self._count_stall()
             if self._ahead is not None:
-                is_known = self._executor.stalls is None
-                self._ahead.demand_ends(*((self._demanded_bytes, self._stall_ns) if is_known else (0, 0)))
+                self._ahead.demand_ends(0 if self._executor.stalls is not None else self._stall_ns)
                 self._ahead.pump()
         self._compute(arrived)
 
@@ -291,14 +287,13 @@ class _LayerRun:
         stalls = self._executor.stalls
         if stalls is None or fetch.ticket.done():
             return self._cache.finish(fetch)
-        late = fetch.key if fetch.was_ahead else None
-        return stalls.wait(self._layer_idx, late, partial(self._cache.finish, fetch))
+        return stalls.wait(self._layer_idx, partial(self._cache.finish, fetch))
 
     def _count_stall(self) -> None:
         """Over a link, what was waited for the disk is counted already, by who waited."""
         from_disk_ns = self._counters.disk_stall_ns - self._disk_stall_ns
         if self._executor.stalls is not None:
-            self._executor.stalls.layer_waited(num_bytes=self._demanded_bytes, disk_ns=from_disk_ns)
+            self._executor.stalls.layer_waited(disk_ns=from_disk_ns)
         elif self._executor.over_link:
             self._counters.link_stall_ns += max(0, self._stall_ns - from_disk_ns)
         else:

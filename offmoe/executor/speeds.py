@@ -134,7 +134,7 @@ def cached_speed(kernels: CpuKernels | None) -> float:
 def link_costs(
     copier: Copier, device: torch.device, kernels: CpuKernels | None, synchronize: Callable[[], None]
 ) -> Costs:
-    """The link from pinned memory, alone and beside experts on the CPU: as the arbiter measures it at load."""
+    """The link from pinned memory, alone and beside experts on the CPU: as it is measured at load."""
     experts = SampleExperts(None)
     try:
         num = min(EXPERTS_A_CALL, len(experts.weights))

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from offmoe.base.keys import ExpertKey
 from offmoe.tiers.device import Moment
 
 T = TypeVar("T")
@@ -21,17 +20,12 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class LayerStall:
-    """One layer call's waits. `num_bytes` were fetched on demand; `disk_ns` of it the host waited for the disk.
-
-    When it is measured, `stall_ns` is the whole, and `late_ns` the part of each expert that was fetched ahead.
-    """
+    """One layer call's waits: `stall_ns`, when it is measured, `disk_ns` of it the host's for the disk."""
 
     layer_idx: int
-    num_bytes: int = 0
     disk_ns: int = 0
     stall_ns: int = 0
-    late_ns: dict[ExpertKey, int] = field(default_factory=dict)
-    _waits: list[tuple[ExpertKey | None, Moment, Moment]] = field(default_factory=list)
+    _waits: list[tuple[Moment, Moment]] = field(default_factory=list)
 
     @property
     def link_ns(self) -> int:
@@ -41,13 +35,11 @@ class LayerStall:
     def read(self) -> bool:
         """Read every wait that the stream has passed; True when none is left."""
         while self._waits:
-            key, begin, end = self._waits[0]
+            begin, end = self._waits[0]
             wait_ns = end.ns_since(begin)
             if wait_ns is None:
                 return False
             self.stall_ns += wait_ns
-            if key is not None:
-                self.late_ns[key] = self.late_ns.get(key, 0) + wait_ns
             del self._waits[0]
         return True
 
@@ -60,19 +52,19 @@ class StreamStalls:
         self._now: LayerStall | None = None
         self._unread: deque[LayerStall] = deque()
 
-    def wait(self, layer_idx: int, late: ExpertKey | None, finish: Callable[[], T]) -> T:
-        """`finish()`, which makes the stream wait for a copy. `late`: the copy was begun ahead of time, for this."""
+    def wait(self, layer_idx: int, finish: Callable[[], T]) -> T:
+        """`finish()`, which makes the stream wait for a copy."""
         begin = self._moment()
         finished = finish()
         if self._now is None:
             self._now = LayerStall(layer_idx)
-        self._now._waits.append((late, begin, self._moment()))
+        self._now._waits.append((begin, self._moment()))
         return finished
 
-    def layer_waited(self, *, num_bytes: int, disk_ns: int) -> None:
+    def layer_waited(self, *, disk_ns: int) -> None:
         """The layer has made the stream wait for all its copies."""
         if self._now is not None:
-            self._now.num_bytes, self._now.disk_ns = num_bytes, disk_ns
+            self._now.disk_ns = disk_ns
             self._unread.append(self._now)
             self._now = None
 

@@ -9,12 +9,10 @@ from transformers import PreTrainedModel
 from offmoe.base.config import EngineConfig
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.checkpoint.expert_index import ExpertIndex
-from offmoe.executor.misses import AheadFates
 from offmoe.models.routing import InstalledHooks, map_routing
 from offmoe.prefetch.ahead import AheadOfTime
+from offmoe.prefetch.controller import Mode, PrefetchController
 from offmoe.prefetch.lookahead import Lookahead
-from offmoe.prefetch.prefetcher import Prefetcher
-from offmoe.prefetch.switch import Mode, Switch
 from offmoe.prefetch.two_tiers import BelowDevice, TwoTierPrefetcher
 
 # Of the slots, the share that may be on their way ahead of time; and of what a token needs in a layer. Over a link two
@@ -44,34 +42,31 @@ def look_ahead(
     mode = cast("Mode", config.prefetch)
     from_disk = cache is host
     prefetcher = _prefetcher(cache, experts, mode, from_disk=from_disk)
-    books = cache.books
-    books.listener = prefetcher if books.listener is None else AheadFates(books.listener, prefetcher)
-    whole: Prefetcher | TwoTierPrefetcher = prefetcher
+    whole: PrefetchController | TwoTierPrefetcher = prefetcher
     furthest = FURTHEST_DISK if from_disk else FURTHEST_LINK
     if not from_disk and mode == "auto" and host.num_slots < experts.num_experts:
         below = _prefetcher(BelowDevice(host, cache), experts, mode, from_disk=True)
-        host.books.listener = below
-        read_bytes = host.num_bytes(next(iter(experts.keys())))
-        whole = TwoTierPrefetcher(prefetcher, below, host=host, read_bytes=read_bytes, counters=cache.counters)
+        whole = TwoTierPrefetcher(prefetcher, below, host=host, counters=cache.counters)
         furthest = FURTHEST_DISK
     wide = [None if predictor is None else predictor.ranked for predictor in routing.predictors]
     lookahead = Lookahead(
         routing.predictors, whole, order=routing.order, distance=mode if isinstance(mode, int) else furthest,
         num_experts=[layer.num_experts for layer in experts.layers],
         wide=wide if mode == "auto" else None,
-        shared=[None if layer.shared is None else layer.shared.added for layer in routing.layers],
     )  # fmt: skip
     return AheadOfTime(lookahead, whole, order=routing.order), routing.install(lookahead)
 
 
 def _prefetcher(
     cache: ExpertCache | BelowDevice, experts: ExpertIndex, mode: Mode, *, from_disk: bool
-) -> Prefetcher:  # fmt: skip
-    """For one tier; the caller makes it the listener of the tier's books."""
+) -> PrefetchController:  # fmt: skip
+    """For one tier."""
     num_ahead = most_ahead(len(cache.slots), experts.top_k, from_disk=from_disk)
     expert_bytes = max(layer.expert_bytes for layer in experts.layers)
-    switch = Switch(mode, distances=(FURTHEST_DISK if from_disk else FURTHEST_LINK,))
-    return Prefetcher(cache, budget_bytes=num_ahead * expert_bytes, switch=switch, far_when_idle=from_disk)
+    return PrefetchController(
+        cache, budget_bytes=num_ahead * expert_bytes, mode=mode, furthest=FURTHEST_DISK if from_disk else FURTHEST_LINK,
+        far_when_idle=from_disk,
+    )  # fmt: skip
 
 
 def most_ahead(num_slots: int, top_k: int, *, from_disk: bool) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,17 +22,16 @@ from offmoe.cache.sources import DiskSource, Source
 from offmoe.cache.usage import Usage
 from offmoe.cache.warm_start import WarmStart
 from offmoe.checkpoint.expert_index import ExpertIndex
-from offmoe.executor.admission import Admission
-from offmoe.executor.arbiter import Arbiter
 from offmoe.executor.cpu_experts import CpuExperts
 from offmoe.executor.cpu_rows import CpuRows
 from offmoe.executor.decide import Mode
 from offmoe.executor.executor import Executor
 from offmoe.executor.measured import measured_costs
-from offmoe.executor.misses import AdmissionFates, MissPlacer
+from offmoe.executor.misses import MissPlacer
 from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.executor.resident import ResidentExecutor, preload
 from offmoe.executor.rows import KernelRows, Rows
+from offmoe.executor.scheduler import MissScheduler
 from offmoe.executor.stalls import StreamStalls
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.cpu.kernels import CpuKernels
@@ -70,7 +68,7 @@ class Serving:
     read_stalls: Callable[[], None] = field(default=lambda: None)
 
     def stats(self) -> dict[str, Any]:
-        """What prefetching and the arbiter did and decided, for `Engine.stats`."""
+        """What prefetching and the scheduler of misses did and decided, for `Engine.stats`."""
         self.read_stalls()
         found: dict[str, Any] = {"prefetch": self.ahead.as_dict() if self.ahead is not None else "off"}
         found |= policy_facts(self.cache.policy)
@@ -79,8 +77,8 @@ class Serving:
             found |= {"ram_hits": host.hits, "ram_misses": host.misses, "ram_evictions": host.evictions}
             found |= {f"ram_{name}": fact for name, fact in policy_facts(self.host.policy).items()}
         if self.placer is not None:
-            arbiter = self.placer.arbiter
-            found |= {"miss": arbiter.mode.value, "miss_chosen": arbiter.trial.choice.value}
+            scheduler = self.placer.scheduler
+            found |= {"miss": scheduler.mode.value, "miss_chosen": scheduler.trial.choice.value}
         if self.kernels is not None:
             found["kernels"] = sorted(set(self.kernels.reasons.values())) or "triton"
         if self.cpu_rows is None:
@@ -124,10 +122,7 @@ def build_serving(
     layouts = [layout_of(layer) for layer in experts.layers]
     link = LinkSource(experts, layouts, host, host_source, device_pool, device.copier, counters)
     stalls = _stalls_of(device)
-    cache = make_cache(
-        device_pool.num_slots, experts, link, counters, policy=config.policy, usage=Usage(counted),
-        clock_ns=time.perf_counter_ns if stalls is None else _standing_clock,
-    )  # fmt: skip
+    cache = make_cache(device_pool.num_slots, experts, link, counters, policy=config.policy, usage=Usage(counted))
     serving = Serving(cache=cache, host=host, executor=_NOT_YET, cpu_rows=cpu_rows, warm=warm)
     if (refused := device.pin(pool.slab)) is not None:
         serving.notes.append(f"RAM slots are not pinned ({refused}): copies go through a staging ring")
@@ -150,17 +145,15 @@ def build_serving(
 
 def make_cache(
     num_slots: int, experts: ExpertIndex, source: Source, counters: Counters, *, policy: str,
-    usage: Usage | None = None, listens: bool = False, clock_ns: Callable[[], int] = time.perf_counter_ns,
+    usage: Usage | None = None, listens: bool = False,
 ) -> ExpertCache:  # fmt: skip
-    """A cache of `num_slots` slots whose policy has the name `policy`. `listens`: only misses of a tier above come.
-    `clock_ns` times the host's waits.
-    """
+    """A cache of `num_slots` slots whose policy has the name `policy`. `listens`: only misses of a tier above come."""
     layers = experts.layers
     chosen = choose_policy(
         policy, num_slots, [layer.num_experts for layer in layers], [layer.expert_bytes for layer in layers],
         experts.top_k, usage=usage, listens=listens,
     )  # fmt: skip
-    cache = ExpertCache(num_slots, len(layers), source, chosen, counters, clock_ns=clock_ns)
+    cache = ExpertCache(num_slots, len(layers), source, chosen, counters)
     if isinstance(chosen, AutoPolicy):
         cache.on_layer, cache.on_recover = chosen.layer_call, chosen.recover
     return cache
@@ -169,11 +162,6 @@ def make_cache(
 def _stalls_of(device: Device) -> StreamStalls | None:
     """The clock of a device whose stream waits while the host goes on; None where the host's own tells."""
     return None if device.moment() is None else StreamStalls(cast("Callable[[], Moment]", device.moment))
-
-
-def _standing_clock() -> int:
-    """The host's share of waits that a stream's clock measures."""
-    return 0
 
 
 def _make_resident(
@@ -209,7 +197,7 @@ def _place_misses(
     serving: Serving, executor: Executor, link: LinkSource, experts: ExpertIndex, maths: list[Any],
     config: EngineConfig, device: Device, pool: DevicePool,
 ) -> None:  # fmt: skip
-    """With a choice between link and CPU: measure both, and let the arbiter decide. "stream" needs no CPU side."""
+    """With a choice between link and CPU: measure both, and let the scheduler decide. "stream" needs no CPU side."""
     mode = Mode.STREAM if config.placement_invariant else Mode(config.miss)
     if mode is Mode.STREAM:
         return
@@ -218,13 +206,10 @@ def _place_misses(
     costs = measured_costs(
         experts, maths, link, device.copier, cpu, num_device_slots=pool.num_slots, width_D=_width(experts)
     )
-    admission = Admission(expert_bytes=experts.layers[0].expert_bytes)
-    arbiter = Arbiter(costs, mode=mode, admission=admission)
-    serving.placer = MissPlacer(
-        arbiter, serving.cache, serving.host, bytes_per_weight=experts.layers[0].bytes_per_weight
-    )
-    executor.placer = serving.placer
-    serving.cache.books.listener = AdmissionFates(arbiter)
+    serving.placer = executor.placer = MissPlacer(
+        MissScheduler(costs, mode=mode), serving.cache, serving.host,
+        bytes_per_weight=experts.layers[0].bytes_per_weight,
+    )  # fmt: skip
 
 
 def _width(experts: ExpertIndex) -> int:
@@ -250,7 +235,7 @@ def _take_turns(serving: Serving) -> None:
     """Misses and prefetching are not compared at the same time; prefetching first: it is off until it was compared."""
     trials: list[Trial[Any]] = [] if serving.ahead is None else serving.ahead.trials
     if serving.placer is not None:
-        trials.append(serving.placer.arbiter.trial)
+        trials.append(serving.placer.scheduler.trial)
     if len(trials) > 1:
         turns = Turns(trials[0])
         for trial in trials:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from offmoe.base.keys import ExpertKey
 from offmoe.base.trial import Trial
+from offmoe.prefetch.controller import PrefetchController
 from offmoe.prefetch.lookahead import Lookahead
-from offmoe.prefetch.prefetcher import Prefetcher
 from offmoe.prefetch.two_tiers import TwoTierPrefetcher
 
 
 class AheadOfTime:
     """A forward pass runs the layers of `order`; each tells when its router spoke, when it waits and when it ended.
 
-    While the switch says not to prefetch, and nothing is under way, the passes of single tokens go by unwatched: hooks
+    While nothing is fetched ahead, and nothing is under way, the passes of single tokens go by unwatched: hooks
     and books cost 35 to 45 us a layer (measured), which is 2 to 4% of a layer of 1 to 2 ms. Prompts are watched always.
     """
 
     def __init__(
-        self, lookahead: Lookahead, prefetcher: Prefetcher | TwoTierPrefetcher, *, order: Sequence[int],
+        self, lookahead: Lookahead, prefetcher: PrefetchController | TwoTierPrefetcher, *, order: Sequence[int],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         self.lookahead, self.prefetcher = lookahead, prefetcher
@@ -46,9 +45,9 @@ class AheadOfTime:
         """Predictions on the device that the host does not have yet; hand them over with `take`."""
         return self.lookahead.pending()
 
-    def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]], *, free_ns: int = 0) -> int:
-        """A pending prediction, as numbers; see `Lookahead.take`."""
-        return self.lookahead.take(layer_idx, ids_TK, free_ns=free_ns)
+    def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]]) -> None:
+        """A pending prediction, as numbers."""
+        self.lookahead.take(layer_idx, ids_TK)
 
     def router_spoke(
         self, layer_idx: int, expert_ids: Sequence[int], num_tokens: int, *, now_s: float | None = None
@@ -68,16 +67,16 @@ class AheadOfTime:
             return
         if is_waiting:
             self.prefetcher.demand_begins()
-        self.lookahead.look(layer_idx, has_time=is_waiting)
+        self.lookahead.look(layer_idx)
         self.prefetcher.pump()
 
-    def demand_ends(self, num_bytes: int, stall_ns: int) -> None:
+    def demand_ends(self, stall_ns: int) -> None:
         """They have arrived: the tier below is free for others."""
-        self.prefetcher.demand_ends(num_bytes, stall_ns)
+        self.prefetcher.demand_ends(stall_ns)
 
-    def stall_measured(self, num_bytes: int, stall_ns: int, late_ns: Mapping[ExpertKey, int]) -> None:
-        """A device's stream told late; see `Prefetcher.stall_measured`."""
-        self.prefetcher.stall_measured(num_bytes, stall_ns, late_ns)
+    def stall_measured(self, stall_ns: int) -> None:
+        """A device's stream told late that it had stood still; see `PrefetchController.stall_measured`."""
+        self.prefetcher.stall_measured(stall_ns)
 
     def pump(self) -> None:
         """A moment to start something; what the layer needs is held."""

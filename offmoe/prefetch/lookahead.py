@@ -9,7 +9,6 @@ Shapes: T tokens, K experts a token, X what a state has besides (D model width, 
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,36 +22,30 @@ WHOLE_LAYER_SHARE = 0.9
 Predictor = Callable[[torch.Tensor], "torch.Tensor | None"]
 # (1, *X) -> (1, N) expert ids, best first, and how many of them the router would choose.
 WidePredictor = Callable[[torch.Tensor], "tuple[torch.Tensor, int] | None"]
-# (1, *X) state -> the same with what the layer adds to it besides its routed experts.
-SharedPart = Callable[[torch.Tensor], "torch.Tensor | None"]
 
 
 class Prefetcher(Protocol):
-    """Who fetches what is predicted (prefetch/prefetcher.py)."""
+    """Who fetches what is predicted (prefetch/controller.py)."""
 
-    def is_on(self, layer_idx: int, distance: int = 1) -> bool:
-        """True when a prediction for the layer would be acted upon."""
+    def is_on(self, distance: int = 1) -> bool:
+        """True when a prediction for a layer so many layers ahead would be acted upon."""
 
     def want(
-        self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, predict_ns: int = 0,
-        whole_layer: bool = False, num_sure: int | None = None, hidden_ns: int = 0,
+        self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, whole_layer: bool = False,
+        num_sure: int | None = None,
     ) -> None:  # fmt: skip
         """The layer will need these experts, the surest first; replaces what was wanted of it.
 
-        `num_sure`: one token is decoded, and its router would choose the first so many. `hidden_ns`: of
-        `predict_ns`, passed while the computation stood still anyway.
+        `num_sure`: one token is decoded, and its router would choose the first so many.
         """
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         """The layer's own router has chosen."""
 
-    def pump(self) -> None:
-        """Start what may start."""
-
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What was handed to the prefetcher. `distance` 0: from the layer's own input, before its attention."""
+    """What was handed to the prefetcher."""
 
     layer_idx: int
     expert_ids: tuple[int, ...]
@@ -64,7 +57,6 @@ class Prediction:
 class _Pending:
     ids_TK: torch.Tensor
     distance: int
-    predict_ns: int
     num_chosen: int  # of the ids of a token, those that its router would choose
 
 
@@ -80,9 +72,6 @@ class Lookahead:
         lookahead.router_spoke(layer_idx, ...)      # own ids, made distinct
         lookahead.take(next_layer_idx, ids_TK)      # for each pending layer, its share of the list, T rows of K
 
-    A re-score from a layer's input would come too late on such a device (the next copy is the layer's own), and is not
-    made. A compiled step does not show inputs at all, so there is no re-score in it on the CPU either.
-
     `is_asleep`: nobody would act on a prediction; states need not be shown, and are not looked at.
 
     States are read by routers and let go: on another device before `observe_state` returns, since in a compiled step
@@ -91,21 +80,17 @@ class Lookahead:
 
     def __init__(
         self, predictors: Sequence[Predictor | None], prefetcher: Prefetcher, *, order: Sequence[int],
-        num_experts: Sequence[int], distance: int = 1, rescore: bool = True,
-        wide: Sequence[WidePredictor | None] | None = None, shared: Sequence[SharedPart | None] | None = None,
+        num_experts: Sequence[int], distance: int = 1, wide: Sequence[WidePredictor | None] | None = None,
         predictions: Callable[[Prediction], None] | None = None,
-        clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
         """`predictors` and `num_experts`: one a layer, by its number. `order`: the numbers as the layers run.
 
         `distance`: how many layers ahead routers are asked, 1 to 3. `wide`: of one token these are asked, not the
-        `predictors`. `shared`: what adds to a layer's state what its block adds besides the experts (`look`).
-        `predictions` is told of every answer.
+        `predictors`. `predictions` is told of every answer.
         """
         assert 1 <= distance <= 3, f"{distance=}"
         self._predictors, self._prefetcher, self._num_experts = predictors, prefetcher, num_experts
-        self._rescore, self._predictions, self._clock_ns = rescore, predictions, clock_ns
-        self._wide, self._shared = wide, shared
+        self._predictions, self._wide = predictions, wide
         self._coming = {
             layer_idx: list(enumerate(order[place + 1 : place + 1 + distance], start=1))
             for place, layer_idx in enumerate(order)
@@ -134,66 +119,29 @@ class Lookahead:
         else:
             self._ask(layer_idx, state_TX)
 
-    def look(self, layer_idx: int, *, has_time: bool = False) -> None:
-        """The layer's own fetches are under way: ask the routers of the layers after it, if that was not done.
-
-        `has_time`: the fetches will be waited for. Then of one token the shared experts' part is added to the state
-        first: it costs what these cost, and is computed once more by the layer itself.
-        """
+    def look(self, layer_idx: int) -> None:
+        """The layer's own fetches are under way: ask the routers of the layers after it, if that was not done."""
         seen, self._seen = self._seen, None
         if seen is not None and seen[0] == layer_idx:
-            self._ask(*seen, with_shared=has_time and seen[1].shape[0] == 1)
+            self._ask(*seen)
 
-    def _ask(self, layer_idx: int, state_TX: torch.Tensor, *, with_shared: bool = False) -> None:
-        spent_ns = 0
+    def _ask(self, layer_idx: int, state_TX: torch.Tensor) -> None:
         for distance, target_idx in self._coming[layer_idx]:
             if self._touches_all():
-                self._want(target_idx, range(self._num_experts[target_idx]), distance, 0, whole_layer=True)
-            elif self._prefetcher.is_on(target_idx, distance):
-                if with_shared:
-                    with_shared, begin = False, self._clock_ns()
-                    state_TX = self._with_shared(layer_idx, state_TX)
-                    spent_ns = self._clock_ns() - begin
-                self._predict(target_idx, state_TX, distance, spent_ns)
-                spent_ns = 0
-
-    def _with_shared(self, layer_idx: int, state_TX: torch.Tensor) -> torch.Tensor:
-        part = self._shared[layer_idx] if self._shared is not None else None
-        more_TX = None if part is None else part(state_TX)
-        return state_TX if more_TX is None else more_TX
-
-    def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
-        """The layer's input: ask its own router again, which knows better now. What this adds is started at once.
-
-        Where the layer before touched (nearly) all experts, all of this one are wanted already, and stay so.
-        """
-        self._num_tokens = state_TX.shape[0]
-        known_late = state_TX.device.type != "cpu"
-        if not self._rescore or known_late or self._touches_all() or not self._prefetcher.is_on(layer_idx, 0):
-            return
-        self._predict(layer_idx, state_TX, 0)
-        self._prefetcher.pump()
+                self._want(target_idx, range(self._num_experts[target_idx]), distance, whole_layer=True)
+            elif self._prefetcher.is_on(distance):
+                self._predict(target_idx, state_TX, distance)
 
     def pending(self) -> dict[int, torch.Tensor]:
         """Predictions that are still on the device: layer -> ids (T, K). Hand them over with `take`."""
         return {layer_idx: waiting.ids_TK for layer_idx, waiting in self._pending.items()}
 
-    def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]], *, free_ns: int = 0) -> int:
-        """The pending prediction of a layer, as numbers on the host: T rows of K.
-
-        `free_ns`: the host has just waited so long for the device, so asking for the prediction cost that much less.
-        Returns the part of it that this prediction took.
-        """
+    def take(self, layer_idx: int, ids_TK: Sequence[Sequence[int]]) -> None:
+        """The pending prediction of a layer, as numbers on the host: T rows of K."""
         waiting = self._pending.pop(layer_idx)
-        begin = self._clock_ns()
         ranked = rank_experts(ids_TK, self._num_experts[layer_idx])
-        predict_ns = waiting.predict_ns + self._clock_ns() - begin
-        hidden_ns = min(waiting.predict_ns, max(0, free_ns))
         num_sure = waiting.num_chosen if len(ids_TK) == 1 else None
-        self._want(
-            layer_idx, ranked, waiting.distance, predict_ns, whole_layer=False, num_sure=num_sure, hidden_ns=hidden_ns
-        )
-        return hidden_ns
+        self._want(layer_idx, ranked, waiting.distance, whole_layer=False, num_sure=num_sure)
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         """The layer's router chose these distinct experts: passed on to the prefetcher, which drops the layer's wants.
@@ -221,13 +169,11 @@ class Lookahead:
         num_tokens, share = self._touched
         return num_tokens > 1 and num_tokens == self._num_tokens and share >= WHOLE_LAYER_SHARE
 
-    def _predict(self, layer_idx: int, state_TX: torch.Tensor, distance: int, spent_ns: int = 0) -> None:
-        """`spent_ns`: on the state, before this."""
-        begin = self._clock_ns() - spent_ns
+    def _predict(self, layer_idx: int, state_TX: torch.Tensor, distance: int) -> None:
         answer = self._answer(layer_idx, state_TX)
         if answer is not None:
             ids_TK, num_chosen = answer
-            self._pending[layer_idx] = _Pending(ids_TK, distance, self._clock_ns() - begin, num_chosen)
+            self._pending[layer_idx] = _Pending(ids_TK, distance, num_chosen)
             if ids_TK.device.type == "cpu":
                 self.take(layer_idx, ids_TK.tolist())
 
@@ -241,13 +187,10 @@ class Lookahead:
         return None if ids_TK is None else (ids_TK, ids_TK.shape[1])
 
     def _want(
-        self, layer_idx: int, expert_ids: Sequence[int], distance: int, predict_ns: int, *, whole_layer: bool,
-        num_sure: int | None = None, hidden_ns: int = 0,
+        self, layer_idx: int, expert_ids: Sequence[int], distance: int, *, whole_layer: bool,
+        num_sure: int | None = None,
     ) -> None:  # fmt: skip
-        self._prefetcher.want(
-            layer_idx, expert_ids, distance=distance, predict_ns=predict_ns, whole_layer=whole_layer,
-            num_sure=num_sure, hidden_ns=hidden_ns,
-        )  # fmt: skip
+        self._prefetcher.want(layer_idx, expert_ids, distance=distance, whole_layer=whole_layer, num_sure=num_sure)
         if self._predictions is not None:
             self._predictions(Prediction(layer_idx, tuple(expert_ids), distance, whole_layer))
 

@@ -1,21 +1,20 @@
 """Fetches ahead of time beside a device: over the link for the next layer, and from disk into RAM further ahead.
 
 The drive is slow and often idle while the link works, or while misses are computed in RAM and the link carries nothing.
-So RAM has a queue, a budget, an audit and a switch of its own, and is asked for the next three layers. Both queues are
-fed by the same guesses. Keys and integers only; the one thread that runs the model calls everything.
+So RAM has a queue, a budget and a comparison of its own, and is asked for the next three layers. Both queues are fed by
+the same guesses. Keys and integers only; the one thread that runs the model calls everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
 from offmoe.base.trial import Trial
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.slots import SlotTable
-from offmoe.prefetch.prefetcher import Prefetcher
-from offmoe.prefetch.switch import Switch
+from offmoe.prefetch.controller import PrefetchController
 
 
 class BelowDevice:
@@ -23,7 +22,13 @@ class BelowDevice:
 
     def __init__(self, host: ExpertCache, device: ExpertCache) -> None:
         self.slots: SlotTable = host.slots
+        self.counters: Counters = host.counters
         self._host, self._device = host, device
+
+    @property
+    def guesses(self) -> Collection[ExpertKey]:
+        """Of reads ahead of time."""
+        return self._host.guesses
 
     @property
     def ahead_bytes(self) -> int:
@@ -65,31 +70,22 @@ class BelowDevice:
 
 
 class TwoTierPrefetcher:
-    """Stands where a `Prefetcher` does. `over_link` fetches to the device, `from_disk` to RAM.
+    """Stands where a `PrefetchController` does. `over_link` fetches to the device, `from_disk` to RAM.
 
-    What RAM's experts cost on demand is read off the counters when the next layer begins: by then the layer before has
-    waited for whatever it needed, also for what the CPU computed.
+    How long the disk was waited for is read off the counters at the end of a pass: by then also for what the CPU
+    computed.
     """
 
     def __init__(
-        self, over_link: Prefetcher, from_disk: Prefetcher, *, host: ExpertCache, read_bytes: int, counters: Counters
-    ) -> None:  # fmt: skip
-        """`from_disk` fills `host`, and is the listener of its books; reading an expert moves `read_bytes`.
-
-        `counters` are those of the whole, with the stall for the disk.
-        """
+        self, over_link: PrefetchController, from_disk: PrefetchController, *, host: ExpertCache, counters: Counters
+    ) -> None:
+        """`from_disk` fills `host`. `counters` are those of the whole, with the stall for the disk."""
         self.over_link, self.from_disk = over_link, from_disk
-        self._host, self._read_bytes, self._counters = host, read_bytes, counters
-        self._is_link_waiting = False
-        self._told = self._so_far()
+        self._host, self._counters = host, counters
+        self._told_ns = counters.disk_stall_ns
 
     def __repr__(self) -> str:
         return f"<TwoTierPrefetcher [link: {self.over_link!r} | disk: {self.from_disk!r}]>"
-
-    @property
-    def switch(self) -> Switch:
-        """Of the link."""
-        return self.over_link.switch
 
     @property
     def trials(self) -> list[Trial[int]]:
@@ -101,49 +97,38 @@ class TwoTierPrefetcher:
         """Neither has anything wanted, pending, or to be predicted before the next prompt."""
         return self.over_link.is_idle and self.from_disk.is_idle
 
-    def is_on(self, layer_idx: int, distance: int = 1) -> bool:
+    def is_on(self, distance: int = 1) -> bool:
         """True when either would act upon a prediction."""
-        return self.over_link.is_on(layer_idx, distance) or self.from_disk.is_on(layer_idx, distance)
+        return self.over_link.is_on(distance) or self.from_disk.is_on(distance)
 
     def want(
-        self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, predict_ns: int = 0,
-        whole_layer: bool = False, num_sure: int | None = None, hidden_ns: int = 0,
+        self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, whole_layer: bool = False,
+        num_sure: int | None = None,
     ) -> None:  # fmt: skip
-        """As `Prefetcher.want`. The time of a prediction is charged to the disk where only the disk acts upon it, and
-        nothing was waited for meanwhile. A prefill that touches whole layers goes through RAM to the device anyway.
-        """
+        """Both act upon it. A prefill that touches whole layers goes through RAM to the device anyway."""
         ids = list(expert_ids)
-        serves_link = whole_layer or self.over_link.is_on(layer_idx, distance)
-        if serves_link:
-            self.over_link.want(
-                layer_idx, ids, distance=distance, predict_ns=predict_ns, whole_layer=whole_layer, num_sure=num_sure,
-                hidden_ns=hidden_ns,
-            )  # fmt: skip
+        if whole_layer or self.over_link.is_on(distance):
+            self.over_link.want(layer_idx, ids, distance=distance, whole_layer=whole_layer, num_sure=num_sure)
         if not whole_layer:
-            own_ns = 0 if serves_link or self._is_link_waiting else predict_ns - hidden_ns
-            self.from_disk.want(layer_idx, ids, distance=distance, predict_ns=own_ns, num_sure=num_sure)
+            self.from_disk.want(layer_idx, ids, distance=distance, num_sure=num_sure)
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         """The layer runs now: before anything of it is used."""
         ids = list(expert_ids)
-        self._tell_disk()
-        self._is_link_waiting = False
         self.over_link.router_spoke(layer_idx, ids)
         self.from_disk.router_spoke(layer_idx, ids)
 
     def demand_begins(self) -> None:
         """A computation is about to wait for the link. The drive may be idle."""
-        self._is_link_waiting = True
         self.over_link.demand_begins()
 
-    def demand_ends(self, num_bytes: int = 0, stall_ns: int = 0) -> None:
+    def demand_ends(self, stall_ns: int = 0) -> None:
         """It waits no longer for the link."""
-        self._is_link_waiting = False
-        self.over_link.demand_ends(num_bytes, stall_ns)
+        self.over_link.demand_ends(stall_ns)
 
-    def stall_measured(self, num_bytes: int, stall_ns: int, late_ns: Mapping[ExpertKey, int]) -> None:
-        """Of the link; see `Prefetcher.stall_measured`."""
-        self.over_link.stall_measured(num_bytes, stall_ns, late_ns)
+    def stall_measured(self, stall_ns: int) -> None:
+        """Of the link; see `PrefetchController.stall_measured`."""
+        self.over_link.stall_measured(stall_ns)
 
     def pump(self) -> None:
         """Start what may start. From disk nothing while something that is needed is read."""
@@ -153,26 +138,17 @@ class TwoTierPrefetcher:
 
     def pass_ended(self, seconds: float, *, num_tokens: int = 1) -> None:
         """A forward pass took `seconds`."""
-        self._tell_disk()
+        told_ns, self._told_ns = self._told_ns, self._counters.disk_stall_ns
+        self.from_disk.demand_ends(self._told_ns - told_ns)
         self.over_link.pass_ended(seconds, num_tokens=num_tokens)
         self.from_disk.pass_ended(seconds, num_tokens=num_tokens)
 
     def reset(self) -> None:
         """At rest, after a call was broken off, or a sequence ended."""
-        self._is_link_waiting = False
-        self._told = self._so_far()
+        self._told_ns = self._counters.disk_stall_ns
         self.over_link.reset()
         self.from_disk.reset()
 
     def as_dict(self) -> dict[str, object]:
         """What the link's does and did, and under "disk" what RAM's does."""
         return {**self.over_link.as_dict(), "disk": self.from_disk.as_dict()}
-
-    def _so_far(self) -> tuple[int, int]:
-        return self._host.counters.misses, self._counters.disk_stall_ns
-
-    def _tell_disk(self) -> None:
-        """What was read on demand since the last call, and waited for."""
-        (misses, stall_ns), self._told = self._told, self._so_far()
-        num_bytes = (self._told[0] - misses) * self._read_bytes
-        self.from_disk.demand_ends(num_bytes, self._told[1] - stall_ns)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from typing import Protocol
 
+from offmoe.base.counters import Counters
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.slots import SlotTable
 
@@ -14,6 +15,11 @@ class AheadCache(Protocol):
     """What of `ExpertCache` a prefetcher uses."""
 
     slots: SlotTable
+    counters: Counters
+
+    @property
+    def guesses(self) -> Collection[ExpertKey]:
+        """Fetched for the next call of their layer, which has not run yet; some are still under way."""
 
     @property
     def ahead_bytes(self) -> int:
@@ -50,14 +56,12 @@ class Wanted:
     begun yet. `due`: the layer call, counted from the first, that is expected to be its own.
     """
 
-    __slots__ = ("distance", "due", "experts", "queue", "whole_layer")
+    __slots__ = ("due", "experts", "queue", "whole_layer")
 
-    def __init__(
-        self, experts: Iterable[int], queue: Iterable[int], *, due: int, distance: int, whole_layer: bool
-    ) -> None:
+    def __init__(self, experts: Iterable[int], queue: Iterable[int], *, due: int, whole_layer: bool) -> None:
         self.queue = deque(dict.fromkeys(queue))
         self.experts = frozenset(experts).union(self.queue)
-        self.due, self.distance, self.whole_layer = due, distance, whole_layer
+        self.due, self.whole_layer = due, whole_layer
 
 
 class WantedKeys(Collection[ExpertKey]):

@@ -27,7 +27,8 @@ def table_lines(curves: Curves, width: int) -> list[str]:
     rows = [_row(curves, size) for size in curves.sizes]
     names = list(rows[0])
     # What may go, in this order. The slots, the adopted policy's hits and its speed stay.
-    dispensable = ["memory", f"{BOUND} tok/s", "lru tok/s", "MB/token", BOUND, "lru" if curves.adopted != "lru" else ""]
+    dispensable = ["memory", f"{BOUND} tok/s", "lru tok/s", "MB/token", BOUND]
+    dispensable += ["lru"] if curves.adopted != "lru" else []
     while True:
         widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
         if sum(widths) + 2 * (len(widths) - 1) <= width:

@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 
 import pytest
-from prefetch_fakes import EXPERT_BYTES, FakeCache
+from prefetch_fakes import EXPERT_BYTES, FakeCache, check_ledger, fates
 from prefetch_world import Shape, World
 from virtual_machine import Speeds, VirtualMachine
 
 from offmoe.base.keys import ExpertKey
-from offmoe.prefetch.prefetcher import Prefetcher
-from offmoe.prefetch.switch import Mode
+from offmoe.prefetch.controller import Mode, PrefetchController
 
 EXPERT_S = 1e-3  # one expert over the link
 
 
 def make(
     *, num_slots: int = 8, num_layers: int = 4, budget: float = 100, mode: Mode = 2
-) -> tuple[FakeCache, Prefetcher]:
+) -> tuple[FakeCache, PrefetchController]:
     machine = VirtualMachine(Speeds(link=EXPERT_BYTES / EXPERT_S), chunk_bytes=EXPERT_BYTES / 4)
     cache = FakeCache(machine, num_slots=num_slots, num_layers=num_layers)
-    prefetcher = Prefetcher(cache, budget_bytes=int(budget * EXPERT_BYTES), mode=mode)
-    cache.listener = prefetcher
+    prefetcher = PrefetchController(cache, budget_bytes=int(budget * EXPERT_BYTES), mode=mode)
     return cache, prefetcher
 
 
@@ -85,7 +83,7 @@ def test_nothing_starts_while_a_computation_waits() -> None:
     prefetcher.demand_begins()
     prefetcher.pump()
     assert started(cache) == []
-    prefetcher.demand_ends(EXPERT_BYTES, 1000)
+    prefetcher.demand_ends(1000)
     prefetcher.pump()
     assert started(cache) == [(1, 0)]
 
@@ -98,21 +96,6 @@ def test_a_layer_whose_fetches_failed_waits_no_longer_when_the_next_one_runs() -
     prefetcher.want(2, [0], distance=1)
     prefetcher.pump()
     assert started(cache) == [(2, 0)]
-
-
-def test_waits_for_late_prefetches_are_no_part_of_the_demand_rate() -> None:
-    cache, prefetcher = make()
-    prefetcher.want(0, [0], distance=1)
-    prefetcher.pump()
-    prefetcher.router_spoke(0, [0, 1])
-    prefetcher.demand_begins()
-    begin_s = cache.machine.now_s
-    for expert in (0, 1):
-        coming = cache.demand(ExpertKey(0, expert))
-        assert coming is not None
-        cache.finish(coming)
-    prefetcher.demand_ends(EXPERT_BYTES, round((cache.machine.now_s - begin_s) * 1e9))
-    assert prefetcher.audit.rate.ns_per_byte == EXPERT_S * 1e9 / EXPERT_BYTES
 
 
 def test_what_is_ready_or_coming_is_not_asked_for_again() -> None:
@@ -145,7 +128,7 @@ def test_a_new_prediction_replaces_the_old_and_takes_back_what_has_not_begun() -
     assert [(what, key.expert_idx) for what, key in cache.log] == [
         ("ahead", 0), ("ahead", 1), ("ahead", 2), ("cancel", 0), ("cancel", 1), ("ahead", 4)
     ]  # fmt: skip
-    assert prefetcher.audit.total().cancelled == 2
+    assert fates(prefetcher) == (0, 2)
 
 
 def test_a_router_that_spoke_ends_the_prediction() -> None:
@@ -156,15 +139,11 @@ def test_a_router_that_spoke_ends_the_prediction() -> None:
     cache.machine.drain()
     prefetcher.pump()
     assert started(cache) == [(1, 0), (1, 1)]
-    total = prefetcher.audit.total()
-    assert (total.predicted, total.needed, total.named, total.covered) == (3, 2, 2, 1)
-    assert total.behind_bytes == EXPERT_BYTES and total.cancelled == 1
-    assert not prefetcher.wanted
+    assert fates(prefetcher) == (0, 1) and not prefetcher.wanted
 
 
 def test_a_late_prefetch_is_waited_for_and_not_moved_twice() -> None:
     cache, prefetcher = make()
-    prefetcher.audit.rate.observe(EXPERT_BYTES, int(EXPERT_S * 1e9))
     prefetcher.want(1, [0], distance=1)
     prefetcher.pump()
     cache.machine.advance(EXPERT_S / 4)
@@ -173,9 +152,7 @@ def test_a_late_prefetch_is_waited_for_and_not_moved_twice() -> None:
     assert coming is not None
     cache.finish(coming)
     assert cache.machine.link.carried_bytes == EXPERT_BYTES
-    total = prefetcher.audit.total()
-    assert (total.useful, total.late, total.waited_ns) == (1, 1, int(0.75e6))
-    assert total.hidden_ns == int(0.25e6)
+    assert fates(prefetcher) == (1, 0) and cache.late == 1
 
 
 def test_what_a_coming_layer_wants_is_not_evicted_for_another() -> None:
@@ -225,7 +202,7 @@ def test_a_budget_below_one_expert_prefetches_nothing() -> None:
 @pytest.mark.parametrize(("mode", "on"), [("off", []), (1, [1]), (2, [1, 2]), (0, [])])
 def test_a_fixed_distance(mode: Mode, on: list[int]) -> None:
     cache, prefetcher = make(mode=mode)
-    assert [distance for distance in (1, 2, 3) if prefetcher.is_on(distance, distance)] == on
+    assert [distance for distance in (0, 1, 2, 3) if prefetcher.is_on(distance)] == on
     for distance in (1, 2, 3):
         prefetcher.want(distance, [0], distance=distance)
     prefetcher.pump()
@@ -239,9 +216,8 @@ def test_reset_forgets_and_counts_what_was_pending_as_wasted() -> None:
     prefetcher.demand_begins()
     cache.recover()
     prefetcher.reset()
-    total = prefetcher.audit.total()
-    assert (total.wasted, total.pending) == (2, 0)
-    assert not prefetcher.wanted
+    assert fates(prefetcher) == (0, 2) and not prefetcher.wanted
+    check_ledger(prefetcher, 2 * EXPERT_BYTES)
     prefetcher.want(1, [5], distance=1)  # no demand is waiting either
     prefetcher.pump()
     assert started(cache)[2:] == [(1, 5)]
@@ -259,27 +235,46 @@ def test_a_prefill_goes_through_free_slots_and_one_layers_share() -> None:
 
 def test_a_prefill_finds_the_next_layer_on_its_way() -> None:
     world = World(Shape(num_slots=16, num_layers=4, num_experts=16))
-    prefetcher = Prefetcher(world.cache, budget_bytes=4 * EXPERT_BYTES, mode=1)
-    world.cache.listener = prefetcher
+    prefetcher = PrefetchController(world.cache, budget_bytes=4 * EXPERT_BYTES, mode=1)
     for layer_idx in range(4):
         if layer_idx + 1 < 4:
             prefetcher.want(layer_idx + 1, range(16), distance=1, whole_layer=True)
         world.run_layer(prefetcher, layer_idx, list(range(16)), cold=True)
         world.machine.advance(1e-3)
-    total = prefetcher.audit.total()
-    assert total.useful >= 9 and not total.wasted
+    useful, wasted = fates(prefetcher)
+    assert useful >= 9 and not wasted
     moved = [key for what, key in world.cache.log if what in {"ahead", "demand"}]
     assert len(moved) == len(set(moved)) == 64, "every expert is moved once"
 
 
 def test_as_dict_and_repr() -> None:
     _, prefetcher = make(budget=1)
-    prefetcher.want(1, [0, 1], distance=1, predict_ns=10)
+    prefetcher.want(1, [0, 1], distance=1)
     prefetcher.pump()
-    assert repr(prefetcher) == (
-        "<Prefetcher [1 queued, 1 pending, 1000000 bytes under way | 0 useful, 0 wasted | "
-        "<Switch 2 [distance 2, 0 layers off]>]>"
-    )
-    told = json.loads(json.dumps(prefetcher.as_dict()))
-    assert told["switch"] == {"mode": 2, "distance": 2, "layers_off": []}
-    assert told["total"]["started"] == 1 and told["total"]["predict_ns"] == 10
+    assert repr(prefetcher) == ("<PrefetchController 2 [distance 2 | 1 queued, 1 pending, 1000000 bytes under way]>")
+    assert json.loads(json.dumps(prefetcher.as_dict())) == {
+        "mode": 2, "distance": 2, "busy": 0.0,
+        "ahead_bytes": EXPERT_BYTES, "ahead_used_bytes": 0, "ahead_wasted_bytes": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "allowed"), [("off", False), (0, False), (1, True), ("auto", True)])
+def test_whole_layers_are_the_users_word(mode: Mode, allowed: bool) -> None:
+    cache, prefetcher = make(mode=mode)
+    prefetcher.want(1, [0], distance=1, whole_layer=True)
+    prefetcher.pump()
+    assert bool(started(cache)) is allowed
+
+
+def test_a_prefill_is_no_observation() -> None:
+    _, prefetcher = make(mode="auto")
+    prefetcher.pass_ended(100.0, num_tokens=512)
+    assert prefetcher.trial is not None and prefetcher.trial.total_s == 0
+
+
+def test_busy_is_the_share_of_passes_that_stood_still() -> None:
+    _, prefetcher = make()
+    for _ in range(200):
+        prefetcher.demand_ends(250_000_000)
+        prefetcher.pass_ended(1.0)
+    assert prefetcher.busy == pytest.approx(0.25, abs=0.01)

@@ -1,19 +1,18 @@
 """Decides for each layer call which misses are copied to the device and which the CPU computes, and learns from it.
 
-The costs measured at load are a model. It is corrected by what copies and products took in real calls, and its
-decisions are compared on line with the two that need no model: copy everything, compute everything on the CPU. So a
-wrong model costs a little time and no more.
+The costs, measured at load with the kernels that serve misses, are a model. Its decisions are compared on line with
+the two that need no model: copy everything, compute everything on the CPU. So a wrong model costs a little time and no
+more.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from offmoe.base.costs import Costs
 from offmoe.base.trial import Trial
-from offmoe.executor.admission import Admission
-from offmoe.executor.corrected import CorrectedCosts
 from offmoe.executor.decide import Miss, Mode, Placement, decide, makespan_s
 
 # Layer calls in a block of the comparison, and those at its beginning that are not counted (a copy or a product of the
@@ -28,8 +27,8 @@ MANY_MISSES = 8
 SMOOTHING = 1 / 32
 
 
-class Arbiter:
-    """Call `place` once in every layer call, also when nothing was missed; then `ran` where times are known.
+class MissScheduler:
+    """Call `place` once in every layer call, also when nothing was missed.
 
     The time from one `place` to the next layer's is what a setting is judged by: it holds everything the setting
     caused, also where work on the device ends later than the call that queued it.
@@ -37,53 +36,31 @@ class Arbiter:
 
     def __init__(
         self, costs: Costs, *, mode: Mode = Mode.AUTO, trial: Trial[Mode] | None = None,
-        admission: Admission | None = None, clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
-        """`admission`: given where CPU-served experts may be copied to the device as well."""
-        self.mode, self.admission = mode, admission
+        self.costs, self.mode = costs, mode
         self.trial = trial or Trial(list(Mode), block=BLOCK_CALLS, settle=SETTLE_CALLS, max_rounds=MAX_ROUNDS)
         self._clock = clock
-        self._corrected = CorrectedCosts(costs)
         self._call: _Call | None = None
         self._overhead_s = 0.0
         self._num_misses = 0.0
-        self._considered_at: tuple[Costs, int, int, bool] | None = None
+        self._considered_at: tuple[int, int, bool] | None = None
         self._calls_until_all = HOPELESS_AFTER
 
     def __repr__(self) -> str:
-        return f"<Arbiter {self.mode.value} {self.trial}>"
-
-    @property
-    def costs(self) -> Costs:
-        """The present model."""
-        return self._corrected.now
+        return f"<MissScheduler {self.mode.value} {self.trial}>"
 
     def place(self, layer_idx: int, misses: Sequence[Miss]) -> list[Placement]:
         """A placement for each miss of this layer call, in order."""
         now_s = self._clock()
-        if self._call is not None:
-            seconds = now_s - self._call.begin_s
-            if self.admission is not None:
-                self.admission.refill(max(0.0, seconds - self._link_s(self._call)), self.costs)
-            if layer_idx == self._call.layer_idx + 1:
-                self._end_call(self._call, seconds)
+        if self._call is not None and layer_idx == self._call.layer_idx + 1:
+            self._end_call(self._call, now_s - self._call.begin_s)
         judged = self._is_bound_by_bytes(misses)
         setting = self._setting(misses, judged=judged)
         placements = decide(misses, self.costs, setting)
         judged = judged and self._matters(misses, placements)
-        self._call = _Call(layer_idx, now_s, setting, misses, placements, judged)
+        self._call = _Call(layer_idx, now_s, setting, misses, judged)
         return placements
-
-    def ran(self, *, link_bytes: float = 0.0, link_s: float = 0.0, cpu_bytes: float = 0.0, cpu_s: float = 0.0) -> None:
-        """What a call took, as far as it was measured; counted from when both sides began. Without it the model stays
-        as calibrated, and only the comparison corrects it.
-        """
-        self._corrected.ran(link_bytes=link_bytes, link_s=link_s, cpu_bytes=cpu_bytes, cpu_s=cpu_s)
-
-    def _link_s(self, call: _Call) -> float:
-        """Time that the call's own copies took of the link."""
-        placed = zip(call.misses, call.placements, strict=True)
-        return self.costs.link_s(sum(miss.link_bytes for miss, where in placed if where is Placement.FETCH))
 
     def _setting(self, misses: Sequence[Miss], *, judged: bool) -> Mode:
         if self.mode is not Mode.AUTO or not judged:
@@ -109,10 +86,10 @@ class Arbiter:
         """Spare the next comparison what the model holds to be hopeless, most of the time."""
         self._calls_until_all -= 1
         typical = max(1, round(self._num_misses))
-        at = (self.costs, typical, self.trial.num_comparisons, self._calls_until_all <= 0)
+        at = (typical, self.trial.num_comparisons, self._calls_until_all <= 0)
         if at == self._considered_at:
             return
-        if self._considered_at is not None and self._considered_at[3] and at[2] != self._considered_at[2]:
+        if self._considered_at is not None and self._considered_at[2] and at[1] != self._considered_at[1]:
             self._calls_until_all = HOPELESS_AFTER
         self._considered_at = at
         self.trial.consider(list(Mode) if self._calls_until_all <= 0 else self._hopeful(typical))
@@ -149,12 +126,12 @@ class Arbiter:
         return self._overhead_s + sum(miss.num_bytes for miss in misses) / rate
 
 
+@dataclass(frozen=True, slots=True)
 class _Call:
     """The layer call under way."""
 
-    def __init__(
-        self, layer_idx: int, begin_s: float, setting: Mode, misses: Sequence[Miss], placements: list[Placement],
-        is_judged: bool,
-    ) -> None:  # fmt: skip
-        self.layer_idx, self.begin_s, self.setting = layer_idx, begin_s, setting
-        self.misses, self.placements, self.is_judged = misses, placements, is_judged
+    layer_idx: int
+    begin_s: float
+    setting: Mode
+    misses: Sequence[Miss]
+    is_judged: bool
