@@ -11,9 +11,9 @@ from commands import fail, invoke, succeed
 from engines import PROMPT, open_tiny, save_tiny
 
 from offmoe.base import reservations
-from offmoe.base.folders import NO_HOME, config_folder, expand, home_folder
-from offmoe.base.machine_record import cache_folder, read_record
-from offmoe.cache import warm_start
+from offmoe.base.folders import NO_HOME, cache_folder, config_folder, expand, home_folder
+from offmoe.base.machine_record import read_record, record_path
+from offmoe.cache.warm_start import WarmStart
 
 pwd = pytest.importorskip("pwd", reason="users of Windows always have a home")
 
@@ -39,10 +39,19 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_folders_of_nobody() -> None:
     assert home_folder() == NO_HOME
     assert config_folder() == NO_HOME / ".config/offmoe"
-    assert cache_folder() == warm_start.cache_folder() == NO_HOME / ".cache/offmoe"
+    assert cache_folder() == NO_HOME / ".cache/offmoe"
     assert [expand(name) for name in ("~", "~/a/b", "~who/a", "a/~")] == [
         NO_HOME, NO_HOME / "a/b", Path("~who/a"), Path("a/~"),
     ]  # fmt: skip
+
+
+def test_one_variable_moves_all_that_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    before = WarmStart("hash", [1]).path, record_path()
+    monkeypatch.setenv("OFFMOE_CACHE", str(tmp_path / "own"))
+    after = WarmStart("hash", [1]).path, record_path()
+    assert {path.is_relative_to(tmp_path / "xdg" / "offmoe") for path in before} == {True}
+    assert {path.is_relative_to(tmp_path / "own") for path in after} == {True}
 
 
 def test_a_name_that_begins_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

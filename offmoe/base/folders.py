@@ -1,4 +1,4 @@
-"""Where a user's own files lie, by the custom of each system."""
+"""The folders of a user's own files, by the custom of each system: one rule for all that offmoe keeps."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ def expand(path: str | os.PathLike[str]) -> Path:
         return NO_HOME.joinpath(*parts[1:]) if parts[0] == "~" else Path(path)
 
 
-def user_cache_folder() -> Path:
-    """The folder for what programs of the user can do without: $XDG_CACHE_HOME, else ~/.cache. It may not exist."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(named) if Path(named).is_absolute() else home_folder() / ".cache"
+def cache_folder() -> Path:
+    """What can be done without: a machine's measured speeds, counts of experts' uses. It may not exist.
+
+    $OFFMOE_CACHE where that is set, else the system's folder for such files.
+    """
+    own = os.environ.get("OFFMOE_CACHE")
+    return Path(own) if own else _folder("XDG_CACHE_HOME", ".cache", "Library/Caches", "LOCALAPPDATA")
 
 
 def config_folder() -> Path:

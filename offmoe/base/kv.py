@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from offmoe.base.family_facts import ATTENTION_KINDS, STATE_KINDS
 from offmoe.base.shape import largest_number, layer_kinds, text_config
 
 # The cache keeps the compressed latent and the shared rotary part, not the heads' own keys and values.
 _LATENT = "kv_lora_rank"
-# Kinds of layers with a running state instead of keys and values: a few MB whatever the context.
-_STATES = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp", "kda", "lightning")
-
 # Layers of one kind have other heads than the rest, or the kinds are written as letters.
 _OTHER_WIDTHS = (
     "global_head_dim", "per_layer_config", "swa_head_dim", "swa_num_key_value_heads", "hybrid_override_pattern",
@@ -38,8 +36,8 @@ def estimate_kv(config: Mapping[str, Any], *, item_bytes: int, context_length: i
     text = text_config(config)
     num_layers = largest_number(text, "num_hidden_layers", 0)
     kinds = layer_kinds(text)
-    num_states = sum(kind in _STATES for kind in kinds)
-    is_odd = any(kind not in (*_STATES, "full_attention", "sliding_attention") for kind in kinds)
+    num_states = sum(kind in STATE_KINDS for kind in kinds)  # a few MB each, whatever the context
+    is_odd = any(kind not in (*STATE_KINDS, *ATTENTION_KINDS) for kind in kinds)
     if not kinds and any(name in text for name in ("attn_layer_period", "mamba_d_state", "linear_attn_config")):
         is_odd = True
     is_odd |= any(name in text for name in _OTHER_WIDTHS) or ("v_head_dim" in text and _LATENT not in text)

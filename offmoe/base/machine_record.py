@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -18,7 +17,7 @@ from typing import Any
 import psutil
 
 from offmoe.base.files import write_whole
-from offmoe.base.folders import home_folder
+from offmoe.base.folders import cache_folder
 from offmoe.base.machine import num_cores
 
 VERSION = 5
@@ -128,18 +127,6 @@ def fingerprint(device_name: str | None = None) -> str:
     """16 hexadecimal digits that change when processor, memory, cores, system or device do."""
     facts = [platform.machine(), _processor(), psutil.virtual_memory().total >> 28, num_cores(), sys.platform]
     return hashlib.sha256(json.dumps([*facts, device_name]).encode()).hexdigest()[:16]
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept: OFFMOE_CACHE, or offmoe in the user's cache folder."""
-    own = os.environ.get("OFFMOE_CACHE")
-    if own:
-        return Path(own)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home_folder() / "AppData/Local") / "offmoe"
-    if sys.platform == "darwin":
-        return home_folder() / "Library/Caches/offmoe"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache") / "offmoe"
 
 
 def record_path() -> Path:

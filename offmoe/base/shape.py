@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Kinds of layers whose keys and values are kept and attended to.
-ATTENTION_KINDS = ("full_attention", "sliding_attention")
+from offmoe.base.family_facts import ATTENTION_KINDS, experts_per_token
+
 # So many tokens attend to latents as they are; for more, keys and values are expanded (models/latent_attention.py).
 MAX_ABSORBED_TOKENS = 64
 # The matrix that expands them, in every family's checkpoints: values in RAM, however it is stored.
 LATENT_MATRIX = "kv_b_proj"
-_TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ def shape_of(
         head_width=head_width,
         dense_width=dense,
         expert_width=largest_number(text, "moe_intermediate_size", dense),
-        top_k=max(largest_number(text, name, 1) for name in _TOP_K),
+        top_k=experts_per_token(text) or 1,
         vocab_size=largest_number(text, "vocab_size", 1),
         item_bytes=item_bytes,
         score_bytes=_score_bytes(text, heads, item_bytes, eager=eager_attention, on_device=False),

@@ -15,17 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offmoe.base.folders import user_cache_folder
+from offmoe.base.folders import cache_folder
 from offmoe.base.keys import ExpertKey
 from offmoe.cache.usage import Usage
 
 VERSION = 1
 MAX_FILE_BYTES, MAX_COUNT = 16 << 20, 1 << 20
-
-
-def cache_folder() -> Path:
-    """Where a user's programs keep what they can do without: $XDG_CACHE_HOME/offmoe, else ~/.cache/offmoe."""
-    return user_cache_folder() / "offmoe"
 
 
 class WarmStart:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.base.family_facts import TOP_K_NAMES
 from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
 from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part, QuantPart, Span
 from offmoe.checkpoint.index import CheckpointIndex
@@ -24,11 +25,6 @@ from offmoe.models.transformers_internals import (
     experts_modules,
     refuse_unknown_operations,
 )
-
-_TOP_K_NAMES = (
-    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k_experts",
-    "num_selected_experts", "moe_k", "top_k",
-)  # fmt: skip
 
 
 def streamed_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -77,7 +73,7 @@ def _top_k(model: PreTrainedModel, module: torch.nn.Module, num_experts: int) ->
     if isinstance(module, AdaptedExperts):
         return min(module.top_k, num_experts)
     config = model.config.get_text_config()
-    for name in _TOP_K_NAMES:
+    for name in TOP_K_NAMES:
         value = getattr(config, name, None)
         value = max(value) if isinstance(value, (list, tuple)) and value else value
         if isinstance(value, int) and value > 0:

@@ -9,20 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from offmoe.base.family_facts import FAMILIES, facts_of_family
 from offmoe.base.trace_file import Trace
 from offmoe.cache.replay import layer_calls, lru_curve
 
 _SHARES = (0.0, 0.125, 0.25, 0.375, 1.0)
-# LRU hits at those shares of the experts. With none nothing is found, with all everything.
-_PUBLISHED: dict[str, tuple[float, float, float]] = {
-    "mixtral": (0.0, 0.37, 0.50), "olmoe": (0.47, 0.65, 0.76), "deepseek_v2": (0.30, 0.47, 0.60),
-    "qwen3_moe": (0.61, 0.81, 0.91), "gpt_oss": (0.46, 0.68, 0.81),
-}  # fmt: skip
-# Models of the same design, whose own replays were not published.
-_LIKE = {
-    "deepseek_v3": "deepseek_v2", "deepseek_v32": "deepseek_v2", "qwen2_moe": "qwen3_moe", "qwen3_next": "qwen3_moe",
-    "qwen3_vl_moe": "qwen3_moe", "qwen3_5_moe": "qwen3_moe", "phimoe": "mixtral", "minimax": "mixtral",
-}  # fmt: skip
 DEFAULT = "olmoe"
 
 
@@ -39,8 +30,11 @@ def published_curve(model_type: str, *, num_experts: int, per_token: int) -> Hit
 
     With fewer slots than that, each layer has its own share, and what a token finds was used by the one before.
     """
-    name = model_type if model_type in _PUBLISHED else _LIKE.get(model_type, DEFAULT)
-    rates = (0.0, *_PUBLISHED[name], 1.0)
+    family = facts_of_family(model_type)
+    name = model_type if family.hit_rates else family.like or DEFAULT
+    published = FAMILIES[name].hit_rates
+    assert published is not None, f"{name=}"
+    rates = (0.0, *published, 1.0)  # with no slot nothing is found, with all of them everything
     whose = f"published replays of {name}" + ("" if name == model_type else f", for want of {model_type}'s own")
 
     def at(num_slots: int) -> float:

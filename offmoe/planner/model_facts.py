@@ -10,6 +10,7 @@ from typing import Any
 
 from offmoe.base.division import ModelSizes
 from offmoe.base.errors import UnsupportedModelError
+from offmoe.base.family_facts import experts_per_token, facts_of_family
 from offmoe.base.shape import LATENT_MATRIX, largest_number, shape_of, text_config
 from offmoe.checkpoint.context_limit import context_limit
 from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
@@ -20,13 +21,9 @@ from offmoe.checkpoint.quant_config import read_quantisation
 from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.checkpoint.tensor_entry import FLOAT_TYPES, ITEM_BITS, TensorEntry
 from offmoe.formats.layout import aligned
-from offmoe.planner.survey import EMBEDDING, TOP_K, is_tied, layer_of, loaded_tensors, num_hidden_layers, numbers
+from offmoe.planner.survey import EMBEDDING, is_tied, layer_of, loaded_tensors, num_hidden_layers
 
 _KINDS = {"BF16": "bf16", "F16": "bf16", "F32": "f32", "F64": "f32"}
-# Families whose attention transformers only has in its plain form, which writes scores out; and those of them whose
-# sinks offmoe leaves to the fused operation, on the CPU (models/sinks.py).
-_EAGER = ("gemma4", "hy_v4", "inkling2", "inkling2_text", "nllb_moe")
-_SINKS = ("deepseek_v4", "flint", "gpt_oss", "granitemoe_swa", "mimo_v2_flash")
 # Bytes a weight as `offmoe quantize` writes experts in groups of 32, scales in 16 bits.
 QUANTISED_BYTES = {"int4": 0.5 + 2 / 32, "int8": 1 + 2 / 32}
 # What the loader has of one batch of resident weights at once.
@@ -110,13 +107,13 @@ def facts_of(
     layers = {prefix for prefix, _ in spans}
     first = next(iter(per_expert))[2] if per_expert else stacked[0][0]
     model_type = str(config.get("model_type"))
-    names = {model_type, str(text_config(config).get("model_type"))}
-    top_k = min(max(numbers(config, TOP_K), default=1), len(spans) // len(layers))
+    family = facts_of_family(model_type, text_config(config).get("model_type"))
+    top_k = min(experts_per_token(config) or 1, len(spans) // len(layers))
     total_resident = sum(memory.values())
     sizes = ModelSizes(
         shape=shape_of(
-            config, item_bytes=item, eager_attention=not names.isdisjoint(_EAGER),
-            eager_on_device=not names.isdisjoint(_EAGER + _SINKS), largest_matrix_bytes=max(matrices, default=0),
+            config, item_bytes=item, eager_attention=family.writes_scores,
+            eager_on_device=family.writes_scores or family.has_sinks, largest_matrix_bytes=max(matrices, default=0),
         ),
         resident_bytes=total_resident,
         load_bytes=min(total_resident, _BATCH_BYTES + 2 * max(memory.values(), default=0)),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.base.family_facts import EXPERT_COUNT_NAMES, experts_per_token, whole_numbers
 from offmoe.base.shape import text_config
 from offmoe.checkpoint.context_limit import context_limit
 from offmoe.checkpoint.derived import StoredTensor
@@ -20,14 +21,6 @@ from offmoe.checkpoint.index import CheckpointIndex, read_config
 from offmoe.checkpoint.needless import is_beyond, needless_kind, tower_kind
 from offmoe.checkpoint.quant_config import read_quantisation
 
-EXPERT_COUNTS = (
-    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts",
-    "num_moe_experts", "moe_num_routed_experts", "num_local_routed_experts",
-)  # fmt: skip
-TOP_K = (
-    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k_experts",
-    "num_selected_experts", "moe_k", "top_k",
-)  # fmt: skip
 # layers.3.mlp.experts.17.gate_proj.weight -> ("layers.3.mlp.experts", 17)
 # decoder.block.1.layer.2.mlp.experts.expert_17.wi.weight -> ("decoder.block.1.layer.2.mlp.experts", 17)
 _ONE_EXPERT = re.compile(r"^(.*\bexperts?)\.(?:expert_)?(\d+)\.")
@@ -98,7 +91,7 @@ def survey(folder: Path) -> Survey:
         num_layers=num_hidden_layers(config),
         num_moe_layers=len(layers),
         experts_per_layer=num_experts,
-        top_k=max(numbers(config, TOP_K), default=0),
+        top_k=experts_per_token(config),
         expert_bytes=expert_total // (len(layers) * num_experts),
         experts_total_bytes=expert_total,
         resident_bytes=resident_total,
@@ -129,7 +122,7 @@ def loaded_tensors(config: dict[str, Any], tensors: Mapping[str, StoredTensor]) 
         n: e for n, e in tensors.items()
         if not is_beyond(n, num_layers) and needless_kind(n) is None and (has_towers or tower_kind(n) is None)
     }  # fmt: skip
-    per_expert, stacked = find_experts(used.values(), numbers(config, EXPERT_COUNTS))
+    per_expert, stacked = find_experts(used.values(), whole_numbers(config, EXPERT_COUNT_NAMES))
     experts = {entry.name for _, _, entry in per_expert} | {entry.name for entry, _ in stacked}
     resident = [entry for n, entry in used.items() if n not in experts]
     if is_tied(config) and any(EMBEDDING.search(entry.name) for entry in resident):
@@ -144,7 +137,7 @@ def is_tied(config: dict[str, Any]) -> bool:
 
 def num_hidden_layers(config: dict[str, Any]) -> int:
     """Layers of the model; 0 where its config does not say."""
-    return max(numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0)
+    return max(whole_numbers(config, ("num_hidden_layers", "num_layers", "n_layer")), default=0)
 
 
 def find_experts(
@@ -172,18 +165,6 @@ def layer_of(name: str) -> str:
     """What is common to the names of a layer's stacked experts."""
     match = _EXPERTS.match(name) or _LAYER.match(name)
     return match.group(1) if match else name
-
-
-def numbers(config: dict[str, Any], names: tuple[str, ...]) -> set[int]:
-    """Every positive whole number under one of `names`, anywhere in the config; lists may give one a layer."""
-    found: set[int] = set()
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found |= numbers(value, names)
-        elif key in names:
-            items = value if isinstance(value, list) else [value]
-            found |= {item for item in items if type(item) is int and item > 0}
-    return found
 
 
 def _architecture(config: dict[str, Any]) -> str:
