@@ -56,6 +56,7 @@ class BuildKernels(build_ext):
             "layer.cpp",
             "route.cpp",
             "program.cpp",
+            "layout.cpp",
             "library.cpp",
         ]
         objects += self._compile(common, levels)

@@ -1,4 +1,4 @@
-"""Wall-clock benchmark of prefetching and of the miss arbiter on a simulated device: RAM behind a link of a set speed.
+"""Wall-clock benchmark of prefetching and of placing misses on a simulated device: RAM behind a link of a set speed.
 
     python scripts/bench_simulated.py                                  # a few minutes on two cores
     python scripts/bench_simulated.py --ratios 0.5 --share 0.1 --blocks 20 --out /tmp/result.md
@@ -6,7 +6,7 @@
 The model is made on the spot (random weights, experts of about 600 KB, real text ids). `ratio` is the link's bandwidth
 over that at which the same machine computes experts: at 0.2, copying an expert takes five times as long as using it.
 All settings are open at once and decode the same text, a block of tokens each, forwards and back (A B B A); a ratio of
-speeds is over all blocks, and by the median block. The first comparisons of the prefetcher and of the arbiter are made
+speeds is over all blocks, and by the median block. The first comparisons of prefetching and of placing are made
 during the warm-up. Figures tell what the scheduling hides, not how fast a GPU is: two threads share the cores.
 Progress goes to stderr; the last line on stdout is one JSON object. Exit code 1: ids differed where they must not.
 """
@@ -40,7 +40,7 @@ SIZES = {
     "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_experts": 32,
     "num_experts_per_tok": 4, "moe_intermediate_size": 192, "intermediate_size": 512, "max_position_embeddings": 4096,
 }  # fmt: skip
-# Prefetching where every miss takes the link, the arbiter with nothing fetched ahead, and both.
+# Prefetching where every miss takes the link, the scheduler with nothing fetched ahead, and both.
 SETTINGS: dict[str, dict[str, Any]] = {
     "stream, prefetch auto": {"miss": "stream", "prefetch": "auto"},
     "stream, prefetch off": {"miss": "stream", "prefetch": "off"},
@@ -169,7 +169,7 @@ def run_one(
                 name, model, slots=slots, link_bytes_per_s=link_bytes_per_s, context_length=work.num_ids + 1,
                 **SETTINGS[name],
             ).engine  # fmt: skip
-            # A prompt that brings every expert to RAM, then tokens on which arbiter and prefetcher settle.
+            # A prompt that brings every expert to RAM, then tokens on which scheduler and prefetcher settle.
             systems[name] = GivenIds(name, engine, ids[: work.num_ids], num_prompt=work.prompt)
             opened.callback(systems[name].close)
             progress(f"ratio {ratio:g}, {share:.0%}: warming up {name}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from slot_cases import clamped_gate, gelu_gate, gelu_tanh_gate, relu_squared, si
 
 from offmoe.base.errors import UsageError
 from offmoe.formats.dense import ExpertWeights
-from offmoe.kernels.cpu import CpuKernels, ExpertRows, load_cpu_kernels
+from offmoe.kernels.cpu import CpuKernels, ExpertRows, load_cpu_kernels, structs
 from offmoe.kernels.cpu.decode import CpuTokenExperts
 from offmoe.kernels.reference import ExpertMath, combine_rows, experts_forward
 
@@ -184,3 +187,49 @@ def test_more_threads_than_cores_are_capped() -> None:
     kernels, note = load_cpu_kernels("portable", threads=10_000)
     assert kernels is not None and kernels.num_threads < 10_000
     assert note.startswith("10000 threads were asked for")
+
+
+class Norm(ctypes.Structure):
+    """A wrong mirror: of the right size, with two fields of one width in each other's place."""
+
+    _fields_ = [
+        ("width", ctypes.c_int64) if name == "rows" else ("rows", ctypes.c_int64) if name == "width" else (name, kind)
+        for name, kind in structs.Norm._fields_
+    ]
+
+
+class Linear(ctypes.Structure):
+    """A wrong mirror: one field is narrower."""
+
+    _fields_ = [(name, ctypes.c_int16 if name == "type" else kind) for name, kind in structs.Linear._fields_]
+
+
+class Route(ctypes.Structure):
+    """A wrong mirror: its last field is not there."""
+
+    _fields_ = structs.Route._fields_[:-1]
+
+
+@pytest.mark.parametrize(
+    ("mirror", "said"),
+    [
+        (Norm, "the CPU kernels' Norm.rows is 8 bytes at 24, offmoe's 8 bytes at 32; install offmoe again"),
+        (Linear, "the CPU kernels' Linear.type is 4 bytes at 52, offmoe's 2 bytes at 52; install offmoe again"),
+        (Route, "the CPU kernels' Route"),
+    ],
+)
+def test_a_struct_that_python_has_otherwise_refuses_the_library(
+    monkeypatch: pytest.MonkeyPatch, mirror: type[ctypes.Structure], said: str
+) -> None:
+    others = [known for known in structs.MIRRORS if known.__name__ != mirror.__name__]
+    monkeypatch.setattr(structs, "MIRRORS", (*others, mirror))
+    kernels, note = load_cpu_kernels()
+    assert kernels is None and note.startswith(said)
+    with pytest.raises(UsageError, match="cannot be had: the CPU kernels' "):
+        load_cpu_kernels("portable")
+
+
+def test_every_struct_has_a_mirror_that_is_compared() -> None:
+    mirrors = {kind.__name__ for kind in vars(structs).values() if isinstance(kind, type) and kind in structs.MIRRORS}
+    declared = set(re.findall(r"^struct (\w+) \{", (Path(structs.__file__).parent / "src" / "abi.h").read_text(), re.M))
+    assert mirrors == declared

@@ -145,7 +145,7 @@ def _open(bench: Bench, level: Level, name: str, vram_bytes: int) -> OffmoeSyste
 
 
 def _warm_up(bench: Bench, system: System) -> None:
-    """The longest prompt brings every expert to RAM, the tokens after it settle caches, arbiter and compiler."""
+    """The longest prompt brings every expert to RAM, the tokens after it settle caches, scheduler and compiler."""
     longest = max(bench.work.prompts)
     system.run(bench.ids[: longest + bench.work.warmup], num_prompt=longest)
 

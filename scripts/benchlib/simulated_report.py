@@ -62,7 +62,7 @@ def render(
     versions = ", ".join(f"{name} {version}" for name, version in describe_versions(ROOT).items())
     command = shlex.join(["python", *without_folders(sys.argv)])
     lines = [
-        f"# Prefetch and miss arbiter on a simulated link, {datetime.date.today().isoformat()}", "",
+        f"# Prefetching and misses on a simulated link, {datetime.date.today().isoformat()}", "",
         f"- command: `{command}`",
         f"- machine: {', '.join(f'{key} {value}' for key, value in describe_machine().items())}; simulated device",
         f"- versions: {versions}",

@@ -99,8 +99,6 @@ class CpuKernels:
 
     def __init__(self, library: ctypes.CDLL, level: str, level_idx: int, num_threads: int, spin_us: int) -> None:
         self.level, self.num_threads = level, num_threads
-        # Not in a library that was built before there was such a function, and that does all else.
-        self.attends_to_latents = hasattr(library, "offmoe_latent")
         self._library: ctypes.CDLL | _Closed = library
         self._handle = library.offmoe_open(level_idx, num_threads, spin_us)
         if not self._handle:

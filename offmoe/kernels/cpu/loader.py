@@ -16,7 +16,7 @@ import torch
 from offmoe.base.errors import UsageError
 from offmoe.base.machine import num_cores
 from offmoe.kernels.cpu.kernels import CpuKernels
-from offmoe.kernels.cpu.structs import ABI_VERSION
+from offmoe.kernels.cpu.structs import ABI_VERSION, places
 
 LEVELS = ("avx512", "avx2", "portable")
 CHOICES = ("auto", *LEVELS, "off")
@@ -81,7 +81,7 @@ def _level_idx(library: ctypes.CDLL, level: str) -> int:
 
 
 def _library() -> ctypes.CDLL:
-    """Raises OSError where it was not built, cannot be loaded, or is of another version."""
+    """Raises OSError where it was not built, cannot be loaded, is of another version, or has other structs."""
     folder = Path(__file__).parent
     paths = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_kernels{suffix}").exists()]
     if not paths:
@@ -90,16 +90,39 @@ def _library() -> ctypes.CDLL:
     version = library.offmoe_abi_version()
     if version != ABI_VERSION:
         raise OSError(f"the CPU kernels are of version {version}, offmoe needs {ABI_VERSION}; install offmoe again")
+    check_structs(library)
     library.offmoe_level.restype = ctypes.c_char_p
     library.offmoe_level.argtypes = (ctypes.c_int32, ctypes.POINTER(ctypes.c_int32))
     library.offmoe_open.restype = ctypes.c_void_p
     library.offmoe_open.argtypes = (ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
     library.offmoe_close.restype = None
     library.offmoe_close.argtypes = (ctypes.c_void_p,)
-    for name in ("experts", "linear", "norm", "attend", "layer", "program"):
+    for name in ("experts", "linear", "norm", "attend", "latent", "layer", "program"):
         getattr(library, f"offmoe_{name}").argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    if hasattr(library, "offmoe_latent"):
-        library.offmoe_latent.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     library.offmoe_program.restype = ctypes.c_int64
     library.offmoe_route.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     return library
+
+
+def check_structs(library: ctypes.CDLL) -> None:
+    """Raise OSError where a struct, or a field of one, has another size or place in the library than in structs.py.
+
+    A field of the wrong width or order would make the kernels read and write where nobody has put anything.
+    """
+    library.offmoe_layout.restype = ctypes.c_char_p
+    library.offmoe_layout.argtypes = (ctypes.c_int32, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int64))
+    theirs: dict[str, tuple[int, int]] = {}
+    offset, size = ctypes.c_int64(), ctypes.c_int64()
+    while (name := library.offmoe_layout(len(theirs), ctypes.byref(offset), ctypes.byref(size))) is not None:
+        theirs[name.decode()] = (offset.value, size.value)
+    ours = places()
+    for struct in (*theirs, *ours):
+        if theirs.get(struct) != ours.get(struct):
+            raise OSError(
+                f"the CPU kernels' {struct} is {_place(theirs.get(struct))}, offmoe's {_place(ours.get(struct))}; "
+                "install offmoe again"
+            )
+
+
+def _place(place: tuple[int, int] | None) -> str:
+    return "missing" if place is None else f"{place[1]} bytes at {place[0]}"

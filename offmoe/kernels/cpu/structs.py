@@ -1,4 +1,7 @@
-"""The structs of `src/abi.h`, field by field, and the numbers of its enums."""
+"""The structs of `src/abi.h`, field by field, and the numbers of its enums.
+
+The loader compares `places` with what the library says of itself (`src/layout.cpp`).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
 DENSE_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -182,3 +185,19 @@ class Program(ctypes.Structure):
     """One token through a decoder."""
 
     _fields_ = (("ops", c_void_p), ("begin", c_int64), ("end", c_int64))
+
+
+# All of the above.
+MIRRORS: tuple[type[ctypes.Structure], ...] = tuple(
+    kind for kind in list(globals().values()) if isinstance(kind, type) and issubclass(kind, ctypes.Structure)
+)
+
+
+def places() -> dict[str, tuple[int, int]]:
+    """Offset and size in bytes of every struct ("Matrix") and field ("Matrix.codes")."""
+    found = {mirror.__name__: (0, ctypes.sizeof(mirror)) for mirror in MIRRORS}
+    for mirror in MIRRORS:
+        for name, *_ in mirror._fields_:
+            field = getattr(mirror, name)
+            found[f"{mirror.__name__}.{name}"] = (field.offset, field.size)
+    return found
