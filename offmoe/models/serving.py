@@ -198,7 +198,7 @@ def _place_misses(
     config: EngineConfig, device: Device, pool: DevicePool,
 ) -> None:  # fmt: skip
     """With a choice between link and CPU: measure both, and let the scheduler decide. "stream" needs no CPU side."""
-    mode = Mode.STREAM if config.placement_invariant else Mode(config.miss)
+    mode = Mode(config.miss)
     if mode is Mode.STREAM:
         return
     cpu = executor.cpu = CpuExperts(serving.host, link.settle, serving.cpu_rows)
