@@ -10,10 +10,10 @@ import torch
 from fake_link import LazyLink, make_ring_copier
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inline_copier import InlineCopier
+from inline_copier import DoneTicket, InlineCopier
 from patience import PATIENCE_S
 
-from offmoe.tiers.copier import CancelledMoveError, Copier, DoneTicket, Part, Ticket, count_bytes, split
+from offmoe.tiers.copier import CancelledMoveError, Copier, Part, Ticket, count_bytes, split
 from offmoe.tiers.throttled import ThrottledCopier
 
 

@@ -65,24 +65,6 @@ class Copier(Protocol):
         """Finish what was started and release threads; no copy may be started afterwards."""
 
 
-class DoneTicket:
-    """A move that had ended before the ticket was made."""
-
-    def done(self) -> bool:
-        """Always True."""
-        return True
-
-    def wait(self) -> None:
-        """Return at once."""
-
-    def cancel(self) -> bool:
-        """Always too late."""
-        return False
-
-    def promote(self) -> None:
-        """Nothing to hurry."""
-
-
 def check_parts(parts: Sequence[Part]) -> None:
     """Raise ValueError unless each source can be copied over its destination byte for byte."""
     for src, dst in parts:
