@@ -5,8 +5,9 @@
 
 Teacher-forced on the demo model's held-out documents (prose, code, reference topics and chat about the standard
 library, in equal parts). `state`: the router of a layer 1, 2 or 3 layers on is asked about the state after this
-layer's attention, before its experts. `previous token`: the experts that the same layer used last, going back until
-there are as many as are guessed. Progress goes to stderr; the last line on stdout is one JSON object.
+layer's attention, before its experts; `output`: about the layer's output. `previous token`: the experts that the same
+layer used last, going back until there are as many as are guessed. Progress goes to stderr; the last line on stdout is
+one JSON object.
 
 Shapes: T tokens, G guesses, K experts a token, E experts, X what a state has besides.
 """
@@ -39,7 +40,7 @@ from offmoe.models.transformers_internals import experts_modules
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "offmoe" / "demo_model"
 DISTANCES = (1, 2, 3)
-SOURCES = ("state",)
+SOURCES = ("state", "output")
 PREVIOUS = "previous token"
 
 
@@ -79,6 +80,12 @@ class Guesses:
     def observe_state(self, layer_idx: int, state_TX: torch.Tensor) -> None:
         """The layers after this one, from its state after attention."""
         self._ask("state", state_TX, self._found.order.index(layer_idx) + 1)
+
+    def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
+        """This layer and those after it, from the output of the layer before."""
+        place = self._found.order.index(layer_idx)
+        if place > 0:
+            self._ask("output", state_TX, place)
 
     def _ask(self, source: str, state_TX: torch.Tensor, first: int) -> None:
         for distance, layer_idx in zip(DISTANCES, self._found.order[first:], strict=False):

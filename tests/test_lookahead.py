@@ -29,6 +29,7 @@ class Asked:
     wants: list[tuple[int, list[int], int, bool]] = field(default_factory=list)
     spoken: list[tuple[int, set[int]]] = field(default_factory=list)
     sure: list[int | None] = field(default_factory=list)
+    pumps: int = 0
 
     def is_on(self, distance: int = 1) -> bool:
         return distance <= self.far
@@ -42,6 +43,9 @@ class Asked:
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         self.spoken.append((layer_idx, set(expert_ids)))
+
+    def pump(self) -> None:
+        self.pumps += 1
 
 
 class Router:
@@ -98,6 +102,15 @@ def test_nothing_comes_after_the_last_layer() -> None:
     asked = Asked()
     reach(look(asked, distance=3), NUM_LAYERS - 1, state())
     assert asked.wants == []
+
+
+def test_the_layers_input_asks_its_own_router_again_and_starts_at_once() -> None:
+    asked = Asked()
+    ahead = look(asked)
+    ahead.observe_input(2, state())
+    assert asked.wants == [(2, [2, 7], 0, False)] and asked.pumps == 1
+    ahead.observe_input(3, state(1, "meta"))
+    assert not ahead.pending() and len(asked.wants) == 1
 
 
 def test_a_distance_that_is_off_costs_no_router_call() -> None:
@@ -211,7 +224,7 @@ def test_ranking_names_each_touched_expert_once(ids_TK: list[list[int]]) -> None
 
 
 def test_over_a_real_model() -> None:
-    """Hooks, predictors and lookahead together: every layer but the first is asked for once."""
+    """Hooks, predictors and lookahead together: every layer but the first is asked for twice, and rightly at last."""
     model, asked = build("deepseek_v4"), Asked()
     found = map_routing(model)
     ahead = Lookahead(found.predictors, asked, order=found.order, num_experts=[8] * len(found.layers))
@@ -222,5 +235,5 @@ def test_over_a_real_model() -> None:
         model(input_ids=torch.tensor([[17]]))
     hooks.remove()
     asked_for = [(layer, distance) for layer, _, distance, _ in asked.wants]
-    assert asked_for == [(1, 1), (2, 1), (3, 1)]
+    assert asked_for == [(0, 0), (1, 1), (1, 0), (2, 1), (2, 0), (3, 1), (3, 0)]
     assert all(len(set(ids)) == 2 for _, ids, _, _ in asked.wants)

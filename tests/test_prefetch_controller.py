@@ -202,7 +202,7 @@ def test_a_budget_below_one_expert_prefetches_nothing() -> None:
 @pytest.mark.parametrize(("mode", "on"), [("off", []), (1, [1]), (2, [1, 2]), (0, [])])
 def test_a_fixed_distance(mode: Mode, on: list[int]) -> None:
     cache, prefetcher = make(mode=mode)
-    assert [distance for distance in (0, 1, 2, 3) if prefetcher.is_on(distance)] == on
+    assert [distance for distance in (1, 2, 3) if prefetcher.is_on(distance)] == on
     for distance in (1, 2, 3):
         prefetcher.want(distance, [0], distance=distance)
     prefetcher.pump()

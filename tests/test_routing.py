@@ -41,6 +41,7 @@ class Watcher:
 
     def __init__(self, model: PreTrainedModel, found: RoutingMap) -> None:
         self.model, self.found = model, found
+        self.inputs: list[int] = []
         self.own: dict[int, torch.Tensor | None] = {}
         self.ahead: dict[int, torch.Tensor | None] = {}
         self.used: dict[int, torch.Tensor] = {}
@@ -50,6 +51,10 @@ class Watcher:
         place = self.found.order.index(layer_idx)
         for target_idx in self.found.order[place + 1 : place + 2]:
             self.ahead[target_idx] = self._ask(target_idx, state_TX)
+
+    def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
+        self.inputs.append(layer_idx)
+        assert state_TX.dim() >= 2
 
     def _ask(self, layer_idx: int, state_TX: torch.Tensor) -> torch.Tensor | None:
         predictor = self.found.predictors[layer_idx]
@@ -111,7 +116,7 @@ def test_every_layer_is_found_and_predicts_itself(name: str) -> None:
     assert traces_left(model) == clean
     assert torch.equal(got, expected)
     assert torch.equal(after, expected)
-    assert tuple(watcher.own) == tuple(watcher.used) == found.order
+    assert tuple(watcher.inputs) == tuple(watcher.own) == tuple(watcher.used) == found.order
     for layer_idx in found.order:
         own = watcher.own[layer_idx]
         assert own is not None
@@ -167,7 +172,7 @@ def test_hash_routing_is_known_exactly_whatever_the_state() -> None:
     answers = []
 
     class Guess(Watcher):
-        def observe_state(self, layer_idx: int, state_TX: torch.Tensor) -> None:
+        def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
             if layer_idx == 0:
                 answers.append(self._ask(0, torch.randn(state_TX.shape)))
 
@@ -226,13 +231,16 @@ def test_hooks_keep_no_tensor_of_a_forward() -> None:
         def observe_state(self, layer_idx: int, state_TX: torch.Tensor) -> None:
             seen.append(weakref.ref(state_TX))
 
+        def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
+            seen.append(weakref.ref(state_TX))
+
     hooks, ids = found.install(Quiet()), fresh_ids()
     seen.append(weakref.ref(ids))
     with torch.no_grad():
         model(input_ids=ids)
     del ids
     gc.collect()
-    assert len(seen) == 1 + len(found.order)
+    assert len(seen) == 1 + 2 * len(found.order)
     assert all(reference() is None for reference in seen)
     hooks.remove()
 

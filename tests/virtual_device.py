@@ -258,6 +258,8 @@ class Engine:
         self.now = each
         lookahead = self.ahead.lookahead if self.ahead is not None else None
         for layer_idx, ids_TK in enumerate(each.ids):
+            if lookahead is not None and self.stream.blocking:
+                lookahead.observe_input(layer_idx, each.x_TD)
             self.stream.queue(self.shape.attention_s * DEVICE_SPEED)
             if lookahead is not None:
                 lookahead.observe_state(layer_idx, each.x_TD if self.stream.blocking else each.x_TD.to("meta"))

@@ -23,7 +23,7 @@ from offmoe.models.agreement import agrees, candidates, decoder_layer_of, with_s
 from offmoe.models.call_trace import Call, LayerTrace, LayerTracer, by_name
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.native_hooks import mark_observer
-from offmoe.models.predictor import Side, Tail, find_tail, ids_given_to_experts
+from offmoe.models.predictor import Side, Tail, find_tail, ids_given_to_experts, layer_state_name
 from offmoe.models.seam import LayerBinding, StateObserver, find_binding
 from offmoe.models.transformers_internals import experts_modules
 
@@ -36,6 +36,9 @@ class RoutingObserver(StateObserver, Protocol):
     """Who is told about states while the model runs (see prefetch/lookahead.py). Asleep, it is not told by hooks."""
 
     is_asleep: bool
+
+    def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
+        """The decoder layer's input, before attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,9 @@ class LayerRouting:
     name: str
     predictor: Predictor | None = None
     reason: str | None = None
+    # The layer's module, and its argument that is the state.
     decoder_layer: nn.Module
+    input_name: int | str = 0
 
 
 class InstalledHooks:
@@ -116,31 +121,41 @@ class RoutingMap:
         return [layer.predictor for layer in self.layers]
 
     def install(self, observer: RoutingObserver) -> InstalledHooks:
-        """Tell `observer` what each layer's router is given, from pre-hooks on the thread that runs the model.
+        """Tell `observer` what each layer and its router are given, from pre-hooks on the thread that runs the model.
 
         Under torch.compile the hooks are not part of the graph: a state reaches `observer` through the experts operator
-        (models/seam.py), what routers look at beside states does not. Install before compiling.
+        (models/seam.py), inputs and what routers look at beside states do not. Install before compiling.
         """
         hooks = InstalledHooks()
         tails = {layer.layer_idx: layer.predictor.tail for layer in self.layers if layer.predictor is not None}
         sides = frozenset[int | str]().union(*(tail.steps[-1].side_names for tail in tails.values()))
         for layer_idx in (layer_idx for layer_idx in self.order if layer_idx in tails):
             tail, binding = tails[layer_idx], find_binding(tails[layer_idx].experts)
-            if sides:
-                hooks.add(_hook_sides(self.layers[layer_idx], observer, self.side, sides))
+            hooks.add(_hook_input(self.layers[layer_idx], tail, observer, self.side, sides))
             hooks.add(_hook_state(layer_idx, tail, observer, binding))
             if binding is not None:
                 hooks.observe(binding, observer)
         return hooks
 
 
-def _hook_sides(
-    layer: LayerRouting, observer: RoutingObserver, side: Side, side_names: frozenset[int | str]
+def _hook_input(
+    layer: LayerRouting, tail: Tail, observer: RoutingObserver, side: Side, side_names: frozenset[int | str]
 ) -> RemovableHandle:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_dynamo_compiling() and not observer.is_asleep:
-            side.see({key: value for key, value in by_name(args, kwargs).items() if key in side_names})
+    name, rest = layer.input_name, tail.steps[0].form.rest
 
+    def tell(state: torch.Tensor) -> None:
+        if not observer.is_asleep and state.numel() % torch.Size(rest).numel() == 0:
+            observer.observe_input(layer.layer_idx, state.reshape(-1, *rest))
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_dynamo_compiling() or observer.is_asleep:
+            return
+        if side_names:
+            side.see({key: value for key, value in by_name(args, kwargs).items() if key in side_names})
+        tell(_argument(name, args, kwargs))
+
+    if not side_names:  # else it has to see all that the layer is given
+        mark_observer(hook, tell)
     return layer.decoder_layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
@@ -220,7 +235,11 @@ class _Search:
 
     def _settle(self, layer: LayerRouting, trace: LayerTrace, experts_call: Call) -> LayerRouting:
         used_ids = ids_given_to_experts(experts_call.args, experts_call.kwargs).reshape(trace.num_tokens, -1)
+        input_name = layer_state_name(trace)
         layer = replace(layer, reason=NOT_FOUND)
+        if input_name is None:
+            return layer
+        layer = replace(layer, input_name=input_name)
         for last, output_idx in candidates(trace, experts_call, used_ids):
             tail = find_tail(trace, last, output_idx, experts_call.module)
             if tail is not None and agrees(tail, trace, used_ids):

@@ -93,11 +93,11 @@ class PrefetchController:
         return not (self.distance or self._wanted or self.num_pending)
 
     def is_on(self, distance: int = 1) -> bool:
-        """True when a prediction for a layer `distance` layers ahead would be acted upon: else make none.
+        """True when a prediction for a layer `distance` layers ahead (0: from its own input) would be acted upon.
 
         Far ones have to wait while something nearer is queued, and will be predicted better by then.
         """
-        if not 0 < distance <= self.distance:
+        if not self.distance or distance > self.distance:
             return False
         is_far = self._far_when_idle and self.chances is not None and distance > 1
         return not (is_far and any(wanted.queue for wanted in self._wanted.values()))
@@ -117,7 +117,7 @@ class PrefetchController:
         next in its ranking. Then, in "auto", only what is worth it is fetched. None: all of them are.
         """
         self._wanted.pop(layer_idx, None)
-        if not (self._mode not in ("off", 0) if whole_layer else 0 < distance <= self.distance):
+        if not (self._mode not in ("off", 0) if whole_layer else 0 < max(distance, 1) <= self.distance):
             return
         experts = queue = list(dict.fromkeys(expert_ids))
         if self.chances is not None and num_sure is not None:

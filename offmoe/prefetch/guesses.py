@@ -36,3 +36,6 @@ class GuessWriter:
             ids_1K = None if predictor is None else predictor(state_TX)
             if ids_1K is not None:
                 self._recorder.guess(target_idx, distance, ids_1K[0].tolist())
+
+    def observe_input(self, layer_idx: int, state_TX: torch.Tensor) -> None:
+        """Not asked again: a trace holds guesses of whole layers ahead."""
