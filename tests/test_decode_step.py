@@ -164,6 +164,20 @@ def test_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert path(engine) == ("eager", "no CPU kernels")
 
 
+def test_who_entered_and_was_broken_off_holds_nobody_up(engine: offmoe.Engine) -> None:
+    """As Ctrl-C between entering and the call leaves it."""
+    import threading
+
+    calls = engine._parts.calls
+    calls.enter()
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(logits(engine, 4, reuse=False)))
+    thread.start()
+    thread.join()
+    assert len(found[0]) == 4
+    assert torch.equal(logits(engine, 4, reuse=False), found[0])
+
+
 def test_a_second_thread_is_refused(engine: offmoe.Engine) -> None:
     """The fused step passes the model's forward by, and still holds the model while it computes."""
     step, calls = engine._paths._step, []

@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from offmoe.decode.spec import DecoderSpec, NoSpecError
 from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.models.kv_rewind import remember
+from offmoe.models.model_calls import OneCallAtATime
 from offmoe.models.native_hooks import Hooks
 from offmoe.models.seam import ExpertsExecutor, find_binding
 from offmoe.models.torch_threads import TorchThreads
@@ -58,14 +59,16 @@ class DecodePaths:
 
     def __init__(
         self, model: PreTrainedModel, executor: ExpertsExecutor, kernels: CpuKernels | None,
-        threads: TorchThreads | None, calls: AbstractContextManager[None],
+        threads: TorchThreads | None, calls: OneCallAtATime,
     ) -> None:  # fmt: skip
         """`calls`: entered around tokens that pass the model's forward by. What hooks the model itself has now are
         this engine's.
         """
         self._model, self._executor, self._kernels, self._threads = model, executor, kernels, threads
         self._calls, self._num_own_hooks = calls, _num_hooks(model)
+        calls.holders.add(id(self))
         self.path: Path = "eager"
+        self.state = "off"  # of compiling, which nothing here does
         self.reason = ""
         self._step: FusedStep | None = None
         self._hooks: Hooks | None = None

@@ -28,7 +28,7 @@ def engine_stats(
         "io": "direct" if parts.disk.direct else "buffered",
         "prefilled_tokens": kept.num_prefilled,
         "reused_tokens": kept.num_reused,
-        "compile": decode.state if isinstance(decode, DecodeCompiler) else "off",
+        "compile": decode.state,
         "decode_path": decode.path,
         "decode_path_reason": decode.reason,
         **serving,

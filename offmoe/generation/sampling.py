@@ -75,7 +75,8 @@ def resolve_sampling(
 
 def _raised(top_p: Any) -> Any:
     """Any share above none; below the smallest one only the likeliest token is left, as with that one."""
-    return _SMALLEST_TOP_P if isinstance(top_p, Real) and 0.0 < top_p < _SMALLEST_TOP_P else top_p
+    is_number = isinstance(top_p, Real)
+    return _SMALLEST_TOP_P if is_number and 0.0 < top_p < _SMALLEST_TOP_P else top_p
 
 
 def _off_below_0(top_k: Any) -> Any:

@@ -7,6 +7,7 @@ around the whole model's forward do that.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -24,35 +25,51 @@ from offmoe.models.budgets import model_shape
 
 
 class OneCallAtATime:
-    """Around every forward of a model. A thread may call it again within a call of its own."""
+    """Around every forward of a model. A thread may call it again within a call of its own.
+
+    Concurrency: Ctrl-C may strike between any two lines, also between entering and the call. So a thread that is noted
+    as being inside counts only while its stack shows it: a frame of one of `holders` (ids of the model and of whatever
+    computes in its place).
+    """
 
     def __init__(self) -> None:
         self._lock, self._owner, self._depth = threading.Lock(), 0, 0
+        self.holders: set[int] = set()
 
     def enter(self, *_: object) -> None:
-        """Begin a call. Raises EngineBusyError while another thread is in one."""
+        """Before a call. Raises EngineBusyError while another thread is in one."""
         if torch.compiler.is_dynamo_compiling():
             return
         if self._owner != threading.get_ident():
-            if not self._lock.acquire(blocking=False):
-                raise EngineBusyError("the model is computing for another thread; wait for it, or load a second engine")
-            self._owner = threading.get_ident()
+            with self._lock:
+                if self._owner and self._is_inside(self._owner):
+                    raise EngineBusyError(
+                        "the model is computing for another thread; wait for it, or load a second engine"
+                    )
+                self._owner, self._depth = threading.get_ident(), 0
         self._depth += 1
+
+    def leave(self, *_: object) -> None:
+        """After a call, whatever became of it; also after one that was refused, which changes nothing."""
+        if torch.compiler.is_dynamo_compiling() or self._owner != threading.get_ident():
+            return
+        self._depth -= 1
+        if self._depth <= 0:
+            self._owner = 0
+
+    def _is_inside(self, thread_id: int) -> bool:
+        frame = sys._current_frames().get(thread_id)
+        while frame is not None:
+            if id(frame.f_locals.get("self")) in self.holders:
+                return True
+            frame = frame.f_back
+        return False
 
     def __enter__(self) -> None:
         self.enter()
 
     def __exit__(self, *_: object) -> None:
         self.leave()
-
-    def leave(self, *_: object) -> None:
-        """End a call, whatever became of it; after one that was refused nothing changes."""
-        if torch.compiler.is_dynamo_compiling() or self._owner != threading.get_ident():
-            return
-        self._depth -= 1
-        if self._depth == 0:
-            self._owner = 0
-            self._lock.release()
 
 
 class CallBudget:
@@ -119,6 +136,7 @@ def guard_calls(
     """
     model.requires_grad_(False)
     calls = OneCallAtATime()
+    calls.holders.add(id(model))
     hooks = [
         *([] if budget is None else [model.register_forward_pre_hook(budget.check, with_kwargs=True)]),
         model.register_forward_pre_hook(calls.enter, prepend=True),
