@@ -6,8 +6,8 @@ moment, traces, saved conversations, transformers' own `generate`, and requests 
 tiny models of other families (sliding windows, sinks, latent attention, states) take their turns too. Records are taken
 while only the one engine is open.
 
-Progress goes to stderr; the last line of stdout is the result as JSON. The exit code is 1 when something grew or ids
-changed.
+Progress goes to stderr; the last line of stdout is the result as JSON. The exit code is 1 when something grew, ids
+changed, or a reply in another thread failed.
 """
 
 from __future__ import annotations
@@ -295,10 +295,12 @@ def main() -> int:
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # a busy machine, and settings that are meant to be odd
     torch.set_num_threads(1)
+    failures: list[str] = []
+    threading.excepthook = lambda failed: failures.append(f"{failed.exc_type.__name__}: {failed.exc_value}")
     with tempfile.TemporaryDirectory() as folder:
-        result = run(args.tokens, args.records, args.seed, Path(folder))
+        result = run(args.tokens, args.records, args.seed, Path(folder)) | {"failures": Counter(failures)}
     print(json.dumps(result))
-    return 0 if result["flat"] and result["same_ids"] else 1
+    return 0 if result["flat"] and result["same_ids"] and not failures else 1
 
 
 if __name__ == "__main__":
