@@ -274,7 +274,7 @@ def _install_tensors(patch: pytest.MonkeyPatch, gate: Gate, root: Path) -> Abstr
 
 def _install_kernels(patch: pytest.MonkeyPatch, gate: Gate, root: Path) -> None:
     """The kernels say that they got no memory: through `_call`, and of a run of layers by its number."""
-    real, real_run = CpuKernels._call, CpuKernels.run_layers
+    real, real_run = CpuKernels._call, CpuKernels.run_program
 
     def call(self: CpuKernels, function: Any, address: int, what: str) -> None:
         if gate.fails(what):
@@ -287,7 +287,7 @@ def _install_kernels(patch: pytest.MonkeyPatch, gate: Gate, root: Path) -> None:
         return real_run(self, address)
 
     patch.setattr(CpuKernels, "_call", call)
-    patch.setattr(CpuKernels, "run_layers", run)
+    patch.setattr(CpuKernels, "run_program", run)
 
 
 def _install_threads(patch: pytest.MonkeyPatch, gate: Gate, root: Path) -> None:

@@ -42,12 +42,12 @@ def test_any_memory_may_be_refused(tmp_path: Path) -> None:
 
 def test_other_refusals_have_a_name() -> None:
     refused: Any = SimpleNamespace(
-        offmoe_open=lambda *_: 1, offmoe_close=lambda _: None, offmoe_linear=lambda *_: 2, offmoe_run=lambda *_: -2,
+        offmoe_open=lambda *_: 1, offmoe_close=lambda _: None, offmoe_linear=lambda *_: 2, offmoe_program=lambda *_: -2,
         offmoe_route=lambda *_: 2,
     )  # fmt: skip
     kernels = CpuKernels(refused, "portable", 0, 1, 0)
     for call in (
-        lambda: kernels.run_linear(0), lambda: kernels.run_layers(0), lambda: kernels.run_route(0, 0, 0),
+        lambda: kernels.run_linear(0), lambda: kernels.run_program(0), lambda: kernels.run_route(0, 0, 0),
     ):  # fmt: skip
         with pytest.raises(ResourceError, match="refuses the CPU kernels a lock or a thread"):
             call()

@@ -14,11 +14,11 @@ from engines import open_tiny, save_tiny
 from largest import Largest
 from transformers import AttentionInterface, PreTrainedModel
 
+from offmoe.base.family_facts import facts_of_family
 from offmoe.models import sinks
 from offmoe.models.budgets import model_shape
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.sinks import EAGER, SINKS, fuse_sinks
-from offmoe.planner import model_facts
 
 FUSED = ["deepseek_v4", "flint", "gpt_oss", "granitemoe_swa", "mimo_v2_flash"]
 # Sparse attention that asks for the function's name; sinks made for each token.
@@ -152,7 +152,8 @@ def test_plans_know_the_families(name: str) -> None:
     model = families.model_class(name)._from_config(config)
     fuse_sinks(model)
     shape, model_type = model_shape(model), model.config.get_text_config().model_type
-    is_known = (model_type in model_facts._SINKS, model_type in model_facts._EAGER)
+    facts = facts_of_family(model_type)
+    is_known = (facts.has_sinks, facts.writes_scores)
     assert is_known == (name in FUSED, name in EAGER_STILL)
     indexer = 8 * getattr(config, "index_n_heads", 0)
     assert (shape.score_bytes <= indexer) is (name in FUSED)

@@ -116,7 +116,7 @@ class LoadedTensors:
 
 def loaded_tensors(config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> LoadedTensors:
     """Leave out what the loader does: layers beyond the last, needless tensors, towers of a text model, a tied head."""
-    num_layers, names = num_hidden_layers(config), config.get("architectures")
+    num_layers, names = num_hidden_layers(dict(text_config(config))), config.get("architectures")
     has_towers = not (isinstance(names, list) and names and str(names[0]).endswith("ForCausalLM"))
     used = {
         n: e for n, e in tensors.items()
