@@ -32,12 +32,12 @@ def test_any_memory_may_be_refused(tmp_path: Path) -> None:
     subprocess.run([COMPILER, "-shared", "-fPIC", "-std=c++17", HERE / "failing_new.cpp", "-o", new], check=True)
     model = save_tiny(tmp_path / "model")
     ran = subprocess.run(
-        [sys.executable, HERE / "failing_new.py", new, model, "7"], capture_output=True, text=True, check=False,
+        [sys.executable, HERE / "failing_new.py", new, model, "3"], capture_output=True, text=True, check=False,
         env={**os.environ, "LD_PRELOAD": str(new), "OMP_NUM_THREADS": "2"}, timeout=PATIENCE_S,
     )  # fmt: skip
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     found = json.loads(ran.stdout.splitlines()[-1])
-    assert found["wrong"] == [] and found["refused"] >= 8 and found["calls"] > 50, found
+    assert found["wrong"] == [] and found["refused"] >= 8 and found["calls"] > 20, found
 
 
 def test_other_refusals_have_a_name() -> None:
