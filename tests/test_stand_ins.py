@@ -81,7 +81,7 @@ def test_a_capture_waits_for_the_call_that_has_stand_ins(pair: nn.Sequential) ->
 
 
 def test_lookahead_goes_without_while_a_model_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared experts, and routers that only their block can be asked for."""
+    """Routers that only their block can be asked for."""
     candidates = routing.candidates
     monkeypatch.setattr(
         routing, "candidates", lambda *given: (found for found in candidates(*given) if found[1] is None)
@@ -92,9 +92,8 @@ def test_lookahead_goes_without_while_a_model_is_captured(monkeypatch: pytest.Mo
 
     def asked() -> list[torch.Tensor | None]:
         predictors = [layer.predictor for layer in layers if layer.predictor is not None]
-        parts = [layer.shared for layer in layers if layer.shared is not None]
-        assert predictors and parts
-        return [predictor(state) for predictor in predictors] + [part.added(state) for part in parts]
+        assert predictors
+        return [predictor(state) for predictor in predictors]
 
     before = asked()
     with captured(model):

@@ -17,7 +17,8 @@ WHOLE = frozenset({
     "aria", "aria_text", "deepseek_ocr2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe",
     "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "gpt_oss", "granitemoe", "hunyuan_v1_moe",
     "hy_v3", "kimi_k2", "mellum", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text",
-    "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "solar_open",
+    "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen3_vl_moe_text",
+    "solar_open",
 })  # fmt: skip
 # More than attention and a block of experts: latent attention, states of recurrent layers, indices, several streams.
 _LONG = frozenset({
