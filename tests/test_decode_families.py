@@ -13,9 +13,11 @@ from engines import PROMPT, open_tiny
 from families import FAMILIES, build, save_layout
 
 import offmoe
+from offmoe.base.errors import NonFiniteError
 from offmoe.decode import families as specs
 from offmoe.decode.families import spec_of
 from offmoe.decode.spec import DecoderSpec, NoSpecError
+from offmoe.generation.sampling import greedy
 
 NUM_NEW = 12
 # Names in tests/families.py of the text models with a spec. A family that is taken off here is slower than before.
@@ -73,6 +75,25 @@ def test_which_families_have_a_spec() -> None:
         except NoSpecError as error:
             assert str(error) == f"no spec for {config.model_type}"  # one family of many
     assert found == FUSED
+
+
+def test_logits_that_are_no_numbers_are_not_laid_to_the_spec(tmp_path: Path) -> None:
+    model = build("qwen3_moe")
+    with torch.no_grad():  # of one id's row alone, which the greedy reply comes to
+        model.get_input_embeddings().weight[5] = float("nan")
+    save_layout(model, tmp_path, "published")
+    with open_tiny(tmp_path, compile="off") as engine:
+        for _ in range(4):
+            with pytest.raises(NonFiniteError):
+                engine.generate(PROMPT, max_new_tokens=4, choose=stubborn, ignore_end=True)
+        logits(engine)
+        assert engine.stats()["decode_path"] == "fused"
+
+
+def stubborn(ids: torch.Tensor, last: torch.Tensor) -> int:
+    """Id 5, as long as there is anything to choose from."""
+    greedy(ids, last)
+    return 5
 
 
 def with_other_norms(spec: DecoderSpec) -> DecoderSpec:

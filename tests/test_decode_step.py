@@ -109,6 +109,21 @@ def test_a_replaced_module_is_used(engine: offmoe.Engine) -> None:
         expected = logits(other)
     assert (doubled - expected).abs().max() < 2e-5 * expected.abs().max()
     assert not torch.allclose(doubled, wanted)
+    attention.o_proj = original
+    assert torch.equal(logits(engine, reuse=False), wanted)
+    assert path(engine) == ("fused", "")
+
+
+def test_weights_that_moved_are_read_where_they_are(engine: offmoe.Engine) -> None:
+    """`.data` puts other memory under a parameter; the old is given back."""
+    with open_tiny(engine.folder, experts=16, compile="off") as other:
+        with torch.no_grad():
+            other.model.get_submodule("model.norm").weight.mul_(2)
+        expected = logits(other)
+    norm = engine.model.get_submodule("model.norm")
+    norm.weight.data = 2 * norm.weight.data
+    assert torch.equal(logits(engine, reuse=False)[2:], expected[2:])
+    assert path(engine) == ("fused", "")
 
 
 def test_a_replaced_forward_is_used(engine: offmoe.Engine) -> None:

@@ -22,6 +22,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from offmoe.decode.layers import Angles, FusedLayer, LayerWriter
 from offmoe.decode.spec import DecoderSpec, Latents
+from offmoe.decode.weights import WeightReader
 from offmoe.executor.joined import JoinedExperts
 from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.kernels.cpu.kernels import CpuKernels
@@ -52,7 +53,8 @@ class FusedStep:
         self._kinds = list(kinds)
         dtype = model.dtype
         program = self._program = CpuProgram(kernels, len(modules))
-        writer = LayerWriter(program, kernels, spec, experts, dtype)
+        reader = WeightReader(kernels, spec, dtype)
+        writer = LayerWriter(program, kernels, reader, spec, experts, dtype)
         width = self._embed.weight.shape[1]
         self._x_1D = row = program.row(width, dtype)
         self.layers: list[FusedLayer] = []
@@ -60,9 +62,9 @@ class FusedStep:
             output = program.row(width, dtype)
             self.layers.append(writer.write(module, layer_idx, row, output))
             row = output
-        head = writer.linear_of(model.get_output_embeddings(), "the head")
+        head = reader.head(model)
         normed = program.row(width, dtype)
-        program.norm(writer.norm_of(decoder.norm), row, normed)
+        program.norm(reader.norm(decoder, "norm"), row, normed)
         self._logits_1V = program.row(head.num_outputs, dtype)
         program.linear(head, normed, self._logits_1V)
         if spec.logits_scale != 1.0:

@@ -13,20 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from offmoe.decode.spec import Attention, DecoderSpec, DeltaNet, Heads, Latents, Moe, NoSpecError, Router, part_of
+from offmoe.decode.spec import Attention, DecoderSpec, DeltaNet, Heads, Latents, Moe, NoSpecError, part_of
+from offmoe.decode.weights import WeightReader
 from offmoe.executor.joined import JoinedExperts
-from offmoe.formats.dense import ExpertWeights
-from offmoe.kernels.cpu.decode import AttentionShape, CpuAttention, CpuLinear, CpuNorm, set_position
-from offmoe.kernels.cpu.delta import CpuDelta, DeltaInput, DeltaShape, set_states
+from offmoe.kernels.cpu.decode import set_position
+from offmoe.kernels.cpu.delta import DeltaInput, DeltaShape, set_states
 from offmoe.kernels.cpu.kernels import CpuKernels
-from offmoe.kernels.cpu.latent import CpuLatentAttention, LatentShape
-from offmoe.kernels.cpu.layer import CpuRoute, CpuTokenLayer, RouteRule
-from offmoe.kernels.cpu.matrices import unreadable
-from offmoe.kernels.cpu.mlp import CpuMlp
+from offmoe.kernels.cpu.layer import CpuRoute, CpuTokenLayer
 from offmoe.kernels.cpu.program import CpuProgram
-from offmoe.kernels.reference import ExpertMath
 from offmoe.models.kv_cache import Buffers
-from offmoe.models.native import make_linear
 from offmoe.models.seam import LayerBinding, find_binding
 
 _EPS = ("variance_epsilon", "eps", "epsilon")
@@ -74,10 +69,12 @@ class LayerWriter:
     """Appends decoder layers to a program."""
 
     def __init__(
-        self, program: CpuProgram, kernels: CpuKernels, spec: DecoderSpec, experts: JoinedExperts, dtype: torch.dtype
-    ) -> None:
-        self._program, self._kernels, self._spec = program, kernels, spec
-        self._experts, self._dtype = experts, dtype
+        self, program: CpuProgram, kernels: CpuKernels, read: WeightReader, spec: DecoderSpec, experts: JoinedExperts,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self._program, self._spec, self._experts, self._dtype = program, spec, experts, dtype
+        self._kernels, self._read = kernels, read
+        self._scratch: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
 
     def write(self, module: nn.Module, layer_idx: int, x: torch.Tensor, output: torch.Tensor) -> FusedLayer:
         """The layer between two rows. Raises NoSpecError."""
@@ -85,14 +82,15 @@ class LayerWriter:
         begin, attention = len(program), spec.attention_of(layer_idx)
         block = part_of(module, spec.moe.name)
         is_moe = part_of(block, spec.moe.experts) is not None
-        route = self._route(block, spec.moe.router) if is_moe else None
+        route = self._read.route(block, spec.moe.router) if is_moe else None
         after = part_of(module, spec.norms[2]) if spec.norms[2] else None
         state = program.row(x.numel(), self._dtype)
         if self._is_common(attention):
             assert isinstance(attention, Heads)
             layer = CpuTokenLayer(
-                self._kernels, self._heads(module, attention), (self._norm(module, spec.norms[0]), self.norm_of(after)),
-                [self._linear(module, f"{attention.name}.{name}") for name in attention.projections], route,
+                self._kernels, self._read.heads(module, attention),
+                (self._read.norm(module, spec.norms[0]), self._read.norm(module, spec.norms[2])),
+                [self._read.linear(module, f"{attention.name}.{name}") for name in attention.projections], route,
             )  # fmt: skip
             place = _place_heads(program.layer(layer, layer_idx, x, state), attention)
             normed = layer.normed_1D
@@ -102,9 +100,9 @@ class LayerWriter:
             normed = state
             if after is not None:
                 normed = program.row(x.numel(), self._dtype)
-                program.norm(self.norm_of(after), state, normed)
+                program.norm(self._read.norm(module, spec.norms[2]), state, normed)
             if route is not None:
-                logits = program.row(route[0].num_outputs, route[1].logits_dtype)
+                logits = self._row("logits", route[0].num_outputs, route[1].logits_dtype)
                 program.linear(route[0], normed, logits)
                 program.choose(route[1], logits)
         written = FusedLayer(
@@ -113,14 +111,14 @@ class LayerWriter:
         )  # fmt: skip
         written.seen_by = [(module, x), *([] if after is None else [(after, state)]), (block, normed)]
         if route is None:
-            added = program.row(x.numel(), self._dtype)
-            program.mlp(self._mlp(block), normed, added)
+            added = self._row("added", x.numel())
+            program.mlp(self._read.mlp(block), normed, added)
         else:
             written.moe, added = self._moe(block, spec.moe, route[1], normed)
             gate = part_of(block, spec.moe.router.weight.rpartition(".")[0])
             written.seen_by.append((gate, normed))
         if spec.norms[3]:
-            program.norm(self._norm(module, spec.norms[3]), added, added)
+            program.norm(self._read.norm(module, spec.norms[3]), added, added)
         program.numbers("sum", state, added, output, scale=spec.residual)
         return written
 
@@ -140,8 +138,8 @@ class LayerWriter:
         program, width = self._program, x.numel()
         given = x
         if self._spec.norms[0]:
-            given = program.row(width, self._dtype)
-            program.norm(self._norm(module, self._spec.norms[0]), x, given)
+            given = self._row("given", width)
+            program.norm(self._read.norm(module, self._spec.norms[0]), x, given)
         if isinstance(attention, DeltaNet):
             heads, place = self._delta_net(module, attention, given)
             name = f"{attention.name}.out_proj"
@@ -151,10 +149,10 @@ class LayerWriter:
         else:
             heads, place = self._grouped(module, layer_idx, attention, given)
             name = f"{attention.name}.{attention.projections[3]}"
-        attended = program.row(width, self._dtype)
-        program.linear(self._linear(module, name), heads, attended)
+        attended = self._row("attended", width)
+        program.linear(self._read.linear(module, name), heads, attended)
         if self._spec.norms[1]:
-            program.norm(self._norm(module, self._spec.norms[1]), attended, attended)
+            program.norm(self._read.norm(module, self._spec.norms[1]), attended, attended)
         return attended, place
 
     def _grouped(
@@ -164,23 +162,20 @@ class LayerWriter:
         norms = attention.norms or ()
         if attention.clip is not None:  # after the norms, which are steps of their own then
             attention = replace(attention, norms=None)
-        kernel = self._heads(module, attention)
+        kernel = self._read.heads(module, attention)
         rows = []
         for name in attention.projections[:3]:
-            linear = self._linear(module, f"{attention.name}.{name}")
-            row = program.row(linear.num_outputs, self._dtype)
-            program.linear(linear, x, row)
-            rows.append(row)
+            rows.append(self._projected(inner, name, x))
         if attention.clip is not None:
             for name, row in zip(norms, rows, strict=False):
-                program.norm(self._norm(inner, name), row, row)
+                program.norm(self._read.norm(inner, name), row, row)
             for row in rows:
                 program.numbers("clamp", row, None, row, scale=attention.clip)
         width = kernel.shape.width
-        heads = program.row(kernel.shape.num_heads * kernel.shape.value_width, self._dtype)
+        heads = self._row("heads", kernel.shape.num_heads * kernel.shape.value_width)
         query, gate = rows[0], None
         if attention.gated:  # each head's query, and behind it its gate
-            query, gate = (program.row(rows[0].numel() // 2, self._dtype) for _ in range(2))
+            query, gate = (self._row(name, rows[0].numel() // 2) for name in ("query", "gate"))
             program.copy(rows[0], 0, 2 * width, query, width)
             program.copy(rows[0], width, 2 * width, gate, width)
         call = program.attend(kernel, layer_idx, (query, rows[1], rows[2]), heads)
@@ -190,20 +185,10 @@ class LayerWriter:
 
     def _delta_net(self, module: nn.Module, attention: DeltaNet, x: torch.Tensor) -> tuple[torch.Tensor, Place]:
         program, inner = self._program, part_of(module, attention.name)
-        shape = DeltaShape(
-            num_keys=inner.num_k_heads, num_values=inner.num_v_heads, key_width=inner.head_k_dim,
-            value_width=inner.head_v_dim, taps=inner.conv_kernel_size, dtype=self._dtype,
-        )  # fmt: skip
-        conv, norm = inner.conv1d.weight.detach(), inner.norm
-        if inner.conv1d.bias is not None or conv.dtype != self._dtype or inner.activation not in ("silu", "swish"):
-            raise NoSpecError("a delta net's convolution is of another kind")
-        delta = CpuDelta(
-            shape, conv.view(shape.channels, shape.taps), norm.weight.detach(), inner.A_log.detach(),
-            inner.dt_bias.detach(), eps=norm.variance_epsilon,
-        )  # fmt: skip
+        delta = self._read.delta_net(inner)
         rows = [self._projected(inner, name, x) for name in attention.projections]
-        heads = program.row(shape.num_values * shape.value_width, self._dtype)
-        call = program.delta(delta, _delta_inputs(shape, rows), heads)
+        heads = self._row("heads", delta.shape.num_values * delta.shape.value_width)
+        call = program.delta(delta, _delta_inputs(delta.shape, rows), heads)
 
         def place(_: Angles, states: Buffers) -> None:
             if not delta.takes(*states):
@@ -216,15 +201,15 @@ class LayerWriter:
         self, module: nn.Module, layer_idx: int, attention: Latents, x: torch.Tensor
     ) -> tuple[torch.Tensor, Place]:
         program, inner = self._program, part_of(module, attention.name)
-        kernel = self._latent_kernel(inner)
+        kernel = self._read.latents(inner)
         if getattr(inner, "q_proj", None) is not None:
             query = self._projected(inner, "q_proj", x)
         else:
             low = self._projected(inner, "q_a_proj", x)
-            program.norm(self._norm(inner, "q_a_layernorm"), low, low)
+            program.norm(self._read.norm(inner, "q_a_layernorm"), low, low)
             query = self._projected(inner, "q_b_proj", low)
         compressed = self._projected(inner, "kv_a_proj_with_mqa", x)
-        heads = program.row(kernel.shape.num_heads * kernel.shape.value_width, self._dtype)
+        heads = self._row("heads", kernel.shape.num_heads * kernel.shape.value_width)
         call = program.latent(kernel, layer_idx, query, compressed, heads, attention.rotation)
 
         def place(angles: Angles, rows: Buffers) -> None:
@@ -236,116 +221,37 @@ class LayerWriter:
         return heads, place
 
     def _projected(self, module: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
-        linear = self._linear(module, name)
-        row = self._program.row(linear.num_outputs, self._dtype)
+        linear = self._read.linear(module, name)
+        row = self._row(name, linear.num_outputs)
         self._program.linear(linear, x, row)
         return row
+
+    def _row(self, name: str, width: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A row that is read within its layer alone: all layers share it."""
+        key = (name, width, dtype or self._dtype)
+        if key not in self._scratch:
+            self._scratch[key] = self._program.row(width, key[2])
+        return self._scratch[key]
 
     def _moe(self, block: nn.Module, moe: Moe, route: CpuRoute, x: torch.Tensor) -> tuple[FusedMoe, torch.Tensor]:
         program, binding = self._program, find_binding(part_of(block, moe.experts))
         if binding is None or binding.math is None or not self._experts.knows(binding.layer_idx, binding.math):
             raise NoSpecError(f"the kernels do not compute the experts of {type(block).__name__}")
         joined = self._experts.layer(binding.layer_idx, binding.math, binding.num_experts, x, route.weights_1K)
-        y = program.row(x.numel(), self._dtype)
+        y = self._row("y", x.numel())
         step = program.experts(joined.experts, route, joined.table_E, x, y)
         ids_K = (ctypes.c_int64 * route.rule.top_k).from_address(route.ids_1K.data_ptr())
         found = FusedMoe(binding=binding, route=route, ids_K=ids_K, step=step, x=x, y=y)
         shared = None if moe.shared is None else part_of(block, moe.shared)
         if shared is None:
             return found, y
-        added = program.row(x.numel(), self._dtype)
-        program.mlp(self._mlp(shared), x, added)
+        added = self._row("added", x.numel())
+        program.mlp(self._read.mlp(shared), x, added)
         if moe.shared_gate is not None:
             gate = self._projected(block, moe.shared_gate, x)
             program.numbers("gate", added, gate, added)
         program.numbers("sum", y, added, added)
         return found, added
-
-    def _route(self, block: nn.Module, router: Router) -> tuple[CpuLinear, CpuRoute]:
-        weight, bias = part_of(block, router.weight), None if router.bias is None else part_of(block, router.bias)
-        correction = None if router.correction is None else part_of(block, router.correction)
-        binding = find_binding(part_of(block, self._spec.moe.experts))
-        top_k = _top_k(block, router)
-        if weight is None or binding is None:
-            raise NoSpecError(f"{type(block).__name__} has no {router.weight}")
-        dtype = router.logits_dtype or weight.dtype
-        weights_dtype = self._dtype if router.weights_dtype == "model" else router.weights_dtype or dtype
-        if (reason := unreadable(weight, dtype)) is not None:
-            raise NoSpecError(f"the router's weight: {reason}")
-        linear = CpuLinear(
-            self._kernels, weight.detach(), None if bias is None else bias.detach().contiguous(), dtype=dtype
-        )
-        rule = RouteRule(
-            scoring=router.scoring, num_experts=binding.num_experts, top_k=top_k, normalised=router.normalised,
-            weights_dtype=weights_dtype, is_sorted=router.is_sorted, scale=router.scale,
-            groups=router.groups, hidden=router.hidden,
-            correction_E=None if correction is None else correction.detach().float().flatten().contiguous(),
-        )  # fmt: skip
-        if not rule.fits():
-            raise NoSpecError(f"a router of {binding.num_experts} experts, {top_k} a token, groups {router.groups}")
-        return linear, CpuRoute(self._kernels, rule, dtype)
-
-    def _heads(self, module: nn.Module, attention: Heads) -> CpuAttention:
-        inner = part_of(module, attention.name)
-        linears = [self._linear(module, f"{attention.name}.{name}") for name in attention.projections[:3]]
-        width = inner.head_dim
-        query = linears[0].num_outputs // (2 if attention.gated else 1)
-        shape = AttentionShape(
-            num_heads=query // width, num_groups=linears[1].num_outputs // width, width=width,
-            value_width=linears[2].num_outputs * width // linears[1].num_outputs, scale=float(inner.scaling),
-            dtype=self._dtype, neighbours=attention.rotary == "neighbours", norm_last=attention.norm_last,
-        )  # fmt: skip
-        norms = [None, None] if attention.norms is None else [self._norm(inner, name) for name in attention.norms]
-        sinks = None if attention.sinks is None else getattr(inner, attention.sinks).detach().contiguous()
-        return CpuAttention(self._kernels, shape, query_norm=norms[0], key_norm=norms[1], sinks_H=sinks)
-
-    def _latent_kernel(self, inner: Any) -> CpuLatentAttention:
-        weight, norm = inner.kv_b_proj.weight.detach(), self._norm(inner, "kv_a_layernorm")
-        shape = LatentShape(
-            num_heads=inner.num_heads, key_width=inner.qk_nope_head_dim, rotated=inner.qk_rope_head_dim,
-            latent=inner.kv_lora_rank, value_width=inner.v_head_dim, scale=float(inner.scaling), dtype=self._dtype,
-        )  # fmt: skip
-        if inner.kv_b_proj.bias is not None or not shape.fits(weight, norm):
-            raise NoSpecError("the matrix of keys and values is of another shape or format")
-        return CpuLatentAttention(self._kernels, shape, norm, weight)
-
-    def _linear(self, module: nn.Module, name: str) -> CpuLinear:
-        return self.linear_of(part_of(module, name), name)
-
-    def linear_of(self, found: Any, name: str) -> CpuLinear:
-        """What the kernels read of a linear. Raises NoSpecError."""
-        linear = make_linear(self._kernels, found) if type(found) is nn.Linear else None
-        if linear is None or linear.dtype != self._dtype:
-            raise NoSpecError(f"{name} is a {type(found).__name__} that the kernels do not read")
-        return linear
-
-    def _norm(self, module: nn.Module, name: str) -> CpuNorm:
-        return self.norm_of(part_of(module, name))
-
-    def norm_of(self, found: Any) -> CpuNorm:
-        """What the kernels read of an RMS norm. Raises NoSpecError."""
-        weight = getattr(found, "weight", None)
-        eps = next((value for name in _EPS if isinstance(value := getattr(found, name, None), float)), None)
-        if weight is None or eps is None or weight.dtype != self._dtype or not weight.is_contiguous():
-            raise NoSpecError(f"a norm is a {type(found).__name__} that the kernels do not read")
-        return CpuNorm(self._kernels, weight.detach(), eps=eps, kind=self._spec.norm_kind)
-
-    def _mlp(self, module: nn.Module) -> CpuMlp:
-        gate, up, down = (self._linear(module, name) for name in self._spec.mlp)
-        act = next((found for name in _ACTIVATIONS if callable(found := getattr(module, name, None))), None)
-        if act is None:
-            raise NoSpecError(f"{type(module).__name__} has no activation of a known name")
-        hidden, biases = down.num_inputs, (gate.bias_N, up.bias_N)
-        math = ExpertMath(
-            activate=lambda rows: act(rows[..., :hidden]) * rows[..., hidden:],
-            up_bias_EF=None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]])[None],
-            down_bias_ED=None if down.bias_N is None else down.bias_N[None],
-            post_norm=None, transposed=False, dtype=down.dtype,
-        )  # fmt: skip
-        weights = ExpertWeights(up=(gate.matrix.weight, up.matrix.weight), down=(down.matrix.weight,))
-        if (reason := self._kernels.supports(math, weights)) is not None:
-            raise NoSpecError(f"{type(module).__name__}: {reason}")
-        return CpuMlp(self._kernels, math, weights, max_rows=1)
 
 
 def _delta_inputs(shape: DeltaShape, rows: list[torch.Tensor]) -> dict[str, DeltaInput]:
@@ -376,14 +282,3 @@ def _place_heads(call: Any, attention: Heads) -> Place:
         set_position(call, cos, sin, *rows, half_angles=attention.rotary == "half_table")
 
     return place
-
-
-def _top_k(block: nn.Module, router: Router) -> int:
-    """The router's number of experts a token, or its block's."""
-    name = router.weight
-    while name := name.rpartition(".")[0]:
-        if isinstance(found := part_of(block, f"{name}.top_k"), int):
-            return found
-    if isinstance(found := getattr(block, "top_k", None), int):
-        return found
-    raise NoSpecError(f"{type(block).__name__} does not say how many experts a token has")

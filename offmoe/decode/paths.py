@@ -72,15 +72,15 @@ class DecodePaths:
         self.reason = ""
         self._step: FusedStep | None = None
         self._hooks: Hooks | None = None
-        self._modules: list[tuple[dict[str, Any], str, Any]] = []
+        self._parts = _parts_of(model)
         self._forwards = [(name, vars(module), vars(module).get("forward")) for name, module in model.named_modules()]
         self._replaced = ""
         self._agreed = self._differed = self._num_waits = 0
-        self._final = ""  # a reason that no later token changes
+        self._never = self._final = ""  # reasons that hold for this engine, and until a module is replaced
         try:
             self._decoder, self._spec = self._find(model, executor, kernels)
         except NoSpecError as error:
-            self._final = str(error)
+            self._never = str(error)
 
     def _find(
         self, model: PreTrainedModel, executor: ExpertsExecutor, kernels: CpuKernels | None
@@ -113,32 +113,35 @@ class DecodePaths:
     @contextmanager
     def only_eager(self, why: str) -> Iterator[None]:
         """Within: transformers' modules compute every token, for the reason given."""
-        before, self._final = self._final, why
+        before, self._never = self._never, why
         try:
             yield
         finally:
-            self._final = before
+            self._never = before
 
     def begin(self, num_tokens: int, *, num_held: int) -> None:
-        """A reply begins, to up to `num_tokens` tokens: modules may have been replaced since the last one."""
-        if any(table.get(name) is not found for table, name, found in self._modules):
-            self._step = None
+        """A reply begins, to up to `num_tokens` tokens: modules may have been replaced since the last one, and weights
+        moved to other memory. Then all is asked anew.
+        """
+        if any(table.get(name) is not part or _place(part) != place for table, name, part, place in self._parts):
+            self._parts, self._step, self._final = _parts_of(self._model), None, ""
+            self._agreed = self._differed = self._num_waits = 0
         replaced = (name or "the model" for name, table, own in self._forwards if table.get("forward") is not own)
         self._replaced = next(replaced, "")
 
     def close(self) -> None:
         """Let go of the model."""
-        self._step, self._modules, self._forwards, self._final = None, [], [], "the engine is closed"
+        self._step, self._parts, self._forwards, self._never = None, [], [], "the engine is closed"
 
     def _eager(self, forward: ModelStep, ids: torch.Tensor) -> torch.Tensor:
         return forward(ids) if self._threads is None else self._threads.run_token(forward, ids)
 
     def _usable(self, cache: Any) -> FusedStep | None:
         """The fused step if it can compute the next token; else None, and `reason` says why."""
-        if not self._final and self._step is None:
+        if not self._never and not self._final and self._step is None:
             self._make()
-        if self._final or self._step is None:
-            self.reason = self._final or self.reason
+        if self._never or self._final or self._step is None:
+            self.reason = self._never or self._final or self.reason
             return None
         assert self._hooks is not None
         if self._replaced:
@@ -173,10 +176,6 @@ class DecodePaths:
         told = [module for layer in self._step.layers for module, _ in layer.seen_by]
         inside = [module for module in self._model.modules() if module is not self._model]
         self._hooks = Hooks(inside, told)
-        self._modules = [
-            (table, name, found) for module in inside for table in (module._modules, module._parameters)
-            for name, found in table.items()
-        ]  # fmt: skip
 
     def _hooked(self) -> str:
         """The first module with hooks that the step would pass by."""
@@ -194,11 +193,16 @@ class DecodePaths:
         cache, position = forward.cache, forward.position
         rewind = remember(cache)
         expected = self._eager(forward, ids)
+        if not math.isfinite(float(expected.amax())):  # of which the reply will be told
+            return expected
         rewind()
         rewind = remember(cache)
         assert isinstance(self._executor, RecoveringExecutor)
-        with torch.inference_mode(), self._calls, self._executor.unrecorded():
-            logits = step(cache, ids, position, count=False)
+        try:
+            with torch.inference_mode(), self._calls, self._executor.unrecorded():
+                logits = step(cache, ids, position, count=False)
+        except NoSpecError as error:  # the cache is of another shape than the layers
+            logits, self._final = torch.full_like(expected, math.nan), str(error)
         difference = _difference(logits, expected)
         if difference <= TOLERANCES.get(logits.dtype, TOLERANCE_16_BITS):
             self._agreed += 1
@@ -207,8 +211,8 @@ class DecodePaths:
         forward.position = position
         with self._executor.unrecorded():
             expected = self._eager(forward, ids)
-        self.path, self.reason = "eager", f"logits differ by {difference:.1e} of the largest"
-        self._differed += 1
+        self.path, self.reason = "eager", self._final or f"logits differ by {difference:.1e} of the largest"
+        self._differed += not self._final
         if self._differed > NUM_TRIES - NUM_CHECKS:
             self._give_up(difference, TOLERANCES.get(logits.dtype, TOLERANCE_16_BITS))
         return expected
@@ -220,6 +224,21 @@ class DecodePaths:
             f"decoding of {name} goes through transformers' modules: on the fused path {self._final}; please report it",
             RuntimeWarning, stacklevel=2,
         )  # fmt: skip
+
+
+def _parts_of(model: nn.Module) -> list[tuple[dict[str, Any], str, Any, int]]:
+    """Every module and parameter of the model: the table it stands in, its name there, itself, and its memory."""
+    return [
+        (table, name, part, _place(part))
+        for module in model.modules()
+        for table in (module._modules, module._parameters)
+        for name, part in table.items()
+    ]
+
+
+def _place(part: Any) -> int:
+    place: int = part.data_ptr() if isinstance(part, torch.Tensor) and not part.is_meta else 0
+    return place
 
 
 def _num_hooks(module: nn.Module) -> int:

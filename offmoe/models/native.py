@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -91,7 +92,7 @@ class NativeModules:
     def _swap_norm(self, module: nn.Module) -> None:
         norm = find_norm(self.kernels, module)
         if norm is not None:
-            self.swap(module, _norm_forward(module.forward, norm), "norms")
+            self.swap(module, _norm_forward(module, norm), "norms")
 
 
 def make_linear(kernels: CpuKernels, module: nn.Linear) -> CpuLinear | None:
@@ -141,12 +142,12 @@ def agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def _linear_forward(module: nn.Linear, linear: CpuLinear, threads: TorchThreads) -> Forward:
-    most, weight, bias = MAX_ROWS * linear.num_inputs, module.weight, module.bias
+    most, weight, bias, are_same = MAX_ROWS * linear.num_inputs, module.weight, module.bias, _as_now(module)
 
     def forward(input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # its name in nn.Linear
         x = input
-        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
-            return nn.functional.linear(x, weight, bias)
+        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or not are_same():
+            return nn.functional.linear(x, module.weight, module.bias)
         if x.numel() > most or not linear.takes(x):
             return threads.linear(x, weight, bias)
         return linear(x)
@@ -154,13 +155,31 @@ def _linear_forward(module: nn.Linear, linear: CpuLinear, threads: TorchThreads)
     return forward
 
 
-def _norm_forward(original: Forward, norm: CpuNorm) -> Forward:
+def _as_now(module: nn.Module) -> Callable[[], bool]:
+    """A function that says whether the module's parameters are what they are now, in the memory where they are now: a
+    program may put others there, and the kernels know places.
+    """
+    parameters = module._parameters
+    known = [(name, tensor, None if tensor is None else tensor.data_ptr()) for name, tensor in parameters.items()]
+
+    def are_same() -> bool:
+        return all(
+            parameters.get(name) is tensor and (tensor is None or tensor.data_ptr() == place)
+            for name, tensor, place in known
+        )
+
+    return are_same
+
+
+def _norm_forward(module: nn.Module, norm: CpuNorm) -> Forward:
+    original, are_same = cast("Forward", module.forward), _as_now(module)
+
     def forward(x: torch.Tensor | None = None, **named: torch.Tensor) -> torch.Tensor:
         if x is None:
             (x,) = named.values()
         if torch.compiler.is_dynamo_compiling() or x.numel() > MAX_NORM_NUMBERS or torch.is_grad_enabled():
             return original(x)
-        return norm(x) if norm.takes(x) else original(x)
+        return norm(x) if norm.takes(x) and are_same() else original(x)
 
     return forward
 

@@ -1,0 +1,151 @@
+"""A model's weights as the CPU kernels read them, found by the names of a spec. Nothing is copied.
+
+Shapes: D model width, E experts, K experts a token, H heads, W head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from offmoe.decode.spec import DecoderSpec, Heads, NoSpecError, Router, part_of
+from offmoe.formats.dense import ExpertWeights
+from offmoe.kernels.cpu.decode import AttentionShape, CpuAttention, CpuLinear, CpuNorm
+from offmoe.kernels.cpu.delta import CpuDelta, DeltaShape
+from offmoe.kernels.cpu.kernels import CpuKernels
+from offmoe.kernels.cpu.latent import CpuLatentAttention, LatentShape
+from offmoe.kernels.cpu.layer import CpuRoute, RouteRule
+from offmoe.kernels.cpu.matrices import unreadable
+from offmoe.kernels.cpu.mlp import CpuMlp
+from offmoe.kernels.reference import ExpertMath
+from offmoe.models.native import make_linear
+from offmoe.models.seam import find_binding
+
+_EPS = ("variance_epsilon", "eps", "epsilon")
+_ACTIVATIONS = ("act_fn", "activation_fn", "act")
+
+
+class WeightReader:
+    """Reads the parts of one model, whose resident weights are of type `dtype`."""
+
+    def __init__(self, kernels: CpuKernels, spec: DecoderSpec, dtype: torch.dtype) -> None:
+        self._kernels, self._spec, self._dtype = kernels, spec, dtype
+
+    def linear(self, module: Any, name: str) -> CpuLinear:
+        """The linear of that name in a module. Raises NoSpecError."""
+        return self._linear(part_of(module, name), name)
+
+    def _linear(self, found: Any, name: str) -> CpuLinear:
+        linear = make_linear(self._kernels, found) if type(found) is nn.Linear else None
+        if linear is None or linear.dtype != self._dtype:
+            raise NoSpecError(f"{name} is a {type(found).__name__} that the kernels do not read")
+        return linear
+
+    def head(self, model: Any) -> CpuLinear:
+        """The matrix from the last state to logits. Raises NoSpecError."""
+        return self._linear(model.get_output_embeddings(), "the head")
+
+    def norm(self, module: Any, name: str) -> CpuNorm:
+        """The RMS norm of that name in a module. Raises NoSpecError."""
+        found = part_of(module, name)
+        weight = getattr(found, "weight", None)
+        eps = next((value for name in _EPS if isinstance(value := getattr(found, name, None), float)), None)
+        if weight is None or eps is None or weight.dtype != self._dtype or not weight.is_contiguous():
+            raise NoSpecError(f"a norm is a {type(found).__name__} that the kernels do not read")
+        return CpuNorm(self._kernels, weight.detach(), eps=eps, kind=self._spec.norm_kind)
+
+    def mlp(self, module: nn.Module) -> CpuMlp:
+        """A dense block, or a shared expert. Raises NoSpecError."""
+        gate, up, down = (self.linear(module, name) for name in self._spec.mlp)
+        act = next((found for name in _ACTIVATIONS if callable(found := getattr(module, name, None))), None)
+        if act is None:
+            raise NoSpecError(f"{type(module).__name__} has no activation of a known name")
+        hidden, biases = down.num_inputs, (gate.bias_N, up.bias_N)
+        math = ExpertMath(
+            activate=lambda rows: act(rows[..., :hidden]) * rows[..., hidden:],
+            up_bias_EF=None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]])[None],
+            down_bias_ED=None if down.bias_N is None else down.bias_N[None],
+            post_norm=None, transposed=False, dtype=down.dtype,
+        )  # fmt: skip
+        weights = ExpertWeights(up=(gate.matrix.weight, up.matrix.weight), down=(down.matrix.weight,))
+        if (reason := self._kernels.supports(math, weights)) is not None:
+            raise NoSpecError(f"{type(module).__name__}: {reason}")
+        return CpuMlp(self._kernels, math, weights, max_rows=1)
+
+    def heads(self, module: nn.Module, attention: Heads) -> CpuAttention:
+        """Attention of grouped heads, between its projections. Raises NoSpecError."""
+        inner = part_of(module, attention.name)
+        linears = [self.linear(module, f"{attention.name}.{name}") for name in attention.projections[:3]]
+        width = inner.head_dim
+        query = linears[0].num_outputs // (2 if attention.gated else 1)
+        shape = AttentionShape(
+            num_heads=query // width, num_groups=linears[1].num_outputs // width, width=width,
+            value_width=linears[2].num_outputs * width // linears[1].num_outputs, scale=float(inner.scaling),
+            dtype=self._dtype, neighbours=attention.rotary == "neighbours", norm_last=attention.norm_last,
+        )  # fmt: skip
+        norms = [None, None] if attention.norms is None else [self.norm(inner, name) for name in attention.norms]
+        sinks = None if attention.sinks is None else getattr(inner, attention.sinks).detach().contiguous()
+        return CpuAttention(self._kernels, shape, query_norm=norms[0], key_norm=norms[1], sinks_H=sinks)
+
+    def latents(self, inner: Any) -> CpuLatentAttention:
+        """Attention to latents, between its projections. Raises NoSpecError."""
+        weight, norm = inner.kv_b_proj.weight.detach(), self.norm(inner, "kv_a_layernorm")
+        shape = LatentShape(
+            num_heads=inner.num_heads, key_width=inner.qk_nope_head_dim, rotated=inner.qk_rope_head_dim,
+            latent=inner.kv_lora_rank, value_width=inner.v_head_dim, scale=float(inner.scaling), dtype=self._dtype,
+        )  # fmt: skip
+        if inner.kv_b_proj.bias is not None or not shape.fits(weight, norm):
+            raise NoSpecError("the matrix of keys and values is of another shape or format")
+        return CpuLatentAttention(self._kernels, shape, norm, weight)
+
+    def delta_net(self, inner: Any) -> CpuDelta:
+        """A gated delta net between its projections. Raises NoSpecError."""
+        shape = DeltaShape(
+            num_keys=inner.num_k_heads, num_values=inner.num_v_heads, key_width=inner.head_k_dim,
+            value_width=inner.head_v_dim, taps=inner.conv_kernel_size, dtype=self._dtype,
+        )  # fmt: skip
+        conv, norm = inner.conv1d.weight.detach(), inner.norm
+        if inner.conv1d.bias is not None or conv.dtype != self._dtype or inner.activation not in ("silu", "swish"):
+            raise NoSpecError("a delta net's convolution is of another kind")
+        return CpuDelta(
+            shape, conv.view(shape.channels, shape.taps), norm.weight.detach(), inner.A_log.detach(),
+            inner.dt_bias.detach(), eps=norm.variance_epsilon,
+        )  # fmt: skip
+
+    def route(self, block: nn.Module, router: Router) -> tuple[CpuLinear, CpuRoute]:
+        """The matrix and the rule of a MoE block's router. Raises NoSpecError."""
+        weight, bias = part_of(block, router.weight), None if router.bias is None else part_of(block, router.bias)
+        correction = None if router.correction is None else part_of(block, router.correction)
+        binding = find_binding(part_of(block, self._spec.moe.experts))
+        top_k = _top_k(block, router)
+        if weight is None or binding is None:
+            raise NoSpecError(f"{type(block).__name__} has no {router.weight}")
+        dtype = router.logits_dtype or weight.dtype
+        weights_dtype = self._dtype if router.weights_dtype == "model" else router.weights_dtype or dtype
+        if (reason := unreadable(weight, dtype)) is not None:
+            raise NoSpecError(f"the router's weight: {reason}")
+        linear = CpuLinear(
+            self._kernels, weight.detach(), None if bias is None else bias.detach().contiguous(), dtype=dtype
+        )
+        rule = RouteRule(
+            scoring=router.scoring, num_experts=binding.num_experts, top_k=top_k, normalised=router.normalised,
+            weights_dtype=weights_dtype, is_sorted=router.is_sorted, scale=router.scale,
+            groups=router.groups, hidden=router.hidden,
+            correction_E=None if correction is None else correction.detach().float().flatten().contiguous(),
+        )  # fmt: skip
+        if not rule.fits():
+            raise NoSpecError(f"a router of {binding.num_experts} experts, {top_k} a token, groups {router.groups}")
+        return linear, CpuRoute(self._kernels, rule, dtype)
+
+
+def _top_k(block: nn.Module, router: Router) -> int:
+    """The router's number of experts a token, or its block's."""
+    name = router.weight
+    while name := name.rpartition(".")[0]:
+        if isinstance(found := part_of(block, f"{name}.top_k"), int):
+            return found
+    if isinstance(found := getattr(block, "top_k", None), int):
+        return found
+    raise NoSpecError(f"{type(block).__name__} does not say how many experts a token has")
