@@ -48,7 +48,7 @@ class Timed:
 
 
 def use(engine: offmoe.Engine, system: str) -> AbstractContextManager[None]:
-    """Within: tokens take that way."""
+    """Context in which tokens take that way."""
     return nullcontext() if system == "fused" else engine._paths.only_eager("timed")
 
 

@@ -144,7 +144,7 @@ class FakeCache:
             self._arrived(coming)
 
     def recover(self) -> None:
-        """As after Ctrl-C: nothing is held, nothing under way, and what was not used is wasted."""
+        """Recover as after Ctrl-C: nothing is held, nothing under way, and what was not used is wasted."""
         self.machine.drain()
         for coming in self.coming.values():
             self.policy.removed(coming.key)
@@ -193,7 +193,7 @@ class FakeCache:
 
 
 def check_ledger(controller: PrefetchController, budget_bytes: int | None) -> None:
-    """What always holds of a cache's ledger, where a controller alone fetches ahead.
+    """Assert the invariants of a cache's ledger, where a controller alone fetches ahead.
 
     `budget_bytes` is None where whole layers are wanted, which have another bound.
     """

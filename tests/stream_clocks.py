@@ -122,7 +122,7 @@ class Stream:
 
 
 class Event:
-    """In place of torch.cuda.Event. Late events are not done at first sight. Each copy in between takes 1 ms."""
+    """Stand-in for torch.cuda.Event. Late events are not done at first sight. Each copy in between takes 1 ms."""
 
     def __init__(self, blocking: bool = False, enable_timing: bool = False) -> None:
         self.clock, self._late, self._has_time = Counter[str](), 0, enable_timing

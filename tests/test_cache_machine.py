@@ -178,7 +178,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS), keep=st.sets(st.sampled_from(KEYS), max_size=3), admitted=st.booleans())
     def fetch_ahead(self, key: ExpertKey, keep: set[ExpertKey], admitted: bool) -> None:
-        """As whoever serves misses elsewhere does, past the prefetcher."""
+        """Serve a miss elsewhere, past the prefetcher."""
         if self.cache.ahead_bytes + self.cache.num_bytes(key) > BUDGET_BYTES:
             return
         kept = {k for k in keep if self.cache.is_ready(k)}

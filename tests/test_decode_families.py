@@ -32,7 +32,7 @@ pytestmark = needs_library
 
 
 def logits(engine: offmoe.Engine, num_new: int = NUM_NEW, **options: Any) -> torch.Tensor:
-    """Of every greedy step, (N, V)."""
+    """Logits of every greedy step, (N, V)."""
     rows: list[torch.Tensor] = []
 
     def choose(_: torch.Tensor, last: torch.Tensor) -> int:

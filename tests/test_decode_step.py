@@ -180,7 +180,7 @@ def test_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_entered_and_was_broken_off_holds_nobody_up(engine: offmoe.Engine) -> None:
-    """As Ctrl-C between entering and the call leaves it."""
+    """Ctrl-C between entering and the call leaves such a state."""
     import threading
 
     calls = engine._parts.calls

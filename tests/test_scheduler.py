@@ -93,7 +93,7 @@ def best_fixed_s(ratio: float, hit_rate: float) -> float:
 @pytest.mark.parametrize("hit_rate", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 1.0])
 def test_never_far_behind_the_best_fixed_choice(ratio: float, hit_rate: float, errors: tuple[float, float]) -> None:
-    """With a model wrong by two in both rates."""
+    """The model is wrong by two in both rates."""
     link_error, cpu_error = errors
     seconds = run_trace(ratio, hit_rate, Mode.AUTO, link_error=link_error, cpu_error=cpu_error)
     assert seconds <= 1.03 * best_fixed_s(ratio, hit_rate)

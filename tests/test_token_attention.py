@@ -117,7 +117,7 @@ def test_not_taken_when_closed_or_where_gradients_are_wanted(kernels: CpuKernels
 
 @pytest.mark.parametrize("family", ["qwen3_next", "mistral4", "deepseek_v4", "jamba"])
 def test_families_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """Where transformers' modules run."""
+    """Transformers' modules run."""
     monkeypatch.setenv("OFFMOE_DECODE", "eager")
     rows: list[int] = []
     attend = CpuAttention.attend

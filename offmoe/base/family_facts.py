@@ -73,7 +73,7 @@ FAMILIES: dict[str, FamilyFacts] = {
 
 
 def facts_of_family(*model_types: object) -> FamilyFacts:
-    """Of the first of the names that has an entry; nothing known for others."""
+    """Return the facts of the first of the names that has an entry; those of an unknown family otherwise."""
     return next((FAMILIES[name] for name in model_types if isinstance(name, str) and name in FAMILIES), _PLAIN)
 
 

@@ -29,7 +29,7 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
 
 def cache_folder() -> Path:
-    """What can be done without: a machine's measured speeds, counts of experts' uses. It may not exist.
+    """Folder of files that can be done without: a machine's measured speeds, counts of experts' uses. It may not exist.
 
     $OFFMOE_CACHE where that is set, else the system's folder for such files.
     """

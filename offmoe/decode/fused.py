@@ -131,7 +131,7 @@ class FusedStep:
         return stop
 
     def _compute_watched(self, begin: int, told: _Told) -> int:
-        """Up to the next layer's experts, whoever they are; each layer's input is told before the layer begins."""
+        """Compute up to the next layer's experts, in RAM or not; observers are told of each layer's input before it."""
         stop = min((step for step in self._layer_at if step >= begin), default=len(self._program))
         for layer in self.layers:
             if begin < layer.begin <= stop:

@@ -1,4 +1,4 @@
-"""From a spec and a model's modules to the steps of a program: weights are found by name and described to the kernels.
+"""Steps of a program for the decoder layers of a model, written from a spec and the weights that `weights.py` reads.
 
 Shapes: D model width, E experts, K experts a token, H heads, W head width.
 """
@@ -134,7 +134,7 @@ class LayerWriter:
     def _attend(
         self, module: nn.Module, layer_idx: int, attention: Attention, x: torch.Tensor
     ) -> tuple[torch.Tensor, Place]:
-        """What attention adds to x, and how it is told of the token's place."""
+        """Append attention. Returns the row that it adds to x, and the function that tells it of the token's place."""
         program, width = self._program, x.numel()
         given = x
         if self._spec.norms[0]:
@@ -255,7 +255,7 @@ class LayerWriter:
 
 
 def _delta_inputs(shape: DeltaShape, rows: list[torch.Tensor]) -> dict[str, DeltaInput]:
-    """Where each of a delta net's inputs lies in its projections' rows."""
+    """Places of a delta net's inputs in its projections' rows."""
     shared, keys = shape.num_values // shape.num_keys, shape.num_keys * shape.key_width
     values, width = shared * shape.value_width, shape.key_width
     if len(rows) == 2:

@@ -1,4 +1,4 @@
-"""Which way a token takes: the fused step where there is one that agrees, transformers' modules everywhere else.
+"""The choice of a token's way: the fused step where there is one that agrees, transformers' modules everywhere else.
 
 The fused step is compared with the modules on the first tokens that it would serve, by their logits. If they differ,
 the modules go on, with one warning. `path` and `reason` say which way the last token took, and why not the fast one.
@@ -112,7 +112,7 @@ class DecodePaths:
 
     @contextmanager
     def only_eager(self, why: str) -> Iterator[None]:
-        """Within: transformers' modules compute every token, for the reason given."""
+        """Context in which transformers' modules compute every token, for the reason given."""
         before, self._never = self._never, why
         try:
             yield

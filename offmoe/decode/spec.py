@@ -1,4 +1,4 @@
-"""What a decoder layer of a family is, as data. `families.py` has an entry for each family, `fused.py` reads it.
+"""Decoder layers of a family as data. `families.py` has an entry for each family, `layers.py` reads it.
 
 Modules are named as in the layer: `"self_attn.q_norm"` is an attribute of an attribute. A name that a layer lacks is a
 part that the layer lacks, so one entry serves dense and MoE layers.
@@ -70,7 +70,7 @@ Attention = Heads | Latents | DeltaNet
 
 @dataclass(frozen=True, kw_only=True)
 class Router:
-    """How logits become experts and weights; as `RouteRule`.
+    """Rule by which logits become experts and weights, as in `RouteRule`.
 
     `weight`: of the logits, (E, D), computed in `logits_dtype` (None: the weight's own). `correction`: a number an
     expert that is added to scores when experts are chosen. `groups`: (how many, how many are kept, how many best

@@ -49,7 +49,7 @@ class RecoveringExecutor:
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
-        """Within: what routers choose is not recorded, for a token that is computed a second time."""
+        """Context for a token that is computed a second time: the routers' choices are not recorded."""
         recorder = self._executor.recorder
         recorder.is_paused = True
         try:

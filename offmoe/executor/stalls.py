@@ -1,4 +1,4 @@
-"""How long a device's stream stood still for the copies of each layer, learnt when the host next waits for the device.
+"""Stall of a device's stream by the layer whose copies caused it, learnt when the host next waits for the device.
 
 The host does not wait for a copy to a CUDA device: it makes the stream wait and goes on. So its clock says nothing
 about the stall. Instead two points are put on the stream, before and after it is made to wait for a copy, and the time

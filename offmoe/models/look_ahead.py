@@ -60,7 +60,7 @@ def look_ahead(
 def _prefetcher(
     cache: ExpertCache | BelowDevice, experts: ExpertIndex, mode: Mode, *, from_disk: bool
 ) -> PrefetchController:  # fmt: skip
-    """For one tier."""
+    """Make the controller of one tier."""
     num_ahead = most_ahead(len(cache.slots), experts.top_k, from_disk=from_disk)
     expert_bytes = max(layer.expert_bytes for layer in experts.layers)
     return PrefetchController(

@@ -25,7 +25,7 @@ from offmoe.models.budgets import model_shape
 
 
 class OneCallAtATime:
-    """Around every forward of a model. A thread may call it again within a call of its own.
+    """Guard around every forward of a model. A thread may call it again within a call of its own.
 
     Concurrency: Ctrl-C may strike between any two lines, also between entering and the call. So a thread that is noted
     as being inside counts only while its stack shows it: a frame of one of `holders` (ids of the model and of whatever

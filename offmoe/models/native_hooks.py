@@ -24,7 +24,7 @@ def mark_observer(hook: Callable[..., None], tell: Tell) -> None:
 
 
 def marked_tell(hook: Callable[..., None]) -> Tell:
-    """How to tell the observer of a marked hook. `hook` was marked."""
+    """Return the function that tells the observer of a marked hook. `hook` was marked."""
     tell: Tell = getattr(hook, _MARK)
     return tell
 

@@ -51,7 +51,7 @@ def foresee_kv_bytes(model: PreTrainedModel, context_length: int) -> int:
 
 @contextmanager
 def _attributes_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Afterwards every module has the attributes it had: rotary ones keep frequencies that they make in a call."""
+    """Context that gives every module back the attributes it had: rotary ones keep frequencies made in a call."""
     before = [(module, dict(vars(module))) for module in model.modules()]
     try:
         yield

@@ -68,7 +68,7 @@ class Serving:
     read_stalls: Callable[[], None] = field(default=lambda: None)
 
     def stats(self) -> dict[str, Any]:
-        """What prefetching and the scheduler of misses did and decided, for `Engine.stats`."""
+        """Record of prefetching and of the scheduler of misses, for `Engine.stats`."""
         self.read_stalls()
         found: dict[str, Any] = {"prefetch": self.ahead.as_dict() if self.ahead is not None else "off"}
         found |= policy_facts(self.cache.policy)
@@ -197,7 +197,7 @@ def _place_misses(
     serving: Serving, executor: Executor, link: LinkSource, experts: ExpertIndex, maths: list[Any],
     config: EngineConfig, device: Device, pool: DevicePool,
 ) -> None:  # fmt: skip
-    """With a choice between link and CPU: measure both, and let the scheduler decide. "stream" needs no CPU side."""
+    """Measure link and CPU where there is a choice, and let the scheduler decide. "stream" needs no CPU side."""
     mode = Mode(config.miss)
     if mode is Mode.STREAM:
         return

@@ -235,7 +235,7 @@ class PrefetchController:
         self.distance = self.trial.current
 
     def as_dict(self) -> dict[str, object]:
-        """What it does, and what the cache's ledger says of it, for `stats()`."""
+        """Settings in force and the cache's ledger of prefetches, for `stats()`."""
         counters = self.cache.counters
         chances = {} if self.chances is None else {"chances": self.chances.as_dict()}
         return {

@@ -25,7 +25,7 @@ WidePredictor = Callable[[torch.Tensor], "tuple[torch.Tensor, int] | None"]
 
 
 class Prefetcher(Protocol):
-    """Who fetches what is predicted (prefetch/controller.py)."""
+    """Contract of the controller that fetches predicted experts (prefetch/controller.py)."""
 
     def is_on(self, distance: int = 1) -> bool:
         """True when a prediction for a layer so many layers ahead would be acted upon."""

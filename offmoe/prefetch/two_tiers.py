@@ -27,12 +27,12 @@ class BelowDevice:
 
     @property
     def guesses(self) -> Collection[ExpertKey]:
-        """Of reads ahead of time."""
+        """Experts whose reads ahead of time are under way or unused."""
         return self._host.guesses
 
     @property
     def ahead_bytes(self) -> int:
-        """Of reads ahead of time."""
+        """Bytes of reads ahead of time."""
         return self._host.ahead_bytes
 
     @property
@@ -127,7 +127,7 @@ class TwoTierPrefetcher:
         self.over_link.demand_ends(stall_ns)
 
     def stall_measured(self, stall_ns: int) -> None:
-        """Of the link; see `PrefetchController.stall_measured`."""
+        """Tell the link's controller; see `PrefetchController.stall_measured`."""
         self.over_link.stall_measured(stall_ns)
 
     def pump(self) -> None:

@@ -97,7 +97,7 @@ class CudaMoment:
             raise as_device_error(error, device, "computing") from error
 
     def ns_since(self, earlier: CudaMoment) -> int | None:
-        """As `Moment`: to half a microsecond, the resolution of events. Raises DeviceError."""
+        """Nanoseconds to half a microsecond, the resolution of events; see `Moment`. Raises DeviceError."""
         try:
             return int(earlier._event.elapsed_time(self._event) * 1e6) if self._event.query() else None
         except RuntimeError as error:
@@ -221,7 +221,7 @@ class CudaDevice:
             torch.cuda.cudart().cudaHostUnregister(self._slabs.pop().data_ptr())
 
     def moment(self) -> CudaMoment:
-        """As Device. Two of them a wait cost the host some microseconds, a copy takes a hundred or more."""
+        """A timed event. Two of them a wait cost the host some microseconds, a copy takes a hundred or more."""
         return CudaMoment(self.torch_device)
 
     def free_bytes(self) -> int:

@@ -53,8 +53,10 @@ class CpuNorm:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """What stays the same from token to token. `scale` multiplies scores. `neighbours`: each number turns with the one
-    beside it, not with one of the other half. `norm_last`: norms, of one head each, come after turning.
+    """Sizes of attention, the same for all tokens.
+
+    `scale` multiplies scores. `neighbours`: each number turns with the one beside it, not with one of the other half.
+    `norm_last`: norms, of one head each, come after turning.
     """
 
     num_heads: int

@@ -17,7 +17,7 @@ MOST_TAPS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaShape:
-    """What stays the same from token to token."""
+    """Sizes of a gated delta net, the same for all tokens."""
 
     num_keys: int
     num_values: int
@@ -34,7 +34,9 @@ class DeltaShape:
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaInput:
-    """Where a projection's numbers for the first key head begin, and how many numbers further the next one's."""
+    """Place of one input in a projection's row: the first key head's numbers begin at `begin`, the next one's `stride`
+    numbers further.
+    """
 
     row: torch.Tensor
     begin: int

@@ -141,7 +141,7 @@ class Lookup(ctypes.Structure):
 
 
 class Choice(ctypes.Structure):
-    """From a row of logits to experts and weights."""
+    """One choice of experts and weights by a row of logits."""
 
     _fields_ = (("route", c_void_p), ("logits", c_void_p), ("scores", c_void_p))
 
