@@ -23,6 +23,7 @@ import torch
 from benchlib.machine import describe_machine, describe_versions
 
 import offmoe
+from offmoe.generation.compiled import DecodeCompiler
 from offmoe.generation.step import Forward
 from offmoe.models.transformers_internals import experts_modules
 
@@ -88,8 +89,8 @@ def _deep(name: str, num_layers: int, context: int) -> Any:
 
 def _alternate(engine: offmoe.Engine, args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds a layer: medians over steps, and the median of the blocks' ratios."""
-    compiler = engine._compiler
-    assert compiler is not None and compiler.cache is not None
+    compiler = engine._decode
+    assert isinstance(compiler, DecodeCompiler) and compiler.cache is not None, f"{compiler=}"
     step = next(iter(compiler._steps.values()))
     ids = torch.tensor([[5]], device=engine.model.device)
     position = args.context - 8

@@ -32,6 +32,7 @@ from benchlib.sizes import parse_bytes
 
 import offmoe
 from offmoe.base.errors import OffmoeError
+from offmoe.decode.paths import DecodePaths
 
 ROOT = Path(__file__).parents[1]
 SYSTEMS = ("fused", "eager")
@@ -49,7 +50,8 @@ class Timed:
 
 def use(engine: offmoe.Engine, system: str) -> AbstractContextManager[None]:
     """Context in which tokens take that way."""
-    return nullcontext() if system == "fused" else engine._paths.only_eager("timed")
+    assert isinstance(engine._decode, DecodePaths), f"{engine._decode=}"
+    return nullcontext() if system == "fused" else engine._decode.only_eager("timed")
 
 
 def time_tokens(engine: offmoe.Engine, num_tokens: int, cold: torch.Tensor | None) -> list[float]:

@@ -37,9 +37,9 @@ def functions_of_a_token(system: str) -> set[CodeType]:
         mock.patch.dict(os.environ, {"OFFMOE_DECODE": system}),
         offmoe.load(device="cpu", compile="off", prefetch="off") as engine,
     ):
-        wanted = {"max_new_tokens": NUM_WARM + NUM_COUNTED + 1, "ignore_end": True, "temperature": 0}
-        engine.generate([5, 6, 7, 8], **wanted)
-        pieces = engine.stream([5, 6, 7, 8], **wanted)  # the same experts, which are in RAM now
+        ids, most = [5, 6, 7, 8], NUM_WARM + NUM_COUNTED + 1
+        engine.generate(ids, max_new_tokens=most, ignore_end=True, temperature=0)
+        pieces = engine.stream(ids, max_new_tokens=most, ignore_end=True, temperature=0)  # its experts are in RAM now
         list(itertools.islice(pieces, NUM_WARM))
         sys.setprofile(note)
         try:
@@ -47,7 +47,7 @@ def functions_of_a_token(system: str) -> set[CodeType]:
         finally:
             sys.setprofile(None)
         assert engine.stats()["decode_path"] == system, engine.stats()["decode_path_reason"]
-        pieces.close()
+        list(pieces)
     return {code for code in seen if not code.co_name.startswith("<")}
 
 
@@ -60,8 +60,8 @@ def num_lines(code: CodeType) -> int:
         and min([node.lineno, *(item.lineno for item in node.decorator_list)]) == code.co_firstlineno
     )  # fmt: skip
     body = found.body[1:] if ast.get_docstring(found) and len(found.body) > 1 else found.body
-    lines = {line for node in body for part in ast.walk(node) if hasattr(part, "lineno")
-             for line in range(part.lineno, (part.end_lineno or part.lineno) + 1)}  # fmt: skip
+    parts = [part for node in body for part in ast.walk(node) if isinstance(part, (ast.stmt, ast.expr))]
+    lines = {line for part in parts for line in range(part.lineno, (part.end_lineno or part.lineno) + 1)}
     return 1 + len(lines)
 
 

@@ -123,7 +123,7 @@ def test_in_the_background(tiny_moe: Path, expected: tuple[int, ...], monkeypatc
     with open_tiny(tiny_moe, compile="on") as engine:
         assert ids_of(engine) == expected
         assert engine.stats()["compile"] == "compiling"
-        compiler = engine._compiler
+        compiler = engine._decode
         assert compiler is not None
         thread = compiler._thread
         assert thread is not None
@@ -139,7 +139,7 @@ def test_a_longer_sequence_takes_a_larger_bucket(
 ) -> None:
     monkeypatch.setattr("offmoe.generation.compiled.SMALLEST_BUCKET", 16)
     with open_tiny(tiny_moe, compile="on") as engine:
-        compiler = engine._compiler
+        compiler = engine._decode
         assert compiler is not None
         assert ids_of(engine, 4) == expected[:4]
         assert list(compiler._steps) == [16]
@@ -375,8 +375,8 @@ def test_closing_ends_a_compilation_and_keeps_nothing(tiny_moe: Path, monkeypatc
         engine = open_tiny(tiny_moe, compile="on")
         ids_of(engine, 3)
         assert engine.stats()["compile"] == "compiling"
-        assert engine._compiler is not None
-        thread, model = engine._compiler._thread, weakref.ref(engine.model)
+        assert engine._decode is not None
+        thread, model = engine._decode._thread, weakref.ref(engine.model)
         assert thread is not None
         while not thread._is_open:  # within Dynamo
             thread.join(0.01)
@@ -387,7 +387,7 @@ def test_closing_ends_a_compilation_and_keeps_nothing(tiny_moe: Path, monkeypatc
         assert model() is None
     with open_tiny(tiny_moe, compile="on") as engine:  # the compiler of this process still works
         ids_of(engine, 3)
-        thread = engine._compiler._thread if engine._compiler is not None else None
+        thread = engine._decode._thread if engine._decode is not None else None
         if thread is not None:
             thread.join()
         assert engine.stats()["compile"].startswith("on")
@@ -402,7 +402,7 @@ original = compiled.DecodeCompiler
 compiled.DecodeCompiler = lambda *args, **options: original(*args, **{{**options, "background": True}})
 engine = offmoe.load({str(tiny_moe)!r}, ram="4GiB", compile="on", tell=None)
 engine.generate([5, 77, 31], max_new_tokens=3, ignore_end=True)
-thread = engine._compiler._thread
+thread = engine._decode._thread
 while not thread._is_open:
     thread.join(0.01)
 thread.join(0.5)

@@ -79,7 +79,7 @@ def test_observers_are_told_in_passing(engine: offmoe.Engine, name: str) -> None
     assert path(engine) == ("fused", "")
     passing = seen.copy()
     seen.clear()
-    with engine._paths.only_eager("a test"):
+    with engine._decode.only_eager("a test"):
         logits(engine, reuse=False)
         assert path(engine) == ("eager", "a test")
     assert len(passing) == len(seen) == 11
@@ -195,7 +195,7 @@ def test_who_entered_and_was_broken_off_holds_nobody_up(engine: offmoe.Engine) -
 
 def test_a_second_thread_is_refused(engine: offmoe.Engine) -> None:
     """The fused step passes the model's forward by, and still holds the model while it computes."""
-    step, calls = engine._paths._step, []
+    step, calls = engine._decode._step, []
     assert step is not None
     run = step._program.__class__.__call__
 

@@ -15,18 +15,15 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from offmoe.decode.families import spec_of
 from offmoe.decode.fused import FusedStep
 from offmoe.decode.spec import DecoderSpec, NoSpecError
 from offmoe.executor.recovering import RecoveringExecutor
-from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.models.kv_rewind import remember
-from offmoe.models.model_calls import OneCallAtATime
+from offmoe.models.loaded import LoadedModel
 from offmoe.models.native_hooks import Hooks
-from offmoe.models.seam import ExpertsExecutor, find_binding
-from offmoe.models.torch_threads import TorchThreads
+from offmoe.models.seam import find_binding
 from offmoe.models.transformers_internals import experts_modules
 
 Path = Literal["fused", "eager"]
@@ -57,43 +54,41 @@ class ModelStep(Protocol):
 class DecodePaths:
     """The decode step of one engine on a CPU. `path` is the last token's; `reason` is empty for the fused one."""
 
-    def __init__(
-        self, model: PreTrainedModel, executor: ExpertsExecutor, kernels: CpuKernels | None,
-        threads: TorchThreads | None, calls: OneCallAtATime,
-    ) -> None:  # fmt: skip
-        """`calls`: entered around tokens that pass the model's forward by. What hooks the model itself has now are
-        this engine's.
-        """
-        self._model, self._executor, self._kernels, self._threads = model, executor, kernels, threads
-        self._calls, self._num_own_hooks = calls, _num_hooks(model)
-        calls.holders.add(id(self))
+    def __init__(self, loaded: LoadedModel) -> None:
+        """`loaded` is whole: what hooks its model itself has now are this engine's."""
+        native = loaded.native
+        self._model, self._executor, self._calls = loaded.model, loaded.serving.executor, loaded.calls
+        self._kernels = None if native is None else native.kernels
+        self._threads = None if native is None else native.threads
+        self._num_own_hooks = _num_hooks(self._model)
+        self._calls.holders.add(id(self))
         self.path: Path = "eager"
         self.state = "off"  # of compiling, which nothing here does
         self.reason = ""
         self._step: FusedStep | None = None
         self._hooks: Hooks | None = None
-        self._parts = _parts_of(model)
-        self._forwards = [(name, vars(module), vars(module).get("forward")) for name, module in model.named_modules()]
+        self._parts = _parts_of(self._model)
+        self._forwards = [
+            (name, vars(module), vars(module).get("forward")) for name, module in self._model.named_modules()
+        ]
         self._replaced = ""
         self._agreed = self._differed = self._num_waits = 0
         self._never = self._final = ""  # reasons that hold for this engine, and until a module is replaced
         try:
-            self._decoder, self._spec = self._find(model, executor, kernels)
+            self._decoder, self._spec = self._find()
         except NoSpecError as error:
             self._never = str(error)
 
-    def _find(
-        self, model: PreTrainedModel, executor: ExpertsExecutor, kernels: CpuKernels | None
-    ) -> tuple[Any, DecoderSpec]:
+    def _find(self) -> tuple[Any, DecoderSpec]:
         if os.environ.get(VARIABLE) == "eager":
             raise NoSpecError(f"{VARIABLE}=eager")
-        if kernels is None:
+        if self._kernels is None:
             raise NoSpecError("no CPU kernels")
-        if not isinstance(executor, RecoveringExecutor):
+        if not isinstance(self._executor, RecoveringExecutor):
             raise NoSpecError("experts are computed on a device")
-        decoder: Any = model.get_decoder()
+        decoder: Any = self._model.get_decoder()
         if decoder is None or not hasattr(decoder, "embed_tokens"):
-            raise NoSpecError(f"no spec for {model.config.model_type}")
+            raise NoSpecError(f"no spec for {self._model.config.model_type}")
         return decoder, spec_of(decoder.config)
 
     def __call__(self, forward: ModelStep, ids: torch.Tensor) -> torch.Tensor:

@@ -102,12 +102,8 @@ class Engine:
         self._process = OneProcess()
         self._running = threading.Lock()
         self._totals = Totals()
-        self._compiler = compiler = make_compiler(loaded.model, loaded.context_length, self.config, progress)
-        native = loaded.native
-        self._paths = DecodePaths(
-            loaded.model, loaded.serving.executor, None if native is None else native.kernels,
-            None if native is None else native.threads, loaded.calls,
-        )  # fmt: skip
+        compiler = make_compiler(loaded.model, loaded.context_length, self.config, progress)
+        self._decode = compiler or DecodePaths(loaded)
         self._kept = KeptCache(
             loaded.model,
             compiler.empty_cache if compiler else lambda: make_kv_cache(loaded.model, loaded.context_length),
@@ -183,8 +179,9 @@ class Engine:
 
         With a device also its name, slots and memory; its peak is what torch allocated, None where that is not counted.
         """
-        decode = self._compiler or self._paths
-        totals = engine_stats(self._parts, self._kept, self._totals, decode, baseline_bytes=self._baseline_bytes)
+        totals = engine_stats(
+            self._parts, self._kept, self._totals, self._decode, baseline_bytes=self._baseline_bytes
+        )  # fmt: skip
         return totals if self.predicted is None else totals | {"predicted": dict(self.predicted)}
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Reply:
@@ -269,8 +266,7 @@ class Engine:
         )  # fmt: skip
         if parts.model.config.is_encoder_decoder:
             return self._exclusively(translate(call, parts, self._totals))
-        decode = self._compiler or self._paths
-        return self._exclusively(answer(call, parts, self._totals, self._kept, decode, self._halving_chunk))
+        return self._exclusively(answer(call, parts, self._totals, self._kept, self._decode, self._halving_chunk))
 
     def _exclusively(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Hold the engine from the first piece to the last, or to the generator's end."""
@@ -312,9 +308,7 @@ class Engine:
         loaded, self._loaded = self._loaded, None
         if loaded is not None and self._process.is_here:
             self._kept.forget()
-            if self._compiler is not None:
-                self._compiler.close()
-            self._paths.close()
+            self._decode.close()
             loaded.close()
 
     def _give_up(self) -> None:

@@ -38,7 +38,6 @@ Forward = Callable[..., torch.Tensor]
 
 class NativeModules:
     """The modules of one model that were swapped. `counts`: kind -> how many; `remove` puts the originals back.
-    `version` changes when a module is swapped or put back.
 
     `threads` are torch's, for what is left to it.
     """
@@ -47,25 +46,16 @@ class NativeModules:
         self.kernels = kernels
         self.threads = TorchThreads()
         self.counts: Counter[str] = Counter()
-        self.version = 0
         self._swapped: list[nn.Module] = []
 
     def swap(self, module: nn.Module, forward: Callable[..., object], kind: str) -> None:
         """From now on `module` runs `forward`."""
         module.__dict__["forward"] = forward
         self._swapped.append(module)
-        self.version += 1
         self.counts[kind] += 1
-
-    def put_back(self, module: nn.Module, kind: str) -> None:
-        """`module` runs its own code again."""
-        if module.__dict__.pop("forward", None) is not None:
-            self.counts[kind] -= 1
-            self.version += 1
 
     def remove(self) -> None:
         """As before."""
-        self.version += 1
         while self._swapped:
             self._swapped.pop().__dict__.pop("forward", None)
         self.counts.clear()

@@ -25,6 +25,7 @@ from torch import nn
 from offmoe.base.config import make_config
 from offmoe.base.machine_record import LayerCosts
 from offmoe.checkpoint.locate import demo_model_folder
+from offmoe.decode.paths import DecodePaths
 from offmoe.executor.speeds import cached_speed
 from offmoe.generation.engine import Engine
 from offmoe.kernels.cpu.kernels import CpuKernels
@@ -97,7 +98,8 @@ def _resident_costs(engine: Engine, cold: torch.Tensor | None, rate: float) -> d
     if cold is None or engine.stats()["decode_path"] == "fused":  # without hooks, which cost something themselves
         by_depth = _times_by_depth(engine, cold)
     whole_s, whole_token_s = by_depth or _layer_times(engine, cold)
-    with engine._paths.only_eager("layers are measured one by one"):
+    assert isinstance(engine._decode, DecodePaths), f"{engine._decode=}"
+    with engine._decode.only_eager("layers are measured one by one"):
         modules_s, token_s = _layer_times(engine, cold)
     return {
         "whole_s": max(0.0, whole_s - layer_bytes / rate), "modules_s": max(0.0, modules_s - layer_bytes / rate),

@@ -84,7 +84,7 @@ def test_in_another_thread(folder: Path) -> None:
 def test_in_the_background(folder: Path) -> None:
     with open_on_device(folder, "auto") as engine:
         first = ids_of(engine)
-        compiler = engine._compiler
+        compiler = engine._decode
         assert compiler is not None
         if compiler._thread is not None:
             compiler._thread.join()
