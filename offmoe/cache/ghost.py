@@ -67,7 +67,7 @@ class ShadowCache:
         hand_over(self.policy, self.policy, set(self._cached))
 
     def _fetch(self, layer_idx: int, hits: list[int], misses: list[int], keep: set[int]) -> int:
-        """Bring `misses` in, as _LayerRun does: some while the hits are held, the rest one after another."""
+        """Bring `misses` in, as a layer call does: some while the hits are held, the rest one after another."""
         held = {ExpertKey(layer_idx, idx) for idx in hits}
         in_flight: deque[ExpertKey] = deque()
         waiting = deque(misses)

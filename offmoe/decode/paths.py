@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from offmoe.decode.compare import allowed_difference, difference
 from offmoe.decode.families import spec_of
 from offmoe.decode.fused import FusedStep
 from offmoe.decode.spec import DecoderSpec, NoSpecError
@@ -30,9 +31,6 @@ Path = Literal["fused", "eager"]
 # Tokens that are computed both ways; and those of them that may differ by more than rounding, as a router does that
 # nearly ties.
 NUM_CHECKS, NUM_TRIES = 2, 3
-# Largest difference of logits, relative to the largest logit. In float32 1e-6 was seen, in 16 bits up to 2e-2.
-TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}
-TOLERANCE_16_BITS = 4e-2
 # Tokens after which experts that the kernels have not computed yet are taken to be torch's.
 MOST_WAITS = 4
 VARIABLE = "OFFMOE_DECODE"
@@ -198,23 +196,23 @@ class DecodePaths:
                 logits = step(cache, ids, position, count=False)
         except NoSpecError as error:  # the cache is of another shape than the layers
             logits, self._final = torch.full_like(expected, math.nan), str(error)
-        difference = _difference(logits, expected)
-        if difference <= TOLERANCES.get(logits.dtype, TOLERANCE_16_BITS):
+        found, allowed = difference(logits, expected), allowed_difference(self._model.dtype)
+        if found <= allowed:
             self._agreed += 1
             return logits
         rewind()
         forward.position = position
         with self._executor.unrecorded():
             expected = self._eager(forward, ids)
-        self.path, self.reason = "eager", self._final or f"logits differ by {difference:.1e} of the largest"
+        self.path, self.reason = "eager", self._final or f"logits differ by {found:.1e} of the largest"
         self._differed += not self._final
         if self._differed > NUM_TRIES - NUM_CHECKS:
-            self._give_up(difference, TOLERANCES.get(logits.dtype, TOLERANCE_16_BITS))
+            self._give_up(found, allowed)
         return expected
 
-    def _give_up(self, difference: float, allowed: float) -> None:
+    def _give_up(self, found: float, allowed: float) -> None:
         name: str = self._decoder.config.model_type
-        self._step, self._final = None, f"logits differ by {difference:.1e} of the largest (allowed {allowed:.0e})"
+        self._step, self._final = None, f"logits differ by {found:.1e} of the largest (allowed {allowed:.0e})"
         warnings.warn(
             f"decoding of {name} goes through transformers' modules: on the fused path {self._final}; please report it",
             RuntimeWarning, stacklevel=2,
@@ -238,9 +236,3 @@ def _place(part: Any) -> int:
 
 def _num_hooks(module: nn.Module) -> int:
     return len(module._forward_hooks) + len(module._forward_pre_hooks)
-
-
-def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest one, relative to the largest logit; infinite where one of the two is no number."""
-    found = float((logits.float() - expected.float()).abs().max() / expected.float().abs().max())
-    return found if math.isfinite(found) else math.inf

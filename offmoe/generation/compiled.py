@@ -27,15 +27,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.base.config import EngineConfig
 from offmoe.base.errors import OffmoeError
+from offmoe.decode.compare import allowed_difference, difference
 from offmoe.generation.compile_thread import CompileThread, is_compiling
 from offmoe.generation.compiled_step import CompiledStep, Lowering, lower_with_inductor
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.static_cache import StaticKv, UnsupportedCacheError
 
 SMALLEST_BUCKET = 256
-# Largest difference of logits, relative to the largest logit, between a compiled step and the model's own. Rounding in
-# another order gives 1e-6 in float32 (measured, five families) and percents in 16 bits.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 # Steps on which the two may differ by more: a router that nearly ties is decided by rounding.
 _NUM_TRIES = 3
 # torch before 2.13 marks the whole process while one thread traces, and refuses compiled code in all of them
@@ -200,17 +198,17 @@ class DecodeCompiler:
         step.static.hand_back(position)
         expected = eager(ids)
         if logits.numel():
-            self._judge(step, float((logits.float() - expected.float()).abs().max() / expected.float().abs().max()))
+            self._judge(step, difference(logits, expected))
         return expected
 
-    def _judge(self, step: CompiledStep, difference: float) -> None:
-        limit = _TOLERANCE.get(self._model.dtype, 5e-2)
-        if difference <= limit:
+    def _judge(self, step: CompiledStep, found: float) -> None:
+        limit = allowed_difference(self._model.dtype)
+        if found <= limit:
             self._checked.add((step.static.capacity, threading.get_ident()))
             return
         self._num_disagreed += 1
         if self._num_disagreed >= _NUM_TRIES:
-            self._fail(f"its logits differ by {difference:.1e} of the largest; {limit:.0e} is rounding")
+            self._fail(f"its logits differ by {found:.1e} of the largest; {limit:.0e} is rounding")
 
     def _fail(self, reason: str) -> None:
         self.state = f"failed: {reason}"
