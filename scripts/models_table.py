@@ -38,11 +38,13 @@ def make_table(found: Found) -> str:
     from families import EXCLUDED, FAMILIES, MULTIMODAL
 
     read = _quantised()
+    specified = {name for name in (*FAMILIES, *MULTIMODAL) if _has_spec(name)}
 
     def row(name: str, shown: str, described: str, forms: tuple[str, ...]) -> str:
+        path = "fused" if name in specified else "modules"
         exact = f"yes, {max(found[name].values()):.0e}" if name in found else "yes"
         quantised = ", ".join(form for form in QUANTISED if name in read[form]) or "-"
-        return f"| {shown} | {described} | {exact} | {'; '.join(forms)} | {quantised} |"
+        return f"| {shown} | {described} | {exact} | {'; '.join(forms)} | {quantised} | {path} |"
 
     rows = [row(name, name, family.model_class, DOOR) for name, family in sorted(FAMILIES.items())]
     rows += [
@@ -57,12 +59,26 @@ def make_table(found: Found) -> str:
     numpy = "Grok1ForCausalLM, offmoe's own, against NumPy (`tests/test_grok1.py`)"
     rows.append(row("grok-1", "grok-1", numpy, ("published", "device")))
     lines = [
-        "| family | class | exact: largest difference | read as, run on | quantised forms |",
-        "|---|---|---|---|---|",
+        "| family | class | exact: largest difference | read as, run on | quantised forms | decode on a CPU |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [*rows, "", "| left out | why |", "|---|---|"]
     lines += [f"| {name} | {reason} |" for name, reason in sorted(EXCLUDED.items())]
     return "\n".join(lines)
+
+
+def _has_spec(name: str) -> bool:
+    """The fused step computes the family's layers."""
+    from families import make_config
+
+    from offmoe.decode.families import spec_of
+    from offmoe.decode.spec import NoSpecError
+
+    try:
+        spec_of(make_config(name).get_text_config())
+    except NoSpecError:
+        return False
+    return True
 
 
 def _quantised() -> dict[str, set[str]]:
