@@ -4,4 +4,4 @@ A busy machine may need minutes for what takes milliseconds, and that is no fail
 hangs. Below pytest's own limit (`timeout` in pyproject.toml), so that a test says itself what it waited for.
 """
 
-PATIENCE_S = 1500.0
+PATIENCE_S = 400.0
