@@ -222,7 +222,7 @@ def pretend_cuda(patch: pytest.MonkeyPatch, *, seed: int = 0, late: float = 0.7)
         "stream": use, "device": lambda device: contextlib.nullcontext(), "cudart": lambda: runtime,
         "synchronize": lambda device: world.wait("synchronize"), "empty_cache": lambda: None,
         "mem_get_info": lambda device: (MEMORY_BYTES, MEMORY_BYTES), "memory_reserved": lambda device: 0,
-        "memory_allocated": lambda device: 0, "max_memory_allocated": lambda device: 0,
+        "memory_allocated": lambda device: 0, "max_memory_reserved": lambda device: 0,
     }.items():  # fmt: skip
         patch.setattr(torch.cuda, name, value)
     patch.setattr(torch.backends.cuda, "is_built", lambda: True)

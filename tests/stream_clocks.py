@@ -116,6 +116,10 @@ class Stream:
         with self.world.lock:
             join(self.clock, event.clock)
 
+    def wait_stream(self, other: Stream) -> None:
+        with self.world.lock:
+            join(self.clock, other.clock)
+
     def synchronize(self) -> None:
         with self.world.lock:
             join(self.world.host, self.clock)

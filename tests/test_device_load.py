@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +14,13 @@ from engines import PROMPT, QUARTER, TINY_EXPERTS, assert_at_rest, leaves_nothin
 from makers import one_line
 
 import offmoe
-from offmoe.base.budget import DevicePlan, plan_device
+from offmoe.base.budget import CUDA_CONTEXT_BYTES, DevicePlan, plan_device
 from offmoe.base.errors import BudgetError, DeviceError, EngineBusyError, OffmoeError, UsageError
 from offmoe.base.units import GIB, MIB, parse_size
 from offmoe.models import load as load_module
 from offmoe.models import resident
 from offmoe.models.transformers_internals import experts_modules
+from offmoe.tiers import cuda as cuda_module
 from offmoe.tiers.device import SimulatedDevice
 
 
@@ -356,3 +358,35 @@ def test_what_is_planned_is_what_is_counted() -> None:
         slack_bytes=MIB, slot_bytes=MIB, num_experts=100, top_k=2, experts=None,
     )  # fmt: skip
     assert plan.total_bytes == GIB + 104 * MIB
+
+
+@pytest.mark.parametrize("context", [0, 600 * MIB])
+def test_what_the_driver_takes_is_inside_vram(folder: Path, context: int) -> None:
+    """The budget is what the whole process may take: slots go where the driver's context is larger."""
+    device = Device()
+    device.context_bytes = context
+    vram = GIB
+    with open_on(folder, device, vram="1GiB", experts=None) as engine:
+        plan, totals = engine.plan.device, engine.stats()
+        assert plan is not None and plan.context_bytes == context == totals["device_driver_bytes"]
+        assert plan.total_bytes <= plan.vram_bytes == vram
+        pools = sum(pool.num_bytes for pool in device._pools)
+        assert pools + context + plan.resident_bytes + plan.coming_bytes <= vram
+    device = Device()
+    device.context_bytes = vram
+    with pytest.raises(BudgetError, match="vram"):
+        open_on(folder, device, vram="1GiB")
+
+
+def test_a_drivers_memory_is_what_is_missing_beside_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device of two; another process holds 3 GiB of it all the time."""
+    free = {"other": GIB, "this": 5 * GIB}
+    device = object.__new__(cuda_module.CudaDevice)
+    device.torch_device, device._free_before = torch.device("cuda", 0), dict(free)
+    monkeypatch.setattr(cuda_module, "free_by_uuid", lambda: free)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="this"))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: GIB)
+    free["this"] -= GIB + 430 * MIB
+    assert device.driver_bytes() == 430 * MIB
+    device._free_before = {}
+    assert device.driver_bytes() == CUDA_CONTEXT_BYTES

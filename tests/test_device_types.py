@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from engines import PROMPT, QUARTER, leaves_nothing, open_tiny, save_tiny
 from pretend_cuda import load_guard, pretend_cuda, span
-from stream_clocks import World
+from stream_clocks import Stream, World
 
 import offmoe
 from offmoe.checkpoint.shard_file import ShardFile
@@ -141,4 +142,25 @@ def test_no_family_mixes_devices(family: str, cuda: World, tmp_path: Path) -> No
     with on_cuda(save_tiny(tmp_path, family), miss="stream", prefetch=1) as engine:
         reply = engine.generate(list(range(3, 40)), max_new_tokens=3, ignore_end=True, **sampling)
         assert len(reply.token_ids) == 3
+    assert not cuda.races
+
+
+class SeenLate(random.Random):
+    """Every event is seen late, at the 41st look."""
+
+    def randint(self, a: int, b: int) -> int:
+        return 40
+
+
+def test_a_callers_other_stream_comes_behind_what_was_queued_before(cuda: World, folder: Path) -> None:
+    """Copies for the first call are waited for on its stream; the host has not seen those of the last layer end when
+    the second call reads the same slots on another stream. All experts but one have slots.
+    """
+    with on_cuda(folder, miss="stream", prefetch="off", experts=4 * QUARTER - 1) as engine:
+        cuda.late, cuda.random = 1.0, SeenLate()
+        ids_1T = torch.tensor([[5]], device="cuda")
+        before = engine.model(input_ids=ids_1T, use_cache=False).logits
+        with torch.cuda.stream(Stream(name="own")):
+            logits = engine.model(input_ids=ids_1T, use_cache=False).logits
+        assert torch.equal(logits.cpu(), before.cpu())
     assert not cuda.races

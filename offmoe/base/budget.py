@@ -21,7 +21,8 @@ EXPECTED_GROWTH_BYTES = 36 << 20
 # Left to the desktop and other programs when `vram` is "auto": a sixteenth of what is free, and at least this much.
 MIN_VRAM_RESERVE_BYTES = 512 << 20
 # What the driver takes for a process that uses a GPU, before it allocates: its context and torch's kernels.
-# It is in no allocator's count, but in the device's, so a budget of the whole process has it. tests/gpu measures it.
+# It is in no allocator's count, but in the device's, so a budget of the whole process has it. Plans made without the
+# device count this much; at load it is measured, where the management library tells (tiers/driver_memory.py).
 CUDA_CONTEXT_BYTES = 512 << 20
 # Work spaces of cuBLAS (32 MiB a stream on the largest devices), kernels that are loaded at their first use, and the
 # allocator's rounding to 2 and 20 MiB blocks. tests/gpu measures it.

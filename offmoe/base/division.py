@@ -44,17 +44,20 @@ class Machine:
     """What may be used: `ram_bytes` that the process may grow by, `runtime_bytes` of them taken by libraries.
 
     `vram_free_bytes` of a device, beside its driver's context; None where the model runs in RAM. `is_cuda`: the driver
-    takes its part.
+    takes its part, `driver_bytes` where that was measured.
     """
 
     ram_bytes: int
     runtime_bytes: int
     vram_free_bytes: int | None = None
     is_cuda: bool = False
+    driver_bytes: int | None = None
 
     @property
     def context_bytes(self) -> int:
         """What the driver takes."""
+        if self.driver_bytes is not None:
+            return self.driver_bytes
         return CUDA_CONTEXT_BYTES if self.is_cuda else 0
 
     @property

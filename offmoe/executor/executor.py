@@ -31,13 +31,16 @@ class Executor:
     def __init__(
         self, cache: ExpertCache, *, rows: Rows | None = None, ahead: AheadOfTime | None = None,
         cpu: CpuExperts | None = None, placer: MissPlacer | None = None, recorder: Recorder | None = None,
-        over_link: bool = False, stalls: StreamStalls | None = None,
+        over_link: bool = False, stalls: StreamStalls | None = None, follow_stream: Callable[[], None] | None = None,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
-        """`stalls`: of a device whose stream waits for copies while the host goes on; None where the host waits."""
+        """`stalls`: of a device whose stream waits for copies while the host goes on; None where the host waits.
+        `follow_stream`: called before a layer's slots are read (tiers/device.py).
+        """
         self.recorder, self.over_link, self.stalls = recorder or Recorder(), over_link, stalls
         self.cache, self.rows, self.ahead = cache, rows or ReferenceRows(), ahead
         self.cpu, self.placer, self.clock_ns = cpu, placer, clock_ns
+        self._follow_stream = follow_stream
         self._counters: Counters = cache.counters
 
     def run_layer(
@@ -50,6 +53,8 @@ class Executor:
         the result does not depend on which experts were cached or arrived first.
         """
         self._counters.layer_calls += 1
+        if self._follow_stream is not None:
+            self._follow_stream()
         num_tokens, top_k = expert_ids_TK.shape
         if num_tokens == 1 and isinstance(self.rows, CpuRows):
             y_1D = self._run_ready(self.rows, layer_idx, math, num_experts, x_TD, expert_ids_TK, weights_TK)

@@ -40,5 +40,6 @@ def engine_stats(
         totals |= {
             "device": device.name, "device_slots": plan.device.num_slots, "vram_bytes": plan.device.vram_bytes,
             "device_planned_bytes": plan.device.total_bytes, "device_peak_bytes": peak_bytes(device),
+            "device_driver_bytes": device.driver_bytes(),
         }  # fmt: skip
     return totals

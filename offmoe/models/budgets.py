@@ -97,6 +97,7 @@ class Budgets:
             ram_bytes=self._ram, runtime_bytes=self._runtime_bytes,
             vram_free_bytes=None if self._device is None else self._free_bytes,
             is_cuda=self._device is not None and self._device.torch_device.type == "cuda",
+            driver_bytes=None if self._device is None else self._device.driver_bytes(),
         )  # fmt: skip
         return Division(
             sizes=self._sizes, machine=machine, config=self._config, context_length=self._context_length,

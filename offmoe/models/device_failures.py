@@ -76,10 +76,12 @@ def release_unused(device: Device | None) -> None:
 
 
 def peak_bytes(device: Device) -> int | None:
-    """The most that torch had allocated on `device` at once so far; None where that is not counted."""
+    """The most that this process held of `device` so far: by torch's allocator, also where it is not in use at the
+    moment, and by the driver as of now. None where that is not counted.
+    """
     if device.torch_device.type != "cuda":
         return None
-    return int(torch.cuda.max_memory_allocated(device.torch_device))
+    return int(torch.cuda.max_memory_reserved(device.torch_device)) + device.driver_bytes()
 
 
 def _free(device: Device) -> str:

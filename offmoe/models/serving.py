@@ -129,12 +129,14 @@ def build_serving(
     maths = [math_of(module) for _, module in experts_modules(model)]
     if device_pool.num_slots >= experts.num_experts:
         _make_resident(serving, experts, maths, device_pool, progress)
+        link.synchronize()  # what another stream computes later is not ordered behind the copies
         return serving
     kernels = make_slot_kernels(experts.layers, maths, device_pool.slab, device_pool.slot_bytes)
     serving.kernels = kernels
     executor = Executor(
-        cache, rows=_rows(kernels, experts, device_pool), recorder=serving.recorder, over_link=True, stalls=stalls
-    )
+        cache, rows=_rows(kernels, experts, device_pool), recorder=serving.recorder, over_link=True, stalls=stalls,
+        follow_stream=device.follow_stream,
+    )  # fmt: skip
     serving.read_stalls = executor.read_stalls
     _place_misses(serving, executor, link, experts, maths, config, device, device_pool)
     _fetch_ahead(serving, executor, model, experts, config)

@@ -5,6 +5,8 @@ current stream of the thread that runs it. What orders them:
 - a copy begins behind its `after` event, which that thread recorded when it had submitted the last computation that
   reads the destination;
 - a computation reads a slot behind the copy's event, for which `wait()` makes the thread's current stream wait;
+- a computation on another stream than the one before (a caller's own `torch.cuda.stream`) begins behind what was
+  queued on that one (`follow_stream`);
 - a chunk of the staging ring is written again, by the worker, after its event (tiers/ring.py).
 The slab and the ring live as long as the device's copier, so torch's allocator need not be told of the side streams
 (`record_stream`); `make_pool` waits for the device once, since the allocator may hand out memory that queued kernels
@@ -23,9 +25,11 @@ from collections.abc import Sequence
 
 import torch
 
+from offmoe.base.budget import CUDA_CONTEXT_BYTES
 from offmoe.base.errors import DeviceError
 from offmoe.tiers.copier import Copier, Part
 from offmoe.tiers.device import DevicePool
+from offmoe.tiers.driver_memory import free_by_uuid
 from offmoe.tiers.ring import CHUNK_BYTES, RING_CHUNKS, RingCopier
 
 
@@ -180,6 +184,8 @@ class CudaDevice:
             )
             raise DeviceError(f"there is no cuda:{index} here; known: {known}")
         self.torch_device = torch.device("cuda", index)
+        # Not known where this process has a context already.
+        self._free_before = {} if torch.cuda.is_initialized() else free_by_uuid()
         try:
             torch.ones(1, device=self.torch_device).add_(1).cpu()  # a GPU too old for this torch fails here
             self.name = torch.cuda.get_device_name(index)
@@ -190,6 +196,7 @@ class CudaDevice:
                 "torch that knows it, or use --device cpu"
             ) from error
         self._slabs: list[torch.Tensor] = []
+        self._stream: torch.cuda.Stream | None = None
         with torch.cuda.device(self.torch_device):
             ring = _make_ring(chunk_bytes)
         self.copier: Copier = RingCopier(self._link, ring, chunk_bytes=chunk_bytes)
@@ -220,6 +227,13 @@ class CudaDevice:
         while self._slabs:
             torch.cuda.cudart().cudaHostUnregister(self._slabs.pop().data_ptr())
 
+    def follow_stream(self) -> None:
+        """As Device: one comparison, unless a caller has changed streams."""
+        current = torch.cuda.current_stream(self.torch_device)
+        if self._stream is not None and current != self._stream:
+            current.wait_stream(self._stream)
+        self._stream = current
+
     def moment(self) -> CudaMoment:
         """A timed event. Two of them a wait cost the host some microseconds, a copy takes a hundred or more."""
         return CudaMoment(self.torch_device)
@@ -231,6 +245,18 @@ class CudaDevice:
             return torch.cuda.mem_get_info(self.torch_device)[0] + cached
         except RuntimeError as error:
             raise as_device_error(error, self.torch_device, "being asked for its free memory") from error
+
+    def driver_bytes(self) -> int:
+        """As Device: the free memory before this process had a context, less that of now and what torch's allocator
+        holds; graphs' pools and cuBLAS work spaces are in the latter. What others take or give back meanwhile is in it.
+        CUDA_CONTEXT_BYTES where it cannot be measured.
+        """
+        before, now = self._free_before, free_by_uuid() if self._free_before else {}
+        uuid = str(torch.cuda.get_device_properties(self.torch_device).uuid) if before else ""
+        if uuid not in before or uuid not in now:
+            return CUDA_CONTEXT_BYTES
+        measured = before[uuid] - now[uuid] - torch.cuda.memory_reserved(self.torch_device)
+        return measured if measured > 0 else CUDA_CONTEXT_BYTES
 
     def total_bytes(self) -> int:
         """Of the whole device, whoever uses it."""

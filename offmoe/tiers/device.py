@@ -107,6 +107,11 @@ class Device(Protocol):
     def unpin(self) -> None:
         """Undo every `pin`, once what was copied from there has ended."""
 
+    def follow_stream(self) -> None:
+        """Order what the calling thread queues from now on behind what it queued before on another stream. What is in
+        a slot was waited for on the stream of that time, and the marks of later reads are to cover earlier ones.
+        """
+
     def moment(self) -> Moment | None:
         """The point that its stream has reached in what the calling thread has queued; None where nothing is queued,
         since a copy and a computation have ended when the host has waited for them.
@@ -114,6 +119,9 @@ class Device(Protocol):
 
     def free_bytes(self) -> int:
         """What could be allocated now, by its driver's word."""
+
+    def driver_bytes(self) -> int:
+        """What its driver has taken for this process beside what torch allocated: context, kernels, graphs."""
 
     def total_bytes(self) -> int:
         """What it has."""
@@ -123,7 +131,9 @@ class Device(Protocol):
 
 
 class SimulatedDevice:
-    """Host memory behind a link of `bytes_per_s`. `taken_bytes` is what others use of it; tests may change it."""
+    """Host memory behind a link of `bytes_per_s`. Tests may change `taken_bytes`, what others use of it, and
+    `context_bytes`, what its driver has taken for this process.
+    """
 
     def __init__(
         self, bytes_per_s: float, latency_s: float = 0.0, capacity_bytes: int = 8 * GIB, *,
@@ -133,7 +143,7 @@ class SimulatedDevice:
         self.torch_device = torch.device("cpu")
         self.name = "simulated"
         self.copier: Copier = copier or ThrottledCopier(bytes_per_s=bytes_per_s, latency_s=latency_s)
-        self.taken_bytes = 0
+        self.taken_bytes = self.context_bytes = 0
         self._capacity_bytes = capacity_bytes
         self._pools: list[DevicePool] = []
 
@@ -161,12 +171,20 @@ class SimulatedDevice:
     def unpin(self) -> None:
         """Nothing to undo."""
 
+    def follow_stream(self) -> None:
+        """There are no streams."""
+
     def moment(self) -> None:
         """The host waits."""
 
     def free_bytes(self) -> int:
-        """What neither pools nor others use."""
-        return max(0, self._capacity_bytes - self.taken_bytes - sum(pool.num_bytes for pool in self._pools))
+        """What neither pools nor the driver nor others use."""
+        taken = self.taken_bytes + self.context_bytes
+        return max(0, self._capacity_bytes - taken - sum(pool.num_bytes for pool in self._pools))
+
+    def driver_bytes(self) -> int:
+        """As set."""
+        return self.context_bytes
 
     def total_bytes(self) -> int:
         """As made."""

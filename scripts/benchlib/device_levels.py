@@ -156,11 +156,11 @@ def _measure_alone(bench: Bench, level: Level, system: System, vram_bytes: int) 
     plan = system.engine.plan.device
     assert plan is not None, "an engine without a device"
     on_cuda = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_reserved() + plan.context_bytes if on_cuda else None
+    peak = system.engine.stats()["device_peak_bytes"] if on_cuda else None
     free_bytes, total_bytes = torch.cuda.mem_get_info() if on_cuda else (0, 0)
     bench.ledger.add(
         "memory", **level.keys, vram_bytes=vram_bytes, planned_bytes=plan.total_bytes, device_slots=plan.num_slots,
-        allocated_bytes=system.engine.stats().get("device_peak_bytes"), peak_bytes=peak,
+        allocated_bytes=torch.cuda.max_memory_allocated() if on_cuda else None, peak_bytes=peak,
         driver_used_bytes=total_bytes - free_bytes if on_cuda else None, ok=peak is None or peak <= vram_bytes,
     )  # fmt: skip
     bench.fixed_bytes[level.name] = plan.fixed_bytes + ROUNDING_BYTES

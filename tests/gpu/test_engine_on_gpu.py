@@ -85,10 +85,8 @@ def test_the_peak_is_within_the_budget(load_on_device: Load) -> None:
         stats = engine.stats()
         assert stats["device_planned_bytes"] <= stats["vram_bytes"] == 1 << 30
         if torch.cuda.is_available():
-            assert 0 < stats["device_peak_bytes"] <= torch.cuda.max_memory_reserved()
-            plan = engine.plan.device
-            assert plan is not None
-            assert torch.cuda.max_memory_reserved() + plan.context_bytes <= 1 << 30
+            assert torch.cuda.max_memory_reserved() < stats["device_peak_bytes"] <= 1 << 30
+            assert stats["device_driver_bytes"] > 0
 
 
 def test_too_little_is_refused_with_a_budget_that_works(load_on_device: Load) -> None:
