@@ -164,3 +164,32 @@ def test_a_callers_other_stream_comes_behind_what_was_queued_before(cuda: World,
             logits = engine.model(input_ids=ids_1T, use_cache=False).logits
         assert torch.equal(logits.cpu(), before.cpu())
     assert not cuda.races
+
+
+@pytest.mark.parametrize("num_tokens", [6, 24])
+def test_in_one_place_rounding_does_not_depend_on_what_is_cached(
+    num_tokens: int, cuda: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On kernels that differ as the real ones do, only more: by the number of rows in a call, and where they sum."""
+    for name, change in {
+        "rows_forward": lambda x_TD, slot_N: 1 if len(x_TD) == 1 else 1 + slot_N.numel() / 8,
+        "lookup_forward": lambda x_TD, slot_N: 3,
+    }.items():
+        monkeypatch.setattr(TorchSlotKernels, name, changed(getattr(TorchSlotKernels, name), change))
+
+    def ids(engine: offmoe.Engine) -> tuple[int, ...]:
+        return engine.generate(range(3, 3 + num_tokens), max_new_tokens=4, temperature=0, ignore_end=True).token_ids
+
+    with open_tiny(folder, device="cpu", experts=QUARTER) as engine:
+        expected = ids(engine)
+    for experts in (QUARTER, 4 * QUARTER):
+        with on_cuda(folder, placement_invariant=True, experts=experts) as engine:
+            assert ids(engine) == expected
+            assert experts > QUARTER or ids(engine) == expected, "with what the first one left"
+
+
+def changed(function: Callable[..., Any], factor: Callable[..., float]) -> Callable[..., Any]:
+    def run(kernels: Any, layer_idx: int, x_TD: torch.Tensor, *rest: torch.Tensor) -> Any:
+        return function(kernels, layer_idx, x_TD, *rest) * factor(x_TD, rest[1])
+
+    return run

@@ -9,6 +9,8 @@ import pytest
 import slot_cases as cases
 import torch
 
+from offmoe.executor.dispatch import Assignment
+from offmoe.executor.rows import Computed, KernelRows
 from offmoe.formats.dense import ExpertWeights, view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation, find_activation
@@ -62,6 +64,27 @@ def test_rows_of_many_tokens_are_the_reference_in_any_order(layout: str) -> None
             assert not row.any(), "an expert without a slot gives nothing"
         else:
             assert torch.equal(row, experts_forward(case.math, [(expert, weights_of(case, expert), x_1D)])[0])
+
+
+def test_in_one_path_a_row_is_normed_alone() -> None:
+    """A norm that rounds by how many rows there are, as torch's sums on a GPU do."""
+    case = make(biases=False)
+    math = replace(case.math, post_norm=lambda y_ND: y_ND * (1 + len(y_ND)))
+    kernels = TorchSlotKernels([case.layer], [math], case.slab, case.slot_bytes)
+    x_1D, _, _ = case.rows(1, 2)
+    experts = [
+        Computed(int(case.slot_of_E[idx]), weights_of(case, idx), [Assignment(idx, 1, choice, None)])
+        for choice, idx in enumerate((0, 4, 5))
+    ]
+    rows = KernelRows(kernels, max_rows=64, one_path=True)
+    found = []
+    for cut in (1, 2, 3):  # hits first, then arrivals
+        y_SD = torch.zeros(3, 40, dtype=torch.bfloat16)
+        for group in (experts[:cut], experts[cut:]):
+            rows.compute(0, math, group, x_1D, y_SD)
+        found.append(y_SD)
+    expected = one_token_forward(case.math, [(idx, weights_of(case, idx)) for idx in (0, 4, 5)], x_1D) * 2
+    assert all(torch.equal(y_SD, expected) for y_SD in found)
 
 
 def test_tokens_are_the_weighted_sum_of_their_rows_and_look_up_finds_the_same() -> None:

@@ -56,22 +56,33 @@ class ReferenceRows:
 class KernelRows:
     """Kernels that address weights by slot for few rows; for many (prefill), `ReferenceRows`: large products.
 
-    `max_rows`: the most rows that the kernels serve in one call.
+    `max_rows`: the most rows that the kernels serve in one call. `one_path`: every row is rounded alike however many
+    come in one call, which depends on what was cached. The kernels then serve single tokens only, whose rows they sum
+    one by one: for several tokens they choose their tiles by the number of rows. Several tokens are computed by the
+    reference, expert by expert.
     """
 
-    def __init__(self, kernels: SlotKernels, max_rows: int) -> None:
-        self._kernels, self._max_rows = kernels, max_rows
+    def __init__(self, kernels: SlotKernels, max_rows: int, *, one_path: bool = False) -> None:
+        self._kernels, self._max_rows, self._one_path = kernels, max_rows, one_path
         self._reference = ReferenceRows()
 
     def compute(
         self, layer_idx: int, math: ExpertMath, experts: list[Computed], x_TD: torch.Tensor, y_SD: torch.Tensor
     ) -> None:
-        """All rows in one call of the kernels. Index tensors of many tokens stay where they are."""
+        """All rows in one call of the kernels, where they serve."""
+        rows = sum(assignment.num_rows for expert in experts for assignment in expert.assigned)
+        if rows > self._max_rows or (self._one_path and x_TD.shape[0] > 1):
+            self._reference.compute(layer_idx, math, experts, x_TD, y_SD)
+        elif self._one_path and math.post_norm is not None:  # torch sums a row by how many rows there are
+            for expert in experts:
+                self._compute(layer_idx, [expert], x_TD, y_SD)
+        else:
+            self._compute(layer_idx, experts, x_TD, y_SD)
+
+    def _compute(self, layer_idx: int, experts: list[Computed], x_TD: torch.Tensor, y_SD: torch.Tensor) -> None:
+        """One call of the kernels. Index tensors of many tokens stay where they are."""
         flat = [(expert, assignment) for expert in experts for assignment in expert.assigned]
         counts = torch.tensor([assignment.num_rows for _, assignment in flat])
-        if int(counts.sum()) > self._max_rows:
-            self._reference.compute(layer_idx, math, experts, x_TD, y_SD)
-            return
         slot_N = torch.tensor([expert.slot for expert, _ in flat]).repeat_interleave(counts)
         expert_N = torch.tensor([assignment.expert_idx for _, assignment in flat]).repeat_interleave(counts)
         if x_TD.shape[0] == 1:

@@ -127,15 +127,18 @@ def build_serving(
     if (refused := device.pin(pool.slab)) is not None:
         serving.notes.append(f"RAM slots are not pinned ({refused}): copies go through a staging ring")
     maths = [math_of(module) for _, module in experts_modules(model)]
-    if device_pool.num_slots >= experts.num_experts:
+    all_fit = device_pool.num_slots >= experts.num_experts
+    if all_fit and not config.placement_invariant:
         _make_resident(serving, experts, maths, device_pool, progress)
         link.synchronize()  # what another stream computes later is not ordered behind the copies
         return serving
     kernels = make_slot_kernels(experts.layers, maths, device_pool.slab, device_pool.slot_bytes)
     serving.kernels = kernels
+    if all_fit:  # through the same executor as where they do not: the kernels that look slots up round otherwise
+        preload(cache, list(experts.keys()), progress)
     executor = Executor(
-        cache, rows=_rows(kernels, experts, device_pool), recorder=serving.recorder, over_link=True, stalls=stalls,
-        follow_stream=device.follow_stream,
+        cache, rows=_rows(kernels, experts, device_pool, one_path=config.placement_invariant),
+        recorder=serving.recorder, over_link=True, stalls=stalls, follow_stream=device.follow_stream,
     )  # fmt: skip
     serving.read_stalls = executor.read_stalls
     _place_misses(serving, executor, link, experts, maths, config, device, device_pool)
@@ -188,11 +191,11 @@ def _make_resident(
     serving.executor = ResidentExecutor(serving.cache, kernels)
 
 
-def _rows(kernels: SlotKernels, experts: ExpertIndex, pool: DevicePool) -> Rows | None:
+def _rows(kernels: SlotKernels, experts: ExpertIndex, pool: DevicePool, *, one_path: bool) -> Rows | None:
     """Kernels where they are faster than the reference: not on a device that is RAM."""
     if pool.slab.device.type == "cpu":
         return None
-    return KernelRows(kernels, max_rows=KERNEL_TOKENS * experts.top_k)
+    return KernelRows(kernels, max_rows=KERNEL_TOKENS * experts.top_k, one_path=one_path)
 
 
 def _place_misses(
