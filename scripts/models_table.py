@@ -38,7 +38,7 @@ def make_table(found: Found) -> str:
     from families import EXCLUDED, FAMILIES, MULTIMODAL
 
     read = _quantised()
-    specified = {name for name in (*FAMILIES, *MULTIMODAL) if _has_spec(name)}
+    specified = {name for name in (*FAMILIES, *MULTIMODAL) if _has_spec(name)} | {"grok-1"}
 
     def row(name: str, shown: str, described: str, forms: tuple[str, ...]) -> str:
         path = "fused" if name in specified else "modules"

@@ -30,6 +30,8 @@ def assert_near(ours: torch.Tensor, exact: torch.Tensor) -> None:
 def normed(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: NormKind) -> torch.Tensor:
     """In float64, without roundings."""
     x, weight = x.double(), weight.double()
+    if kind == "centred":
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, torch.full_like(weight, 0.25), eps)
     factor = 1 + weight if kind == "one_plus_weight" else weight
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * factor
 
@@ -39,7 +41,8 @@ def normed(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: NormKind) ->
 @pytest.mark.parametrize("width", [1, 7, 64, 100, 2048])
 def test_norms(kernels: CpuKernels, dtype: torch.dtype, kind: NormKind, width: int) -> None:
     x, weight = draw(2, 3, width, dtype=dtype) * 3, draw(width, dtype=dtype)
-    norm = CpuNorm(kernels, weight, eps=1e-3, kind=kind)
+    bias = torch.full_like(weight, 0.25) if kind == "centred" else None
+    norm = CpuNorm(kernels, weight, eps=1e-3, kind=kind, bias_D=bias)
     assert norm.takes(x)
     assert_near(norm(x), normed(x, weight, 1e-3, kind))
     assert torch.equal(norm(x)[1, 2], norm(x[1:2, 2:3].contiguous())[0, 0])  # a row depends on itself alone
@@ -71,10 +74,12 @@ class Case:
     def __init__(
         self, *, dtype: torch.dtype, num_heads: int = 6, num_groups: int = 2, width: int = 40, num_rows: int = 50,
         num_angles: int = 40, half: bool = False, norm: str = "none", has_sinks: bool = False,
+        cap: float | None = None,
     ) -> None:  # fmt: skip
         self.shape = AttentionShape(
-            num_heads=num_heads, num_groups=num_groups, width=width, value_width=width, scale=width**-0.5, dtype=dtype
-        )
+            num_heads=num_heads, num_groups=num_groups, width=width, value_width=width, scale=width**-0.5, dtype=dtype,
+            cap=cap,
+        )  # fmt: skip
         self.query, self.key = draw(num_heads * width, dtype=dtype), draw(num_groups * width, dtype=dtype, seed=1)
         self.value = draw(num_groups * width, dtype=dtype, seed=2)
         # Caches with room for more rows, as the engine has them.
@@ -107,6 +112,8 @@ class Case:
         keys[:, -1], values[:, -1] = key, self.value.double().view(shape.num_groups, -1)
         per_group = shape.num_heads // shape.num_groups
         scores = (query.view(shape.num_groups, per_group, -1) @ keys.transpose(1, 2)) * shape.scale
+        if shape.cap is not None:
+            scores = shape.cap * (scores / shape.cap).tanh()
         if self.sinks is not None:
             sinks = self.sinks.double().view(shape.num_groups, per_group, 1)
             return (torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1] @ values).reshape(-1)
@@ -124,6 +131,8 @@ class Case:
         {"num_heads": 16, "width": 128, "num_angles": 128, "num_rows": 257},
         # More rows than 64 chunks of 256.
         {"num_heads": 1, "num_groups": 1, "width": 16, "num_angles": 16, "num_rows": 16500},
+        # Scores on both sides of where tanh is no polynomial any more, and beyond the cap.
+        {"cap": 1.5}, {"num_heads": 15, "num_groups": 1, "num_rows": 300, "cap": 0.5}, {"cap": 30.0},
     ],
     ids=str,
 )  # fmt: skip

@@ -213,7 +213,7 @@ class Route(ctypes.Structure):
 @pytest.mark.parametrize(
     ("mirror", "said"),
     [
-        (Norm, "the CPU kernels' Norm.rows is 8 bytes at 24, offmoe's 8 bytes at 32; install offmoe again"),
+        (Norm, "the CPU kernels' Norm.rows is 8 bytes at 32, offmoe's 8 bytes at 40; install offmoe again"),
         (Linear, "the CPU kernels' Linear.type is 4 bytes at 52, offmoe's 2 bytes at 52; install offmoe again"),
         (Route, "the CPU kernels' Route"),
     ],

@@ -97,11 +97,12 @@ def test_any_number_of_threads_gives_the_same_bits(level: str) -> None:
 
 def by_torch(logits_1E: torch.Tensor, rule: RouteRule) -> tuple[torch.Tensor, torch.Tensor]:
     """As transformers' routers write it."""
-    scores = logits_1E if rule.scoring == "softmax_of_chosen" else logits_1E.float()
+    of_chosen = rule.scoring.endswith("_of_chosen")
+    scores = logits_1E if of_chosen and rule.correction_E is None else logits_1E.float()
     if rule.scoring == "softmax":
         scores = scores.softmax(-1)
     elif rule.scoring == "sigmoid":
-        scores = scores.sigmoid()
+        scores = logits_1E.sigmoid() if rule.is_rounded else scores.sigmoid()
     choice = scores if rule.correction_E is None else scores + rule.correction_E
     if rule.groups is not None:
         num_groups, kept, best = rule.groups
@@ -112,9 +113,13 @@ def by_torch(logits_1E: torch.Tensor, rule: RouteRule) -> tuple[torch.Tensor, to
     weights = scores.gather(1, ids)
     if rule.scoring == "softmax_of_chosen":
         weights = weights.float().softmax(-1)
+    if rule.scoring == "sigmoid_of_chosen":
+        weights = weights.sigmoid() if rule.is_rounded else weights.float().sigmoid()
     if rule.normalised:
-        weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if rule.scoring == "sigmoid" else 0))
-    return ids, (weights * rule.scale).to(rule.weights_dtype)
+        added = rule.added if rule.added is not None else 1e-20 if rule.scoring == "sigmoid" else 0
+        weights = weights / (weights.sum(-1, keepdim=True) + added)
+    weights = weights * rule.scale
+    return ids, (weights if rule.expert_scale_E is None else weights * rule.expert_scale_E[ids]).to(rule.weights_dtype)
 
 
 RULES: dict[str, dict[str, Any]] = {
@@ -127,6 +132,13 @@ RULES: dict[str, dict[str, Any]] = {
         "correction_E": draw(64, seed=9),
     },
     "glm4": {"scoring": "sigmoid", "normalised": True, "correction_E": draw(64, seed=9), "is_sorted": False},
+    "gemma4": {"scoring": "softmax", "normalised": True, "expert_scale_E": draw(64, seed=10)},
+    "lfm2": {
+        "scoring": "sigmoid", "normalised": True, "added": 1e-6, "scale": 1.5, "is_rounded": True,
+        "correction_E": draw(64, seed=9),
+    },
+    "cohere2": {"scoring": "sigmoid_of_chosen", "normalised": True, "is_rounded": True},
+    "kolibri1": {"scoring": "sigmoid_of_chosen", "normalised": True, "correction_E": draw(64, seed=9)},
 }  # fmt: skip
 
 
@@ -153,7 +165,7 @@ def test_rules_choose_as_torch_does_also_among_equals(name: str, dtype: torch.dt
     "sizes",
     [
         {"top_k": 0}, {"top_k": 65}, {"groups": (7, 2, 1)}, {"groups": (8, 9, 1)}, {"groups": (8, 1, 9)},
-        {"groups": (8, 1, 1), "top_k": 9}, {"correction_E": torch.zeros(63)},
+        {"groups": (8, 1, 1), "top_k": 9}, {"correction_E": torch.zeros(63)}, {"expert_scale_E": torch.zeros(63)},
         {"correction_E": torch.zeros(64, dtype=torch.float16)},
     ],
 )  # fmt: skip

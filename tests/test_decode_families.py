@@ -11,6 +11,7 @@ import torch
 from cpu_cases import needs_library
 from engines import PROMPT, open_tiny
 from families import FAMILIES, build, save_layout
+from test_grok1 import make_checkpoint
 
 import offmoe
 from offmoe.base.errors import NonFiniteError
@@ -20,18 +21,42 @@ from offmoe.decode.spec import DecoderSpec, NoSpecError
 from offmoe.generation.sampling import greedy
 
 NUM_NEW = 12
+VOCABULARY = 96  # the smallest
 # Names in tests/families.py of the text models with a spec. A family that is taken off here is slower than before.
 FUSED = {
-    "aria", "deepseek_ocr2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo",
-    "glm4_moe", "glm4_moe_lite", "glm4v_moe", "gpt_oss", "granitemoe", "hunyuan_v1_moe", "hy_v3", "mellum",
-    "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe",
-    "qwen3_vl_moe", "solar_open",
+    "afmoe", "aria", "cohere2_moe", "deepseek_ocr2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe",
+    "exaone_moe", "flex_olmo", "gemma4", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "gpt_oss", "granitemoe",
+    "granitemoe_swa", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "lfm2_moe", "mellum", "minimax_m2", "mixtral",
+    "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe", "solar_open",
 }  # fmt: skip
+# Forms of a family that are published and that the tiny model is not, and grok-1, which is offmoe's own class.
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "gemma4 without a value projection": (
+        "gemma4", {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+    ),
+    "cohere2_moe, layer norms, average": (
+        "cohere2_moe", {"rms_norm_eps": None, "shared_expert_combination_strategy": "average"},
+    ),
+    "cohere2_moe, softmax": ("cohere2_moe", {"expert_selection_fn": "softmax"}),
+    "grok-1": ("grok-1", {}),
+}  # fmt: skip
+MODELS = {**{name: (name, {}) for name in FUSED}, **VARIANTS}
 
 pytestmark = needs_library
 
 
-def logits(engine: offmoe.Engine, num_new: int = NUM_NEW, **options: Any) -> torch.Tensor:
+def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """The model of that name in MODELS."""
+    family, overrides = MODELS[name]
+    if family == "grok-1":
+        make_checkpoint(folder, dtype)
+    else:
+        save_layout(build(family, dtype=dtype, overrides=overrides), folder, "published")
+
+
+def logits(
+    engine: offmoe.Engine, num_new: int = NUM_NEW, *, prompt: list[int] | None = None, **options: Any
+) -> torch.Tensor:
     """Logits of every greedy step, (N, V)."""
     rows: list[torch.Tensor] = []
 
@@ -39,17 +64,18 @@ def logits(engine: offmoe.Engine, num_new: int = NUM_NEW, **options: Any) -> tor
         rows.append(last.clone())
         return int(last.argmax())
 
-    engine.generate(PROMPT, max_new_tokens=num_new, choose=choose, ignore_end=True, **options)
+    prompt = [token % VOCABULARY for token in prompt or PROMPT]
+    engine.generate(prompt, max_new_tokens=num_new, choose=choose, ignore_end=True, **options)
     return torch.cat(rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(FUSED))
+@pytest.mark.parametrize("name", sorted(MODELS))
 def test_the_logits_are_those_of_the_modules(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Past windows, with experts that are missing; the tokens that were compared come again to the bit."""
-    save_layout(build(name, dtype=dtype), tmp_path, "published")
+    save(name, tmp_path, dtype)
     with open_tiny(tmp_path, compile="off", experts=9) as engine:
         first, again = logits(engine), logits(engine)
         stats = engine.stats()
@@ -77,6 +103,28 @@ def test_which_families_have_a_spec() -> None:
     assert found == FUSED
 
 
+@pytest.mark.parametrize("name", ["lfm2_moe", "qwen3_next"])
+def test_running_states_after_an_edited_prompt(name: str, tmp_path: Path) -> None:
+    """They cannot go back: what the cache holds of another prompt is not mixed in."""
+    save(name, tmp_path)
+    edited = [*PROMPT[:4], 60, *PROMPT[5:]]
+    with open_tiny(tmp_path, compile="off", experts=9) as engine:
+        first, second = logits(engine), logits(engine, prompt=edited)
+        assert torch.equal(logits(engine), first) and torch.equal(logits(engine, prompt=edited), second)
+        assert engine.stats()["decode_path"] == "fused"
+        assert not torch.equal(first, second)
+    with open_tiny(tmp_path, compile="off", experts=9) as engine:
+        assert (logits(engine, prompt=edited) - second).abs().max() < 5e-5 * second.abs().max()
+
+
+def test_gemma4_whose_layers_share_keys(tmp_path: Path) -> None:
+    save_layout(build("gemma4", overrides={"num_kv_shared_layers": 1}), tmp_path, "published")
+    with open_tiny(tmp_path, compile="off") as engine:
+        logits(engine)
+        stats = engine.stats()
+    assert (stats["decode_path"], stats["decode_path_reason"]) == ("eager", "layers share keys and values")
+
+
 def test_logits_that_are_no_numbers_are_not_laid_to_the_spec(tmp_path: Path) -> None:
     model = build("qwen3_moe")
     with torch.no_grad():  # of one id's row alone, which the greedy reply comes to
@@ -101,9 +149,9 @@ def with_other_norms(spec: DecoderSpec) -> DecoderSpec:
     return replace(spec, norm_kind="weight_last" if spec.norm_kind == "one_plus_weight" else "one_plus_weight")
 
 
-@pytest.mark.parametrize("name", sorted(FUSED))
+@pytest.mark.parametrize("name", sorted(MODELS))
 def test_a_wrong_spec_is_seen_in_the_first_tokens(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_layout(build(name), tmp_path, "published")
+    save(name, tmp_path)
     right = specs.spec_of
     with monkeypatch.context() as patch, open_tiny(tmp_path, compile="off") as engine:
         patch.setenv("OFFMOE_DECODE", "eager")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from offmoe.decode.families_wide import WIDE
 from offmoe.decode.spec import DecoderSpec, DeltaNet, Heads, Latents, Moe, NoSpecError, Router
 
 FLOAT = torch.float32
@@ -224,6 +225,7 @@ FAMILIES: dict[str, Callable[[Any], DecoderSpec]] = {
     "qwen3_omni_moe_text": qwen3_moe,
     "qwen3_vl_moe_text": qwen3_vl_moe,
     "solar_open": solar_open,
+    **WIDE,
 }
 
 

@@ -13,16 +13,18 @@ import inspect
 import time
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
-from offmoe.decode.layers import Angles, FusedLayer, LayerWriter
-from offmoe.decode.spec import DecoderSpec, Latents
-from offmoe.decode.weights import WeightReader
+from offmoe.decode.attends import Angles
+from offmoe.decode.layers import FusedLayer, LayerWriter
+from offmoe.decode.spec import DecoderSpec, Heads, Latents, part_of
+from offmoe.decode.steps import Steps
 from offmoe.executor.joined import JoinedExperts
 from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.kernels.cpu.kernels import CpuKernels
@@ -30,6 +32,9 @@ from offmoe.kernels.cpu.program import CpuProgram
 from offmoe.models.angles import AngleTable
 from offmoe.models.kv_cache import PreallocatedLayer, SlidingLayer
 from offmoe.models.native_hooks import marked_tell
+
+# Name of a rotary module, and the layer type that it is asked for.
+Kind = tuple[str, str]
 
 
 class FusedStep:
@@ -44,17 +49,12 @@ class FusedStep:
     ) -> None:  # fmt: skip
         self._executor, self._experts = executor, experts
         self._embed, modules = decoder.embed_tokens, list(decoder.layers)
-        rotary = decoder.rotary_emb
-        parameters = set(inspect.signature(rotary.forward).parameters)
-        kinds = decoder.config.layer_types if "layer_type" in parameters else [""] * len(modules)
-        self._angles = {
-            kind: AngleTable(rotary, by_name="position_ids" in parameters, kind=kind) for kind in dict.fromkeys(kinds)
-        }
-        self._kinds = list(kinds)
+        self._decoder = decoder if spec.per_layer else None
+        self._kinds, self._angles = _angle_tables(decoder, spec, len(modules))
         dtype = model.dtype
         program = self._program = CpuProgram(kernels, len(modules))
-        reader = WeightReader(kernels, spec, dtype)
-        writer = LayerWriter(program, kernels, reader, spec, experts, dtype)
+        steps = Steps(kernels, program, spec, dtype)
+        writer = LayerWriter(steps, experts)
         width = self._embed.weight.shape[1]
         self._x_1D = row = program.row(width, dtype)
         self.layers: list[FusedLayer] = []
@@ -62,9 +62,8 @@ class FusedStep:
             output = program.row(width, dtype)
             self.layers.append(writer.write(module, layer_idx, row, output))
             row = output
-        head = reader.head(model)
-        normed = program.row(width, dtype)
-        program.norm(reader.norm(decoder, "norm"), row, normed)
+        head = steps.read.head(model)
+        normed = steps.normed(decoder, spec.last_norm, row, program.row(width, dtype))
         self._logits_1V = program.row(head.num_outputs, dtype)
         program.linear(head, normed, self._logits_1V)
         if spec.logits_scale != 1.0:
@@ -73,8 +72,8 @@ class FusedStep:
             program.numbers("cap", self._logits_1V, None, self._logits_1V, scale=spec.logits_cap)
         program.finish()
         self._embedding = spec.embedding
-        self._in_float = isinstance(spec.attention, Latents)
-        self._own_angles: dict[str, Angles] = {}
+        self._form = _angle_form(spec)
+        self._own_angles: dict[Kind, Angles] = {}
         self._layer_at = {layer.moe.step: layer for layer in self.layers if layer.moe is not None}
         self._hooks = [
             (layer.layer_idx, module is layer.module, module._forward_pre_hooks, row)
@@ -100,6 +99,8 @@ class FusedStep:
         if self._embedding != 1.0:
             x = x * self._embedding
         self._x_1D.copy_(x.view(1, -1))
+        if self._decoder is not None:
+            self._set_extra(self._decoder.project_per_layer_inputs(x, self._decoder.get_per_layer_inputs(ids, x)))
         positions = torch.tensor([[position]])
         self._open_rows(cache, {kind: table(x, positions) for kind, table in self._angles.items()})
         told = _Told(self._hooks)
@@ -115,6 +116,12 @@ class FusedStep:
                 stop += 1
             step = stop
         return self._logits_1V.clone()
+
+    def _set_extra(self, inputs_11LP: torch.Tensor) -> None:
+        """The token's embeddings for each of L layers, of P numbers."""
+        for layer, row in zip(self.layers, inputs_11LP[0, 0], strict=True):
+            assert layer.extra is not None, f"{layer.layer_idx=}"
+            layer.extra.copy_(row[None])
 
     def _compute(self, begin: int, count: bool) -> int:
         """One call, and its books; the step that it ended at."""
@@ -152,7 +159,7 @@ class FusedStep:
         )  # fmt: skip
         moe.y.copy_(y.view(1, -1))
 
-    def _open_rows(self, cache: Any, angles: dict[str, Any]) -> None:
+    def _open_rows(self, cache: Any, angles: dict[Kind, Any]) -> None:
         """One token more in every layer's cache. Whole caches of full attention are only longer than before."""
         is_known = self._set_angles(angles) and self._past is not None and self._past() is cache
         num_rows = self._program.num_rows
@@ -167,11 +174,11 @@ class FusedStep:
                 num_rows[idx] = buffers[0].shape[-2]
         self._past = weakref.ref(cache)
 
-    def _set_angles(self, angles: dict[str, Any]) -> bool:
+    def _set_angles(self, angles: dict[Kind, Any]) -> bool:
         """Copy them to where the layers read them. False where that is another place than for the token before."""
         are_like = True
         for kind, given in angles.items():
-            pair, mine = _as_pair(given, in_float=self._in_float), self._own_angles.get(kind)
+            pair, mine = _as_pair(given, self._form), self._own_angles.get(kind)
             if mine is None or [(a.shape, a.dtype) for a in mine] != [(a.shape, a.dtype) for a in pair]:
                 mine = self._own_angles[kind] = (torch.empty_like(pair[0]), torch.empty_like(pair[1]))
                 are_like = False
@@ -211,13 +218,38 @@ def _can_append(layer: FusedLayer, rows: Any) -> bool:
     return isinstance(rows, LinearAttentionLayer) and rows.has_previous_state[0] and not rows.record_past
 
 
-def _as_pair(angles: Any, *, in_float: bool) -> Angles:
-    """Cosines and sines as the kernels read them: of complex numbers, or (`in_float`) one float32 a pair."""
+def _angle_tables(decoder: Any, spec: DecoderSpec, num_layers: int) -> tuple[list[Kind], dict[Kind, AngleTable]]:
+    """Each layer's kind of angles, and the table of each kind."""
+    names = [spec.rotary] * num_layers if isinstance(spec.rotary, str) else list(spec.rotary)
+    tables: dict[Kind, AngleTable] = {}
+    kinds: list[Kind] = []
+    for layer_idx, name in enumerate(names):
+        rotary = part_of(decoder, name)
+        parameters = set(inspect.signature(rotary.forward).parameters)
+        layer_type = decoder.config.layer_types[layer_idx] if "layer_type" in parameters else ""
+        kinds.append((name, layer_type))
+        if kinds[-1] not in tables:
+            tables[kinds[-1]] = AngleTable(rotary, by_name="position_ids" in parameters, kind=layer_type)
+    return kinds, tables
+
+
+def _angle_form(spec: DecoderSpec) -> Literal["own", "half", "every_second"]:
+    """Numbers of the model's table of angles that the kernels are given; all but "own" in float32."""
+    if isinstance(spec.attention, Latents):
+        return "half"
+    layers = spec.attention if isinstance(spec.attention, Sequence) else [spec.attention]
+    return "every_second" if any(isinstance(one, Heads) and one.rotary == "pairs" for one in layers) else "own"
+
+
+def _as_pair(angles: Any, form: Literal["own", "half", "every_second"]) -> Angles:
+    """Cosines and sines as the kernels read them: of complex numbers, or in the `form` of `_angle_form`."""
     if isinstance(angles, torch.Tensor):
         pairs = torch.view_as_real(angles).flatten(end_dim=-2).float()
         return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
     cos, sin = angles
-    if not in_float:
+    if form == "own":
         return cos, sin
+    if form == "every_second":
+        return cos.flatten()[::2].float(), sin.flatten()[::2].float()
     half = cos.numel() // 2
     return cos.flatten()[:half].float(), sin.flatten()[:half].float()

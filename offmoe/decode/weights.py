@@ -5,13 +5,15 @@ Shapes: D model width, E experts, K experts a token, H heads, W head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from offmoe.decode.spec import DecoderSpec, Heads, NoSpecError, Router, part_of
+from offmoe.decode.spec import DecoderSpec, Heads, NoSpecError, Router, ShortConv, part_of
 from offmoe.formats.dense import ExpertWeights
+from offmoe.kernels.activations import Activation, find_activation
 from offmoe.kernels.cpu.decode import AttentionShape, CpuAttention, CpuLinear, CpuNorm
 from offmoe.kernels.cpu.delta import CpuDelta, DeltaShape
 from offmoe.kernels.cpu.kernels import CpuKernels
@@ -19,12 +21,14 @@ from offmoe.kernels.cpu.latent import CpuLatentAttention, LatentShape
 from offmoe.kernels.cpu.layer import CpuRoute, RouteRule
 from offmoe.kernels.cpu.matrices import unreadable
 from offmoe.kernels.cpu.mlp import CpuMlp
+from offmoe.kernels.cpu.short_conv import MOST_TAPS, CpuShortConv
 from offmoe.kernels.reference import ExpertMath
 from offmoe.models.native import make_linear
 from offmoe.models.seam import find_binding
 
 _EPS = ("variance_epsilon", "eps", "epsilon")
-_ACTIVATIONS = ("act_fn", "activation_fn", "act")
+_WEIGHTS = ("weight", "scale")
+_ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
 
 
 class WeightReader:
@@ -47,29 +51,53 @@ class WeightReader:
         """The matrix from the last state to logits. Raises NoSpecError."""
         return self._linear(model.get_output_embeddings(), "the head")
 
-    def norm(self, module: Any, name: str) -> CpuNorm:
-        """The RMS norm of that name in a module. Raises NoSpecError."""
+    def norm(self, module: Any, name: str, *, width: int = 0) -> CpuNorm:
+        """The norm of that name in a module; of `width` numbers where it has no weight. Raises NoSpecError."""
         found = part_of(module, name)
-        weight = getattr(found, "weight", None)
+        weight = next((value for name in _WEIGHTS if (value := getattr(found, name, None)) is not None), None)
         eps = next((value for name in _EPS if isinstance(value := getattr(found, name, None), float)), None)
+        if weight is None and width and found is not None:
+            weight = torch.ones(width, dtype=self._dtype)
         if weight is None or eps is None or weight.dtype != self._dtype or not weight.is_contiguous():
             raise NoSpecError(f"a norm is a {type(found).__name__} that the kernels do not read")
-        return CpuNorm(self._kernels, weight.detach(), eps=eps, kind=self._spec.norm_kind)
+        kind, bias = self._spec.norm_kind, getattr(found, "bias", None)
+        if bias is not None and kind != "centred":
+            raise NoSpecError(f"a norm is a {type(found).__name__} with a bias")
+        return CpuNorm(
+            self._kernels, weight.detach(), eps=eps, kind=kind, bias_D=None if bias is None else bias.detach()
+        )
 
-    def mlp(self, module: nn.Module) -> CpuMlp:
-        """A dense block, or a shared expert. Raises NoSpecError."""
-        gate, up, down = (self.linear(module, name) for name in self._spec.mlp)
-        act = next((found for name in _ACTIVATIONS if callable(found := getattr(module, name, None))), None)
+    def activation(self, module: nn.Module, width: int) -> Activation:
+        """The curve of a gate that a module holds. Raises NoSpecError."""
+        act = self._curve(module)
+        found = find_activation(
+            lambda rows: act(rows[..., :width]) * rows[..., width:], width, gated=True, device=torch.device("cpu")
+        )
+        if found is None:
+            raise NoSpecError(f"{type(module).__name__}: its activation is none of those known")
+        return found
+
+    def _curve(self, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        named = (found for name in _ACTIVATIONS if callable(found := getattr(module, name, None)))
+        act = next(named, self._spec.activation)
         if act is None:
             raise NoSpecError(f"{type(module).__name__} has no activation of a known name")
-        hidden, biases = down.num_inputs, (gate.bias_N, up.bias_N)
+        return act
+
+    def mlp(self, module: nn.Module, names: tuple[str, ...] | None = None) -> CpuMlp:
+        """A dense block, or a shared expert. Raises NoSpecError."""
+        *ups, down = (self.linear(module, name) for name in names or self._spec.mlp)
+        act, hidden = self._curve(module), down.num_inputs
+        biases = [up.bias_N for up in ups if up.bias_N is not None]
         math = ExpertMath(
             activate=lambda rows: act(rows[..., :hidden]) * rows[..., hidden:],
-            up_bias_EF=None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]])[None],
+            up_bias_EF=torch.cat(biases)[None] if biases else None,
             down_bias_ED=None if down.bias_N is None else down.bias_N[None],
             post_norm=None, transposed=False, dtype=down.dtype,
         )  # fmt: skip
-        weights = ExpertWeights(up=(gate.matrix.weight, up.matrix.weight), down=(down.matrix.weight,))
+        if biases and len(biases) < len(ups):
+            raise NoSpecError(f"{type(module).__name__}: one of two linears has a bias")
+        weights = ExpertWeights(up=tuple(up.matrix.weight for up in ups), down=(down.matrix.weight,))
         if (reason := self._kernels.supports(math, weights)) is not None:
             raise NoSpecError(f"{type(module).__name__}: {reason}")
         return CpuMlp(self._kernels, math, weights, max_rows=1)
@@ -77,16 +105,19 @@ class WeightReader:
     def heads(self, module: nn.Module, attention: Heads) -> CpuAttention:
         """Attention of grouped heads, between its projections. Raises NoSpecError."""
         inner = part_of(module, attention.name)
-        linears = [self.linear(module, f"{attention.name}.{name}") for name in attention.projections[:3]]
+        names = [name for name in attention.projections[:3] if part_of(inner, name) is not None]
+        linears = [self.linear(inner, name) for name in names]
         width = inner.head_dim
         query = linears[0].num_outputs // (2 if attention.gated else 1)
         shape = AttentionShape(
             num_heads=query // width, num_groups=linears[1].num_outputs // width, width=width,
-            value_width=linears[2].num_outputs * width // linears[1].num_outputs, scale=float(inner.scaling),
-            dtype=self._dtype, neighbours=attention.rotary == "neighbours", norm_last=attention.norm_last,
+            value_width=linears[-1].num_outputs * width // linears[1].num_outputs,
+            scale=float(getattr(inner, attention.scale)), dtype=self._dtype,
+            neighbours=attention.rotary in ("neighbours", "pairs"), norm_last=attention.norm_last, cap=attention.cap,
         )  # fmt: skip
         norms = [None, None] if attention.norms is None else [self.norm(inner, name) for name in attention.norms]
-        sinks = None if attention.sinks is None else getattr(inner, attention.sinks).detach().contiguous()
+        sinks = None if attention.sinks is None else getattr(inner, attention.sinks)
+        sinks = None if sinks is None else sinks.detach().contiguous()
         return CpuAttention(self._kernels, shape, query_norm=norms[0], key_norm=norms[1], sinks_H=sinks)
 
     def latents(self, inner: Any) -> CpuLatentAttention:
@@ -114,12 +145,29 @@ class WeightReader:
             inner.dt_bias.detach(), eps=norm.variance_epsilon,
         )  # fmt: skip
 
+    def short_conv(self, inner: Any, attention: ShortConv) -> CpuShortConv:
+        """A short convolution between its projections. Raises NoSpecError."""
+        conv = part_of(inner, attention.conv)
+        weight, bias = conv.weight.detach(), conv.bias
+        if weight.dtype != self._dtype or weight.shape[1] != 1 or weight.shape[2] > MOST_TAPS:
+            raise NoSpecError("a short convolution is of another kind")
+        return CpuShortConv(weight.flatten(1).contiguous(), None if bias is None else bias.detach().contiguous())
+
+    def factors(self, module: Any, name: str) -> torch.Tensor:
+        """A parameter that rows are multiplied with. Raises NoSpecError."""
+        found = part_of(module, name)
+        if found is None or not torch.equal(found.detach().to(self._dtype).to(found.dtype), found.detach()):
+            raise NoSpecError(f"{name} is not of the model's type")
+        return found.detach().to(self._dtype).contiguous()
+
     def route(self, block: nn.Module, router: Router) -> tuple[CpuLinear, CpuRoute]:
         """The matrix and the rule of a MoE block's router. Raises NoSpecError."""
         weight, bias = part_of(block, router.weight), None if router.bias is None else part_of(block, router.bias)
-        correction = None if router.correction is None else part_of(block, router.correction)
+        correction, expert_scale = (
+            None if name is None else part_of(block, name) for name in (router.correction, router.expert_scale)
+        )
         binding = find_binding(part_of(block, self._spec.moe.experts))
-        top_k = _top_k(block, router)
+        top_k = router.top_k or _top_k(block, router)
         if weight is None or binding is None:
             raise NoSpecError(f"{type(block).__name__} has no {router.weight}")
         dtype = router.logits_dtype or weight.dtype
@@ -132,8 +180,9 @@ class WeightReader:
         rule = RouteRule(
             scoring=router.scoring, num_experts=binding.num_experts, top_k=top_k, normalised=router.normalised,
             weights_dtype=weights_dtype, is_sorted=router.is_sorted, scale=router.scale,
-            groups=router.groups, hidden=router.hidden,
+            groups=router.groups, hidden=router.hidden, added=router.added, is_rounded=router.is_rounded,
             correction_E=None if correction is None else correction.detach().float().flatten().contiguous(),
+            expert_scale_E=None if expert_scale is None else expert_scale.detach().float().flatten().contiguous(),
         )  # fmt: skip
         if not rule.fits():
             raise NoSpecError(f"a router of {binding.num_experts} experts, {top_k} a token, groups {router.groups}")

@@ -55,6 +55,7 @@ struct MadeAttend {
         call.norm_kind = static_cast<int32_t>(turn % 3);
         call.type = call.angle_type = type;
         call.neighbours = turn % 6 == 2;
+        call.cap = turn % 5 == 1 ? 1.5f : 0.0f;
         call.norm_last = turn % 3 == 0 && !of_all && turn % 2;
     }
 
@@ -69,14 +70,15 @@ const Format& dense_format(int32_t type) { return kFormats[type == F32 ? 0 : typ
 // A router's rule with a correction and groups by turns.
 struct MadeRoute {
     MadeRoute(Random& random, int32_t num_experts, int32_t top_k, int32_t num_groups, int64_t turn)
-        : correction(random_numbers(random, F32, num_experts)), ids(8 * top_k), weights(4 * top_k) {
+        : correction(random_numbers(random, F32, num_experts)), scale(random_numbers(random, F32, num_experts)), ids(8 * top_k), weights(4 * top_k) {
         route.correction = turn % 2 ? reinterpret_cast<const float*>(correction.at()) : nullptr;
+        route.expert_scale = turn % 3 == 1 ? reinterpret_cast<const float*>(scale.at()) : nullptr;
         route.ids = reinterpret_cast<int64_t*>(ids.at());
         route.weights = weights.at();
         route.scale = 2.5f;
         route.added = 1e-20f;
         route.hidden_score = turn % 3 ? 0.0f : kNone;
-        route.scoring = static_cast<int32_t>(turn % 3);
+        route.scoring = static_cast<int32_t>(turn % 4);
         route.num_experts = num_experts;
         route.top_k = top_k;
         route.num_groups = num_groups;
@@ -86,9 +88,10 @@ struct MadeRoute {
         route.sorted = turn % 4 < 2;
         route.logits_type = F32;
         route.weights_type = turn % 5 ? F32 : BF16;
+        route.rounded = turn % 6 == 5;
     }
 
-    Buffer correction, ids, weights;
+    Buffer correction, scale, ids, weights;
     Route route = {};
 };
 
@@ -269,6 +272,17 @@ int64_t try_layers(const Handles& handles) {
                         for (Numbers* numbers : {&both, &cap, &clamp, &scale}) ops.push_back({numbers, nullptr, 0, OP_NUMBERS});
                     Numbers sum = {state.at(), added, output.at(), width, width, 1.0f, SUM, type};
                     ops.push_back({&sum, nullptr, 0, OP_NUMBERS});
+                    const Buffer parts = random_numbers(random, type, 3 * width), taps = random_numbers(random, type, 4 * width), last = random_numbers(random, type, 4 * width);
+                    const Buffer mixed(width * size);
+                    ShortConv conv = {parts.at(), taps.at(), way % 2 ? norm.at() : nullptr, last.at(), mixed.at(), width, 4, type};
+                    Activate curve = {&activation, mixed.at(), x.at(), mixed.at(), width, type};
+                    Numbers soft = {mixed.at(), norm.at(), mixed.at(), width, width % 3 ? 1 : width / 3, 1.0f, GATE_SOFTPLUS, type};
+                    Numbers times = {mixed.at(), x.at(), mixed.at(), width, width, 1.0f, MULTIPLY, type};
+                    Norm centred = {mixed.at(), norm.at(), way % 2 ? x.at() : nullptr, mixed.at(), 1, width, 1e-6f, CENTRED, type};
+                    ops.push_back({&conv, nullptr, 0, OP_CONV});
+                    ops.push_back({&curve, nullptr, 0, OP_ACTIVATE});
+                    for (Numbers* numbers : {&soft, &times}) ops.push_back({numbers, nullptr, 0, OP_NUMBERS});
+                    ops.push_back({&centred, nullptr, 0, OP_NORM});
                     Program program = {ops.data(), 0, static_cast<int64_t>(ops.size())};
                     require(offmoe_program(handles.alone, &program) == program.end, "a program", "", width, heads, way);
                     sum.to = again.at();

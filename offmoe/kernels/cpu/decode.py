@@ -19,23 +19,28 @@ from offmoe.kernels.cpu import structs
 from offmoe.kernels.cpu.kernels import CpuKernels, CpuLayer
 from offmoe.kernels.cpu.matrices import Weight, describe
 
-NormKind = Literal["weight_last", "weight_first", "one_plus_weight"]
-NORM_KINDS: dict[NormKind, int] = {"weight_last": 0, "weight_first": 1, "one_plus_weight": 2}
+NormKind = Literal["weight_last", "weight_first", "one_plus_weight", "centred"]
+NORM_KINDS: dict[NormKind, int] = {"weight_last": 0, "weight_first": 1, "one_plus_weight": 2, "centred": 3}
 
 
 class CpuNorm:
     """RMS norm over the last dimension, rounded to x's type where `kind` says:
 
     weight_last: round(x / rms) * weight; weight_first: x / rms * weight; one_plus_weight: x / rms * (1 + weight).
+    centred: a layer norm, weight_first after the mean was subtracted, plus `bias_D`.
     """
 
-    def __init__(self, kernels: CpuKernels, weight_D: torch.Tensor, *, eps: float, kind: NormKind) -> None:
+    def __init__(
+        self, kernels: CpuKernels, weight_D: torch.Tensor, *, eps: float, kind: NormKind,
+        bias_D: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         assert weight_D.is_contiguous() and weight_D.device.type == "cpu", f"{weight_D.shape=}"
+        assert bias_D is None or (kind == "centred" and bias_D.is_contiguous() and bias_D.dtype == weight_D.dtype)
         self.weight_D, self.eps, self.kind = weight_D, eps, kind
-        self._kernels = kernels
+        self._kernels, self._bias_D = kernels, bias_D
         self.call = structs.Norm(
-            weight=weight_D.data_ptr(), width=weight_D.numel(), eps=eps, kind=NORM_KINDS[kind],
-            type=structs.TYPES[weight_D.dtype],
+            weight=weight_D.data_ptr(), bias=None if bias_D is None else bias_D.data_ptr(), width=weight_D.numel(),
+            eps=eps, kind=NORM_KINDS[kind], type=structs.TYPES[weight_D.dtype],
         )  # fmt: skip
         self._address = ctypes.addressof(self.call)
 
@@ -56,7 +61,7 @@ class AttentionShape:
     """Sizes of attention, the same for all tokens.
 
     `scale` multiplies scores. `neighbours`: each number turns with the one beside it, not with one of the other half.
-    `norm_last`: norms, of one head each, come after turning.
+    `norm_last`: norms, of one head each, come after turning. `cap`: scores become cap * tanh(score / cap).
     """
 
     num_heads: int
@@ -67,6 +72,7 @@ class AttentionShape:
     dtype: torch.dtype
     neighbours: bool = False
     norm_last: bool = False
+    cap: float | None = None
 
 
 class CpuAttention:
@@ -88,7 +94,9 @@ class CpuAttention:
             norm_width=shape.width if norm is None else norm.weight_D.numel(), eps=0.0 if norm is None else norm.eps,
             norm_kind=0 if norm is None else NORM_KINDS[norm.kind], scale=shape.scale,
             type=structs.TYPES[shape.dtype], neighbours=int(shape.neighbours), norm_last=int(shape.norm_last),
+            cap=shape.cap or 0.0,
         )  # fmt: skip
+        assert norm is None or norm.kind != "centred", f"{norm.kind=}"
         assert not shape.norm_last or norm is None or norm.weight_D.numel() == shape.width, f"{shape=}"
         self._address = ctypes.addressof(self.struct)
 

@@ -41,20 +41,21 @@ class DescribedExpert:
     keep: tuple[object, ...]
 
 
+def describe_activation(activation: Activation) -> structs.Activation:
+    """The activation as the library reads it."""
+    return structs.Activation(
+        curve=structs.CURVES[activation.kind], gated=int(activation.gated), interleaved=int(activation.interleaved),
+        alpha=activation.alpha, gate_limit=numbers.inf if activation.gate_limit is None else activation.gate_limit,
+        up_limit=numbers.inf if activation.up_limit is None else activation.up_limit, offset=activation.offset,
+    )  # fmt: skip
+
+
 class CpuLayer:
     """One layer's arithmetic for the library, and where its experts were last seen. Made by `CpuKernels.layer`."""
 
     def __init__(self, math: ExpertMath, activation: Activation, width: int, hidden: int) -> None:
         self.math, self.width, self.hidden = math, width, hidden
-        self.activation = structs.Activation(
-            curve=structs.CURVES[activation.kind],
-            gated=int(activation.gated),
-            interleaved=int(activation.interleaved),
-            alpha=activation.alpha,
-            gate_limit=numbers.inf if activation.gate_limit is None else activation.gate_limit,
-            up_limit=numbers.inf if activation.up_limit is None else activation.up_limit,
-            offset=activation.offset,
-        )
+        self.activation = describe_activation(activation)
         self._described: dict[int, DescribedExpert] = {}
 
     def expert_address(self, expert_idx: int, weights: ExpertWeights) -> int:

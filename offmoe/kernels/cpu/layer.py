@@ -17,10 +17,10 @@ from offmoe.kernels.cpu import structs
 from offmoe.kernels.cpu.decode import NORM_KINDS, CpuAttention, CpuLinear, CpuNorm, set_position
 from offmoe.kernels.cpu.kernels import CpuKernels
 
-Scoring = Literal["softmax", "sigmoid", "softmax_of_chosen"]
-SCORINGS: dict[Scoring, int] = {"softmax": 0, "sigmoid": 1, "softmax_of_chosen": 2}
+Scoring = Literal["softmax", "sigmoid", "softmax_of_chosen", "sigmoid_of_chosen"]
+SCORINGS: dict[Scoring, int] = {"softmax": 0, "sigmoid": 1, "softmax_of_chosen": 2, "sigmoid_of_chosen": 3}
 # Keeps the sum of scores that all are zero from dividing by zero, as DeepSeek's router has it.
-_ADDED = {"softmax": 0.0, "sigmoid": 1e-20, "softmax_of_chosen": 0.0}
+_ADDED: dict[Scoring, float] = {"sigmoid": 1e-20}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class RouteRule:
     """How logits become experts and weights; see `Route` in abi.h.
 
     `groups`: (how many, how many of them are kept, how many best scores rank one); experts of the others score `hidden`
-    when experts are chosen. `correction_E`: float32.
+    when experts are chosen. `correction_E`, and `expert_scale_E` of weights: float32. `added`: to the sum, None as
+    DeepSeek does it. `is_rounded`: each number is rounded to the logits' type.
     """
 
     scoring: Scoring
@@ -41,11 +42,14 @@ class RouteRule:
     groups: tuple[int, int, int] | None = None
     hidden: float = -math.inf
     correction_E: torch.Tensor | None = None
+    expert_scale_E: torch.Tensor | None = None
+    added: float | None = None
+    is_rounded: bool = False
 
     def fits(self) -> bool:
         """The sizes go together: nothing is read beside the scores."""
         num_groups, kept, best = self.groups or (1, 1, 1)
-        correction = self.correction_E
+        vectors = [vector for vector in (self.correction_E, self.expert_scale_E) if vector is not None]
         return (
             0 < self.top_k <= self.num_experts
             and num_groups > 0
@@ -53,7 +57,7 @@ class RouteRule:
             and 0 < kept <= num_groups
             and 0 < best <= self.num_experts // num_groups
             and (self.groups is None or kept * (self.num_experts // num_groups) >= self.top_k)
-            and (correction is None or (correction.dtype, correction.numel()) == (torch.float32, self.num_experts))
+            and all((vector.dtype, vector.numel()) == (torch.float32, self.num_experts) for vector in vectors)
         )
 
 
@@ -68,11 +72,13 @@ class CpuRoute:
         num_groups, kept, best = rule.groups or (1, 1, 1)
         self.struct = structs.Route(
             correction=None if rule.correction_E is None else rule.correction_E.data_ptr(),
+            expert_scale=None if rule.expert_scale_E is None else rule.expert_scale_E.data_ptr(),
             ids=self.ids_1K.data_ptr(), weights=self.weights_1K.data_ptr(), scale=rule.scale,
-            added=_ADDED[rule.scoring], hidden_score=rule.hidden, scoring=SCORINGS[rule.scoring],
-            num_experts=rule.num_experts, top_k=rule.top_k, num_groups=num_groups, top_groups=kept,
-            best_of_group=best, normalised=int(rule.normalised), sorted=int(rule.is_sorted),
+            added=_ADDED.get(rule.scoring, 0.0) if rule.added is None else rule.added, hidden_score=rule.hidden,
+            scoring=SCORINGS[rule.scoring], num_experts=rule.num_experts, top_k=rule.top_k, num_groups=num_groups,
+            top_groups=kept, best_of_group=best, normalised=int(rule.normalised), sorted=int(rule.is_sorted),
             logits_type=structs.TYPES[logits_dtype], weights_type=structs.TYPES[rule.weights_dtype],
+            rounded=int(rule.is_rounded),
         )  # fmt: skip
 
     def __call__(self, logits_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,6 +108,7 @@ class CpuTokenLayer:
         expected = [*((size, width) for size in sizes), (width, shape.num_heads * shape.value_width)]
         assert [(linear.num_outputs, linear.num_inputs) for linear in projections] == expected, f"{expected=}"
         assert second.weight_D.numel() == width, f"{second.weight_D.shape=}"
+        assert "centred" not in (first.kind, second.kind), f"{first.kind=} {second.kind=}"
         assert {linear.dtype for linear in projections} | {norm.weight_D.dtype for norm in norms} == {shape.dtype}
         self._kernels, self._width = kernels, width
         self._keep = (attention, norms, tuple(projections), router, heads)

@@ -14,20 +14,27 @@ from typing import Literal
 
 import torch
 
+from offmoe.kernels.activations import Activation
 from offmoe.kernels.cpu import structs
 from offmoe.kernels.cpu.decode import CpuAttention, CpuLinear, CpuNorm, CpuTokenExperts
 from offmoe.kernels.cpu.delta import CpuDelta, DeltaInput
-from offmoe.kernels.cpu.kernels import CpuKernels
+from offmoe.kernels.cpu.kernels import CpuKernels, describe_activation
 from offmoe.kernels.cpu.latent import ROTATIONS, CpuLatentAttention, Rotation
 from offmoe.kernels.cpu.layer import CpuRoute, CpuTokenLayer
 from offmoe.kernels.cpu.mlp import CpuMlp
+from offmoe.kernels.cpu.short_conv import CpuShortConv
 
-Elementwise = Literal["sum", "gate", "scale", "cap", "clamp"]
-_ELEMENTWISE: dict[Elementwise, int] = {"sum": 0, "gate": 1, "scale": 2, "cap": 3, "clamp": 4}
+Elementwise = Literal["sum", "gate", "scale", "cap", "clamp", "multiply", "gate_softplus"]
+_ELEMENTWISE: dict[Elementwise, int] = {
+    "sum": 0, "gate": 1, "scale": 2, "cap": 3, "clamp": 4, "multiply": 5, "gate_softplus": 6,
+}  # fmt: skip
 _KINDS = {
     name: kind
     for kind, name in enumerate(
-        ("layer", "norm", "linear", "attend", "latent", "choose", "experts", "mlp", "numbers", "copy", "delta")
+        (
+            "layer", "norm", "linear", "attend", "latent", "choose", "experts", "mlp", "numbers", "copy", "delta",
+            "conv", "activate",
+        )
     )
 }  # fmt: skip
 Table = ctypes.Array[ctypes.c_void_p]
@@ -110,6 +117,22 @@ class CpuProgram:
         self._add("delta", call, delta, list(inputs.values()), y)
         return call
 
+    def conv(self, conv: CpuShortConv, x: torch.Tensor, y: torch.Tensor) -> structs.ShortConv:
+        """y = a gated short convolution of x. Returns the struct whose state is to be set."""
+        call = conv.call_between(x, y)
+        self._add("conv", call, conv, x, y)
+        return call
+
+    def activate(self, activation: Activation, gate: torch.Tensor, up: torch.Tensor, to: torch.Tensor) -> None:
+        """`to` = f(gate) * up."""
+        assert gate.shape == up.shape == to.shape and gate.dtype == up.dtype == to.dtype, f"{gate.shape=} {up.shape=}"
+        struct = describe_activation(activation)
+        call = structs.Activate(
+            activation=ctypes.addressof(struct), gate=gate.data_ptr(), up=up.data_ptr(), to=to.data_ptr(),
+            count=gate.numel(), type=structs.TYPES[gate.dtype],
+        )  # fmt: skip
+        self._add("activate", call, struct, gate, up, to)
+
     def copy(self, x: torch.Tensor, begin: int, stride: int, to: torch.Tensor, width: int) -> None:
         """`to` = pieces of `width` numbers of x, which begin at `begin`, `begin` + `stride`, ..."""
         rows, size = to.numel() // width, x.element_size()
@@ -154,7 +177,7 @@ class CpuProgram:
         number.
         """
         assert x.numel() == to.numel() and x.dtype == to.dtype and x.is_contiguous() and to.is_contiguous()
-        assert y is None or (y.dtype == x.dtype and y.numel() in (1, x.numel()) and y.is_contiguous()), f"{y=}"
+        assert y is None or (y.dtype == x.dtype and x.numel() % y.numel() == 0 and y.is_contiguous()), f"{y=}"
         call = structs.Numbers(
             x=x.data_ptr(), y=None if y is None else y.data_ptr(), to=to.data_ptr(), count=x.numel(),
             y_count=0 if y is None else y.numel(), scale=scale, what=_ELEMENTWISE[what], type=structs.TYPES[x.dtype],

@@ -10,7 +10,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-ABI_VERSION = 11
+ABI_VERSION = 12
 TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
 DENSE_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -79,8 +79,8 @@ class Norm(ctypes.Structure):
     """Rows to be normed."""
 
     _fields_ = (
-        ("x", c_void_p), ("weight", c_void_p), ("y", c_void_p), ("rows", c_int64), ("width", c_int64), ("eps", c_float),
-        ("kind", c_int32), ("type", c_int32),
+        ("x", c_void_p), ("weight", c_void_p), ("bias", c_void_p), ("y", c_void_p), ("rows", c_int64),
+        ("width", c_int64), ("eps", c_float), ("kind", c_int32), ("type", c_int32),
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ class Attend(ctypes.Structure):
         ("key_group_bytes", c_int64), ("key_row_bytes", c_int64), ("value_group_bytes", c_int64),
         ("value_row_bytes", c_int64), ("num_rows", c_int64),
         ("eps", c_float), ("scale", c_float), ("norm_kind", c_int32), ("type", c_int32), ("angle_type", c_int32),
-        ("neighbours", c_int32), ("norm_last", c_int32),
+        ("neighbours", c_int32), ("norm_last", c_int32), ("cap", c_float),
     )  # fmt: skip
 
 
@@ -116,10 +116,11 @@ class Route(ctypes.Structure):
     """From logits to experts and their weights."""
 
     _fields_ = (
-        ("correction", c_void_p), ("ids", c_void_p), ("weights", c_void_p), ("scale", c_float), ("added", c_float),
-        ("hidden_score", c_float), ("scoring", c_int32), ("num_experts", c_int32), ("top_k", c_int32),
-        ("num_groups", c_int32), ("top_groups", c_int32), ("best_of_group", c_int32), ("normalised", c_int32),
-        ("sorted", c_int32), ("logits_type", c_int32), ("weights_type", c_int32),
+        ("correction", c_void_p), ("expert_scale", c_void_p), ("ids", c_void_p), ("weights", c_void_p),
+        ("scale", c_float), ("added", c_float), ("hidden_score", c_float), ("scoring", c_int32),
+        ("num_experts", c_int32), ("top_k", c_int32), ("num_groups", c_int32), ("top_groups", c_int32),
+        ("best_of_group", c_int32), ("normalised", c_int32), ("sorted", c_int32), ("logits_type", c_int32),
+        ("weights_type", c_int32), ("rounded", c_int32),
     )  # fmt: skip
 
 
@@ -163,6 +164,24 @@ class Delta(ctypes.Structure):
         ("beta_stride", c_int64), ("decay_stride", c_int64),
         ("num_keys", c_int64), ("num_values", c_int64), ("key_width", c_int64), ("value_width", c_int64),
         ("taps", c_int64), ("eps", c_float), ("type", c_int32),
+    )  # fmt: skip
+
+
+class ShortConv(ctypes.Structure):
+    """One token through a short convolution."""
+
+    _fields_ = (
+        ("input", c_void_p), ("conv", c_void_p), ("bias", c_void_p), ("state", c_void_p), ("output", c_void_p),
+        ("channels", c_int64), ("taps", c_int64), ("type", c_int32),
+    )  # fmt: skip
+
+
+class Activate(ctypes.Structure):
+    """f(gate) * up of one row."""
+
+    _fields_ = (
+        ("activation", c_void_p), ("gate", c_void_p), ("up", c_void_p), ("to", c_void_p), ("count", c_int64),
+        ("type", c_int32),
     )  # fmt: skip
 
 

@@ -40,21 +40,23 @@ class Grok1RotaryEmbedding(nn.Module):
     """Cosines and sines of the positions, both halves of a head alike."""
 
     inv_freq: torch.Tensor
+    rope_type = "default"
 
     def __init__(self, config: Grok1Config) -> None:
         super().__init__()
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         self.register_buffer("inv_freq", config.rope_theta**-exponents, persistent=False)
 
-    def forward(self, positions_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T) -> two of (B, 1, T, W), float32."""
-        phase = positions_BT.float()[:, None, :, None] * self.inv_freq.float()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T) positions -> two of (B, T, W), float32, whatever the type of `x`."""
+        phase = position_ids.float()[..., None] * self.inv_freq.float()
         phase = torch.cat([phase, phase], dim=-1)
         return phase.cos(), phase.sin()
 
 
 def _rotate(x_BHTW: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x_BHTW.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
     return (x_BHTW * cos + torch.cat([-second, first], dim=-1) * sin).to(x_BHTW.dtype)
 
 
@@ -167,8 +169,8 @@ class Grok1Model(Grok1PreTrainedModel):
         visible = (torch.arange(num_past + num_new, device=input_ids.device) <= rows[:, None])[None, None]
         if attention_mask is not None:
             visible = visible & attention_mask[:, None, None, : num_past + num_new].bool()
-        cos, sin = self.rotary_emb(rows[None] if position_ids is None else position_ids)
         x_BTD = self.embed_tokens(input_ids) * self.config.embedding_multiplier_scale
+        cos, sin = self.rotary_emb(x_BTD, rows[None] if position_ids is None else position_ids)
         for layer in self.layers:
             x_BTD = layer(x_BTD, cos, sin, visible, past_key_values)
         normed: torch.Tensor = self.norm(x_BTD)

@@ -74,12 +74,14 @@ struct Linear {
 };
 
 // What an RMS norm does to x / rms(x): rounds it, then multiplies; multiplies, then rounds; multiplies with 1 + weight.
-enum NormKind : int32_t { WEIGHT_LAST = 0, WEIGHT_FIRST = 1, ONE_PLUS_WEIGHT = 2 };
+// CENTRED is a layer norm: WEIGHT_FIRST after the mean was subtracted.
+enum NormKind : int32_t { WEIGHT_LAST = 0, WEIGHT_FIRST = 1, ONE_PLUS_WEIGHT = 2, CENTRED = 3 };
 
 // Rows of x, normed one by one. All of `type`, contiguous; y may be x.
 struct Norm {
     const void* x;
     const void* weight;
+    const void* bias;  // of a CENTRED one, or null
     void* y;
     int64_t rows, width;
     float eps;
@@ -111,6 +113,7 @@ struct Attend {
     int32_t angle_type;  // of cos and sin; where it is another, what turns is rounded once, at the end
     int32_t neighbours;  // each number turns with the one beside it, not with one of the other half
     int32_t norm_last;   // norms, of one head each, come after turning
+    float cap;           // scores become cap * tanh(score / cap); 0: they do not
 };
 
 // Which numbers turn with each other, and where they go: a half with the other half; neighbours, apart into halves;
@@ -137,11 +140,14 @@ struct Latent {
 };
 
 // How a router turns logits into experts and their weights: scores of all, the best top_k of them (of corrected scores,
-// where there is a correction, in the best groups), their scores divided by the sum, times `scale`. All in float32.
-enum Scoring : int32_t { SOFTMAX = 0, SIGMOID = 1, SOFTMAX_OF_CHOSEN = 2 };
+// where there is a correction, in the best groups), their scores divided by the sum, times `scale`. In float32, or
+// (`rounded`) each number rounded to the logits' type.
+// The scores of the last two are made of the chosen logits alone.
+enum Scoring : int32_t { SOFTMAX = 0, SIGMOID = 1, SOFTMAX_OF_CHOSEN = 2, SIGMOID_OF_CHOSEN = 3 };
 
 struct Route {
-    const float* correction;  // a number an expert, or null
+    const float* correction;    // a number an expert, or null
+    const float* expert_scale;  // a number an expert, which multiplies its weight, or null
     int64_t* ids;             // (top_k)
     void* weights;            // (top_k), of weights_type
     float scale, added;       // `added` to the sum
@@ -149,7 +155,7 @@ struct Route {
     int32_t scoring, num_experts, top_k;
     int32_t num_groups, top_groups, best_of_group;  // a group counts as much as its best one or two together
     int32_t normalised, sorted;
-    int32_t logits_type, weights_type;
+    int32_t logits_type, weights_type, rounded;
 };
 
 // One token through a decoder layer up to its experts: norm, attention, the sum with x, norm, router. `attend` has
@@ -217,13 +223,38 @@ struct Delta {
     int32_t type;
 };
 
-// What is done number by number, each step rounded to `type`. y has `count` numbers or one that all share.
+// One token through a short convolution (LFM2): of the three parts of its input, the last times the first passes a
+// convolution over the last `taps` tokens, and the second multiplies what comes out. All of `type`.
+struct ShortConv {
+    const void* input;  // (3, channels)
+    const void* conv;   // (channels, taps)
+    const void* bias;   // (channels), or null
+    void* state;        // (channels, taps): the last inputs, the newest last
+    void* output;       // (channels)
+    int64_t channels, taps;
+    int32_t type;
+};
+
+// f(gate) * (up + offset), as the experts' activation; of `type`.
+struct Activate {
+    const Activation* activation;
+    const void* gate;
+    const void* up;
+    void* to;
+    int64_t count;
+    int32_t type;
+};
+
+// What is done number by number, each step rounded to `type`. y has `count` numbers, or fewer, each of which serves as
+// many neighbours of x.
 enum Elementwise : int32_t {
     SUM = 0,         // x + scale * y (no product where the scale is 1)
     GATE = 1,        // x * sigmoid(y)
     SCALE = 2,       // x * scale
     CAP = 3,         // scale * tanh(x / scale)
-    CLAMP = 4        // x between -scale and scale
+    CLAMP = 4,       // x between -scale and scale
+    MULTIPLY = 5,    // x * y
+    GATE_SOFTPLUS = 6  // x * log(1 + e^y)
 };
 
 struct Numbers {
@@ -239,7 +270,7 @@ struct Numbers {
 // included; or null, where there is none.
 enum OpKind : int32_t {
     OP_LAYER = 0, OP_NORM = 1, OP_LINEAR = 2, OP_ATTEND = 3, OP_LATENT = 4, OP_CHOOSE = 5, OP_EXPERTS = 6, OP_MLP = 7,
-    OP_NUMBERS = 8, OP_COPY = 9, OP_DELTA = 10
+    OP_NUMBERS = 8, OP_COPY = 9, OP_DELTA = 10, OP_CONV = 11, OP_ACTIVATE = 12
 };
 
 struct Op {

@@ -168,6 +168,14 @@ inline void score(const uint8_t* keys, int64_t row_bytes, int64_t num_rows, cons
     }
 }
 
+// cap * tanh(score / cap).
+inline void cap_scores(float* scores, int64_t count, float cap) {
+    for (int64_t i = 0; i < count; i += kWide) {
+        const Wide capped = tangent(load<Wide>(scores + i) / cap) * cap;
+        std::memcpy(scores + i, &capped, sizeof capped);
+    }
+}
+
 // Scores to weights e^(score - largest), zero after the last row; each head's largest and sum go to its part.
 template <int64_t HEADS>
 inline void weigh(float* scores, int64_t num_rows, float* const* parts) {
@@ -234,6 +242,7 @@ void attend_heads(const Attend& a, int64_t group, int64_t head, int64_t first_ro
     float* own[HEADS];
     for (int64_t i = 0; i < HEADS; ++i) own[i] = parts + (head + i) * part_floats(a);
     score<TYPE, HEADS>(keys, a.key_row_bytes, num_rows, query + head * in_vectors(a.width), a.width, a.scale, scores);
+    if (a.cap != 0.0f) cap_scores(scores, num_rows * HEADS, a.cap);
     weigh<HEADS>(scores, num_rows, own);
     add_values<TYPE, HEADS>(values, a.value_row_bytes, num_rows, a.value_width, scores, own);
 }

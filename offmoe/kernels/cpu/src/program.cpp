@@ -10,6 +10,8 @@ namespace offmoe {
 namespace {
 
 constexpr int64_t kBlock = 512;
+constexpr int64_t kMostTaps = 64;
+constexpr float kLinearFrom = 20.0f;  // softplus(x) is x from here on, as torch has it
 
 int64_t now_ns() {
     const auto now = std::chrono::steady_clock::now().time_since_epoch();
@@ -42,23 +44,80 @@ void compute(const Numbers& call, float* x, float* y, int64_t count) {
             round_row(type, x, count);
             for (int64_t i = 0; i < count; ++i) x[i] *= call.scale;
             return;
-        default:
+        case CLAMP:
             for (int64_t i = 0; i < count; ++i) x[i] = std::min(std::max(x[i], -call.scale), call.scale);
+            return;
+        case GATE_SOFTPLUS:
+            for (int64_t i = 0; i < count; ++i) y[i] = y[i] > kLinearFrom ? y[i] : std::log1p(std::exp(y[i]));
+            round_row(type, y, count);
+            [[fallthrough]];
+        default:
+            for (int64_t i = 0; i < count; ++i) x[i] *= y[i];
+    }
+}
+
+// The numbers of y for x's from `begin` on.
+void read_shared(const Numbers& call, int64_t share, int64_t begin, int64_t count, float* y) {
+    const int64_t size = call.type == F32 ? 4 : 2;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t from = (begin + i) / share;
+        if (i > 0 && from == (begin + i - 1) / share) y[i] = y[i - 1];
+        else read_row(call.type, static_cast<const uint8_t*>(call.y) + from * size, 1, y + i);
     }
 }
 
 void run_numbers(const Numbers& call) {
     const int64_t size = call.type == F32 ? 4 : 2;
-    float x[kBlock], y[kBlock], shared = 0;
-    const bool one = call.y != nullptr && call.y_count == 1;
-    if (one) read_row(call.type, call.y, 1, &shared);
+    float x[kBlock], y[kBlock];
+    const int64_t share = call.y == nullptr ? 1 : call.count / call.y_count;  // numbers of x that one of y serves
     for (int64_t begin = 0; begin < call.count; begin += kBlock) {
         const int64_t count = std::min(kBlock, call.count - begin), at = begin * size;
         read_row(call.type, static_cast<const uint8_t*>(call.x) + at, count, x);
-        if (one) std::fill_n(y, count, shared);
+        if (share > 1) read_shared(call, share, begin, count, y);
         else if (call.y != nullptr) read_row(call.type, static_cast<const uint8_t*>(call.y) + at, count, y);
         compute(call, x, y, count);
         write_row(call.type, x, count, static_cast<uint8_t*>(call.to) + at);
+    }
+}
+
+void run_conv(const ShortConv& call) {
+    const int64_t size = call.type == F32 ? 4 : 2, bytes = call.channels * size;
+    const uint8_t* input = static_cast<const uint8_t*>(call.input);
+    float first[kBlock], second[kBlock], last[kBlock], inputs[kMostTaps], weights[kMostTaps];
+    for (int64_t begin = 0; begin < call.channels; begin += kBlock) {
+        const int64_t count = std::min(kBlock, call.channels - begin), at = begin * size;
+        read_row(call.type, input + at, count, first);
+        read_row(call.type, input + bytes + at, count, second);
+        read_row(call.type, input + 2 * bytes + at, count, last);
+        for (int64_t i = 0; i < count; ++i) first[i] *= last[i];
+        round_row(call.type, first, count);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t row = (begin + i) * call.taps * size;
+            uint8_t* state = static_cast<uint8_t*>(call.state) + row;
+            std::memmove(state, state + size, static_cast<size_t>((call.taps - 1) * size));
+            write_row(call.type, first + i, 1, state + (call.taps - 1) * size);
+            read_row(call.type, state, call.taps, inputs);
+            read_row(call.type, static_cast<const uint8_t*>(call.conv) + row, call.taps, weights);
+            float sum = 0;
+            if (call.bias != nullptr) read_row(call.type, static_cast<const uint8_t*>(call.bias) + (begin + i) * size, 1, &sum);
+            for (int64_t tap = 0; tap < call.taps; ++tap) sum += inputs[tap] * weights[tap];
+            last[i] = sum;
+        }
+        round_row(call.type, last, count);
+        for (int64_t i = 0; i < count; ++i) last[i] *= second[i];
+        write_row(call.type, last, count, static_cast<uint8_t*>(call.output) + at);
+    }
+}
+
+void run_activate(const Level& level, const Activate& call) {
+    const int64_t size = call.type == F32 ? 4 : 2;
+    float gate[kBlock] = {}, up[kBlock] = {}, out[kBlock];
+    for (int64_t begin = 0; begin < call.count; begin += kBlock) {
+        const int64_t count = std::min(kBlock, call.count - begin), at = begin * size;
+        read_row(call.type, static_cast<const uint8_t*>(call.gate) + at, count, gate);
+        read_row(call.type, static_cast<const uint8_t*>(call.up) + at, count, up);
+        level.activate(*call.activation, call.type, gate, up, count, out);
+        write_row(call.type, out, count, static_cast<uint8_t*>(call.to) + at);
     }
 }
 
@@ -111,6 +170,13 @@ int32_t run_op(Pool& pool, const Level& level, Workspace& space, const Op& op) {
                 std::memcpy(static_cast<uint8_t*>(call.to) + row * call.row_bytes, static_cast<const uint8_t*>(call.x) + row * call.x_stride, static_cast<size_t>(call.row_bytes));
             return 0;
         }
+        case OP_CONV: {
+            const ShortConv& call = *static_cast<const ShortConv*>(op.call);
+            if (call.taps > kMostTaps) return 1;
+            run_conv(call);
+            return 0;
+        }
+        case OP_ACTIVATE: run_activate(level, *static_cast<const Activate*>(op.call)); return 0;
         default: run_numbers(*static_cast<const Numbers*>(op.call)); return 0;
     }
 }

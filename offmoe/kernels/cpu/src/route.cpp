@@ -59,6 +59,10 @@ void run_route(const Route& route, const float* logits, float* scores) {
     if (route.scoring == SOFTMAX) soften(scores, count);
     if (route.scoring == SIGMOID)
         for (int64_t i = 0; i < count; ++i) scores[i] = 1.0f / (1.0f + std::exp(-scores[i]));
+    const auto round = [&](float* values, int64_t num) {
+        if (route.rounded) round_row(route.logits_type, values, num);
+    };
+    round(scores, count);
     for (int64_t i = 0; i < count; ++i) chosen_by[i] = scores[i] + (route.correction ? route.correction[i] : 0.0f);
     std::vector<Scored> queue;
     if (route.num_groups > 1) hide_groups(route, chosen_by, queue);
@@ -68,13 +72,22 @@ void run_route(const Route& route, const float* logits, float* scores) {
         weights[i] = scores[queue[i].second];
     }
     if (route.scoring == SOFTMAX_OF_CHOSEN) soften(weights, k);
+    if (route.scoring == SIGMOID_OF_CHOSEN)
+        for (int64_t i = 0; i < k; ++i) weights[i] = 1.0f / (1.0f + std::exp(-weights[i]));
+    round(weights, k);
     if (route.normalised) {
         float total = 0;
         for (int64_t i = 0; i < k; ++i) total += weights[i];
+        round(&total, 1);
         total += route.added;
+        round(&total, 1);
         for (int64_t i = 0; i < k; ++i) weights[i] /= total;
+        round(weights, k);
     }
-    for (int64_t i = 0; i < k; ++i) weights[i] *= route.scale;
+    for (int64_t i = 0; i < k; ++i) {
+        weights[i] *= route.scale;
+        if (route.expert_scale != nullptr) weights[i] *= route.expert_scale[route.ids[i]];
+    }
     write_row(route.weights_type, weights, k, route.weights);
 }
 

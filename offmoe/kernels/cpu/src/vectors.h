@@ -155,5 +155,18 @@ inline V exponential(V x) {
     return choose(x != x, x, limited);
 }
 
+// tanh x: a polynomial where x is small (Cephes' tanhf), else by e^2x.
+template <class V>
+inline V tangent(V x) {
+    const V square = x * x;
+    V small = square * -5.70498872745e-3f + 2.06390887954e-2f;
+    small = small * square - 5.37397155531e-2f;
+    small = small * square + 1.33314422036e-1f;
+    small = small * square - 3.33332819422e-1f;
+    small = small * square * x + x;
+    const V large = 1.0f - 2.0f / (exponential(x + x) + 1.0f);
+    return choose((x < 0.625f) & (x > -0.625f), small, large);
+}
+
 }  // namespace
 }  // namespace offmoe

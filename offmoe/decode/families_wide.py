@@ -1,0 +1,135 @@
+"""The families of the fused step whose layers have parts that few others have: what each one's layers are.
+
+Short convolutions, experts beside an MLP, capped scores, gates of a projection of their own. Checked against
+transformers 5.23, as `families.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from offmoe.decode.spec import Beside, DecoderSpec, Heads, Moe, NoSpecError, Router, ShortConv
+
+FLOAT = torch.float32
+
+
+def gemma4(config: Any) -> DecoderSpec:
+    """Gemma 4: experts beside an MLP, each between norms; a router with a norm of its own."""
+    if config.num_kv_shared_layers:
+        raise NoSpecError("layers share keys and values")
+    router = Router(
+        weight="router.proj.weight", normalised=True, weights_dtype=FLOAT, top_k=config.top_k_experts,
+        norm="router.norm", input_scale="router.scale", input_factor=config.hidden_size**-0.5,
+        expert_scale="router.per_expert_scale",
+    )  # fmt: skip
+    beside = Beside(
+        after_mlp="post_feedforward_layernorm_1", before_experts="pre_feedforward_layernorm_2",
+        after_experts="post_feedforward_layernorm_2",
+    )  # fmt: skip
+    return DecoderSpec(
+        attention=Heads(norms=("q_norm", "k_norm"), value_norm="v_norm"),
+        moe=Moe(name="", router=router, shared="mlp", beside=beside), norm_kind="weight_first",
+        norms=(
+            "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+        ),
+        per_layer=bool(config.hidden_size_per_layer_input), layer_scale="layer_scalar",
+        logits_cap=config.final_logit_softcapping,
+    )  # fmt: skip
+
+
+def lfm2_moe(config: Any) -> DecoderSpec:
+    """LFM2-MoE: short convolutions, one attention layer for some of them."""
+    heads = Heads(
+        projections=("q_proj", "k_proj", "v_proj", "out_proj"), norms=("q_layernorm", "k_layernorm")
+    )  # fmt: skip
+    router = Router(
+        scoring="sigmoid", normalised=config.norm_topk_prob, added=1e-6, scale=config.routed_scaling_factor,
+        correction="expert_bias" if config.use_expert_bias else None, is_rounded=True,
+    )  # fmt: skip
+    return DecoderSpec(
+        attention=[ShortConv() if kind == "conv" else heads for kind in config.layer_types],
+        moe=Moe(name="feed_forward", router=router), norms=("operator_norm", "", "ffn_norm", ""),
+        mlp=("w1", "w3", "w2"), activation=torch.nn.functional.silu, rotary="pos_emb", last_norm="embedding_norm",
+    )  # fmt: skip
+
+
+def grok1(config: Any) -> DecoderSpec:
+    """Grok-1, in offmoe's own class: four norms a layer, scores with a soft cap, constant factors."""
+    return DecoderSpec(
+        attention=Heads(name="attn", scale="multiplier", cap=config.max_attn_value),
+        moe=Moe(name="moe_block", router=Router(weights_dtype="model")), norm_kind="weight_first",
+        norms=("pre_attn_norm", "post_attn_norm", "pre_moe_norm", "post_moe_norm"),
+        embedding=config.embedding_multiplier_scale, logits_scale=config.output_multiplier_scale,
+    )  # fmt: skip
+
+
+def afmoe(config: Any) -> DecoderSpec:
+    """AFMoE: four norms a layer, gated attention; only layers with a window turn."""
+    heads = {
+        kind: Heads(norms=("q_norm", "k_norm"), gate="gate_proj", rotary="halves" if turns else None)
+        for kind, turns in (("sliding_attention", True), ("full_attention", False))
+    }
+    router = Router(
+        weight="router.gate.weight", scoring="sigmoid", normalised=True, scale=config.route_scale,
+        correction="expert_bias", weights_dtype=FLOAT,
+    )  # fmt: skip
+    return DecoderSpec(
+        attention=[heads[kind] for kind in config.layer_types], moe=Moe(router=router, shared="shared_experts"),
+        norm_kind="weight_first",
+        norms=("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
+        embedding=config.hidden_size**0.5 if config.mup_enabled else 1.0,
+    )  # fmt: skip
+
+
+def cohere2_moe(config: Any) -> DecoderSpec:
+    """Command's MoE: attention and block read the same normed row; neighbours turn with each other, in some layers."""
+    averaged = config.num_shared_experts > 0 and config.shared_expert_combination_strategy == "average"
+    router = (
+        Router(scoring="softmax_of_chosen", weights_dtype="model")
+        if config.expert_selection_fn == "softmax"
+        else Router(scoring="sigmoid_of_chosen", normalised=config.norm_topk_prob, is_rounded=True)
+    )
+    always = config.prefix_dense_sliding_window_pattern == 1
+    turns = [
+        kind == "sliding_attention" or (block == "dense" and always)
+        for kind, block in zip(config.layer_types, config.mlp_layer_types, strict=True)
+    ]
+    return DecoderSpec(
+        attention=[Heads(rotary="pairs" if turn else None) for turn in turns],
+        moe=Moe(router=router, shared="shared_experts", total_scale=0.5 if averaged else 1.0),
+        norm_kind="weight_last" if config.rms_norm_eps is not None else "centred",
+        norms=("input_layernorm", "", "", ""), is_parallel=True, logits_scale=config.logit_scale,
+    )  # fmt: skip
+
+
+def granitemoeshared(config: Any) -> DecoderSpec:
+    """Granite MoE with a shared MLP beside the experts; with sinks and angles of its own for each layer, too."""
+    thetas = getattr(config, "layer_rope_theta", None)
+    heads = Heads(sinks=None if thetas is None else "sinks")
+    known = sorted({theta for theta in thetas or () if theta})
+    router = Router(weight="block_sparse_moe.router.weight", scoring="softmax_of_chosen", weights_dtype="model")
+    moe = Moe(
+        name="", experts="block_sparse_moe.experts", router=router, shared="shared_mlp",
+        shared_mlp=("input_linear", "output_linear"),
+    )  # fmt: skip
+    return DecoderSpec(
+        attention=heads if thetas is None else [heads if theta else replace(heads, rotary=None) for theta in thetas],
+        moe=moe, embedding=config.embedding_multiplier, residual=config.residual_multiplier,
+        logits_scale=1 / config.logits_scaling,
+        rotary="rotary_emb" if not known else [f"rotary_embs.{known.index(t) if t else 0}" for t in thetas],
+    )  # fmt: skip
+
+
+WIDE: dict[str, Callable[[Any], DecoderSpec]] = {
+    "gemma4_text": gemma4,
+    "lfm2_moe": lfm2_moe,
+    "grok-1": grok1,
+    "afmoe": afmoe,
+    "cohere2_moe": cohere2_moe,
+    "granitemoeshared": granitemoeshared,
+    "granitemoe_swa": granitemoeshared,
+}

@@ -1,0 +1,80 @@
+"""Steps of a program beside norms, linears and attention: short convolutions, gates, products, against torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cpu_cases import needs_library, open_kernels
+
+from offmoe.kernels.activations import Activation
+from offmoe.kernels.cpu.program import CpuProgram, Elementwise
+from offmoe.kernels.cpu.short_conv import CpuShortConv, set_state
+
+APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+pytestmark = needs_library
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 7, 1100])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_short_convolution_token_by_token(dtype: torch.dtype, channels: int, has_bias: bool) -> None:
+    taps, program = 3, CpuProgram(open_kernels(), 0)
+    conv, bias = draw(channels, taps, dtype=dtype), draw(channels, dtype=dtype, seed=1) if has_bias else None
+    x, y = program.row(3 * channels, dtype), program.row(channels, dtype)
+    short = CpuShortConv(conv, bias)
+    state = torch.zeros(1, channels, taps, dtype=dtype)
+    assert short.takes(state) and not short.takes(state[..., 1:])
+    call = program.conv(short, x, y)
+    program.finish()
+    set_state(call, state)
+    tokens = draw(5, 3, channels, dtype=dtype, seed=2)
+    mixed = (tokens[:, 0] * tokens[:, 2]).t()[None]  # (1, channels, tokens)
+    padded = torch.nn.functional.pad(mixed, (taps - 1, 0))
+    convolved = torch.nn.functional.conv1d(padded, conv[:, None], bias, groups=channels)[0].t()
+    for token, inputs in enumerate(tokens):
+        x.copy_(inputs.reshape(1, -1))
+        program(0)
+        torch.testing.assert_close(y[0], inputs[1] * convolved[token])
+        assert torch.equal(state[0, :, -1], mixed[0, :, token])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("width", [1, 10, 1000])
+def test_a_gate_between_two_rows(dtype: torch.dtype, kind: str, width: int) -> None:
+    program = CpuProgram(open_kernels(), 0)
+    gate, up, to = (program.row(width, dtype) for _ in range(3))
+    program.activate(Activation(kind=kind, gated=True), gate, up, to)
+    program.finish()
+    gate.copy_(draw(1, width, dtype=dtype))
+    up.copy_(draw(1, width, dtype=dtype, seed=1))
+    program(0)
+    functional = torch.nn.functional
+    curve = functional.silu(gate) if kind == "silu" else functional.gelu(gate, approximate=APPROXIMATE[kind])
+    torch.testing.assert_close(to, curve * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("what", ["gate", "gate_softplus", "multiply", "sum"])
+@pytest.mark.parametrize("sizes", [(1, 1), (96, 1), (96, 4), (96, 96), (1200, 3), (1200, 600)])
+def test_numbers_that_neighbours_share(dtype: torch.dtype, what: Elementwise, sizes: tuple[int, int]) -> None:
+    width, num_shared = sizes
+    program = CpuProgram(open_kernels(), 0)
+    x, y = program.row(width, dtype), program.row(num_shared, dtype)
+    program.numbers(what, x, y, x)
+    program.finish()
+    given = draw(1, width, dtype=dtype)
+    x.copy_(given)
+    y.copy_(draw(1, num_shared, dtype=dtype, seed=1) * 12)
+    program(0)
+    factor = {
+        "gate": y.sigmoid(), "gate_softplus": torch.nn.functional.softplus(y.float()).to(dtype), "multiply": y,
+        "sum": y,
+    }[what].repeat_interleave(width // num_shared, dim=-1)  # fmt: skip
+    torch.testing.assert_close(x, given + factor if what == "sum" else given * factor)
