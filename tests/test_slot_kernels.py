@@ -191,3 +191,18 @@ def test_an_activation_that_takes_one_type_only_is_unknown() -> None:
         return torch.nn.functional.linear(up, torch.eye(48, dtype=torch.bfloat16))
 
     assert find_activation(picky, 24, gated=True, device=CPU) is None
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False), ((12, 0), False), (None, False)])
+def test_bfloat16_on_a_device_without_it_is_left_to_torch_by_name(
+    capability: tuple[int, int] | None, refused: bool
+) -> None:
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    from offmoe.kernels.triton_slots import _obstacle
+
+    case = make(dtype=torch.bfloat16)
+    reason = _obstacle(case.layer, case.math, capability)
+    assert (reason is not None) == refused
+    assert not refused or "7.5" in str(reason)
+    half = make(dtype=torch.float16)
+    assert _obstacle(half.layer, half.math, capability) is None

@@ -14,6 +14,7 @@ import pytest
 import quant_cases
 import slot_cases as cases
 import torch
+from triton_architectures import compiled
 
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import find_activation
@@ -102,10 +103,31 @@ def test_quantised_weights_stay_in_their_lanes(
             assert ".ftz" not in assembly, "subnormal numbers would be lost"
 
 
+@pytest.mark.parametrize(("name", "capability", "kernels"), [("fp16 published", 75, 2), ("bf16 published", 120, 3)])
+def test_older_and_newer_gpus_have_the_registers_and_the_memory(name: str, capability: int, kernels: int) -> None:
+    """Turing computes rows alone and no tiles; scripts/triton_architectures.py does this for every format."""
+    rows = compiled(name, capability, tiles=(16,))
+    assert [row.kernel for row in rows] == ["choose_rows", "weighted_rows", "tile_rows"][:kernels]
+    for row in rows:
+        assert row.is_fine, row
+        assert 0 < row.registers <= 255
+
+
+def case_of(name: str, dtype: torch.dtype = torch.bfloat16) -> cases.SlotCase:
+    """By name: a type and a layout ("bf16 published"), or a format of quantised weights, computed in `dtype`."""
+    plain = next((plain for plain, short in TYPES.items() if name.split(maxsplit=1)[0] == short), None)
+    if plain is None:
+        return quant_cases.make_quantised(name, dtype=dtype, width_D=256, width_F=256, biases=True)
+    return cases.make_case(
+        layout=name.split()[1], dtype=plain, width_D=256, width_F=256, activate=cases.silu_gate, biases=True
+    )
+
+
 def compile_all(
-    case: cases.SlotCase, target: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch
-) -> dict[str, Compiled]:
-    """Every kernel of a layer as it is launched for one token, and for a tile of 16 rows and of 128."""
+    case: cases.SlotCase, target: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch, *,
+    shared_bytes: int = SHARED_BYTES, tiles: tuple[int, ...] = (16, 128),
+) -> dict[str, Compiled]:  # fmt: skip
+    """Every kernel of a layer as it is launched for one token, and for tiles of so many rows."""
     from offmoe.kernels import triton_experts
     from offmoe.kernels.geometry import Tiling, make_tiles
     from offmoe.kernels.triton_launch import LayerKernels
@@ -117,12 +139,12 @@ def compile_all(
         monkeypatch.setattr(triton_experts, name, stand_in)
     width_F = case.layer.width(case.layer.down[0])
     activation = find_activation(cases.silu_gate, width_F, gated=True, device=torch.device("cpu"))
-    layout, tiling = layout_of(case.layer), Tiling(shared_bytes=SHARED_BYTES)
+    layout, tiling = layout_of(case.layer), Tiling(shared_bytes=shared_bytes)
     kernels = LayerKernels(case.layer, layout, case.math, activation, case.slab, case.slot_bytes, tiling)
     x_TD, ids_TK, weights_TK = case.rows(1, 2)
     missing = torch.zeros(1, dtype=torch.int32)
     hidden = kernels.choose(x_TD, 2, ids_TK, case.slot_of_E, missing=missing)
-    kernels.project_and_sum(hidden, ids_TK, case.slot_of_E, weights_TK, torch.bfloat16, lookup=True)
-    for block_rows in (16, 128):
+    kernels.project_and_sum(hidden, ids_TK, case.slot_of_E, weights_TK, case.math.dtype, lookup=True)
+    for block_rows in tiles:
         kernels.tiles(x_TD, ids_TK[0].int() * 0, ids_TK, *make_tiles(case.slot_of_E[ids_TK[0]], block_rows, 6))
     return compiled

@@ -12,6 +12,7 @@ import torch
 from triton_interpreter import interpreted, outer, pass_under_the_interpreter
 
 from offmoe.kernels.activations import Activation
+from offmoe.kernels.geometry import Tiling
 from offmoe.kernels.slot_kernels import SlotKernels, TorchSlotKernels, make_slot_kernels
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
@@ -57,6 +58,19 @@ def test_every_layout(layout: str, biases: bool, dtype: torch.dtype) -> None:
         layout=layout, dtype=dtype, width_D=40, width_F=24, activate=cases.silu_gate, biases=biases, missing=(2,)
     )
     compare(case)
+
+
+@interpreted
+def test_a_device_without_tiles_leaves_several_rows_to_torch_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turing: one token goes by Triton's rows, five by torch's products."""
+    monkeypatch.setattr("offmoe.kernels.triton_slots.tiling_of", lambda device: Tiling(has_tiles=False))
+    monkeypatch.setattr(
+        "offmoe.kernels.triton_launch.LayerKernels.tiles", MagicMock(side_effect=AssertionError("a tile"))
+    )
+    case = cases.make_case(layout="published", dtype=torch.float16, width_D=40, width_F=24, activate=cases.silu_gate)
+    compare(case)
+    fast, _, _ = both(case)
+    assert "several rows of an expert are computed by torch" in fast.reasons[0]
 
 
 def compare(case: cases.SlotCase, *, top_k: int = 3, with_slots: bool = True) -> None:

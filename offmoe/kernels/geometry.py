@@ -49,6 +49,7 @@ class Tiling:
     4096 in 4 warps: 32 a thread, 4 loads of 16 bytes in flight; some 1500 programs for 8 rows of 2 x 768 x 2048. Where
     outputs lie contiguous, a block of `column_outputs` is whole sectors of memory and still leaves enough programs.
     Words of codes: as many bytes a thread, in fewer threads, since four rows in a lane share the inputs it converts.
+    `has_tiles`: the device multiplies tiles in units of its own.
     """
 
     row_elements: int = 4096
@@ -66,6 +67,7 @@ class Tiling:
     sum_words_warps: int = 4
     stages: int = 1
     shared_bytes: int = 48 * 1024
+    has_tiles: bool = True
 
     def row_blocks(self, matrix: Matrix) -> dict[str, int]:
         """Blocks of a program that computes one row."""

@@ -27,7 +27,7 @@ class SlotKernels(Protocol):
     """A model's experts, computed where they lie."""
 
     reasons: dict[int, str]
-    """Why a layer is computed by plain torch, by layer number; empty when none is."""
+    """Why a layer, or a part of its work, is computed by plain torch, by layer number; empty when none is."""
 
     def rows_forward(
         self, layer_idx: int, x_TD: torch.Tensor, token_N: torch.Tensor, slot_N: torch.Tensor, expert_N: torch.Tensor

@@ -39,7 +39,7 @@ class LayerKernels:
     ) -> None:  # fmt: skip
         self._slab, self._slot_bytes = slab, slot_bytes
         self._math, self._tiling = math, tiling
-        self.num_experts = layer.num_experts
+        self.num_experts, self.has_tiles = layer.num_experts, tiling.has_tiles
         self.up, self.is_fused = up_matrices(layer, layout, activation)
         self.down = down_matrices(layer, layout)
         self._views = {id(matrix): self._views_of(matrix) for matrix in (*self.up, *self.down)}

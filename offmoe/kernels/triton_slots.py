@@ -26,6 +26,10 @@ from offmoe.kernels.triton_launch import LayerKernels
 
 # How far the check at load may be from torch, relative to the largest output: a few roundings of a hidden value.
 TOLERANCES = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 0.001}
+# The oldest that Triton's README names. Turing (7.5) has neither conversions nor products of bfloat16 (PTX ISA: cvt and
+# mma of .bf16 need sm_80), and Triton multiplies tiles there without its matrix units: 255 registers, 27 KB spilled a
+# thread (benchmarks/2026-11-30-triton-architectures.md). Its kernels for single rows are as good as elsewhere.
+WHOLE_CAPABILITY = (8, 0)
 _CHECK_SEED = 11
 # What a compiler that is missing, refuses or asks for too much raises. The assertion is that libcuda.so was found.
 _FAILURES = (TritonError, RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError)
@@ -35,7 +39,7 @@ class TritonSlotKernels:
     """Triton for the layers that have kernels, `fallback` for the others.
 
     Few rows are computed one by one: two rows of one slot then share its weights through L2 alone. Where an expert is
-    likely to have several rows, they share a tile.
+    likely to have several rows, they share a tile; where the device has no tiles, `fallback` computes those.
     """
 
     def __init__(
@@ -99,9 +103,12 @@ class TritonSlotKernels:
         slot_N: torch.Tensor, expert_N: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         math, num_rows, num_experts = self._maths[layer_idx], slot_N.numel(), kernels.num_experts
+        is_by_row = row_by_row(len(x_TD), num_rows, num_experts)
+        if not is_by_row and not kernels.has_tiles:
+            return self._fallback.rows_forward(layer_idx, x_TD, token_N, slot_N, expert_N)
         x_TD = _ready(x_TD, math)
         with _current(x_TD.device):
-            if row_by_row(len(x_TD), num_rows, num_experts):
+            if is_by_row:
                 tokens, slots, experts = to_device(x_TD.device, token_N, slot_N, expert_N)
                 y_ND = kernels.project(kernels.choose(x_TD, tokens, experts, slots), experts, slots)
             else:
@@ -146,8 +153,9 @@ def make_triton_kernels(
     """Kernels for every layer that Triton can compute. Layers that are alike are compiled and tried once."""
     tiling, kernels = tiling_of(slab.device), list[LayerKernels | None]()
     outcomes: dict[object, str | None] = {}
+    capability = torch.cuda.get_device_capability(slab.device) if slab.device.type == "cuda" else None
     for layer_idx, (layer, math) in enumerate(zip(layers, maths, strict=True)):
-        reason = _obstacle(layer, math)
+        reason = _obstacle(layer, math, capability)
         made = None
         if reason is None:
             activation = _activation_of(layer, math, slab.device)
@@ -157,6 +165,8 @@ def make_triton_kernels(
                 outcomes[kind] = _failure(made, layer, math, slab, slot_bytes)
             reason = outcomes[kind]
         kernels.append(made if reason is None else None)
+        if reason is None and not tiling.has_tiles:
+            reason = "several rows of an expert are computed by torch: the device (below 8.0) has no tiles for triton"
         if reason is not None:
             fallback.reasons[layer_idx] = reason
     if slab.device.type == "cuda":  # a check that failed half-way has kernels queued, and slots are filled from now on
@@ -165,11 +175,14 @@ def make_triton_kernels(
 
 
 def tiling_of(device: torch.device) -> Tiling:
-    """Block sizes for a device: stages as its shared memory allows."""
+    """Block sizes for a device: stages as its shared memory allows, tiles where they are fast."""
     if device.type != "cuda":
         return Tiling()
     properties = torch.cuda.get_device_properties(device)
-    return Tiling(shared_bytes=getattr(properties, "shared_memory_per_block_optin", Tiling().shared_bytes))
+    return Tiling(
+        shared_bytes=getattr(properties, "shared_memory_per_block_optin", Tiling().shared_bytes),
+        has_tiles=(properties.major, properties.minor) >= WHOLE_CAPABILITY,
+    )
 
 
 def _activation_of(layer: MoeLayer, math: ExpertMath, device: torch.device) -> Activation | None:
@@ -179,7 +192,10 @@ def _activation_of(layer: MoeLayer, math: ExpertMath, device: torch.device) -> A
     return find_activation(math.activate, width_F, gated=gated, device=device)
 
 
-def _obstacle(layer: MoeLayer, math: ExpertMath) -> str | None:
+def _obstacle(layer: MoeLayer, math: ExpertMath, capability: tuple[int, int] | None) -> str | None:
+    if math.dtype == torch.bfloat16 and capability is not None and capability < WHOLE_CAPABILITY:
+        major, minor = capability
+        return f"the device (compute capability {major}.{minor}) has no bfloat16: 8.0 is the first that has"
     if math.dtype not in TOLERANCES:
         return f"it is computed in {str(math.dtype).removeprefix('torch.')}"
     plain = [part for part in (*layer.up, *layer.down) if isinstance(part, Part)]
@@ -224,7 +240,7 @@ def _largest_error(
     expected = TorchSlotKernels([layer], [math], slab, slot_bytes).rows_forward(0, x_TD, token_N, slot_N, expert_N)
     pairs = [
         (kernels.tiles(x_TD, token_N, expert_N, *make_tiles(slot_N, block_rows, num_experts)), expected)
-        for block_rows in TILE_ROWS
+        for block_rows in (TILE_ROWS if kernels.has_tiles else ())
     ]
     x_1D, experts, slots = x_TD[:1], expert_N[:top_k], slot_N[:top_k]
     weights_1K = torch.rand(1, top_k, device=device, generator=generator)
