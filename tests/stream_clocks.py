@@ -52,11 +52,12 @@ class World:
     @contextmanager
     def kernel(self) -> Iterator[None]:
         """What happens within plays a kernel: it reads numbers on the device, and the host does not wait for them."""
+        before = getattr(self.per_thread, "in_kernel", False)
         self.per_thread.in_kernel = True
         try:
             yield
         finally:
-            self.per_thread.in_kernel = False
+            self.per_thread.in_kernel = before
 
     def wait(self, what: str) -> None:
         if getattr(self.per_thread, "in_kernel", False):

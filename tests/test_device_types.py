@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pretend_cuda as pretend_cuda_module
 import pytest
 import torch
 from engines import PROMPT, QUARTER, leaves_nothing, open_tiny, save_tiny
@@ -17,6 +19,7 @@ from stream_clocks import Stream, World
 
 import offmoe
 from offmoe.checkpoint.shard_file import ShardFile
+from offmoe.executor.executor import Executor
 from offmoe.kernels.slot_kernels import TorchSlotKernels, make_slot_kernels
 from offmoe.tiers.device import DevicePool
 from offmoe.tiers.host import HostPool
@@ -62,7 +65,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         monkeypatch.setattr("offmoe.models.load.HostPool", make_host_pool)
         monkeypatch.setattr("offmoe.tiers.cuda.DevicePool", make_device_pool)
         monkeypatch.setattr("offmoe.models.serving.make_slot_kernels", partial(make_slot_kernels, backend="torch"))
-        for name in ("rows_forward", "tokens_forward"):
+        monkeypatch.setattr(TorchSlotKernels, "looks_up", lambda kernels, layer_idx: True)  # as Triton's do
+        for name in ("rows_forward", "tokens_forward", "lookup_forward"):
             real = getattr(TorchSlotKernels, name)
             monkeypatch.setattr(TorchSlotKernels, name, as_kernel(real, world))
         yield world
@@ -143,6 +147,44 @@ def test_no_family_mixes_devices(family: str, cuda: World, tmp_path: Path) -> No
         reply = engine.generate(list(range(3, 40)), max_new_tokens=3, ignore_end=True, **sampling)
         assert len(reply.token_ids) == 3
     assert not cuda.races
+
+
+# Views, and the wait for the router's choices.
+FREE = ("flatten", "select", "slice", "view", "split_with_sizes", "resolve_conj", "resolve_neg", "to")
+
+
+def test_a_layer_of_hits_is_one_call_of_the_kernels_and_one_wait(
+    cuda: World, folder: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operations of a layer call beside the kernels for its experts, which with Triton are two launches: one for an
+    expert that lies elsewhere than when it was last used, and no other.
+    """
+    now, calls = list[Counter[str]](), list[Counter[str]]()
+    real_run, real_layer = pretend_cuda_module.run, Executor.run_layer
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        if now and not getattr(cuda.per_thread, "in_kernel", False):
+            now[-1][func.overloadpacket.__name__] += 1
+        return real_run(func, args, kwargs)
+
+    def run_layer(executor: Executor, *args: Any) -> Any:
+        counters, waits = executor.cache.counters, cuda.waits.total()
+        before = counters.misses + counters.late_hits
+        now.append(Counter())
+        y_TD = real_layer(executor, *args)
+        done = now.pop()
+        if counters.misses + counters.late_hits == before:
+            assert cuda.waits.total() == waits + 1
+            calls.append(Counter({name: count for name, count in done.items() if name not in FREE}))
+        return y_TD
+
+    monkeypatch.setattr(pretend_cuda_module, "run", run)
+    monkeypatch.setattr(Executor, "run_layer", run_layer)
+    with on_cuda(folder, miss="stream", prefetch="off", experts=4 * QUARTER - 1) as engine:
+        assert ids_of(engine) == expected
+    assert len(calls) >= 6
+    assert all(set(call) <= {"fill_"} for call in calls), calls
+    assert Counter() in calls and not cuda.races
 
 
 class SeenLate(random.Random):

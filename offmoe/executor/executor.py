@@ -19,7 +19,7 @@ from offmoe.executor.cpu_rows import CpuRows
 from offmoe.executor.dispatch import dispatch
 from offmoe.executor.layer_call import LayerCall
 from offmoe.executor.misses import MissPlacer
-from offmoe.executor.rows import ReferenceRows, Rows
+from offmoe.executor.rows import ReferenceRows, Rows, TokenRows
 from offmoe.executor.stalls import StreamStalls
 from offmoe.kernels.reference import ExpertMath, combine_rows
 from offmoe.prefetch.ahead import AheadOfTime
@@ -30,16 +30,18 @@ class Executor:
 
     def __init__(
         self, cache: ExpertCache, *, rows: Rows | None = None, ahead: AheadOfTime | None = None,
-        cpu: CpuExperts | None = None, placer: MissPlacer | None = None, recorder: Recorder | None = None,
+        tokens: TokenRows | None = None, cpu: CpuExperts | None = None, placer: MissPlacer | None = None,
+        recorder: Recorder | None = None,
         over_link: bool = False, stalls: StreamStalls | None = None, follow_stream: Callable[[], None] | None = None,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
-        """`stalls`: of a device whose stream waits for copies while the host goes on; None where the host waits.
+        """`tokens`: for single tokens whose experts all have slots; None leaves those to `rows`.
+        `stalls`: of a device whose stream waits for copies while the host goes on; None where the host waits.
         `follow_stream`: called before a layer's slots are read (tiers/device.py).
         """
         self.recorder, self.over_link, self.stalls = recorder or Recorder(), over_link, stalls
         self.cache, self.rows, self.ahead = cache, rows or ReferenceRows(), ahead
-        self.cpu, self.placer, self.clock_ns = cpu, placer, clock_ns
+        self.cpu, self.placer, self.clock_ns, self._tokens = cpu, placer, clock_ns, tokens
         self._follow_stream = follow_stream
         self._counters: Counters = cache.counters
 
@@ -66,6 +68,10 @@ class Executor:
         ids = flat_ids(host_ids_TK.flatten().tolist(), num_experts)
         self.recorder.record(layer_idx, top_k, ids, weights_TK)
         self.cache.begin_layer(layer_idx, ids)
+        if num_tokens == 1 and self._tokens is not None and self._tokens.serves(layer_idx):
+            y_1D = self._run_hits(self._tokens, layer_idx, ids, num_experts, x_TD, expert_ids_TK, weights_TK)
+            if y_1D is not None:
+                return y_1D
         assignments = dispatch(host_ids_TK, num_experts, device=x_TD.device)
         y_SD = torch.zeros(num_tokens * top_k, x_TD.shape[-1], dtype=math.dtype, device=x_TD.device)
         LayerCall(self, layer_idx, math, x_TD, y_SD, host_x_TD).run(assignments)
@@ -94,6 +100,42 @@ class Executor:
         self.end_ready(layer_idx, ids, self.clock_ns() - begin)
         return y_1D
 
+    def _run_hits(
+        self, tokens: TokenRows, layer_idx: int, ids: Sequence[int], num_experts: int,
+        x_1D: torch.Tensor, expert_ids_1K: torch.Tensor, weights_1K: torch.Tensor,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """One token whose experts are all on the device, as LayerCall, with nothing to sort, wait for or combine.
+        None where that is not so, and then nothing was done.
+        """
+        cache, chosen = self.cache, sorted(set(ids))
+        if not chosen or chosen[0] < 0 or chosen[-1] >= num_experts:
+            return None
+        cache.poll()
+        keys = [ExpertKey(layer_idx, idx) for idx in chosen]
+        if not all(map(cache.is_ready, keys)):
+            return None
+        if self.ahead is not None:
+            self.ahead.router_spoke(layer_idx, chosen, 1)
+        if self.placer is not None:
+            self.placer.place(layer_idx, [], [], {})
+        self._counters.hits += len(keys)
+        held: list[ExpertKey] = []
+        try:
+            for key in keys:
+                cache.use(key, touch=True)
+                held.append(key)
+            if self.ahead is not None:
+                self.ahead.look(layer_idx, is_waiting=False)
+            begin = self.clock_ns()
+            slot_of = {key.expert_idx: cache.slot_of(key) for key in keys}
+            y_1D = tokens.compute(layer_idx, slot_of, x_1D, expert_ids_1K, weights_1K)
+            self._counters.compute_ns += self.clock_ns() - begin
+        finally:
+            cache.release(held)
+        if self.ahead is not None:
+            self.ahead.layer_ended(layer_idx)
+        return y_1D
+
     def begin_ready(
         self, layer_idx: int, ids: Sequence[int], weights_1K: torch.Tensor, *, now_s: float | None = None
     ) -> None:
@@ -119,8 +161,8 @@ class Executor:
             return expert_ids_TK
         self._counters.syncs += 1
         guesses = self.ahead.pending() if self.ahead is not None else {}
-        queued = torch.cat([expert_ids_TK.flatten(), *(ids_TK.flatten() for ids_TK in guesses.values())])
-        flat = queued.cpu()
+        queued = [expert_ids_TK.flatten(), *(ids_TK.flatten() for ids_TK in guesses.values())]
+        flat = (torch.cat(queued) if guesses else queued[0]).cpu()
         self.read_stalls()
         own, *others = torch.split(flat, [expert_ids_TK.numel(), *(ids_TK.numel() for ids_TK in guesses.values())])
         if self.ahead is not None:

@@ -40,6 +40,9 @@ class SlotKernels(Protocol):
     ) -> torch.Tensor:  # fmt: skip
         """y_TD in x's type: every token's rows weighted and summed. Indices as above; a slot of -1 adds nothing."""
 
+    def looks_up(self, layer_idx: int) -> bool:
+        """Whether `lookup_forward` of the layer leaves the host alone: no wait, no index made, nothing uploaded."""
+
     def lookup_forward(
         self, layer_idx: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
@@ -130,6 +133,10 @@ class TorchSlotKernels:
         token_N = torch.arange(expert_ids_TK.numel()) // expert_ids_TK.shape[1]
         y_ND = self.rows_forward(layer_idx, x_TD, token_N, slot_TK.reshape(-1), expert_ids_TK.reshape(-1))
         return combine_rows(y_ND, weights_TK, x_TD.dtype)
+
+    def looks_up(self, layer_idx: int) -> bool:
+        """Never: torch cannot address memory by a number on the device."""
+        return False
 
     def lookup_forward(
         self, layer_idx: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor

@@ -79,6 +79,10 @@ class TritonSlotKernels:
         y_ND = self._rows(layer_idx, kernels, x_TD, token_N, slot_TK.reshape(-1), expert_ids_TK.reshape(-1))
         return combine_rows(y_ND, weights_TK, x_TD.dtype)
 
+    def looks_up(self, layer_idx: int) -> bool:
+        """See SlotKernels."""
+        return self._kernels[layer_idx] is not None
+
     def lookup_forward(
         self, layer_idx: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:

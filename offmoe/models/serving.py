@@ -30,7 +30,7 @@ from offmoe.executor.measured import measured_costs
 from offmoe.executor.misses import MissPlacer
 from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.executor.resident import ResidentExecutor, preload
-from offmoe.executor.rows import KernelRows, Rows
+from offmoe.executor.rows import KernelRows, Rows, TokenRows
 from offmoe.executor.scheduler import MissScheduler
 from offmoe.executor.stalls import StreamStalls
 from offmoe.formats.layout import layout_of
@@ -132,12 +132,16 @@ def build_serving(
         _make_resident(serving, experts, maths, device_pool, progress)
         link.synchronize()  # what another stream computes later is not ordered behind the copies
         return serving
-    kernels = make_slot_kernels(experts.layers, maths, device_pool.slab, device_pool.slot_bytes)
+    slot_of_LE, missing_L = _slot_table(experts, device_pool)
+    kernels = make_slot_kernels(
+        experts.layers, maths, device_pool.slab, device_pool.slot_bytes, slot_of_LE=slot_of_LE, missing_L=missing_L
+    )
     serving.kernels = kernels
     if all_fit:  # through the same executor as where they do not: the kernels that look slots up round otherwise
         preload(cache, list(experts.keys()), progress)
     executor = Executor(
         cache, rows=_rows(kernels, experts, device_pool, one_path=config.placement_invariant),
+        tokens=None if config.placement_invariant else TokenRows(kernels, slot_of_LE),
         recorder=serving.recorder, over_link=True, stalls=stalls, follow_stream=device.follow_stream,
     )  # fmt: skip
     serving.read_stalls = executor.read_stalls
@@ -173,22 +177,28 @@ def _make_resident(
     serving: Serving, experts: ExpertIndex, maths: list[Any], pool: DevicePool, progress: Callable[[int, int], None]
 ) -> None:
     """Everything fits: bring it all to the device once, and let the kernels find it there."""
-    most = max(layer.num_experts for layer in experts.layers)
-    slot_of_LE = torch.full((len(experts.layers), most), -1, dtype=torch.int32)
-    missing_L = torch.zeros(len(experts.layers), dtype=torch.int32, device=pool.slab.device)
-    table = slot_of_LE.to(pool.slab.device)
+    table_LE, missing_L = _slot_table(experts, pool)
     kernels = make_slot_kernels(
-        experts.layers, maths, pool.slab, pool.slot_bytes, slot_of_LE=table, missing_L=missing_L
+        experts.layers, maths, pool.slab, pool.slot_bytes, slot_of_LE=table_LE, missing_L=missing_L
     )
     keys = list(experts.keys())
     preload(serving.cache, keys, progress)
+    slot_of_LE = torch.full(table_LE.shape, -1, dtype=table_LE.dtype)
     for key in keys:
         slot = serving.cache.slots.find(key)
         assert slot is not None, f"{key=}"
         slot_of_LE[key.layer_idx, key.expert_idx] = slot
-    table.copy_(slot_of_LE)
+    table_LE.copy_(slot_of_LE)
     serving.kernels = kernels
     serving.executor = ResidentExecutor(serving.cache, kernels)
+
+
+def _slot_table(experts: ExpertIndex, pool: DevicePool) -> tuple[torch.Tensor, torch.Tensor]:
+    """slot_of_LE, -1 everywhere, and missing_L, zero, on the device: see make_slot_kernels."""
+    num_layers, device = len(experts.layers), pool.slab.device
+    most = max(layer.num_experts for layer in experts.layers)
+    slot_of_LE = torch.full((num_layers, most), -1, dtype=torch.int32, device=device)
+    return slot_of_LE, torch.zeros(num_layers, dtype=torch.int32, device=device)
 
 
 def _rows(kernels: SlotKernels, experts: ExpertIndex, pool: DevicePool, *, one_path: bool) -> Rows | None:
