@@ -95,8 +95,22 @@ def test_any_number_of_threads_gives_the_same_bits(level: str) -> None:
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
+def mixed_by_torch(logits_1E: torch.Tensor, rule: RouteRule) -> tuple[torch.Tensor, torch.Tensor]:
+    """As Phi-MoE's router has it."""
+    left, ids, weights = logits_1E.clone(), [], []
+    for _ in range(rule.top_k):
+        most, best = left.max(dim=-1, keepdim=True)
+        far = (most - logits_1E) / logits_1E.abs().clamp(min=most) > rule.jitter
+        ids.append(best)
+        weights.append(left.masked_fill(far, -math.inf).softmax(-1).gather(1, best))
+        left = left.scatter(1, best, -math.inf)
+    return torch.cat(ids, dim=1), torch.cat(weights, dim=1).to(rule.weights_dtype)
+
+
 def by_torch(logits_1E: torch.Tensor, rule: RouteRule) -> tuple[torch.Tensor, torch.Tensor]:
     """As transformers' routers write it."""
+    if rule.scoring == "sparse_mixer":
+        return mixed_by_torch(logits_1E, rule)
     of_chosen = rule.scoring.endswith("_of_chosen")
     scores = logits_1E if of_chosen and rule.correction_E is None else logits_1E.float()
     if rule.scoring == "softmax":
@@ -138,6 +152,7 @@ RULES: dict[str, dict[str, Any]] = {
         "correction_E": draw(64, seed=9),
     },
     "cohere2": {"scoring": "sigmoid_of_chosen", "normalised": True, "is_rounded": True},
+    "phimoe": {"scoring": "sparse_mixer", "jitter": 0.5, "is_rounded": True},
     "kolibri1": {"scoring": "sigmoid_of_chosen", "normalised": True, "correction_E": draw(64, seed=9)},
 }  # fmt: skip
 

@@ -23,20 +23,23 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 States = tuple[torch.Tensor, Any]
 # Tells a layer's attention of the token's angles and of its states, the token's own row the last.
 Place = Callable[[Angles, States], None]
+# Tells a layer's attention of the token's position.
+Move = Callable[[int], None]
 
 
 def attend(
     steps: Steps, module: nn.Module, layer_idx: int, given: torch.Tensor
-) -> tuple[torch.Tensor, Place]:  # fmt: skip
-    """Append a layer's attention to the row `given`. Returns the row that it answers with, and the function that tells
-    it of the token's place. Raises NoSpecError.
+) -> tuple[torch.Tensor, Place, Move | None]:  # fmt: skip
+    """Append a layer's attention to the row `given`. Returns the row that it answers with, and the functions that tell
+    it of the token's place and, where that matters beside its angles, of its position. Raises NoSpecError.
     """
     attention = steps.spec.attention_of(layer_idx)
+    move: Move | None = None
     if isinstance(attention, DeltaNet):
         heads, place = _delta_net(steps, module, attention, given)
         name = f"{attention.name}.out_proj"
     elif isinstance(attention, Latents):
-        heads, place = _latents(steps, module, layer_idx, attention, given)
+        heads, place, move = _latents(steps, module, layer_idx, attention, given)
         name = f"{attention.name}.o_proj"
     elif isinstance(attention, ShortConv):
         heads, place = _short_conv(steps, module, attention, given)
@@ -46,7 +49,7 @@ def attend(
         name = f"{attention.name}.{attention.projections[3]}"
     attended = steps.row("attended", given.numel())
     steps.program.linear(steps.read.linear(module, name), heads, attended)
-    return attended, place
+    return attended, place, move
 
 
 def _grouped(
@@ -97,7 +100,7 @@ def place_heads(call: Any, attention: Heads) -> Place:
 
 def _latents(
     steps: Steps, module: nn.Module, layer_idx: int, attention: Latents, x: torch.Tensor
-) -> tuple[torch.Tensor, Place]:
+) -> tuple[torch.Tensor, Place, Move | None]:
     program, inner = steps.program, part_of(module, attention.name)
     kernel = steps.read.latents(inner)
     if getattr(inner, "q_proj", None) is not None:
@@ -116,7 +119,13 @@ def _latents(
         call.cos, call.sin = (angle.data_ptr() for angle in angles)
         call.cache, call.row_bytes = rows[0].data_ptr(), rows[0].stride(-2) * rows[0].element_size()
 
-    return heads, place
+    if (query_scale := attention.query_scale) is None:
+        return heads, place, None
+
+    def move(position: int) -> None:
+        call.scale = kernel.shape.scale * query_scale(position)
+
+    return heads, place, move
 
 
 def _delta_net(steps: Steps, module: nn.Module, attention: DeltaNet, x: torch.Tensor) -> tuple[torch.Tensor, Place]:

@@ -10,30 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from offmoe.decode.families_wide import WIDE
+from offmoe.decode.left_out import LEFT_OUT
+from offmoe.decode.rules import FLOAT, grouped_sigmoid, softmax
 from offmoe.decode.spec import DecoderSpec, DeltaNet, Heads, Latents, Moe, NoSpecError, Router
-
-FLOAT = torch.float32
 
 
 def _qk_normed(config: Any, **more: Any) -> Heads:
     return Heads(norms=("q_norm", "k_norm"), **more)
-
-
-def _grouped_sigmoid(config: Any, correction: str = "gate.e_score_correction_bias") -> Router:
-    """DeepSeek-V3's rule, which many have taken over."""
-    groups = (config.n_group, config.topk_group, 2) if (config.n_group or 1) > 1 else None
-    return Router(
-        scoring="sigmoid", normalised=config.norm_topk_prob, is_sorted=False, scale=config.routed_scaling_factor,
-        groups=groups, correction=correction, logits_dtype=FLOAT,
-    )  # fmt: skip
-
-
-def _softmax(config: Any, *, normalised: bool | None = None) -> Router:
-    """Qwen's rule."""
-    return Router(normalised=config.norm_topk_prob if normalised is None else normalised)
 
 
 def mixtral(config: Any) -> DecoderSpec:
@@ -43,23 +27,23 @@ def mixtral(config: Any) -> DecoderSpec:
 
 def olmoe(config: Any) -> DecoderSpec:
     """OLMoE norms queries and keys over all heads, and may clip them."""
-    return DecoderSpec(attention=_qk_normed(config, clip=config.clip_qkv), moe=Moe(router=_softmax(config)))
+    return DecoderSpec(attention=_qk_normed(config, clip=config.clip_qkv), moe=Moe(router=softmax(config)))
 
 
 def qwen2_moe(config: Any) -> DecoderSpec:
     """Qwen2-MoE: a shared expert behind a gate."""
     shared = {"shared": "shared_expert", "shared_gate": "shared_expert_gate"}
-    return DecoderSpec(attention=Heads(), moe=Moe(router=_softmax(config), **shared))
+    return DecoderSpec(attention=Heads(), moe=Moe(router=softmax(config), **shared))
 
 
 def qwen3_moe(config: Any) -> DecoderSpec:
     """Qwen3-MoE."""
-    return DecoderSpec(attention=_qk_normed(config), moe=Moe(router=_softmax(config)))
+    return DecoderSpec(attention=_qk_normed(config), moe=Moe(router=softmax(config)))
 
 
 def qwen3_vl_moe(config: Any) -> DecoderSpec:
     """The text model of Qwen3-VL-MoE."""
-    return DecoderSpec(attention=_qk_normed(config), moe=Moe(router=_softmax(config, normalised=True)))
+    return DecoderSpec(attention=_qk_normed(config), moe=Moe(router=softmax(config, normalised=True)))
 
 
 def gpt_oss(config: Any) -> DecoderSpec:
@@ -71,17 +55,17 @@ def gpt_oss(config: Any) -> DecoderSpec:
 def glm4_moe(config: Any) -> DecoderSpec:
     """GLM-4.5 and 4.6: a part of each head turns; shared experts."""
     attention = _qk_normed(config) if config.use_qk_norm else Heads()
-    return DecoderSpec(attention=attention, moe=Moe(router=_grouped_sigmoid(config), shared="shared_experts"))
+    return DecoderSpec(attention=attention, moe=Moe(router=grouped_sigmoid(config), shared="shared_experts"))
 
 
 def glm4v_moe(config: Any) -> DecoderSpec:
     """The text model of GLM-4.5V."""
-    return DecoderSpec(attention=Heads(), moe=Moe(router=_grouped_sigmoid(config), shared="shared_experts"))
+    return DecoderSpec(attention=Heads(), moe=Moe(router=grouped_sigmoid(config), shared="shared_experts"))
 
 
 def dots1(config: Any) -> DecoderSpec:
     """dots.llm1."""
-    return DecoderSpec(attention=_qk_normed(config), moe=Moe(router=_grouped_sigmoid(config), shared="shared_experts"))
+    return DecoderSpec(attention=_qk_normed(config), moe=Moe(router=grouped_sigmoid(config), shared="shared_experts"))
 
 
 def exaone_moe(config: Any) -> DecoderSpec:
@@ -89,7 +73,7 @@ def exaone_moe(config: Any) -> DecoderSpec:
     turns = [config.sliding_window is None or kind == "sliding_attention" for kind in config.layer_types]
     return DecoderSpec(
         attention=[_qk_normed(config, rotary="halves" if turn else None) for turn in turns],
-        moe=Moe(router=_grouped_sigmoid(config), shared="shared_experts"),
+        moe=Moe(router=grouped_sigmoid(config), shared="shared_experts"),
     )
 
 
@@ -97,7 +81,7 @@ def deepseek_v3(config: Any) -> DecoderSpec:
     """DeepSeek-V3, Kimi-K2."""
     return DecoderSpec(
         attention=Latents(rotation="apart" if config.rope_interleave else "halves"),
-        moe=Moe(router=_grouped_sigmoid(config), shared="shared_experts"),
+        moe=Moe(router=grouped_sigmoid(config), shared="shared_experts"),
     )
 
 
@@ -136,7 +120,7 @@ def granitemoe(config: Any) -> DecoderSpec:
 def flex_olmo(config: Any) -> DecoderSpec:
     """FlexOlmo: norms after attention and after the block, none before."""
     return DecoderSpec(
-        attention=_qk_normed(config), moe=Moe(router=_softmax(config)),
+        attention=_qk_normed(config), moe=Moe(router=softmax(config)),
         norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
     )  # fmt: skip
 
@@ -158,7 +142,7 @@ def hy_v3(config: Any) -> DecoderSpec:
 
 def solar_open(config: Any) -> DecoderSpec:
     """Solar Open."""
-    return DecoderSpec(attention=Heads(), moe=Moe(router=_grouped_sigmoid(config), shared="shared_experts"))
+    return DecoderSpec(attention=Heads(), moe=Moe(router=grouped_sigmoid(config), shared="shared_experts"))
 
 
 def ernie4_5_moe(config: Any) -> DecoderSpec:
@@ -190,12 +174,12 @@ def _gated(config: Any, net: DeltaNet, router: Router) -> DecoderSpec:
 
 def qwen3_next(config: Any) -> DecoderSpec:
     """Qwen3-Next."""
-    return _gated(config, DeltaNet(projections=("in_proj_qkvz", "in_proj_ba")), _softmax(config))
+    return _gated(config, DeltaNet(projections=("in_proj_qkvz", "in_proj_ba")), softmax(config))
 
 
 def qwen3_5_moe(config: Any) -> DecoderSpec:
     """Qwen3.5-MoE: its router always makes the weights' sum 1."""
-    return _gated(config, DeltaNet(), _softmax(config, normalised=True))
+    return _gated(config, DeltaNet(), softmax(config, normalised=True))
 
 
 FAMILIES: dict[str, Callable[[Any], DecoderSpec]] = {
@@ -233,7 +217,8 @@ def spec_of(config: Any) -> DecoderSpec:
     """The spec of a text model's config. Raises NoSpecError."""
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise NoSpecError(f"no spec for {config.model_type}")
+        reason = LEFT_OUT.get(config.model_type)
+        raise NoSpecError(f"no spec for {config.model_type}" + (f": {reason}" if reason else ""))
     try:
         return family(config)
     except AttributeError as error:  # transformers has renamed it

@@ -6,15 +6,15 @@ transformers 5.23, as `families.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from offmoe.decode.spec import Beside, DecoderSpec, Heads, Moe, NoSpecError, Router, ShortConv
-
-FLOAT = torch.float32
+from offmoe.decode.rules import FLOAT, grouped_sigmoid
+from offmoe.decode.spec import Beside, DecoderSpec, Heads, Latents, Moe, NoSpecError, Router, ShortConv
 
 
 def gemma4(config: Any) -> DecoderSpec:
@@ -124,11 +124,114 @@ def granitemoeshared(config: Any) -> DecoderSpec:
     )  # fmt: skip
 
 
+def axk1(config: Any) -> DecoderSpec:
+    """A.X-K1: DeepSeek-V3 with a norm of what the experts' block gives."""
+    return DecoderSpec(
+        attention=Latents(rotation="apart" if config.rope_interleave else "halves"),
+        moe=Moe(router=grouped_sigmoid(config), shared="shared_experts", norm="post_mlp_layernorm"),
+    )
+
+
+def mimo_v2_flash(config: Any) -> DecoderSpec:
+    """MiMo-V2-Flash: values of another width, with a factor; layers with a window have sinks."""
+    return DecoderSpec(
+        attention=Heads(sinks="sinks", value_scale="v_scale"), moe=Moe(router=grouped_sigmoid(config))
+    )  # fmt: skip
+
+
+def _windowed(config: Any, **more: Any) -> list[Heads]:
+    """Heads of which only those with a window turn."""
+    turns = [config.sliding_window is None or kind == "sliding_attention" for kind in config.layer_types]
+    return [Heads(norms=("q_norm", "k_norm"), rotary="halves" if turn else None, **more) for turn in turns]
+
+
+def flint(config: Any) -> DecoderSpec:
+    """Flint: sinks everywhere, a shared expert without a gate."""
+    router = Router(scoring="sigmoid", normalised=config.norm_topk_prob, added=0.0, logits_dtype=FLOAT)
+    return DecoderSpec(
+        attention=_windowed(config, sinks="sinks"), moe=Moe(router=router, shared="shared_expert"),
+        norm_kind="weight_first",
+    )  # fmt: skip
+
+
+def kolibri1(config: Any) -> DecoderSpec:
+    """Kolibri-1: experts are chosen by corrected logits, four norms a layer."""
+    router = Router(
+        scoring="sigmoid_of_chosen", normalised=config.norm_topk_prob, correction="gate.e_score_correction_bias",
+        logits_dtype=FLOAT,
+    )  # fmt: skip
+    return DecoderSpec(
+        attention=_windowed(config), moe=Moe(router=router, shared="shared_experts"),
+        norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    )  # fmt: skip
+
+
+def laguna(config: Any) -> DecoderSpec:
+    """Laguna: softplus gates, a number a head or a number each; layers differ in their heads; capped router logits."""
+    router = Router(
+        scoring="sigmoid", normalised=True, added=0.0, correction="gate.e_score_correction_bias",
+        logits_dtype=FLOAT, weights_dtype="model", logits_cap=config.moe_router_logit_softcapping or None,
+    )  # fmt: skip
+    return DecoderSpec(
+        attention=Heads(norms=("q_norm", "k_norm"), gate="g_proj", gate_curve="gate_softplus"),
+        moe=Moe(router=router, shared="shared_experts", scale=config.moe_routed_scaling_factor),
+    )  # fmt: skip
+
+
+def phimoe(config: Any) -> DecoderSpec:
+    """Phi-3.5-MoE: layer norms, biases, the sparse mixer's router."""
+    router = Router(
+        weight="router.weight", scoring="sparse_mixer", jitter=2 * config.router_jitter_noise, is_rounded=True,
+    )  # fmt: skip
+    return DecoderSpec(attention=Heads(), moe=Moe(router=router), norm_kind="centred")
+
+
+def step3p7(config: Any) -> DecoderSpec:
+    """The text model of Step 3.5 and 3.7: a gate a head, clamped MLPs in some layers."""
+    router = Router(
+        scoring="sigmoid", normalised=True, added=0.0, is_sorted=False, correction="gate.e_score_correction_bias",
+        weights_dtype=FLOAT,
+    )  # fmt: skip
+    return DecoderSpec(
+        attention=Heads(norms=("q_norm", "k_norm"), gate="g_proj"),
+        moe=Moe(router=router, shared="shared_experts", scale=config.moe_router_scaling_factor),
+        norm_kind="one_plus_weight", mlp_limit="limit",
+    )  # fmt: skip
+
+
+def mistral4(config: Any) -> DecoderSpec:
+    """Mistral 4: DeepSeek-V3's attention, with queries that grow with the position (Llama 4), and softmax scores."""
+    rope = config.rope_parameters
+    beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+    if not beta or not length:
+        raise NoSpecError("the growth of queries is not in the config")
+    router = Router(
+        normalised=config.norm_topk_prob, added=1e-20, scale=config.routed_scaling_factor, is_sorted=False,
+        groups=(config.n_group, config.topk_group, 2) if (config.n_group or 1) > 1 else None, hidden=0.0,
+        is_rounded=True,
+    )  # fmt: skip
+    return DecoderSpec(
+        attention=Latents(
+            rotation="apart" if config.rope_interleave else "halves",
+            query_scale=lambda position: 1 + beta * math.log1p(position // length),
+        ),
+        moe=Moe(router=router, shared="shared_experts"),
+    )  # fmt: skip
+
+
 WIDE: dict[str, Callable[[Any], DecoderSpec]] = {
     "gemma4_text": gemma4,
     "lfm2_moe": lfm2_moe,
     "grok-1": grok1,
     "afmoe": afmoe,
+    "axk1": axk1,
+    "mimo_v2_flash": mimo_v2_flash,
+    "flint": flint,
+    "kolibri1": kolibri1,
+    "laguna": laguna,
+    "mistral4": mistral4,
+    "phimoe": phimoe,
+    "step3p5": step3p7,
     "cohere2_moe": cohere2_moe,
     "granitemoeshared": granitemoeshared,
     "granitemoe_swa": granitemoeshared,

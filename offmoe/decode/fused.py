@@ -74,6 +74,7 @@ class FusedStep:
         self._embedding = spec.embedding
         self._form = _angle_form(spec)
         self._own_angles: dict[Kind, Angles] = {}
+        self._moves = [layer.move for layer in self.layers if layer.move is not None]
         self._layer_at = {layer.moe.step: layer for layer in self.layers if layer.moe is not None}
         self._hooks = [
             (layer.layer_idx, module is layer.module, module._forward_pre_hooks, row)
@@ -103,6 +104,8 @@ class FusedStep:
             self._set_extra(self._decoder.project_per_layer_inputs(x, self._decoder.get_per_layer_inputs(ids, x)))
         positions = torch.tensor([[position]])
         self._open_rows(cache, {kind: table(x, positions) for kind, table in self._angles.items()})
+        for move in self._moves:
+            move(position)
         told = _Told(self._hooks)
         step, end = 0, len(self._program)
         while step < end:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from offmoe.decode.attends import Place, attend, place_heads
+from offmoe.decode.attends import Move, Place, attend, place_heads
 from offmoe.decode.blocks import FusedMoe, Route, choose, moe_block, per_layer
 from offmoe.decode.spec import Attention, Heads, Latents, part_of
 from offmoe.decode.steps import Steps
@@ -38,6 +38,7 @@ class FusedLayer:
     moe: FusedMoe | None = None
     seen_by: list[tuple[nn.Module, torch.Tensor]] = field(default_factory=list)
     extra: torch.Tensor | None = None
+    move: Move | None = None
 
 
 class LayerWriter:
@@ -53,17 +54,17 @@ class LayerWriter:
         block = part_of(module, spec.moe.name)
         is_moe = part_of(block, spec.moe.experts) is not None
         route = steps.read.route(block, spec.moe.router) if is_moe else None
-        state = program.row(x.numel(), steps.dtype)
+        state, move = program.row(x.numel(), steps.dtype), None
         if self._is_common(attention):
             assert isinstance(attention, Heads)
             place, normed = self._common(module, layer_idx, attention, route, x, state)
         else:
-            place, normed = self._apart(module, layer_idx, x, state)
+            place, move, normed = self._apart(module, layer_idx, x, state)
             if route is not None:
                 choose(steps, block, route, state if spec.moe.beside is not None else normed)
         written = FusedLayer(
             module=module, layer_idx=layer_idx, begin=begin, input=x, state=state, normed=normed, place=place,
-            has_rows=isinstance(attention, (Heads, Latents)),
+            has_rows=isinstance(attention, (Heads, Latents)), move=move,
         )  # fmt: skip
         written.seen_by = self._seen_by(module, x, state, normed)
         if route is None:
@@ -93,21 +94,21 @@ class LayerWriter:
 
     def _apart(
         self, module: nn.Module, layer_idx: int, x: torch.Tensor, state: torch.Tensor
-    ) -> tuple[Place, torch.Tensor]:
+    ) -> tuple[Place, Move | None, torch.Tensor]:
         """Append norm, attention, sum and norm. Returns the row that the block is given."""
         steps, spec = self._steps, self._steps.spec
         given = x
         if spec.norms[0]:
             given = steps.normed(module, spec.norms[0], x, steps.row("given", x.numel()))
-        attended, place = attend(steps, module, layer_idx, given)
+        attended, place, move = attend(steps, module, layer_idx, given)
         if spec.norms[1]:
             steps.normed(module, spec.norms[1], attended, attended)
         steps.program.numbers("sum", x, attended, state, scale=spec.residual)
         if spec.is_parallel:
-            return place, given
+            return place, move, given
         if not spec.norms[2]:
-            return place, state
-        return place, steps.normed(module, spec.norms[2], state, steps.program.row(x.numel(), steps.dtype))
+            return place, move, state
+        return place, move, steps.normed(module, spec.norms[2], state, steps.program.row(x.numel(), steps.dtype))
 
     def _seen_by(
         self, module: nn.Module, x: torch.Tensor, state: torch.Tensor, normed: torch.Tensor

@@ -57,10 +57,14 @@ class Heads:
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """Attention to cached latents (DeepSeek-V2, 2.1.2). `rotation`: see `Rotation` in abi.h."""
+    """Attention to cached latents (DeepSeek-V2, 2.1.2).
+
+    `rotation`: see `Rotation` in abi.h. `query_scale`: a factor of the query of the token at a position.
+    """
 
     name: str = "self_attn"
     rotation: Rotation = "halves"
+    query_scale: Callable[[int], float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +98,10 @@ class Router:
     `weight`: of the logits, (E, D), computed in `logits_dtype` (None: the weight's own). `correction`: a number an
     expert that is added to scores when experts are chosen. `groups`: (how many, how many are kept, how many best
     scores rank one); experts of the others score `hidden`. `added`: to the sum of weights. `weights_dtype`: None is
-    the logits' type. `is_rounded`: each step in the logits' type. `top_k`: None is the router's or its block's
-    attribute. `logits_cap`: a soft one. `norm`, `input_scale`: what the router does to its input, an RMS norm without
-    weight and a factor for each number, and then `input_factor`. `expert_scale`: a factor of each expert's weight.
+    the logits' type. `is_rounded`: each step in the logits' type. `jitter`: of the sparse mixer. `top_k`: None is the
+    router's or its block's attribute. `logits_cap`: a soft one. `norm`, `input_scale`: what the router does to its
+    input, an RMS norm without weight and a factor for each number, and then `input_factor`. `expert_scale`: a factor of
+    each expert's weight.
     """
 
     weight: str = "gate.weight"
@@ -112,6 +117,7 @@ class Router:
     weights_dtype: torch.dtype | Literal["model"] | None = None
     added: float | None = None
     is_rounded: bool = False
+    jitter: float = 0.0
     top_k: int | None = None
     logits_cap: float | None = None
     norm: str | None = None
@@ -158,7 +164,8 @@ class DecoderSpec:
 
     `attention`: one for all layers, or one for each. `embedding`, `residual`: factors of the embedding and of what is
     added. `logits_scale` and `logits_cap` (a soft one) belong to the head. `mlp`: a dense block's linears, gate and up
-    may be one. `activation`: that of modules that have none as an attribute. `is_parallel`: the block reads what
+    may be one; `mlp_limit`: its attribute that bounds the activated gate, and up on both sides. `activation`: that of
+    modules that have none as an attribute. `is_parallel`: the block reads what
     attention reads. `per_layer`: each layer adds to its output what the model makes of the id for that layer (Gemma's
     per-layer embeddings). `layer_scale`: a parameter that multiplies a layer's output. `rotary`, `last_norm`: modules
     of the decoder, the first one for all layers or one for each.
@@ -169,6 +176,7 @@ class DecoderSpec:
     norm_kind: NormKind = "weight_last"
     norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    mlp_limit: str | None = None
     activation: Callable[[torch.Tensor], torch.Tensor] | None = None
     is_parallel: bool = False
     per_layer: bool = False

@@ -5,6 +5,7 @@ Shapes: D model width, E experts, K experts a token, H heads, W head width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,9 +61,8 @@ class WeightReader:
             weight = torch.ones(width, dtype=self._dtype)
         if weight is None or eps is None or weight.dtype != self._dtype or not weight.is_contiguous():
             raise NoSpecError(f"a norm is a {type(found).__name__} that the kernels do not read")
-        kind, bias = self._spec.norm_kind, getattr(found, "bias", None)
-        if bias is not None and kind != "centred":
-            raise NoSpecError(f"a norm is a {type(found).__name__} with a bias")
+        kind = self._spec.norm_kind
+        bias = getattr(found, "bias", None) if kind == "centred" else None
         return CpuNorm(
             self._kernels, weight.detach(), eps=eps, kind=kind, bias_D=None if bias is None else bias.detach()
         )
@@ -88,9 +88,10 @@ class WeightReader:
         """A dense block, or a shared expert. Raises NoSpecError."""
         *ups, down = (self.linear(module, name) for name in names or self._spec.mlp)
         act, hidden = self._curve(module), down.num_inputs
+        limit = math.inf if self._spec.mlp_limit is None else float(getattr(module, self._spec.mlp_limit))
         biases = [up.bias_N for up in ups if up.bias_N is not None]
-        math = ExpertMath(
-            activate=lambda rows: act(rows[..., :hidden]) * rows[..., hidden:],
+        mlp_math = ExpertMath(
+            activate=lambda rows: act(rows[..., :hidden]).clamp(max=limit) * rows[..., hidden:].clamp(-limit, limit),
             up_bias_EF=torch.cat(biases)[None] if biases else None,
             down_bias_ED=None if down.bias_N is None else down.bias_N[None],
             post_norm=None, transposed=False, dtype=down.dtype,
@@ -98,9 +99,9 @@ class WeightReader:
         if biases and len(biases) < len(ups):
             raise NoSpecError(f"{type(module).__name__}: one of two linears has a bias")
         weights = ExpertWeights(up=tuple(up.matrix.weight for up in ups), down=(down.matrix.weight,))
-        if (reason := self._kernels.supports(math, weights)) is not None:
+        if (reason := self._kernels.supports(mlp_math, weights)) is not None:
             raise NoSpecError(f"{type(module).__name__}: {reason}")
-        return CpuMlp(self._kernels, math, weights, max_rows=1)
+        return CpuMlp(self._kernels, mlp_math, weights, max_rows=1)
 
     def heads(self, module: nn.Module, attention: Heads) -> CpuAttention:
         """Attention of grouped heads, between its projections. Raises NoSpecError."""
@@ -181,6 +182,7 @@ class WeightReader:
             scoring=router.scoring, num_experts=binding.num_experts, top_k=top_k, normalised=router.normalised,
             weights_dtype=weights_dtype, is_sorted=router.is_sorted, scale=router.scale,
             groups=router.groups, hidden=router.hidden, added=router.added, is_rounded=router.is_rounded,
+            jitter=router.jitter,
             correction_E=None if correction is None else correction.detach().float().flatten().contiguous(),
             expert_scale_E=None if expert_scale is None else expert_scale.detach().float().flatten().contiguous(),
         )  # fmt: skip

@@ -16,7 +16,7 @@ struct MadeAttend {
           value(random_numbers(random, type, groups * value_width)), query_norm(random_numbers(random, type, groups * heads_a_group * width)),
           key_norm(random_numbers(random, type, groups * width)), head_norm(random_numbers(random, type, width)),
           cos(random_numbers(random, type, width / 2 * 2)), sin(random_numbers(random, type, width / 2 * 2)), half_cos(random_numbers(random, type, width / 2)),
-          half_sin(random_numbers(random, type, width / 2)), sinks(random_numbers(random, type, groups * heads_a_group)),
+          half_sin(random_numbers(random, type, width / 2)), sinks(random_numbers(random, F32, groups * heads_a_group)),
           keys(random_numbers(random, type, groups * num_rows * width)), values(random_numbers(random, type, groups * num_rows * value_width)),
           output(groups * heads_a_group * value_width * bytes_of(type)) {
         const int64_t size = bytes_of(type), heads = groups * heads_a_group;
@@ -37,7 +37,7 @@ struct MadeAttend {
             call.cos = half ? half_cos.at() : cos.at();
             call.sin = half ? half_sin.at() : sin.at();
         }
-        if (turn % 4 == 1) call.sinks = sinks.at();
+        if (turn % 4 == 1) call.sinks = reinterpret_cast<const float*>(sinks.at());
         call.keys = keys.at();
         call.values = values.at();
         call.output = output.at();
@@ -78,7 +78,8 @@ struct MadeRoute {
         route.scale = 2.5f;
         route.added = 1e-20f;
         route.hidden_score = turn % 3 ? 0.0f : kNone;
-        route.scoring = static_cast<int32_t>(turn % 4);
+        route.scoring = static_cast<int32_t>(turn % 5);
+        route.jitter = 0.02f;
         route.num_experts = num_experts;
         route.top_k = top_k;
         route.num_groups = num_groups;
@@ -88,7 +89,7 @@ struct MadeRoute {
         route.sorted = turn % 4 < 2;
         route.logits_type = F32;
         route.weights_type = turn % 5 ? F32 : BF16;
-        route.rounded = turn % 6 == 5;
+        route.rounded = turn % 6 > 3;
     }
 
     Buffer correction, scale, ids, weights;

@@ -84,6 +84,7 @@ class CpuAttention:
     ) -> None:  # fmt: skip
         """Norms are of one head's width, or of all heads' together; both alike."""
         self._kernels, self.shape = kernels, shape
+        sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
         self._keep = (query_norm, key_norm, sinks_H)
         norm = query_norm
         self.struct = structs.Attend(

@@ -17,8 +17,10 @@ from offmoe.kernels.cpu import structs
 from offmoe.kernels.cpu.decode import NORM_KINDS, CpuAttention, CpuLinear, CpuNorm, set_position
 from offmoe.kernels.cpu.kernels import CpuKernels
 
-Scoring = Literal["softmax", "sigmoid", "softmax_of_chosen", "sigmoid_of_chosen"]
-SCORINGS: dict[Scoring, int] = {"softmax": 0, "sigmoid": 1, "softmax_of_chosen": 2, "sigmoid_of_chosen": 3}
+Scoring = Literal["softmax", "sigmoid", "softmax_of_chosen", "sigmoid_of_chosen", "sparse_mixer"]
+SCORINGS: dict[Scoring, int] = {
+    "softmax": 0, "sigmoid": 1, "softmax_of_chosen": 2, "sigmoid_of_chosen": 3, "sparse_mixer": 4,
+}  # fmt: skip
 # Keeps the sum of scores that all are zero from dividing by zero, as DeepSeek's router has it.
 _ADDED: dict[Scoring, float] = {"sigmoid": 1e-20}
 
@@ -45,6 +47,7 @@ class RouteRule:
     expert_scale_E: torch.Tensor | None = None
     added: float | None = None
     is_rounded: bool = False
+    jitter: float = 0.0
 
     def fits(self) -> bool:
         """The sizes go together: nothing is read beside the scores."""
@@ -78,7 +81,7 @@ class CpuRoute:
             scoring=SCORINGS[rule.scoring], num_experts=rule.num_experts, top_k=rule.top_k, num_groups=num_groups,
             top_groups=kept, best_of_group=best, normalised=int(rule.normalised), sorted=int(rule.is_sorted),
             logits_type=structs.TYPES[logits_dtype], weights_type=structs.TYPES[rule.weights_dtype],
-            rounded=int(rule.is_rounded),
+            rounded=int(rule.is_rounded), jitter=rule.jitter,
         )  # fmt: skip
 
     def __call__(self, logits_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-ABI_VERSION = 12
+ABI_VERSION = 13
 TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
 DENSE_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -117,7 +117,7 @@ class Route(ctypes.Structure):
 
     _fields_ = (
         ("correction", c_void_p), ("expert_scale", c_void_p), ("ids", c_void_p), ("weights", c_void_p),
-        ("scale", c_float), ("added", c_float), ("hidden_score", c_float), ("scoring", c_int32),
+        ("scale", c_float), ("added", c_float), ("hidden_score", c_float), ("jitter", c_float), ("scoring", c_int32),
         ("num_experts", c_int32), ("top_k", c_int32), ("num_groups", c_int32), ("top_groups", c_int32),
         ("best_of_group", c_int32), ("normalised", c_int32), ("sorted", c_int32), ("logits_type", c_int32),
         ("weights_type", c_int32), ("rounded", c_int32),

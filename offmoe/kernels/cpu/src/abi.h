@@ -90,7 +90,7 @@ struct Norm {
 
 // One token's attention: norms and rotates its query and key, appends key and value to the cache as its last row, and
 // attends to all `num_rows` rows. Query (heads, width), key (groups, width) and value (groups, value_width) are
-// contiguous and all of `type`, like everything else here but the angles.
+// contiguous and all of `type`, like everything else here but angles and sinks.
 struct Attend {
     const void* query;
     const void* key;  // null where the cache has key and value of the token already
@@ -99,7 +99,7 @@ struct Attend {
     const void* key_norm;
     const void* cos;  // num_angles each, or null
     const void* sin;
-    const void* sinks;  // a logit a head that attends to nothing, or null
+    const float* sinks;  // a logit a head that attends to nothing, or null
     void* keys;         // the first row that is attended to
     void* values;
     void* output;  // (heads, value_width)
@@ -142,8 +142,10 @@ struct Latent {
 // How a router turns logits into experts and their weights: scores of all, the best top_k of them (of corrected scores,
 // where there is a correction, in the best groups), their scores divided by the sum, times `scale`. In float32, or
 // (`rounded`) each number rounded to the logits' type.
-// The scores of the last two are made of the chosen logits alone.
-enum Scoring : int32_t { SOFTMAX = 0, SIGMOID = 1, SOFTMAX_OF_CHOSEN = 2, SIGMOID_OF_CHOSEN = 3 };
+// The scores of the two OF_CHOSEN are made of the chosen logits alone. SPARSE_MIXER (Liu et al. 2024, arXiv 2409.12136)
+// takes the largest logit top_k times; its score is its softmax among those not taken yet that are near to it: at most
+// `jitter` * max(|logit|, largest) below.
+enum Scoring : int32_t { SOFTMAX = 0, SIGMOID = 1, SOFTMAX_OF_CHOSEN = 2, SIGMOID_OF_CHOSEN = 3, SPARSE_MIXER = 4 };
 
 struct Route {
     const float* correction;    // a number an expert, or null
@@ -152,6 +154,7 @@ struct Route {
     void* weights;            // (top_k), of weights_type
     float scale, added;       // `added` to the sum
     float hidden_score;       // of experts in groups that are not among the best
+    float jitter;             // of SPARSE_MIXER
     int32_t scoring, num_experts, top_k;
     int32_t num_groups, top_groups, best_of_group;  // a group counts as much as its best one or two together
     int32_t normalised, sorted;

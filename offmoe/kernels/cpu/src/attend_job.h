@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "attend_parts.h"
 #include "jobs.h"
@@ -47,13 +48,11 @@ public:
         for (int64_t head = 0; head < call_.num_heads; ++head) {
             float* first = parts_ + head * part_floats_;
             const int64_t next = call_.num_heads * part_floats_, end = num_chunks(call_) * next;
-            float most = first[0], sink = 0;
-            if (call_.sinks != nullptr) {
-                read_row(call_.type, static_cast<const uint8_t*>(call_.sinks) + head * size_of(call_.type), 1, &sink);
-                most = std::max(most, sink);
-            }
+            float most = first[0];
+            const float sink = call_.sinks != nullptr ? call_.sinks[head] : -std::numeric_limits<float>::infinity();
+            most = std::max(most, sink);
             for (int64_t at = next; at < end; at += next) most = std::max(most, first[at]);
-            float total = call_.sinks != nullptr ? std::exp(sink - most) : 0.0f;
+            float total = std::exp(sink - most);
             for (int64_t at = 0; at < end; at += next) {
                 const float weight = std::exp(first[at] - most);
                 total += first[at + 1] * weight;

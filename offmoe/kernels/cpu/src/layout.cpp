@@ -47,7 +47,7 @@ const Place kPlaces[] = {
     FIELD(Latent, value_width), FIELD(Latent, row_bytes), FIELD(Latent, num_rows), FIELD(Latent, eps),
     FIELD(Latent, scale), FIELD(Latent, norm_kind), FIELD(Latent, rotation), FIELD(Latent, type),
     SIZE(Route), FIELD(Route, correction), FIELD(Route, expert_scale), FIELD(Route, ids), FIELD(Route, weights), FIELD(Route, scale),
-    FIELD(Route, added), FIELD(Route, hidden_score), FIELD(Route, scoring), FIELD(Route, num_experts),
+    FIELD(Route, added), FIELD(Route, hidden_score), FIELD(Route, jitter), FIELD(Route, scoring), FIELD(Route, num_experts),
     FIELD(Route, top_k), FIELD(Route, num_groups), FIELD(Route, top_groups), FIELD(Route, best_of_group),
     FIELD(Route, normalised), FIELD(Route, sorted), FIELD(Route, logits_type), FIELD(Route, weights_type),
     FIELD(Route, rounded),

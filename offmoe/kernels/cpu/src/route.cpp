@@ -50,12 +50,43 @@ void hide_groups(const Route& route, float* scores, std::vector<Scored>& queue) 
         if (!kept[i / size]) scores[i] = route.hidden_score;
 }
 
+// Ids and weights of SPARSE_MIXER; `gates` has room for as many as there are scores.
+void mix(const Route& route, float* scores, float* gates, float* weights) {
+    const int64_t count = route.num_experts;
+    const auto rounded = [&](float value) {
+        if (route.rounded) round_row(route.logits_type, &value, 1);
+        return value;
+    };
+    const float furthest = rounded(route.jitter);
+    std::vector<bool> taken(static_cast<size_t>(count), false);
+    for (int64_t k = 0; k < route.top_k; ++k) {
+        int64_t best = -1;
+        for (int64_t i = 0; i < count; ++i)
+            if (!taken[i] && (best < 0 || scores[i] > scores[best] || (std::isnan(scores[i]) && !std::isnan(scores[best])))) best = i;
+        const float most = scores[best];
+        float total = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const float distance = rounded(rounded(most - scores[i]) / std::max(std::fabs(scores[i]), most));
+            gates[i] = taken[i] || distance > furthest ? 0.0f : std::exp(scores[i] - most);
+            total += gates[i];
+        }
+        route.ids[k] = best;
+        weights[k] = rounded(gates[best] / total);
+        taken[best] = true;
+    }
+}
+
 }  // namespace
 
 void run_route(const Route& route, const float* logits, float* scores) {
     const int64_t count = route.num_experts, k = route.top_k;
     float *chosen_by = scores + count, *weights = scores + 2 * count;
     std::copy_n(logits, count, scores);
+    if (route.scoring == SPARSE_MIXER) {
+        mix(route, scores, chosen_by, weights);
+        write_row(route.weights_type, weights, k, route.weights);
+        return;
+    }
     if (route.scoring == SOFTMAX) soften(scores, count);
     if (route.scoring == SIGMOID)
         for (int64_t i = 0; i < count; ++i) scores[i] = 1.0f / (1.0f + std::exp(-scores[i]));
