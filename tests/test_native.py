@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels, usable_levels
-from offmoe.models.native import NativeModules, find_norm
+from offmoe.models.native import NativeModule, NativeModules, find_norm
 
 NUM_NEW = 12
 
@@ -52,10 +53,13 @@ def test_removing_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     with open_tiny(save_tiny(tmp_path), compile="off") as engine:
         native, model = engine._parts.native, engine.model
         assert native is not None
-        swapped = [module for module in model.modules() if "forward" in module.__dict__]
-        assert len(swapped) == native.counts.total() > 0
+        ours = [module for module in model.modules() if isinstance(module, NativeModule)]
+        assert len(ours) == native.counts.total() > 0
+        kinds, names = [type(module) for module in plain_model(engine.folder).modules()], list(model.state_dict())
         native.remove()
-        assert not any("forward" in module.__dict__ for module in model.modules())
+        assert not any(isinstance(module, NativeModule) for module in model.modules())
+        assert [type(module) for module in model.modules()] == kinds
+        assert list(model.state_dict()) == names
 
 
 def test_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,13 +105,50 @@ def test_norms_are_known_by_their_numbers(kernels: CpuKernels, dtype: torch.dtyp
 
 
 def test_a_linear_for_many_rows_or_with_gradients_is_torchs_own(kernels: CpuKernels) -> None:
-    linear = nn.Linear(64, 48)
+    model = nn.Sequential(nn.Linear(64, 48))
     native = NativeModules(kernels)
-    native.swap_simple(linear)
+    native.replace(model)
     assert native.counts["linears"] == 1
+    linear = model[0]
     x = torch.randn(40, 64)
     with torch.inference_mode():
         assert torch.equal(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
         torch.testing.assert_close(linear(x[:3]), nn.functional.linear(x[:3], linear.weight, linear.bias))
     linear(x[:3]).sum().backward()
     assert linear.weight.grad is not None
+
+
+def test_a_replaced_module_is_one_of_its_kind_with_the_same_parts_and_copies_are_plain(kernels: CpuKernels) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), Rms(64))
+    model.append(model[0])  # a module in two places
+    originals, seen = list(model), []
+    handle = originals[0].register_forward_pre_hook(lambda module, args: seen.append(type(module)))
+    NativeModules(kernels).replace(model)
+    assert model[0] is model[2] and isinstance(model[0], NativeModule)
+    assert isinstance(model[0], nn.Linear) and isinstance(model[1], Rms)
+    assert all(a is b for a, b in zip(model.parameters(), nn.Sequential(*originals).parameters(), strict=True))
+    x = torch.randn(2, 64)
+    with torch.inference_mode():
+        ours = model(x)
+        assert seen == [type(model[0])] * 2  # hooks went along, and can be taken away
+        handle.remove()
+        torch.testing.assert_close(ours, nn.Sequential(*originals)(x))
+        copied = copy.deepcopy(model)
+        assert [type(module) for module in copied] == [nn.Linear, Rms, nn.Linear]
+        copied[0].weight.zero_()
+        torch.testing.assert_close(model(x), ours)
+        assert not copied(x).isfinite().all() or not torch.equal(copied(x), ours)
+
+
+def test_other_weights_are_seen(kernels: CpuKernels) -> None:
+    model = nn.Sequential(nn.Linear(64, 48, bias=False))
+    NativeModules(kernels).replace(model)
+    x = torch.randn(2, 64)
+    with torch.inference_mode():
+        for in_place in (False, True):
+            other = nn.Parameter(torch.randn(48, 64), requires_grad=False)
+            if in_place:
+                model[0].weight.data = other
+            else:
+                model[0].weight = other
+            torch.testing.assert_close(model(x), nn.functional.linear(x, other))

@@ -24,7 +24,7 @@ from offmoe.kernels.cpu.matrices import unreadable
 from offmoe.kernels.cpu.mlp import CpuMlp
 from offmoe.kernels.cpu.short_conv import MOST_TAPS, CpuShortConv
 from offmoe.kernels.reference import ExpertMath
-from offmoe.models.native import make_linear
+from offmoe.models.native import KernelLinear, make_linear
 from offmoe.models.seam import find_binding
 
 _EPS = ("variance_epsilon", "eps", "epsilon")
@@ -43,7 +43,8 @@ class WeightReader:
         return self._linear(part_of(module, name), name)
 
     def _linear(self, found: Any, name: str) -> CpuLinear:
-        linear = make_linear(self._kernels, found) if type(found) is nn.Linear else None
+        known = type(found) is nn.Linear or isinstance(found, KernelLinear)
+        linear = make_linear(self._kernels, found) if known else None
         if linear is None or linear.dtype != self._dtype:
             raise NoSpecError(f"{name} is a {type(found).__name__} that the kernels do not read")
         return linear

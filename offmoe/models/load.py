@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from offmoe.base.auto import Facts, complete_config
@@ -23,7 +24,6 @@ from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.identity import model_hash
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.quant_config import Quantisation
-from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.models.adapters.base import AdaptedExperts
 from offmoe.models.attention import absorb_latents, attend_by_kernels
@@ -34,7 +34,7 @@ from offmoe.models.device_failures import explained, release_unused
 from offmoe.models.expert_map import map_experts, streamed_parameters
 from offmoe.models.loaded import LoadedModel, attach_all
 from offmoe.models.model_calls import CallBudget, guard_calls
-from offmoe.models.native import NativeModules
+from offmoe.models.native import KernelLinear, NativeModules
 from offmoe.models.probe import ModelProbe, probe_model
 from offmoe.models.quantised_linears import QuantisedLinears
 from offmoe.models.resident import load_peak_bytes, load_resident
@@ -87,6 +87,11 @@ def load_model(
             device_pool = None
             if device is not None:
                 plan, device_pool = _make_device_pool(plan, device, top_k=experts.top_k)
+            native = None
+            if device is None and cpu_kernels is not None:  # before lookahead asks the modules
+                native = NativeModules(cpu_kernels)
+                opened.callback(native.remove)
+                native.replace(model)
             pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
             serving = build_serving(
                 model, experts, built.disk, pool, plan, config, built.counters, cpu_kernels=cpu_kernels, device=device,
@@ -98,7 +103,8 @@ def load_model(
         if cpu_kernels is not None:
             serving.closing.callback(cpu_kernels.close)
         attach_all(model, serving.executor)
-        native = _swap_modules(model, serving, cpu_kernels if device is None else None)
+        if native is not None:
+            _finish_modules(model, native, serving)
         in_ram = device is None
         budget = CallBudget(model, plan, built.context_length, baseline_bytes=baseline_bytes) if in_ram else None
         calls, remove_guard = guard_calls(model, folder, budget)
@@ -246,19 +252,15 @@ def _make_device_pool(plan: MemoryPlan, device: Device, *, top_k: int) -> tuple[
     return dataclasses.replace(plan, device=fitting, num_slots=num_slots), pool
 
 
-def _swap_modules(model: PreTrainedModel, serving: Serving, kernels: CpuKernels | None) -> NativeModules | None:
-    """Resident modules by the CPU kernels, until the engine is closed."""
-    if kernels is None:
-        return None
-    native = NativeModules(kernels)
+def _finish_modules(model: PreTrainedModel, native: NativeModules, serving: Serving) -> None:
+    """Attention of one token by the kernels, too; until the engine is closed."""
     serving.closing.callback(native.remove)
-    native.swap_simple(model)
-    attention = attend_by_kernels(model, kernels)
+    attention = attend_by_kernels(model, native.kernels)
     if attention is not None:
         serving.closing.callback(attention.close)
-    if serving.cpu_rows is not None:
-        native.threads.begin(model, serving.cpu_rows.reasons, attends=attention is not None)
-    return native
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    if serving.cpu_rows is not None and all(isinstance(module, KernelLinear) for module in linears):
+        native.threads.begin(serving.cpu_rows.reasons, attends=attention is not None)
 
 
 def _take_experts_out(model: PreTrainedModel, experts: ExpertIndex) -> None:

@@ -1,24 +1,26 @@
-"""Linears and RMS norms computed by the CPU kernels for a few rows; for more, the model's own code stays.
+"""Linears and RMS norms computed by the CPU kernels for a few rows; for more, by the model's own code.
 
 torch reads 16-bit weights at a quarter of the memory's speed when there are few rows, and a norm of one token is ten of
-its operations. A module's `forward` is replaced, on the module itself:
+its operations. So modules are replaced, in their parents, by modules of our own classes, which share the parameters,
+buffers and hooks of those before:
 
-- linears (`nn.Linear`): checked against torch on random rows when they are replaced;
-- RMS norms, recognised by what they do to random rows, whatever they are called.
+- linears (`nn.Linear`), checked against torch on random rows;
+- RMS norms, recognised by the numbers that they give for random rows, whatever they are called.
 
-A module that fails its check stays as it is. Under torch.compile and where gradients are wanted the original runs.
+A module that fails its check stays. Under torch.compile and where gradients are wanted the model's own code runs.
 """
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 from collections import Counter
-from collections.abc import Callable
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu.decode import NORM_KINDS, CpuLinear, CpuNorm
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.matrices import Weight, unreadable
@@ -29,15 +31,82 @@ MAX_ROWS = 16
 MAX_NORM_NUMBERS = 1 << 17
 # How far results may be apart, relative to the largest: a rounding of the output, or another order of a sum.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-# Where a linear that stays quantised (quantised_linears.py) has its QuantMatrix.
-MATRIX_NAME = "offmoe_matrix"
 _NORM_EPS = ("variance_epsilon", "eps", "epsilon")
+_OWN = ("_original", "_kernel", "_places", "_threads")
 
-Forward = Callable[..., torch.Tensor]
+
+class KernelLinear(nn.Linear):
+    """A linear of ours. `quant_matrix`: its weights, where they stay quantised."""
+
+    quant_matrix: QuantMatrix | None = None
+
+
+class NativeModule(nn.Module):
+    """A module in the place of another, whose class its copies have: kernels know weights by their addresses."""
+
+    _original: nn.Module
+    _places: tuple[tuple[str, torch.Tensor | None, int], ...]
+
+    def take_place(self, original: nn.Module, kernel: CpuLinear | CpuNorm) -> None:
+        """Share the parameters, buffers, hooks and settings of `original`. `kernel` computes the same."""
+        places = tuple((name, tensor, _place(tensor)) for name, tensor in original._parameters.items())
+        self.__dict__.update(original.__dict__, _original=original, _kernel=kernel, _places=places)
+
+    def has_same_weights(self) -> bool:
+        """The parameters are those that the kernel knows, in the same memory: a program may put others there."""
+        parameters = self._parameters
+        return all(
+            parameters.get(name) is tensor and (tensor is None or tensor.data_ptr() == place)
+            for name, tensor, place in self._places
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = {name: value for name, value in self.__dict__.items() if name not in _OWN}
+        return copyreg.__newobj__, (type(self._original),), state  # type: ignore[attr-defined]
+
+
+class NativeLinear(NativeModule, KernelLinear):
+    """A linear whose few rows the kernels compute."""
+
+    _kernel: CpuLinear
+    _threads: TorchThreads
+
+    def __init__(self, original: nn.Linear, kernel: CpuLinear, threads: TorchThreads) -> None:
+        """`threads` are torch's, for more rows."""
+        self.take_place(original, kernel)
+        self.__dict__["_threads"] = threads
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # its name in nn.Linear
+        """As nn.Linear: (..., K) to (..., N)."""
+        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or not self.has_same_weights():
+            return nn.functional.linear(input, self.weight, self.bias)
+        kernel = self._kernel
+        if input.numel() > MAX_ROWS * kernel.num_inputs or not kernel.takes(input):
+            return self._threads.linear(input, self.weight, self.bias)
+        return kernel(input)
+
+
+class NativeNorm(NativeModule):
+    """An RMS norm whose few numbers the kernels compute. A subclass of it is one of the original's class, too."""
+
+    _kernel: CpuNorm
+
+    def __init__(self, original: nn.Module, kernel: CpuNorm) -> None:
+        self.take_place(original, kernel)
+
+    def forward(self, x: torch.Tensor | None = None, **named: torch.Tensor) -> torch.Tensor:
+        """The normed rows."""
+        if x is None:
+            (x,) = named.values()
+        own_code = torch.compiler.is_dynamo_compiling() or x.numel() > MAX_NORM_NUMBERS or torch.is_grad_enabled()
+        if own_code or not self._kernel.takes(x) or not self.has_same_weights():
+            result: torch.Tensor = super().forward(x)
+            return result
+        return self._kernel(x)
 
 
 class NativeModules:
-    """The modules of one model that were swapped. `counts`: kind -> how many; `remove` puts the originals back.
+    """The modules of one model that were replaced. `counts`: kind -> how many; `remove` puts the originals back.
 
     `threads` are torch's, for what is left to it.
     """
@@ -46,49 +115,57 @@ class NativeModules:
         self.kernels = kernels
         self.threads = TorchThreads()
         self.counts: Counter[str] = Counter()
-        self._swapped: list[nn.Module] = []
+        self._replaced: list[tuple[nn.Module, str, NativeModule]] = []
+        self._norms: dict[type[nn.Module], type[NativeNorm]] = {}
 
-    def swap(self, module: nn.Module, forward: Callable[..., object], kind: str) -> None:
-        """From now on `module` runs `forward`."""
-        module.__dict__["forward"] = forward
-        self._swapped.append(module)
-        self.counts[kind] += 1
+    @torch.inference_mode()
+    def replace(self, model: nn.Module) -> None:
+        """All linears and norms within `model` that pass their checks."""
+        made: dict[nn.Module, NativeModule | None] = {}  # a module may have several parents
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                if child is None:
+                    continue
+                if child not in made:
+                    made[child] = self._make(child)
+                ours = made[child]
+                if ours is not None:
+                    setattr(parent, name, ours)
+                    self._replaced.append((parent, name, ours))
 
     def remove(self) -> None:
         """As before."""
-        while self._swapped:
-            self._swapped.pop().__dict__.pop("forward", None)
+        while self._replaced:
+            parent, name, ours = self._replaced.pop()
+            if parent._modules.get(name) is ours:
+                setattr(parent, name, ours._original)
         self.counts.clear()
 
-    @torch.inference_mode()
-    def swap_simple(self, model: nn.Module) -> None:
-        """All linears and norms of `model` that pass their checks."""
-        for module in model.modules():
-            if "forward" in module.__dict__ or module._forward_hooks:
-                continue
-            if type(module) is nn.Linear:
-                self._swap_linear(module)
-            else:
-                self._swap_norm(module)
-
-    def _swap_linear(self, module: nn.Linear) -> None:
-        linear = make_linear(self.kernels, module)
-        if linear is None:
-            return
-        rows = _random_rows(linear.num_inputs, module.weight.dtype)
-        if agree(linear(rows), module(rows)):
-            self.swap(module, _linear_forward(module, linear, self.threads), "linears")
-
-    def _swap_norm(self, module: nn.Module) -> None:
+    def _make(self, module: nn.Module) -> NativeModule | None:
+        if "forward" in module.__dict__:
+            return None
+        if type(module) is nn.Linear:
+            linear = make_linear(self.kernels, module)
+            rows = None if linear is None else _random_rows(linear.num_inputs, module.weight.dtype)
+            if linear is None or rows is None or not agree(linear(rows), module.forward(rows)):
+                return None
+            self.counts["linears"] += 1
+            return NativeLinear(module, linear, self.threads)
         norm = find_norm(self.kernels, module)
-        if norm is not None:
-            self.swap(module, _norm_forward(module, norm), "norms")
+        if norm is None:
+            return None
+        self.counts["norms"] += 1
+        kind = type(module)
+        if kind not in self._norms:
+            self._norms[kind] = type(f"Native{kind.__name__}", (NativeNorm, kind), {"__module__": __name__})
+        return self._norms[kind](module, norm)
 
 
 def make_linear(kernels: CpuKernels, module: nn.Linear) -> CpuLinear | None:
     """The linear's weights as the kernels read them; None where they do not."""
     dtype, bias = module.weight.dtype, module.bias
-    weight: Weight = module.__dict__.get(MATRIX_NAME, module.weight.detach())
+    quantised = module.quant_matrix if isinstance(module, KernelLinear) else None
+    weight: Weight = module.weight.detach() if quantised is None else quantised
     if isinstance(weight, torch.Tensor) and (weight.is_meta or not weight.is_contiguous()):
         return None
     if unreadable(weight, dtype) is not None:
@@ -111,7 +188,7 @@ def find_norm(kernels: CpuKernels, module: nn.Module) -> CpuNorm | None:
         return None
     rows = _random_rows(weight.numel(), weight.dtype)
     try:
-        expected = module(rows)
+        expected = module.forward(rows)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
     if not isinstance(expected, torch.Tensor) or expected.shape != rows.shape or expected.dtype != rows.dtype:
@@ -131,47 +208,8 @@ def agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return bool(error.max() <= tolerance * largest and error.mean() <= tolerance / 10 * largest)
 
 
-def _linear_forward(module: nn.Linear, linear: CpuLinear, threads: TorchThreads) -> Forward:
-    most, weight, bias, are_same = MAX_ROWS * linear.num_inputs, module.weight, module.bias, _as_now(module)
-
-    def forward(input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # its name in nn.Linear
-        x = input
-        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or not are_same():
-            return nn.functional.linear(x, module.weight, module.bias)
-        if x.numel() > most or not linear.takes(x):
-            return threads.linear(x, weight, bias)
-        return linear(x)
-
-    return forward
-
-
-def _as_now(module: nn.Module) -> Callable[[], bool]:
-    """A function that says whether the module's parameters are what they are now, in the memory where they are now: a
-    program may put others there, and the kernels know places.
-    """
-    parameters = module._parameters
-    known = [(name, tensor, None if tensor is None else tensor.data_ptr()) for name, tensor in parameters.items()]
-
-    def are_same() -> bool:
-        return all(
-            parameters.get(name) is tensor and (tensor is None or tensor.data_ptr() == place)
-            for name, tensor, place in known
-        )
-
-    return are_same
-
-
-def _norm_forward(module: nn.Module, norm: CpuNorm) -> Forward:
-    original, are_same = cast("Forward", module.forward), _as_now(module)
-
-    def forward(x: torch.Tensor | None = None, **named: torch.Tensor) -> torch.Tensor:
-        if x is None:
-            (x,) = named.values()
-        if torch.compiler.is_dynamo_compiling() or x.numel() > MAX_NORM_NUMBERS or torch.is_grad_enabled():
-            return original(x)
-        return norm(x) if norm.takes(x) and are_same() else original(x)
-
-    return forward
+def _place(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _random_rows(width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,13 +1,10 @@
 """Resident linears that stay quantised in RAM, as the checkpoint has them: a token reads half of the bytes, or less.
 
 For a few rows the CPU kernels multiply with the codes; for more, blocks of rows are turned into values on the way. The
-codes are buffers of the module, so that they are counted with the resident weights. `module.weight` is left as a tensor
-without memory, of the right shape and type.
+codes are buffers of the module, so that they are counted with the resident weights.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -20,7 +17,7 @@ from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu.decode import CpuLinear
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.matrices import knows, unreadable
-from offmoe.models.native import MATRIX_NAME, MAX_ROWS
+from offmoe.models.native import MAX_ROWS, KernelLinear
 from offmoe.models.stored import read_matrix, values_of
 from offmoe.models.transformers_internals import Target
 
@@ -33,14 +30,14 @@ class QuantisedLinears:
     def __init__(
         self, model: PreTrainedModel, index: CheckpointIndex, targets: dict[str, Target], kernels: CpuKernels
     ) -> None:
-        """Takes the weights out of the modules. Call `read` before anything else is loaded."""
-        self._kernels, self._dtype = kernels, model.dtype
-        self._found: list[tuple[nn.Linear, QuantEntry]] = []
+        """Replaces the modules. Call `read` before anything else is loaded."""
+        self._dtype = model.dtype
+        self._found: list[tuple[nn.Module, str, QuantisedLinear, QuantEntry]] = []
         self.keys: set[str] = set()
         keys_of: dict[str, list[str]] = {}
         for key, target in targets.items():
             keys_of.setdefault(target.param, []).append(key)
-        for name, module in model.named_modules():
+        for name, module in list(model.named_modules()):
             keys = keys_of.get(f"{name}.weight", [])
             entry = index.tensors[keys[0]] if len(keys) == 1 else None
             tied = f"{name}.weight" in model.all_tied_weights_keys
@@ -49,56 +46,63 @@ class QuantisedLinears:
             if name.endswith(LATENT_MATRIX):  # it is needed from both sides
                 continue
             if targets[keys[0]].pattern is None and entry.shape == module.weight.shape:
-                self._take(module, entry)
+                parent, linear = model.get_submodule(name.rpartition(".")[0]), QuantisedLinear(module, entry, kernels)
+                setattr(parent, name.rpartition(".")[2], linear)
+                self._found.append((parent, name.rpartition(".")[2], linear, entry))
                 self.keys.add(keys[0])
-
-    def _take(self, module: nn.Linear, entry: QuantEntry) -> None:
-        dtype = module.weight.dtype
-        del module._parameters["weight"]
-        module.__dict__["weight"] = torch.empty(entry.shape, dtype=dtype, device="meta")
-        for name, stored in zip(_BUFFERS, entry.stored, strict=False):
-            codes = torch.empty(stored.num_bytes, dtype=torch.uint8, device="meta")
-            module.register_buffer(name, codes, persistent=False)
-        self._found.append((module, entry))
 
     def read(self, index: CheckpointIndex) -> None:
         """Read the codes. A linear that the kernels cannot read gets its values after all."""
-        for module, entry in self._found:
+        for parent, name, linear, entry in self._found:
             matrix = read_matrix(index, entry)
-            if unreadable(matrix, self._dtype) is not None:
-                _give_values(module, matrix)
-                continue
-            for name, tensor in zip(_BUFFERS, (matrix.codes, matrix.scales, matrix.zeros), strict=True):
-                if tensor is not None:
-                    module.register_buffer(name, tensor, persistent=False)
-            module.__dict__[MATRIX_NAME] = matrix
-            module.__dict__["forward"] = _forward_of(self._kernels, module, matrix)
+            if unreadable(matrix, self._dtype) is None:
+                linear.set_matrix(matrix)
+            else:
+                setattr(parent, name, linear.with_values(matrix))
 
 
-def _give_values(module: nn.Linear, matrix: QuantMatrix) -> None:
-    dtype = module.__dict__.pop("weight").dtype
-    for name in _BUFFERS:
-        module._buffers.pop(name, None)
-        module._non_persistent_buffers_set.discard(name)
-    module.weight = nn.Parameter(values_of(matrix, dtype), requires_grad=False)
+class QuantisedLinear(KernelLinear):
+    """A linear without bias or with one, whose weight is a matrix of codes. `weight` has a shape and a type only."""
 
+    def __init__(self, original: nn.Linear, entry: QuantEntry, kernels: CpuKernels) -> None:
+        """`original` is on the meta device, and so are the codes until `set_matrix`."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = original.in_features, original.out_features
+        self.__dict__["weight"] = torch.empty(entry.shape, dtype=original.weight.dtype, device="meta")
+        self.register_parameter("bias", original.bias)
+        for name, stored in zip(_BUFFERS, entry.stored, strict=False):
+            codes = torch.empty(stored.num_bytes, dtype=torch.uint8, device="meta")
+            self.register_buffer(name, codes, persistent=False)
+        self._kernels = kernels
+        self._linear: CpuLinear | None = None
 
-def _forward_of(kernels: CpuKernels, module: nn.Linear, matrix: QuantMatrix) -> Callable[[torch.Tensor], torch.Tensor]:
-    dtype = module.__dict__["weight"].dtype
-    linear: CpuLinear | None = None
+    def set_matrix(self, matrix: QuantMatrix) -> None:
+        """The codes are read."""
+        for name, tensor in zip(_BUFFERS, (matrix.codes, matrix.scales, matrix.zeros), strict=True):
+            if tensor is not None:
+                self.register_buffer(name, tensor, persistent=False)
+        self.quant_matrix = matrix
 
-    def forward(input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # its name in nn.Linear
-        nonlocal linear
-        bias = module.bias
-        if linear is None and (bias is None or not bias.is_meta):
-            linear = CpuLinear(kernels, matrix, None if bias is None else bias.detach(), dtype=dtype)
+    def with_values(self, matrix: QuantMatrix) -> nn.Linear:
+        """A linear of the values of `matrix`, and of this one's bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(values_of(matrix, self.weight.dtype), requires_grad=False)
+        linear.register_parameter("bias", self.bias)
+        return linear
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # its name in nn.Linear
+        """As nn.Linear: (..., K) to (..., N)."""
+        matrix, bias = self.quant_matrix, self.bias
+        if matrix is None:  # on the meta device
+            return nn.functional.linear(input, self.weight, bias)
+        if self._linear is None and (bias is None or not bias.is_meta):
+            dtype = self.weight.dtype
+            self._linear = CpuLinear(self._kernels, matrix, None if bias is None else bias.detach(), dtype=dtype)
         few = input.numel() <= MAX_ROWS * matrix.shape[1]
-        if linear is not None and few and linear.takes(input) and not torch.compiler.is_dynamo_compiling():
-            return linear(input)
+        if self._linear is not None and few and self._linear.takes(input) and not torch.compiler.is_dynamo_compiling():
+            return self._linear(input)
         blocks = [
             nn.functional.linear(input, matrix.dequantise(input.dtype, rows), None if bias is None else bias[rows])
             for rows in matrix.row_blocks()
         ]
         return torch.cat(blocks, dim=-1)
-
-    return forward

@@ -103,12 +103,9 @@ class TorchThreads:
         self._all = self._all_of_mkl = 0  # those to go back to, while a token is computed
         self._attends = False
 
-    def begin(self, model: nn.Module, unread: Mapping[int, str], *, attends: bool) -> None:
-        """From now on, if the kernels have all linears of `model`; `attends`: its attention too."""
-        self._attends = attends
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        if all("forward" in vars(module) for module in linears):
-            self._unread = unread
+    def begin(self, unread: Mapping[int, str], *, attends: bool) -> None:
+        """From now on: the kernels have all linears of the model; `attends`: its attention too."""
+        self._attends, self._unread = attends, unread
 
     def run_token(self, forward: Step, ids: torch.Tensor) -> torch.Tensor:
         """`forward(ids)`, for one token."""
