@@ -10,8 +10,7 @@ In the background, a thread compiles while the model's own steps go on. torch's 
 ways, which is why compile="on" waits instead: its process-wide "is compiling" flag makes transformers' eager code write
 masks out (same values, maybe another attention kernel's rounding); it puts the default random state back when it is
 done (sampling here has generators of its own); and it runs in Python, so that eager steps meanwhile share the
-interpreter with it (benchmarks/2026-11-22-compiled-steps.md). Meanwhile nothing stands in for a module
-(models/stand_ins.py): lookahead goes without the routers that only their block can be asked for.
+interpreter with it (benchmarks/2026-11-22-compiled-steps.md).
 """
 
 from __future__ import annotations

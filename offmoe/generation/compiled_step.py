@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 from offmoe.generation.compile_thread import interruptible
 from offmoe.generation.grouped_attention import group_attention
 from offmoe.models.seam import define_experts_operator, is_observed
-from offmoe.models.stand_ins import captured
 from offmoe.models.static_cache import StaticKv
 
 # A lowering takes a graph and example inputs and returns what runs it: a torch.compile backend.
@@ -101,7 +100,7 @@ class CompiledStep:
         """Compile without running anything. Raises whatever torch.compile raises."""
         model = self._model()
         assert model is not None, "closed"
-        with captured(model), suppress(_Compiled), interruptible():
+        with suppress(_Compiled), interruptible():
             self._function()
         self._backend.only_compile = False
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextvars
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from offmoe.models.call_trace import Call, LayerTrace, find_tensor, same_values, tensors_in
-from offmoe.models.stand_ins import stand_in
+from offmoe.models.seam import ids_that_reach_experts
 
 
 class Side:
@@ -141,14 +142,6 @@ class Step:
 _MISSING = object()
 
 
-class _IdsKnownError(Exception):
-    """Leaves a block's forward once it has handed its expert ids to the experts."""
-
-    def __init__(self, expert_ids: torch.Tensor) -> None:
-        super().__init__()
-        self.expert_ids = expert_ids
-
-
 def ids_given_to_experts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The expert ids among an experts module's arguments (transformers names them `top_k_index`)."""
     ids = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
@@ -158,19 +151,20 @@ def ids_given_to_experts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The chain of a layer. Its last step answers with the ids, or hands them to `experts` (and is left there)."""
+    """The chain of a layer. Its last step answers with the ids, or hands them to `experts`, which are bound (seam.py)
+    then.
+    """
 
     steps: tuple[Step, ...]
     experts: nn.Module
     scores_idx: int | None = None
 
     def expert_ids(self, state: torch.Tensor, side: Side) -> torch.Tensor | None:
-        """(T, *X) -> (T, K); None when the state has another form, a side value is not there, or the model is being
-        captured and its block would have to be asked.
-        """
+        """(T, *X) -> (T, K); None when the state has another form, or a side value is not there."""
         last = self.steps[-1]
         if last.output_idx is None:
-            return self._ids_from_block(state, side)
+            ids = ids_that_reach_experts(partial(self._run, state, side))
+            return None if ids is None else ids.reshape(state.shape[0], -1)
         answer = self.answer(state, side)
         return None if answer is None else list(tensors_in(answer))[last.output_idx].reshape(state.shape[0], -1)
 
@@ -200,7 +194,7 @@ class Tail:
 
     def answer(self, state: torch.Tensor, side: Side) -> Any | None:
         """What the last step's module answers; None as `expert_ids`."""
-        # An empty context: modules called inside must not show in outputs that transformers collects through it.
+        # An empty context, as in seam.py.
         return contextvars.Context().run(self._run, state, side)
 
     def _run(self, state: torch.Tensor, side: Side) -> Any | None:
@@ -211,18 +205,6 @@ class Tail:
                 return None
             state = list(tensors_in(answer))[step.output_idx].reshape(num_tokens, -1)
         return self.steps[-1].run(state, side)
-
-    def _ids_from_block(self, state: torch.Tensor, side: Side) -> torch.Tensor | None:
-        def leave(*args: Any, **kwargs: Any) -> torch.Tensor:
-            raise _IdsKnownError(ids_given_to_experts(args, kwargs))
-
-        with stand_in({self.experts: leave}) as may_ask:
-            try:
-                if may_ask:
-                    self.answer(state, side)
-            except _IdsKnownError as known:
-                return known.expert_ids.reshape(state.shape[0], -1)
-        return None
 
 
 def find_tail(trace: LayerTrace, last: Call, output_idx: int | None, experts: nn.Module) -> Tail | None:

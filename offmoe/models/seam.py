@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -79,6 +80,31 @@ class LayerBinding:
 
 # The one table that operators in compiled graphs can see. It keeps no binding alive: modules do.
 _binding_of_handle: WeakValueDictionary[int, LayerBinding] = WeakValueDictionary()
+
+
+_wants_ids: ContextVar[bool] = ContextVar("wants_ids", default=False)
+
+
+class _IdsKnownError(Exception):
+    """Leaves a block's forward where it hands its expert ids over."""
+
+    def __init__(self, ids_TK: torch.Tensor) -> None:
+        super().__init__()
+        self.ids_TK = ids_TK
+
+
+def ids_that_reach_experts(run: Callable[[], object]) -> torch.Tensor | None:
+    """Call `run` until it hands expert ids to bound experts: these, (T, K), and nothing is computed. None: it does not.
+
+    In an empty context: modules called inside must not show in outputs that transformers collects through it.
+    """
+    context = Context()
+    context.run(_wants_ids.set, True)
+    try:
+        context.run(run)
+    except _IdsKnownError as known:
+        return known.ids_TK
+    return None
 
 
 class ClosedExecutor:
@@ -156,6 +182,8 @@ def serve_experts(
     if torch.compiler.is_dynamo_compiling():
         state_TX = getattr(module, _BINDING_NAME).take_traced_state()
         y_TD: torch.Tensor = torch.ops.offmoe.experts(x_TD, ids_TK, weights_TK, getattr(module, _HANDLE_NAME), state_TX)
+    elif _wants_ids.get():
+        raise _IdsKnownError(ids_TK)
     else:
         y_TD = _run(_binding_of(module), x_TD, ids_TK, weights_TK)
     return y_TD.view(hidden_states.shape)
