@@ -14,7 +14,7 @@ from test_decode_families import logits
 from torch import nn
 
 import offmoe
-from offmoe.models.native_hooks import mark_observer
+from offmoe.models.native_hooks import ObserverHook
 
 pytestmark = needs_library
 
@@ -66,15 +66,15 @@ def test_hooks_of_every_module_are_run(engine: offmoe.Engine) -> None:
 def test_observers_are_told_in_passing(engine: offmoe.Engine, name: str) -> None:
     seen: list[torch.Tensor] = []
 
-    def tell(state: torch.Tensor) -> None:
-        seen.append(state.reshape(-1).clone())
+    class Hook(ObserverHook):
+        def tell(self, state: torch.Tensor) -> None:
+            seen.append(state.reshape(-1).clone())
 
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if args[0].numel() == args[0].shape[-1]:
-            tell(args[0])
+        def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if args[0].numel() == args[0].shape[-1]:
+                self.tell(args[0])
 
-    mark_observer(hook, tell)
-    engine.model.get_submodule(name).register_forward_pre_hook(hook)
+    engine.model.get_submodule(name).register_forward_pre_hook(Hook(), with_kwargs=True)
     logits(engine, reuse=False)
     assert path(engine) == ("fused", "")
     passing = seen.copy()

@@ -31,7 +31,6 @@ from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.program import CpuProgram
 from offmoe.models.angles import AngleTable
 from offmoe.models.kv_cache import PreallocatedLayer, SlidingLayer
-from offmoe.models.native_hooks import marked_tell
 
 # Name of a rotary module, and the layer type that it is asked for.
 Kind = tuple[str, str]
@@ -191,11 +190,11 @@ class FusedStep:
 
 
 class _Told:
-    """One token's observers: marked hooks of the layers' modules, told in the order of the layers, once each."""
+    """One token's observers: the ObserverHooks of the layers' modules, told in the order of the layers, once each."""
 
     def __init__(self, hooks: list[tuple[int, bool, dict[int, Any], torch.Tensor]]) -> None:
         self._left = deque(
-            (layer_idx, is_input, marked_tell(hook), row)
+            (layer_idx, is_input, hook.tell, row)
             for layer_idx, is_input, table, row in hooks for hook in table.values()
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ Shapes: T tokens, K experts a token, E experts, X what a state has besides (D mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from offmoe.models.agreement import agrees, candidates, decoder_layer_of, with_scores
 from offmoe.models.call_trace import Call, LayerTrace, LayerTracer, by_name
 from offmoe.models.kv_cache import make_kv_cache
-from offmoe.models.native_hooks import mark_observer
+from offmoe.models.native_hooks import ObserverHook
 from offmoe.models.predictor import Side, Tail, find_tail, ids_given_to_experts, layer_state_name
 from offmoe.models.seam import LayerBinding, StateObserver, find_binding
 from offmoe.models.transformers_internals import experts_modules
@@ -90,9 +91,9 @@ class InstalledHooks:
         self._handles: list[RemovableHandle] = []
         self._bindings: list[LayerBinding] = []
 
-    def add(self, handle: RemovableHandle) -> None:
-        """Take care of one more."""
-        self._handles.append(handle)
+    def add(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """Call `hook` before `module`."""
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def observe(self, binding: LayerBinding, observer: StateObserver) -> None:
         """Let graphs tell `observer` of a layer's state."""
@@ -131,49 +132,58 @@ class RoutingMap:
         sides = frozenset[int | str]().union(*(tail.steps[-1].side_names for tail in tails.values()))
         for layer_idx in (layer_idx for layer_idx in self.order if layer_idx in tails):
             tail, binding = tails[layer_idx], find_binding(tails[layer_idx].experts)
-            hooks.add(_hook_input(self.layers[layer_idx], tail, observer, self.side, sides))
-            hooks.add(_hook_state(layer_idx, tail, observer, binding))
+            layer = self.layers[layer_idx].decoder_layer
+            if sides:
+                hooks.add(layer, _note_sides(self.side, sides, observer))
+            hooks.add(layer, _InputHook(self.layers[layer_idx], tail, observer))
+            hooks.add(tail.steps[0].module, _StateHook(layer_idx, tail, observer, binding))
             if binding is not None:
                 hooks.observe(binding, observer)
         return hooks
 
 
-def _hook_input(
-    layer: LayerRouting, tail: Tail, observer: RoutingObserver, side: Side, side_names: frozenset[int | str]
-) -> RemovableHandle:
-    name, rest = layer.input_name, tail.steps[0].form.rest
+class _StateHook(ObserverHook):
+    """On the first module of a layer's tail: tells of the state from which the router will choose."""
 
-    def tell(state: torch.Tensor) -> None:
-        if not observer.is_asleep and state.numel() % torch.Size(rest).numel() == 0:
-            observer.observe_input(layer.layer_idx, state.reshape(-1, *rest))
+    def __init__(self, layer_idx: int, tail: Tail, observer: RoutingObserver, binding: LayerBinding | None) -> None:
+        self._layer_idx, self._observer, self._binding = layer_idx, observer, binding
+        self._name, self._rest = tail.steps[0].state_name, tail.steps[0].form.rest
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_dynamo_compiling() or observer.is_asleep:
-            return
-        if side_names:
-            side.see({key: value for key, value in by_name(args, kwargs).items() if key in side_names})
-        tell(_argument(name, args, kwargs))
+    def tell(self, state: torch.Tensor) -> None:
+        if not self._observer.is_asleep:
+            self._observer.observe_state(self._layer_idx, state.reshape(-1, *self._rest))
 
-    if not side_names:  # else it has to see all that the layer is given
-        mark_observer(hook, tell)
-    return layer.decoder_layer.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _hook_state(layer_idx: int, tail: Tail, observer: RoutingObserver, binding: LayerBinding | None) -> RemovableHandle:
-    name, rest = tail.steps[0].state_name, tail.steps[0].form.rest
-
-    def tell(state: torch.Tensor) -> None:
-        if not observer.is_asleep:
-            observer.observe_state(layer_idx, state.reshape(-1, *rest))
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_dynamo_compiling():
-            tell(_argument(name, args, kwargs))
-        elif binding is not None:
-            binding.trace_state(_argument(name, args, kwargs).reshape(-1, *rest))
+            self.tell(_argument(self._name, args, kwargs))
+        elif self._binding is not None:
+            self._binding.trace_state(_argument(self._name, args, kwargs).reshape(-1, *self._rest))
 
-    mark_observer(hook, tell)
-    return tail.steps[0].module.register_forward_pre_hook(hook, with_kwargs=True)
+
+class _InputHook(ObserverHook):
+    """On a decoder layer: tells of its input."""
+
+    def __init__(self, layer: LayerRouting, tail: Tail, observer: RoutingObserver) -> None:
+        self._layer_idx, self._name, self._observer = layer.layer_idx, layer.input_name, observer
+        self._rest = tail.steps[0].form.rest
+
+    def tell(self, state: torch.Tensor) -> None:
+        if not self._observer.is_asleep and state.numel() % torch.Size(self._rest).numel() == 0:
+            self._observer.observe_input(self._layer_idx, state.reshape(-1, *self._rest))
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_dynamo_compiling():
+            self.tell(_argument(self._name, args, kwargs))
+
+
+def _note_sides(side: Side, names: frozenset[int | str], observer: RoutingObserver) -> Callable[..., None]:
+    """A pre-hook of a decoder layer: it remembers what some router will look at beside the state."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_dynamo_compiling() and not observer.is_asleep:
+            side.see({key: value for key, value in by_name(args, kwargs).items() if key in names})
+
+    return hook
 
 
 def _argument(name: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
