@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-from offmoe.models.angles import AngleTable
+from offmoe.decode.fused import AngleTable
 
 PLACES = (0, 1, 255, 256, 700, 257, 1)
 KINDS: dict[str, dict[str, Any]] = {

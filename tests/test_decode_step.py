@@ -14,7 +14,7 @@ from test_decode_families import logits
 from torch import nn
 
 import offmoe
-from offmoe.models.native_hooks import ObserverHook
+from offmoe.models.seam import ObserverHook
 
 pytestmark = needs_library
 

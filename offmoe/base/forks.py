@@ -7,6 +7,14 @@ import os
 from offmoe.base.errors import EngineBusyError
 
 
+def forked_error(pid: int) -> EngineBusyError:
+    """The error in a forked child of the process `pid`, in which the engine was loaded."""
+    return EngineBusyError(
+        f"the engine was loaded in process {pid}, and this is a forked child of it ({os.getpid()}), "
+        "which has none of its threads; load the model here, or start the process by spawn"
+    )
+
+
 class OneProcess:
     """The process that an object was made in; in a forked child of it the object is refused, not waited for."""
 
@@ -21,7 +29,4 @@ class OneProcess:
     def check(self) -> None:
         """Raise EngineBusyError in a forked child."""
         if not self.is_here:
-            raise EngineBusyError(
-                f"the engine was loaded in process {self._pid}, and this is a forked child of it ({os.getpid()}), "
-                "which has none of its threads; load the model here, or start the process by spawn"
-            )
+            raise forked_error(self._pid)

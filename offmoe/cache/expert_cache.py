@@ -71,12 +71,13 @@ class ExpertCache:
 
         `ids`: what all its tokens chose, with PADDING; None where only the misses of the tier above will be heard of.
         """
-        if layer_idx <= self._layer_idx:
+        if layer_idx <= self._layer_idx and not self._keeps_all:
             self.policy.token_pass()
         self._layer_idx = layer_idx
         if self.on_layer is not None:
             self.on_layer(layer_idx, ids)
-        self._source.begin_layer(layer_idx)
+        if self._source.host is not None:
+            self._source.host.begin_layer(layer_idx)
 
     def num_bytes(self, key: ExpertKey) -> int:
         """Bytes that fetching `key` moves."""

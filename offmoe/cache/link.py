@@ -116,10 +116,6 @@ class LinkSource:
             for slot in slots:
                 self._last_use[slot] = mark
 
-    def begin_layer(self, layer_idx: int) -> None:
-        """For the RAM cache's books, too."""
-        self.host.begin_layer(layer_idx)
-
     def poll(self) -> None:
         """Let what has been read go on to the device, and let RAM slots go whose copy has ended."""
         self.host.poll()

@@ -20,8 +20,19 @@ from offmoe.tiers.host import HostPool
 LINE_BYTES = 64
 
 
+class LayerBooks(Protocol):
+    """A cache below another one."""
+
+    def begin_layer(self, layer_idx: int) -> None:
+        """A layer call begins."""
+
+
 class Source(Protocol):
     """The tier below a cache."""
+
+    @property
+    def host(self) -> LayerBooks | None:
+        """The cache of that tier, if it has one."""
 
     def start(self, key: ExpertKey, slot: int, *, urgent: bool) -> Ticket | None:
         """Begin filling `slot` with `key`; None when the tier below has no room for it now."""
@@ -35,9 +46,6 @@ class Source(Protocol):
     def used(self, slots: Sequence[int]) -> None:
         """Work that reads `slots` has been submitted; no later move may write to them before it has ended."""
 
-    def begin_layer(self, layer_idx: int) -> None:
-        """A layer call begins."""
-
     def poll(self) -> None:
         """Drive what is under way on the tier below. Never blocks."""
 
@@ -50,6 +58,8 @@ class Source(Protocol):
 
 class DiskSource:
     """Reads experts from the files into the slots of a host pool."""
+
+    host = None
 
     def __init__(self, index: ExpertIndex, pool: HostPool, disk: DiskTier) -> None:
         self._index, self._pool, self._disk = index, pool, disk
@@ -78,9 +88,6 @@ class DiskSource:
 
     def used(self, slots: Sequence[int]) -> None:
         """Computations on RAM slots have ended when they are released."""
-
-    def begin_layer(self, layer_idx: int) -> None:
-        """There is no cache below."""
 
     def poll(self) -> None:
         """Reads need no help."""

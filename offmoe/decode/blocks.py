@@ -14,7 +14,7 @@ from torch import nn
 
 from offmoe.decode.spec import NoSpecError, Router, part_of
 from offmoe.decode.steps import Steps
-from offmoe.executor.joined import JoinedExperts
+from offmoe.executor.recovering import JoinedExperts
 from offmoe.kernels.cpu.decode import CpuLinear
 from offmoe.kernels.cpu.layer import CpuRoute
 from offmoe.models.seam import LayerBinding, find_binding

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_modules
 
 from offmoe.decode.compare import allowed_difference, difference
 from offmoe.decode.families import spec_of
@@ -23,8 +24,7 @@ from offmoe.decode.spec import DecoderSpec, NoSpecError
 from offmoe.executor.recovering import RecoveringExecutor
 from offmoe.models.kv_rewind import remember
 from offmoe.models.loaded import LoadedModel
-from offmoe.models.native_hooks import Hooks
-from offmoe.models.seam import find_binding
+from offmoe.models.seam import ObserverHook, find_binding
 from offmoe.models.transformers_internals import experts_modules
 
 Path = Literal["fused", "eager"]
@@ -217,6 +217,28 @@ class DecodePaths:
             f"decoding of {name} goes through transformers' modules: on the fused path {self._final}; please report it",
             RuntimeWarning, stacklevel=2,
         )  # fmt: skip
+
+
+class Hooks:
+    """The hooks of `modules` and of `told`, and those that torch calls for every module."""
+
+    def __init__(self, modules: Iterable[nn.Module], told: Sequence[nn.Module] = ()) -> None:
+        """`told`: modules whose ObserverHooks the step tells itself."""
+        self._tables: list[dict[int, Any]] = [
+            torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks,
+        ]  # fmt: skip
+        for module in dict.fromkeys(modules):
+            if module not in told:
+                self._tables += [module._forward_hooks, module._forward_pre_hooks]
+        self._tables += [module._forward_hooks for module in told]
+        self._told: list[dict[int, Any]] = [module._forward_pre_hooks for module in told]
+
+    @property
+    def may_pass(self) -> bool:
+        """Nobody but who can be told would be called."""
+        return not any(self._tables) and all(
+            isinstance(hook, ObserverHook) for table in self._told for hook in table.values()
+        )
 
 
 def _parts_of(model: nn.Module) -> list[tuple[dict[str, Any], str, Any, int]]:

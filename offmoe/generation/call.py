@@ -11,10 +11,9 @@ from offmoe.decode.paths import DecodePaths
 from offmoe.generation.compiled import DecodeCompiler
 from offmoe.generation.prefill_chunk import PrefillChunk
 from offmoe.generation.sampling import Chooser
-from offmoe.generation.stats import Totals
+from offmoe.generation.stats import GenerationStats, Totals
 from offmoe.generation.step import generate_step
 from offmoe.generation.stream import Piece, StopRules, stream_text
-from offmoe.generation.tracing import note_phases
 from offmoe.generation.translate import translate_step
 from offmoe.models.kv_prefix import KeptCache
 from offmoe.models.loaded import LoadedModel
@@ -37,27 +36,39 @@ def answer(
     call: Call, parts: LoadedModel, totals: Totals, kept: KeptCache, decode: DecodeCompiler | DecodePaths,
     halving: PrefillChunk | None,
 ) -> Iterator[Piece]:  # fmt: skip
-    """The prompt read where `kept` does not hold it, then the reply. `totals` gets what it cost."""
+    """Begin a call. The pieces: the prompt is read where `kept` does not hold it, then comes the reply. `totals` gets
+    what it cost.
+    """
+    recorder = parts.serving.recorder
     decode.begin(len(call.ids) + call.rules.max_new_tokens, num_held=len(kept.ids))
     num_reused = kept.begin(call.ids, reuse=call.reuse)
+
+    def on_prefill(done: int, total: int) -> None:
+        recorder.reading_prompt = done < total
+        call.on_prefill(done, total)
+
+    def on_end(stats: GenerationStats) -> None:
+        recorder.reading_prompt = False
+        totals.add(stats)
+
+    recorder.begin_prompt(len(call.ids) - num_reused)
+    recorder.reading_prompt = kept.logits is None
     steps = generate_step(
         parts.model, call.ids, call.choose, kept=kept, chunk=halving.size if halving else parts.plan.prefill_chunk,
-        on_prefill=call.on_prefill, decode=decode,
+        on_prefill=on_prefill, decode=decode,
         smaller_chunk=halving.halve if halving else None,
     )  # fmt: skip
-    steps = note_phases(steps, parts.serving.recorder, len(call.ids) - num_reused)
-    with kept.guarded():
-        yield from stream_text(
-            steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
-            num_reused=num_reused, on_end=totals.add, after=() if call.own_text else call.ids,
-            way=lambda: (decode.path, decode.reason),
-        )  # fmt: skip
+    return stream_text(
+        steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
+        num_reused=num_reused, on_end=on_end, after=() if call.own_text else call.ids,
+        way=lambda: (decode.path, decode.reason),
+    )  # fmt: skip
 
 
 def translate(call: Call, parts: LoadedModel, totals: Totals) -> Iterator[Piece]:
     """The same of an encoder-decoder model: its encoder reads the prompt, its decoder writes."""
     steps = translate_step(parts.model, call.ids, call.choose, on_prefill=call.on_prefill)
-    yield from stream_text(
+    return stream_text(
         steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
         on_end=totals.add,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -198,8 +199,7 @@ class Engine:
     ) -> Iterator[Piece]:  # fmt: skip
         """As `chat`, piece by piece; `piece.reasoning` tells what the model thinks from what it says.
 
-        `chat_template_kwargs` and `allow_control_tokens` as in `chat.chat_ids`. `reuse` is True unless it is given, or
-        placement_invariant is set.
+        `chat_template_kwargs` and `allow_control_tokens` as in `chat.chat_ids`.
         """
         if self.model.config.is_encoder_decoder:
             raise UsageError("an encoder-decoder model rewrites a text and holds no conversation; use generate")
@@ -209,7 +209,7 @@ class Engine:
             self.tokenizer, messages, vocab_size=self.vocab_size, arguments=chat_template_kwargs,
             allow_control_tokens=allow_control_tokens,
         )  # fmt: skip
-        pieces = self.stream(ids, **{"reuse": not self.config.placement_invariant, "own_text": True, **options})
+        pieces = self.stream(ids, **{"own_text": True, **options})
         return split_reasoning(pieces, self.tokenizer, ids)
 
     def conversation(
@@ -237,9 +237,9 @@ class Engine:
         `own_text`: the reply does not continue the prompt's text, and begins without the space before its first word.
 
         `reuse`: what the KV cache holds of the prompt from the last call is not read again. True: the longest common
-        prefix. False: nothing. Default: when the prompt goes on where the last one ended, and not with
-        placement_invariant. It cuts the prompt in other places than a fresh reading does, which in 16 bits rounds
-        differently.
+        prefix. False: nothing. Default: False with placement_invariant; True with `own_text`, as chats are; else when
+        the prompt goes on where the last one ended. It cuts the prompt in other places than a fresh reading does, which
+        in 16 bits rounds differently.
 
         Raises UsageError (unknown or impossible option), ContextLengthError (the prompt leaves no room for a token) and
         EngineBusyError at the call. At any step CheckpointError from a failed read and BudgetError from full RAM or a
@@ -250,6 +250,8 @@ class Engine:
             raise EngineBusyError(_BUSY)
         if reuse not in {None, True, False}:
             raise UsageError(f"reuse is {reuse!r}; use True, False, or leave it out")
+        if reuse is None and (own_text or self.config.placement_invariant):
+            reuse = not self.config.placement_invariant
         settings = self._sampling(sampling)
         ids = encode(prompt, self.tokenizer, vocab_size=self.vocab_size)
         rules = stop_rules(
@@ -262,20 +264,22 @@ class Engine:
         call = Call(
             ids=ids, tokenizer=self.tokenizer, rules=rules, on_prefill=on_prefill,
             choose=choose or make_chooser(settings, parts.model.device, self._rules(len(ids), ignore_end=ignore_end)),
-            reuse=False if reuse is None and self.config.placement_invariant else reuse, own_text=own_text,
+            reuse=reuse, own_text=own_text,
         )  # fmt: skip
         if parts.model.config.is_encoder_decoder:
-            return self._exclusively(translate(call, parts, self._totals))
-        return self._exclusively(answer(call, parts, self._totals, self._kept, self._decode, self._halving_chunk))
+            return self._exclusively(partial(translate, call, parts, self._totals))
+        return self._exclusively(
+            partial(answer, call, parts, self._totals, self._kept, self._decode, self._halving_chunk)
+        )
 
-    def _exclusively(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Hold the engine from the first piece to the last, or to the generator's end."""
+    def _exclusively(self, begin: Callable[[], Iterator[Piece]]) -> Iterator[Piece]:
+        """The pieces of `begin()`, with the engine held from the first to the last, or to the generator's end."""
         device = self._parts.device  # raises when the engine was closed since the call
         if not self._running.acquire(blocking=False):
             raise EngineBusyError(_BUSY)
         better: OffmoeError | None = None
         try:
-            yield from pieces
+            yield from begin()
         except Exception as error:
             if self._loaded is None:  # whatever a close in another thread broke off, the user should hear of the close
                 raise EngineBusyError("the engine was closed while it was generating; load the model again") from None

@@ -16,17 +16,11 @@ class NoTokenError(Exception):
     """Logits that no token can be chosen from. The loop that made them says where that began."""
 
 
-def finite(logits: torch.Tensor) -> torch.Tensor:
-    """Check by one reduction that there is no NaN and no plus infinity: a bool of shape (), where the logits are.
-
-    Minus infinity is how models rule out single tokens; of all tokens it is no answer.
-    """
-    return logits.amax().isfinite()
-
-
 def is_finite(logits: torch.Tensor) -> bool:
-    """Wait for the answer of `finite`."""
-    return bool(finite(logits))
+    """Whether there is no NaN and no plus infinity. Minus infinity is how models rule out single tokens; of all tokens
+    it is no answer.
+    """
+    return bool(logits.amax().isfinite())
 
 
 def non_finite_error(model: PreTrainedModel, num_tokens: int, run: Callable[[], object]) -> NonFiniteError:

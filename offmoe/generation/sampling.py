@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from offmoe.base.errors import UsageError
-from offmoe.generation.finite import NoTokenError, finite
+from offmoe.generation.finite import NoTokenError
 from offmoe.generation.processors import Rules, impossible_rule
 
 Number = TypeVar("Number", int, float)
@@ -170,12 +170,12 @@ def _choose(
     logits: torch.Tensor,
 ) -> int:  # fmt: skip
     """Take an id from the processed logits (1, V) by `pick`. Whether there is any comes with the id."""
-    is_choice = finite(logits)
+    is_choice = logits.amax().isfinite()  # no NaN and no plus infinity; minus infinity rules out single tokens
     try:
         scores: torch.Tensor = processors(ids, logits.float())
     except ValueError as error:  # ids beyond the vocabulary, which biases and bad words name
         raise impossible_rule(error) from None
-    is_left = finite(scores) if processors else is_choice
+    is_left = scores.amax().isfinite() if processors else is_choice
     # Zeros in the place of what is no number: CUDA gives a process up that samples from it.
     token = pick(torch.where(is_left, scores, 0.0)).view(())
     token_id = int(torch.where(is_choice, torch.where(is_left, token, _ALL_RULED_OUT), _NOT_FINITE))

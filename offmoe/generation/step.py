@@ -34,28 +34,29 @@ def generate_step(
     memory for a piece of N tokens, `smaller_chunk(N)` says in what pieces to go on, or raises; without it the prompt
     fails. Raises NonFiniteError for logits that no token can be chosen from.
     """
-    forward = Forward(model, kept.cache, position=len(kept.ids))
-    ids = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.device)
-    logits = kept.logits
-    if logits is None:
-        logits = _read_prompt(model, forward, prompt_ids, kept, chunk, on_prefill, smaller_chunk)
-        kept.prompt_ends(logits)
-    while True:
-        try:
-            token_id = choose(ids, logits)
-        except NoTokenError:
-            raise _no_numbers(model, ids, kept, chunk) from None
-        yield token_id
-        new = ids.new_full((1, 1), token_id)  # filled by the device: nothing to wait for
-        ids = torch.cat([ids, new], dim=1)
-        if kept.grows_past(ids.shape[1]) and starts_over(model, ids, kept.cache):  # once in a reply, if at all
-            so_far = ids[0].tolist()
-            kept.begin(so_far, reuse=False)
-            forward = Forward(model, kept.cache)
-            logits = _read_prompt(model, forward, so_far, kept, chunk, lambda done, total: None, smaller_chunk)
-            continue
-        logits = decode(forward, new) if decode else forward(new)
-        kept.hold([token_id])
+    with kept.guarded():
+        forward = Forward(model, kept.cache, position=len(kept.ids))
+        ids = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.device)
+        logits = kept.logits
+        if logits is None:
+            logits = _read_prompt(model, forward, prompt_ids, kept, chunk, on_prefill, smaller_chunk)
+            kept.prompt_ends(logits)
+        while True:
+            try:
+                token_id = choose(ids, logits)
+            except NoTokenError:
+                raise _no_numbers(model, ids, kept, chunk) from None
+            yield token_id
+            new = ids.new_full((1, 1), token_id)  # filled by the device: nothing to wait for
+            ids = torch.cat([ids, new], dim=1)
+            if ids.shape[1] == kept.turns_at and starts_over(model, ids, kept.cache):  # once in a reply, if at all
+                so_far = ids[0].tolist()
+                kept.begin(so_far, reuse=False)
+                forward = Forward(model, kept.cache)
+                logits = _read_prompt(model, forward, so_far, kept, chunk, lambda done, total: None, smaller_chunk)
+                continue
+            logits = decode(forward, new) if decode else forward(new)
+            kept.ids.append(token_id)
 
 
 def _no_numbers(model: PreTrainedModel, ids: torch.Tensor, kept: KeptCache, chunk: int) -> NonFiniteError:
@@ -95,7 +96,7 @@ def _read_prompt(
                 assert smaller_chunk is not None
                 chunk = smaller_chunk(size)
                 continue
-            kept.hold(new_ids[begin : begin + size])
+            kept.ids += new_ids[begin : begin + size]
             logits, begin, size = result, begin + size, 0
             on_prefill(begin, total)
             if (

@@ -74,14 +74,3 @@ def _guessing(loaded: LoadedModel, recorder: Recorder) -> Iterator[None]:
         hooks.remove()
         for binding, observer in zip(bindings, observers, strict=True):
             binding.observer = observer
-
-
-def note_phases(steps: Iterator[int], recorder: Recorder, num_prompt_tokens: int) -> Iterator[int]:
-    """The ids of `steps`; what comes before the first of them is told to be the prompt."""
-    recorder.begin_prompt(num_prompt_tokens)
-    try:
-        for token_id in steps:
-            recorder.reading_prompt = False
-            yield token_id
-    finally:
-        recorder.reading_prompt = False

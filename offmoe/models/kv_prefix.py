@@ -20,8 +20,9 @@ from offmoe.models.lengths import longest_with_same_angles
 class KeptCache:
     """One KV cache for all calls of an engine, and the ids whose states it holds.
 
-    Order of a call: `begin`, then within `guarded` the rest of the prompt and `hold` for what was appended. Not for
-    two calls at once. `num_reused` and `num_prefilled` are totals in tokens.
+    Order of a call: `begin`, then within `guarded` the rest of the prompt; what was appended in all layers is added to
+    `ids`. Not for two calls at once. `num_reused` and `num_prefilled` are totals in tokens. `turns_at`: the length from
+    which on all angles differ from those of shorter texts, if there is one.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class KeptCache:
         self._divisible = divisible and not model.config.is_encoder_decoder
         # Beyond it all angles change; states of the first tokens are then of one length or the other.
         self._longest = longest_with_same_angles(model)
+        self.turns_at = None if self._longest is None else self._longest + 1
         self._num_seen = 0  # tokens that were held at once, since the cache was empty
         self.cache: DynamicCache | None = None
         self.ids: list[int] = []
@@ -46,6 +48,7 @@ class KeptCache:
         `reuse`: True takes the longest common prefix, False nothing, None only what a prompt that continues the last
         one has of it. Where all of `ids` were the last prompt, `logits` are what followed it, else None.
         """
+        self._num_seen = max(self._num_seen, len(self.ids))
         same = self._common(ids) if self._divisible and self.cache is not None and reuse is not False else 0
         if reuse is None and not (len(ids) > self._num_prompt <= same):
             same = 0
@@ -64,15 +67,6 @@ class KeptCache:
         self.num_reused += same
         self.num_prefilled += len(ids) - same
         return same
-
-    def hold(self, ids: Sequence[int]) -> None:
-        """The states of `ids` were appended, all of them in all layers."""
-        self.ids.extend(ids)
-        self._num_seen = max(self._num_seen, len(self.ids))
-
-    def grows_past(self, length: int) -> bool:
-        """True for the one length from which on all angles differ from those of shorter texts."""
-        return self._longest is not None and length == self._longest + 1
 
     def prompt_ends(self, logits: torch.Tensor) -> None:
         """What followed the prompt, (1, V): a repetition of it starts from there."""

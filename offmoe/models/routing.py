@@ -23,9 +23,8 @@ from transformers import PreTrainedModel
 from offmoe.models.agreement import agrees, candidates, decoder_layer_of, with_scores
 from offmoe.models.call_trace import Call, LayerTrace, LayerTracer, by_name
 from offmoe.models.kv_cache import make_kv_cache
-from offmoe.models.native_hooks import ObserverHook
 from offmoe.models.predictor import Side, Tail, find_tail, ids_given_to_experts, layer_state_name
-from offmoe.models.seam import LayerBinding, StateObserver, find_binding
+from offmoe.models.seam import LayerBinding, ObserverHook, StateObserver, find_binding
 from offmoe.models.transformers_internals import experts_modules
 
 _NUM_TOKENS = 8

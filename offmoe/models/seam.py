@@ -9,6 +9,7 @@ the state that a hook would show to an observer goes into the operator as one mo
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import library as operators
+from torch import nn
 
 from offmoe.base.errors import EngineBusyError, UsageError
 from offmoe.kernels.reference import ExpertMath
@@ -43,6 +45,18 @@ class StateObserver(Protocol):
         """The state after attention, from which this layer's router will choose. Not to be kept longer than the call
         of `run_layer` that follows: in compiled steps on CUDA its memory is a graph's.
         """
+
+
+class ObserverHook(ABC):
+    """A pre-hook that does nothing but to tell somebody of its module's input."""
+
+    @abstractmethod
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The module is about to be called."""
+
+    @abstractmethod
+    def tell(self, state: torch.Tensor) -> None:
+        """The same for this input, where the module is not called."""
 
 
 @dataclass(eq=False)
