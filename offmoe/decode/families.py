@@ -32,8 +32,8 @@ def olmoe(config: Any) -> DecoderSpec:
 
 def qwen2_moe(config: Any) -> DecoderSpec:
     """Qwen2-MoE: a shared expert behind a gate."""
-    shared = {"shared": "shared_expert", "shared_gate": "shared_expert_gate"}
-    return DecoderSpec(attention=Heads(), moe=Moe(router=softmax(config), **shared))
+    moe = Moe(router=softmax(config), shared="shared_expert", shared_gate="shared_expert_gate")
+    return DecoderSpec(attention=Heads(), moe=moe)
 
 
 def qwen3_moe(config: Any) -> DecoderSpec:

@@ -108,16 +108,16 @@ def cohere2_moe(config: Any) -> DecoderSpec:
 
 def granitemoeshared(config: Any) -> DecoderSpec:
     """Granite MoE with a shared MLP beside the experts; with sinks and angles of its own for each layer, too."""
-    thetas = getattr(config, "layer_rope_theta", None)
-    heads = Heads(sinks=None if thetas is None else "sinks")
-    known = sorted({theta for theta in thetas or () if theta})
+    thetas: list[float] = getattr(config, "layer_rope_theta", None) or []
+    heads = Heads(sinks="sinks" if thetas else None)
+    known = sorted({theta for theta in thetas if theta})
     router = Router(weight="block_sparse_moe.router.weight", scoring="softmax_of_chosen", weights_dtype="model")
     moe = Moe(
         name="", experts="block_sparse_moe.experts", router=router, shared="shared_mlp",
         shared_mlp=("input_linear", "output_linear"),
     )  # fmt: skip
     return DecoderSpec(
-        attention=heads if thetas is None else [heads if theta else replace(heads, rotary=None) for theta in thetas],
+        attention=[heads if theta else replace(heads, rotary=None) for theta in thetas] if thetas else heads,
         moe=moe, embedding=config.embedding_multiplier, residual=config.residual_multiplier,
         logits_scale=1 / config.logits_scaling,
         rotary="rotary_emb" if not known else [f"rotary_embs.{known.index(t) if t else 0}" for t in thetas],

@@ -157,7 +157,7 @@ class WeightReader:
 
     def factors(self, module: Any, name: str) -> torch.Tensor:
         """A parameter that rows are multiplied with. Raises NoSpecError."""
-        found = part_of(module, name)
+        found: torch.Tensor | None = part_of(module, name)
         if found is None or not torch.equal(found.detach().to(self._dtype).to(found.dtype), found.detach()):
             raise NoSpecError(f"{name} is not of the model's type")
         return found.detach().to(self._dtype).contiguous()

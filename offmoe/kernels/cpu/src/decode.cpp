@@ -1,38 +1,39 @@
 // One token's norms and attention, with the functions of one instruction set.
+#include <numeric>
+
 #include "attend_job.h"
 
 namespace offmoe {
 namespace {
 
-// A layer norm of one row, in place; rounded once.
-void centre(const Norm& call, const float* weight, float* x) {
-    double total = 0, squares = 0;
-    for (int64_t i = 0; i < call.width; ++i) total += x[i];
-    const float mean = static_cast<float>(total / static_cast<double>(call.width));
-    for (int64_t i = 0; i < call.width; ++i) {
-        x[i] -= mean;
-        squares += static_cast<double>(x[i]) * x[i];
-    }
-    const float scale = 1.0f / std::sqrt(static_cast<float>(squares / static_cast<double>(call.width)) + call.eps);
-    for (int64_t i = 0; i < call.width; ++i) {
-        float bias = 0;
-        if (call.bias != nullptr) read_row(call.type, static_cast<const uint8_t*>(call.bias) + i * size_of(call.type), 1, &bias);
-        x[i] = x[i] * scale * weight[i] + bias;
-    }
+// A layer norm of one row of whole vectors, in place; rounded once. `bias` is not read where the call has none.
+void centre(const Norm& call, const float* weight, const float* bias, float* x) {
+    double totals[kVectorFloats] = {}, squares[kVectorFloats] = {};
+    const int64_t end = in_vectors(call.width);
+    const auto sum = [](const double* lanes) { return std::accumulate(lanes, lanes + kVectorFloats, 0.0); };
+    for (int64_t i = 0; i < end; i += kVectorFloats)
+        for (int64_t lane = 0; lane < kVectorFloats; ++lane) totals[lane] += x[i + lane];
+    const float mean = static_cast<float>(sum(totals) / static_cast<double>(call.width));
+    for (int64_t i = 0; i < call.width; ++i) x[i] -= mean;
+    for (int64_t i = 0; i < end; i += kVectorFloats)
+        for (int64_t lane = 0; lane < kVectorFloats; ++lane) squares[lane] += static_cast<double>(x[i + lane]) * x[i + lane];
+    const float scale = 1.0f / std::sqrt(static_cast<float>(sum(squares) / static_cast<double>(call.width)) + call.eps);
+    for (int64_t i = 0; i < call.width; ++i) x[i] = x[i] * scale * weight[i] + (call.bias != nullptr ? bias[i] : 0.0f);
 }
 
 }  // namespace
 
 int32_t run_norm(const Level& level, Workspace& space, const Norm& call) {
     const int64_t width = in_vectors(call.width), row_bytes = call.width * size_of(call.type);
-    float* memory = floats(space.inputs, 2 * width);
+    float* memory = floats(space.inputs, 3 * width);
     if (memory == nullptr) return 1;
     read_padded(call.type, call.weight, call.width, memory);
+    if (call.bias != nullptr) read_padded(call.type, call.bias, call.width, memory + 2 * width);
     for (int64_t row = 0; row < call.rows; ++row) {
         float* x = memory + width;
         read_padded(call.type, static_cast<const uint8_t*>(call.x) + row * row_bytes, call.width, x);
         if (call.kind == CENTRED) {
-            centre(call, memory, x);
+            centre(call, memory, memory + 2 * width, x);
         } else {
             level.norm_row(x, memory, call.type, call.width, call.eps, call.kind, x);
         }

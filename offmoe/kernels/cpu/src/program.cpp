@@ -10,7 +10,7 @@ namespace offmoe {
 namespace {
 
 constexpr int64_t kBlock = 512;
-constexpr int64_t kMostTaps = 64;
+constexpr int64_t kMostTaps = 64, kStates = 1024;  // numbers of states at once, of at most kBlock channels
 constexpr float kLinearFrom = 20.0f;  // softplus(x) is x from here on, as torch has it
 
 int64_t now_ns() {
@@ -80,29 +80,32 @@ void run_numbers(const Numbers& call) {
     }
 }
 
+// Channels in blocks whose states fit: converted together, since a call for each channel's few numbers costs more than they do.
 void run_conv(const ShortConv& call) {
-    const int64_t size = call.type == F32 ? 4 : 2, bytes = call.channels * size;
+    const int64_t size = call.type == F32 ? 4 : 2, bytes = call.channels * size, taps = call.taps, most = std::min(kBlock, kStates / taps);
     const uint8_t* input = static_cast<const uint8_t*>(call.input);
-    float first[kBlock], second[kBlock], last[kBlock], inputs[kMostTaps], weights[kMostTaps];
-    for (int64_t begin = 0; begin < call.channels; begin += kBlock) {
-        const int64_t count = std::min(kBlock, call.channels - begin), at = begin * size;
+    const uint8_t* conv = static_cast<const uint8_t*>(call.conv);
+    float first[kBlock], second[kBlock], last[kBlock], states[kStates], weights[kStates];
+    for (int64_t begin = 0; begin < call.channels; begin += most) {
+        const int64_t count = std::min(most, call.channels - begin), at = begin * size;
+        uint8_t* state = static_cast<uint8_t*>(call.state) + at * taps;
         read_row(call.type, input + at, count, first);
         read_row(call.type, input + bytes + at, count, second);
         read_row(call.type, input + 2 * bytes + at, count, last);
+        read_row(call.type, state, count * taps, states);
+        read_row(call.type, conv + at * taps, count * taps, weights);
         for (int64_t i = 0; i < count; ++i) first[i] *= last[i];
         round_row(call.type, first, count);
+        if (call.bias != nullptr) read_row(call.type, static_cast<const uint8_t*>(call.bias) + at, count, last);
+        else std::fill_n(last, count, 0.0f);
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t row = (begin + i) * call.taps * size;
-            uint8_t* state = static_cast<uint8_t*>(call.state) + row;
-            std::memmove(state, state + size, static_cast<size_t>((call.taps - 1) * size));
-            write_row(call.type, first + i, 1, state + (call.taps - 1) * size);
-            read_row(call.type, state, call.taps, inputs);
-            read_row(call.type, static_cast<const uint8_t*>(call.conv) + row, call.taps, weights);
-            float sum = 0;
-            if (call.bias != nullptr) read_row(call.type, static_cast<const uint8_t*>(call.bias) + (begin + i) * size, 1, &sum);
-            for (int64_t tap = 0; tap < call.taps; ++tap) sum += inputs[tap] * weights[tap];
-            last[i] = sum;
+            float *inputs = states + i * taps, sum = last[i];
+            const float* weight = weights + i * taps;
+            for (int64_t tap = 0; tap + 1 < taps; ++tap) sum += (inputs[tap] = inputs[tap + 1]) * weight[tap];
+            inputs[taps - 1] = first[i];
+            last[i] = sum + first[i] * weight[taps - 1];
         }
+        write_row(call.type, states, count * taps, state);
         round_row(call.type, last, count);
         for (int64_t i = 0; i < count; ++i) last[i] *= second[i];
         write_row(call.type, last, count, static_cast<uint8_t*>(call.output) + at);
