@@ -99,7 +99,10 @@ def test_norms_are_known_by_their_numbers(kernels: CpuKernels, dtype: torch.dtyp
     found = find_norm(kernels, shifted)
     assert found is not None
     assert found.kind == "one_plus_weight"
-    others = (Rms(2048, offset=0.5), Rms(2048, centred=True), Rms(2048, has_bias=True), Gated(2048), nn.Linear(4, 4))
+    found = find_norm(kernels, Rms(2048, centred=True).to(dtype))
+    assert found is not None
+    assert found.kind == "centred"
+    others = (Rms(2048, offset=0.5), Rms(2048, has_bias=True), Gated(2048), nn.Linear(4, 4))
     for other in others:
         assert find_norm(kernels, other.to(dtype)) is None
 
