@@ -6,7 +6,9 @@ that level) and computes with torch; `offmoe plan` and the kernels' loader say s
 
 from __future__ import annotations
 
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -29,6 +31,11 @@ LEVELS = {
     ],
 }
 
+COMMON = (
+    "pool.cpp", "values.cpp", "experts.cpp", "decode.cpp", "latent.cpp", "delta.cpp", "layer.cpp", "route.cpp",
+    "program.cpp", "layout.cpp", "library.cpp",
+)  # fmt: skip
+
 
 class BuildKernels(build_ext):
     """Compiles each level with its own flags; a level that does not compile is left out."""
@@ -37,35 +44,32 @@ class BuildKernels(build_ext):
         """A shared library under the extension's file name; it is loaded with ctypes and is no Python module."""
         target = Path(self.get_ext_fullpath(ext.name))
         temporary = Path(self.build_temp)
-        levels, objects = [], []
-        if platform.machine() in ("x86_64", "AMD64"):
-            for level, flags in LEVELS.items():
-                try:
-                    objects += self._compile(sorted(path.name for path in SOURCES.glob(f"level_{level}*.cpp")), flags)
-                    levels.append(f"-DOFFMOE_HAS_{level.upper()}")
-                except Exception as error:  # noqa: BLE001  # whatever this compiler raises
-                    self.warn(f"CPU kernels are built without {level}: {error}")
-        common = [
-            "level_portable.cpp",
-            "pool.cpp",
-            "values.cpp",
-            "experts.cpp",
-            "decode.cpp",
-            "latent.cpp",
-            "delta.cpp",
-            "layer.cpp",
-            "route.cpp",
-            "program.cpp",
-            "layout.cpp",
-            "library.cpp",
-        ]
-        objects += self._compile(common, levels)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = self._compile_all(pool)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(target), target_lang="c++", extra_postargs=["-pthread"])
 
-    def _compile(self, names: list[str], flags: list[str]) -> list[str]:
-        sources = [str(SOURCES / name) for name in names]
+    def _compile_all(self, pool: ThreadPoolExecutor) -> list[str]:
+        """Every source with the flags of its level, several at once, the longest first."""
+        is_x86 = platform.machine() in ("x86_64", "AMD64")
+        of_levels = {
+            level: [pool.submit(self._compile, path.name, flags) for path in SOURCES.glob(f"level_{level}*.cpp")]
+            for level, flags in LEVELS.items() if is_x86
+        }  # fmt: skip
+        portable = pool.submit(self._compile, "level_portable.cpp", [])
+        levels, objects = [], []
+        for level, compiling in of_levels.items():
+            try:
+                objects += [name for compiled in compiling for name in compiled.result()]
+                levels.append(f"-DOFFMOE_HAS_{level.upper()}")
+            except Exception as error:  # noqa: BLE001  # whatever this compiler raises
+                self.warn(f"CPU kernels are built without {level}: {error}")
+        common = [pool.submit(self._compile, name, levels) for name in COMMON]
+        return [*objects, *(name for compiled in [portable, *common] for name in compiled.result())]
+
+    def _compile(self, name: str, flags: list[str]) -> list[str]:
+        sources = [str(SOURCES / name)]
         return self.compiler.compile(sources, output_dir=self.build_temp, extra_postargs=[*FLAGS, *flags])
 
 
