@@ -21,11 +21,12 @@ _SET = "as set"
 class Facts:
     """What "auto" is settled by. None: not known yet, and what depends on it stays open.
 
-    `longest_context` the model's own; `ram_bytes` and `vram_bytes` free, and with `total` all there is, used or not;
-    `direct_reads`: the file system has them.
+    `may_compile`: steps of this model on the device; `longest_context` the model's own; `ram_bytes` and `vram_bytes`
+    free, and with `total` all there is, used or not; `direct_reads`: the file system has them.
     """
 
     has_device: bool
+    may_compile: bool = True
     longest_context: int | None = None
     ram_bytes: int | None = None
     vram_bytes: int | None = None
@@ -69,10 +70,12 @@ def complete_config(config: EngineConfig, facts: Facts) -> Complete:
     if facts.direct_reads is not None:
         direct = ("direct", "the file system has direct reads")
         settle("io", *(direct if facts.direct_reads else ("buffered", "the file system has no direct reads")))
-    if on_device and not config.placement_invariant:
+    if on_device and facts.may_compile and not config.placement_invariant:
         settle("compile", "auto", "on the device, in the background")
+    elif on_device and facts.may_compile:
+        settle("compile", "off", "rounding must not change on the way")
     else:
-        settle("compile", "off", "rounding must not change on the way" if on_device else "gains nothing on the CPU")
+        settle("compile", "off", "not for this model or device" if on_device else "gains nothing on the CPU")
     if config.placement_invariant:
         settle("miss", "stream", "every expert is computed in one place")
     else:

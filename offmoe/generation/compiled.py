@@ -242,12 +242,8 @@ def _bucket(num_tokens: int, context_length: int) -> int:
 def make_compiler(
     model: PreTrainedModel, context_length: int, config: EngineConfig, progress: Callable[[str, int, int], None]
 ) -> DecodeCompiler | None:
-    """ "auto" compiles on CUDA, in the background, unless rounding must not change on the way; "on" at once."""
-    if (
-        model.config.is_encoder_decoder
-        or config.compile == "off"
-        or (config.compile == "auto" and (model.device.type != "cuda" or config.placement_invariant))
-    ):
+    """In the background for "auto", at once for "on". `config` is settled."""
+    if model.config.is_encoder_decoder or config.compile == "off":
         return None
     return DecodeCompiler(
         model, context_length, background=config.compile == "auto",

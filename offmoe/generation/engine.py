@@ -71,7 +71,7 @@ class Engine:
         self, folder: Path, config: EngineConfig, *, baseline_bytes: int, progress: Progress,
         device: Device | None = None,
     ) -> None:  # fmt: skip
-        self.folder, self.config = folder, config
+        self.folder = folder
         # What was predicted before loading, by who knows the machine's speeds: to be held against what is measured.
         self.predicted: dict[str, float] | None = None
         # Given the last statistics when the engine is closed by its user.
@@ -80,6 +80,7 @@ class Engine:
         with explained(device):  # RAM may run out at any moment of it
             loaded = load_model(folder, config, baseline_bytes=baseline_bytes, device=device, progress=progress)
         self._loaded: LoadedModel | None = loaded
+        self.config = loaded.config
         try:
             with explained(loaded.device):
                 self._make_parts(loaded, progress)

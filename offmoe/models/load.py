@@ -70,7 +70,7 @@ def load_model(
         if device is not None:
             opened.callback(device.close)
         cpu_kernels, why_no_kernels = load_cpu_kernels()
-        built = _build(folder, config, opened, has_device=device is not None or torch.cuda.is_available())
+        built = _build(folder, config, opened, device)
         config, model, experts = built.config, built.model, built.experts
         tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
         note_end_tokens(model, tokenizer)
@@ -112,15 +112,15 @@ def load_model(
         opened.pop_all()
     return LoadedModel(
         model=model, tokenizer=tokenizer, index=built.index, experts=experts, disk=built.disk,
-        pools=(pool, device_pool), serving=serving, native=native, calls=calls, device=device, plan=plan,
-        context_length=built.context_length, chunkable=probe.chunkable,
+        pools=(pool, device_pool), serving=serving, native=native, calls=calls, device=device, plan=plan, config=config,
+        chunkable=probe.chunkable,
     )  # fmt: skip
 
 
 def check_headers(folder: Path, config: EngineConfig) -> None:
     """Raise what `load_model` would raise before it reads a weight; `folder` may have holes in their place."""
     with ExitStack() as opened:
-        _build(folder, config, opened, has_device=torch.cuda.is_available())
+        _build(folder, config, opened, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +141,13 @@ class _Built:
     counters: Counters
 
 
-def _build(folder: Path, config: EngineConfig, opened: ExitStack, *, has_device: bool) -> _Built:
-    """Everything that headers tell. What is opened is left to `opened`."""
+def _build(folder: Path, config: EngineConfig, opened: ExitStack, device: Device | None) -> _Built:
+    """Everything that headers tell. What is opened is left to `opened`. `device`: as of `load_model`."""
     model_config, quantisation = read_model_config(folder, trust_remote_code=config.trust_remote_code)
     index = CheckpointIndex.open(folder, quantisation)
     opened.callback(index.close)
     model = build_on_meta(model_config, index, trust_remote_code=config.trust_remote_code)
-    config = _settled(config, model, has_device=has_device)
+    config = _settled(config, model, device)
     assert config.context_length is not None, "settled"
     mapping = KeyMapping(model)
     targets = mapping.targets(index.tensors)
@@ -275,9 +275,11 @@ def _take_experts_out(model: PreTrainedModel, experts: ExpertIndex) -> None:
         model.set_experts_implementation(SEAM_NAME)
 
 
-def _settled(config: EngineConfig, model: PreTrainedModel, *, has_device: bool) -> EngineConfig:
+def _settled(config: EngineConfig, model: PreTrainedModel, device: Device | None) -> EngineConfig:
     """`config` with everything settled but memory, which is divided when it is known."""
+    may_compile = not model.config.is_encoder_decoder and (device is None or device.torch_device.type == "cuda")
     facts = Facts(
-        has_device=has_device, longest_context=longest_context(model), total_ram_bytes=total_ram_bytes()
+        has_device=device is not None or torch.cuda.is_available(), may_compile=may_compile,
+        longest_context=longest_context(model), total_ram_bytes=total_ram_bytes(),
     )  # fmt: skip
     return complete_config(config, facts).config

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offmoe.base.budget import DevicePlan, MemoryPlan
+from offmoe.base.config import EngineConfig
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex
@@ -30,7 +31,11 @@ Pools = tuple[HostPool, "DevicePool | None"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A running model and the parts that serve its experts. `device` is None when it runs on the CPU, in RAM."""
+    """A running model and the parts that serve its experts. `device` is None when it runs on the CPU, in RAM. `config`
+    is settled.
+    """
+
+    config: EngineConfig
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -43,8 +48,13 @@ class LoadedModel:
     native: NativeModules | None
     calls: OneCallAtATime
     plan: MemoryPlan
-    context_length: int
     chunkable: bool
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and reply that memory was set aside for."""
+        assert self.config.context_length is not None, "settled"
+        return self.config.context_length
 
     @property
     def device_plan(self) -> DevicePlan | None:
