@@ -32,8 +32,8 @@ LEVELS = {
 }
 
 COMMON = (
-    "pool.cpp", "values.cpp", "experts.cpp", "decode.cpp", "latent.cpp", "delta.cpp", "layer.cpp", "route.cpp",
-    "program.cpp", "layout.cpp", "library.cpp",
+    "pool.cpp", "values.cpp", "experts.cpp", "decode.cpp", "latent.cpp", "delta.cpp", "mamba.cpp", "layer.cpp",
+    "route.cpp", "program.cpp", "layout.cpp", "library.cpp",
 )  # fmt: skip
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from offmoe.decode.spec import DeltaNet, Heads, Latents, NoSpecError, ShortConv, part_of
+from offmoe.decode.spec import DeltaNet, Heads, Latents, Mamba, NoSpecError, ShortConv, part_of
 from offmoe.decode.steps import Steps
 from offmoe.kernels.cpu.decode import set_position
 from offmoe.kernels.cpu.delta import DeltaInput, DeltaShape, set_states
+from offmoe.kernels.cpu.mamba import set_mamba_states
 from offmoe.kernels.cpu.short_conv import set_state
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -41,6 +42,9 @@ def attend(
     elif isinstance(attention, Latents):
         heads, place, move = _latents(steps, module, layer_idx, attention, given)
         name = f"{attention.name}.o_proj"
+    elif isinstance(attention, Mamba):
+        heads, place = _mamba(steps, module, attention, given)
+        name = f"{attention.name}.{attention.projections[1]}"
     elif isinstance(attention, ShortConv):
         heads, place = _short_conv(steps, module, attention, given)
         name = f"{attention.name}.{attention.projections[1]}"
@@ -156,6 +160,20 @@ def _short_conv(steps: Steps, module: nn.Module, attention: ShortConv, x: torch.
         set_state(call, states[0])
 
     return mixed, place
+
+
+def _mamba(steps: Steps, module: nn.Module, attention: Mamba, x: torch.Tensor) -> tuple[torch.Tensor, Place]:
+    inner = part_of(module, attention.name)
+    mamba = steps.read.mamba(inner)
+    heads = steps.row("heads", mamba.shape.values)
+    call = steps.program.mamba(mamba, steps.projected(inner, attention.projections[0], x), heads)
+
+    def place(_: Angles, states: States) -> None:
+        if not mamba.takes(*states):
+            raise NoSpecError("a Mamba mixer's running states are of another shape")
+        set_mamba_states(call, *states)
+
+    return heads, place
 
 
 def _delta_inputs(shape: DeltaShape, rows: list[torch.Tensor]) -> dict[str, DeltaInput]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from offmoe.decode.rules import FLOAT, grouped_sigmoid
-from offmoe.decode.spec import Beside, DecoderSpec, Heads, Latents, Moe, NoSpecError, Router, ShortConv
+from offmoe.decode.spec import Beside, DecoderSpec, Heads, Latents, Mamba, Moe, NoSpecError, Router, ShortConv
 
 
 def gemma4(config: Any) -> DecoderSpec:
@@ -122,6 +122,16 @@ def granitemoeshared(config: Any) -> DecoderSpec:
         logits_scale=1 / config.logits_scaling,
         rotary="rotary_emb" if not known else [f"rotary_embs.{known.index(t) if t else 0}" for t in thetas],
     )  # fmt: skip
+
+
+def granitemoehybrid(config: Any) -> DecoderSpec:
+    """Granite 4.0 H: Mamba-2 mixers, one attention layer for some of them; without angles as a rule."""
+    if not config.num_local_experts:
+        raise NoSpecError("a model without experts")
+    turns = config.position_embedding_type == "rope"
+    heads = Heads(rotary="halves" if turns else None)
+    layers = [Mamba() if kind == "linear_attention" else heads for kind in config.layers_block_type]
+    return replace(granitemoeshared(config), attention=layers, rotary="rotary_emb" if turns else None)
 
 
 def axk1(config: Any) -> DecoderSpec:
@@ -235,4 +245,5 @@ WIDE: dict[str, Callable[[Any], DecoderSpec]] = {
     "cohere2_moe": cohere2_moe,
     "granitemoeshared": granitemoeshared,
     "granitemoe_swa": granitemoeshared,
+    "granitemoehybrid": granitemoehybrid,
 }

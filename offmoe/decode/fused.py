@@ -33,6 +33,7 @@ from offmoe.models.kv_cache import PreallocatedLayer, SlidingLayer
 
 # Name of a rotary module, and the layer type that it is asked for.
 Kind = tuple[str, str]
+_NO_ANGLES = (torch.empty(0), torch.empty(0))
 # Kinds of angles whose frequencies never change: not `dynamic` and `longrope`, which follow the longest position.
 _FIXED_KINDS = ("default", "linear", "llama3", "yarn")
 _BLOCK = 256
@@ -169,12 +170,12 @@ class FusedStep:
         num_rows = self._program.num_rows
         for idx, (layer, rows, kind) in enumerate(zip(self.layers, cache.layers, self._kinds, strict=True)):
             if not layer.has_rows:
-                layer.place(self._own_angles[kind], (rows.conv_states[0], rows.recurrent_states[0]))
+                layer.place(self._own_angles.get(kind, _NO_ANGLES), (rows.conv_states[0], rows.recurrent_states[0]))
             elif is_known and isinstance(rows, PreallocatedLayer):
                 num_rows[idx] = rows.count_row()
             else:
                 buffers = rows.open_row()
-                layer.place(self._own_angles[kind], buffers)
+                layer.place(self._own_angles.get(kind, _NO_ANGLES), buffers)
                 num_rows[idx] = buffers[0].shape[-2]
         self._past = weakref.ref(cache)
 
@@ -224,6 +225,8 @@ def _can_append(layer: FusedLayer, rows: Any) -> bool:
 
 def _angle_tables(decoder: Any, spec: DecoderSpec, num_layers: int) -> tuple[list[Kind], dict[Kind, AngleTable]]:
     """Each layer's kind of angles, and the table of each kind."""
+    if spec.rotary is None:
+        return [("", "")] * num_layers, {}
     names = [spec.rotary] * num_layers if isinstance(spec.rotary, str) else list(spec.rotary)
     tables: dict[Kind, AngleTable] = {}
     kinds: list[Kind] = []

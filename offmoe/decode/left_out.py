@@ -21,7 +21,6 @@ LEFT_OUT: dict[str, str] = {
     "ernie4_5_vl_moe_text": "two kinds of experts in a layer",
     "glm5_next_text": f"{_INDEX}, several streams of states",
     "glm_moe_dsa": _INDEX,
-    "granitemoehybrid": _MAMBA,
     "hy_v4": f"{_INDEX}, several streams of states",
     "inkling_text": "relative positions in the scores",
     "inkling2_text": "relative positions in the scores",

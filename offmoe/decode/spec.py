@@ -88,7 +88,15 @@ class ShortConv:
     conv: str = "conv"
 
 
-Attention = Heads | Latents | DeltaNet | ShortConv
+@dataclass(frozen=True, kw_only=True)
+class Mamba:
+    """Mamba-2 mixer: running states in the place of keys and values."""
+
+    name: str = "mamba"
+    projections: tuple[str, str] = ("in_proj", "out_proj")
+
+
+Attention = Heads | Latents | DeltaNet | ShortConv | Mamba
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +176,7 @@ class DecoderSpec:
     modules that have none as an attribute. `is_parallel`: the block reads what
     attention reads. `per_layer`: each layer adds to its output what the model makes of the id for that layer (Gemma's
     per-layer embeddings). `layer_scale`: a parameter that multiplies a layer's output. `rotary`, `last_norm`: modules
-    of the decoder, the first one for all layers or one for each.
+    of the decoder, the first one for all layers or one for each; None where nothing turns.
     """
 
     attention: Attention | Sequence[Attention]
@@ -181,7 +189,7 @@ class DecoderSpec:
     is_parallel: bool = False
     per_layer: bool = False
     layer_scale: str | None = None
-    rotary: str | Sequence[str] = "rotary_emb"
+    rotary: str | Sequence[str] | None = "rotary_emb"
     last_norm: str = "norm"
     embedding: float = 1.0
     residual: float = 1.0

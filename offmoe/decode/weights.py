@@ -20,6 +20,8 @@ from offmoe.kernels.cpu.delta import CpuDelta, DeltaShape
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.latent import CpuLatentAttention, LatentShape
 from offmoe.kernels.cpu.layer import CpuRoute, RouteRule
+from offmoe.kernels.cpu.mamba import MOST_TAPS as MOST_MAMBA_TAPS
+from offmoe.kernels.cpu.mamba import CpuMamba, MambaShape
 from offmoe.kernels.cpu.matrices import unreadable
 from offmoe.kernels.cpu.mlp import CpuMlp
 from offmoe.kernels.cpu.short_conv import MOST_TAPS, CpuShortConv
@@ -154,6 +156,22 @@ class WeightReader:
         if weight.dtype != self._dtype or weight.shape[1] != 1 or weight.shape[2] > MOST_TAPS:
             raise NoSpecError("a short convolution is of another kind")
         return CpuShortConv(weight.flatten(1).contiguous(), None if bias is None else bias.detach().contiguous())
+
+    def mamba(self, inner: Any) -> CpuMamba:
+        """A Mamba-2 mixer between its projections. Raises NoSpecError."""
+        conv, norm = inner.conv1d.weight.detach(), inner.norm
+        shape = MambaShape(
+            num_heads=inner.num_heads, num_groups=inner.n_groups, width=inner.head_dim, size=inner.ssm_state_size,
+            taps=inner.conv_kernel_size, dtype=self._dtype,
+        )  # fmt: skip
+        types = {part.dtype for part in (conv, norm.weight, inner.D)}
+        if types != {self._dtype} or shape.taps > MOST_MAMBA_TAPS or inner.activation not in ("silu", "swish"):
+            raise NoSpecError("a Mamba mixer is of another kind")
+        bias = None if inner.conv1d.bias is None else inner.conv1d.bias.detach()
+        return CpuMamba(
+            shape, conv.flatten(1).contiguous(), bias, norm.weight.detach(), inner.A_log.detach(),
+            inner.dt_bias.detach(), inner.D.detach(), eps=norm.variance_epsilon,
+        )  # fmt: skip
 
     def factors(self, module: Any, name: str) -> torch.Tensor:
         """A parameter that rows are multiplied with. Raises NoSpecError."""

@@ -280,6 +280,15 @@ int64_t try_layers(const Handles& handles) {
                     Numbers soft = {mixed.at(), norm.at(), mixed.at(), width, width % 3 ? 1 : width / 3, 1.0f, GATE_SOFTPLUS, type};
                     Numbers times = {mixed.at(), x.at(), mixed.at(), width, width, 1.0f, MULTIPLY, type};
                     Norm centred = {mixed.at(), norm.at(), way % 2 ? x.at() : nullptr, mixed.at(), 1, width, 1e-6f, CENTRED, type};
+                    const int64_t mamba_heads = 2 * heads, mamba_values = mamba_heads * width, channels = mamba_values + 2 * heads * hidden;
+                    const Buffer mamba_x = random_numbers(random, type, mamba_values + channels + mamba_heads), mamba_conv = random_numbers(random, type, 4 * channels);
+                    const Buffer mamba_last = random_numbers(random, type, 4 * channels), mamba_norm = random_numbers(random, type, mamba_values);
+                    const Buffer mamba_state = random_numbers(random, F32, mamba_values * hidden), by_head = random_numbers(random, F32, mamba_heads);
+                    const Buffer mamba_y(mamba_values * size), mamba_bias = random_numbers(random, type, channels);
+                    const float* numbers_by_head = reinterpret_cast<const float*>(by_head.at());
+                    Mamba mamba = {mamba_x.at(), mamba_conv.at(), way % 2 ? mamba_bias.at() : nullptr, mamba_last.at(), reinterpret_cast<float*>(mamba_state.at()), numbers_by_head,
+                                   numbers_by_head, numbers_by_head, mamba_norm.at(), mamba_y.at(), mamba_heads, heads, width, hidden, 4, 1e-6f, type};
+                    ops.push_back({&mamba, nullptr, 0, OP_MAMBA});
                     ops.push_back({&conv, nullptr, 0, OP_CONV});
                     ops.push_back({&curve, nullptr, 0, OP_ACTIVATE});
                     for (Numbers* numbers : {&soft, &times}) ops.push_back({numbers, nullptr, 0, OP_NUMBERS});

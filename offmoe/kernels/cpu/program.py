@@ -21,6 +21,7 @@ from offmoe.kernels.cpu.delta import CpuDelta, DeltaInput
 from offmoe.kernels.cpu.kernels import CpuKernels, describe_activation
 from offmoe.kernels.cpu.latent import ROTATIONS, CpuLatentAttention, Rotation
 from offmoe.kernels.cpu.layer import CpuRoute, CpuTokenLayer
+from offmoe.kernels.cpu.mamba import CpuMamba
 from offmoe.kernels.cpu.mlp import CpuMlp
 from offmoe.kernels.cpu.short_conv import CpuShortConv
 
@@ -33,7 +34,7 @@ _KINDS = {
     for kind, name in enumerate(
         (
             "layer", "norm", "linear", "attend", "latent", "choose", "experts", "mlp", "numbers", "copy", "delta",
-            "conv", "activate",
+            "conv", "activate", "mamba",
         )
     )
 }  # fmt: skip
@@ -121,6 +122,12 @@ class CpuProgram:
         """y = a gated short convolution of x. Returns the struct whose state is to be set."""
         call = conv.call_between(x, y)
         self._add("conv", call, conv, x, y)
+        return call
+
+    def mamba(self, mamba: CpuMamba, x: torch.Tensor, y: torch.Tensor) -> structs.Mamba:
+        """y = a Mamba-2 mixer's heads. Returns the struct whose states are to be set."""
+        call = mamba.call_between(x, y)
+        self._add("mamba", call, mamba, x, y)
         return call
 
     def activate(self, activation: Activation, gate: torch.Tensor, up: torch.Tensor, to: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-ABI_VERSION = 13
+ABI_VERSION = 14
 TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
 DENSE_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -173,6 +173,17 @@ class ShortConv(ctypes.Structure):
     _fields_ = (
         ("input", c_void_p), ("conv", c_void_p), ("bias", c_void_p), ("state", c_void_p), ("output", c_void_p),
         ("channels", c_int64), ("taps", c_int64), ("type", c_int32),
+    )  # fmt: skip
+
+
+class Mamba(ctypes.Structure):
+    """One token through a Mamba-2 mixer."""
+
+    _fields_ = (
+        ("input", c_void_p), ("conv", c_void_p), ("conv_bias", c_void_p), ("conv_state", c_void_p),
+        ("state", c_void_p), ("rate", c_void_p), ("time_bias", c_void_p), ("skip", c_void_p), ("norm", c_void_p),
+        ("output", c_void_p), ("num_heads", c_int64), ("num_groups", c_int64), ("width", c_int64), ("size", c_int64),
+        ("taps", c_int64), ("eps", c_float), ("type", c_int32),
     )  # fmt: skip
 
 

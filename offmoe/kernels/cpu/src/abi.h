@@ -238,6 +238,24 @@ struct ShortConv {
     int32_t type;
 };
 
+// One token through a Mamba-2 mixer (Dao & Gu 2024, arXiv 2405.21060) between its projections: a short convolution with
+// SiLU over values, keys and queries (x, B and C), the state space of each head, a SiLU gate and an RMS norm of groups.
+struct Mamba {
+    const void* input;      // gate (heads * width), values (heads * width), keys and queries (groups * size), time (heads)
+    const void* conv;       // (channels, taps): of values, keys, queries
+    const void* conv_bias;  // (channels), or null
+    void* conv_state;       // (channels, taps): the last inputs, the newest last
+    float* state;           // (heads, width, size)
+    const float* rate;      // (heads): the state decays by e^(-rate * softplus(time + time_bias))
+    const float* time_bias;
+    const float* skip;  // (heads): the part of a value that passes by the state
+    const void* norm;   // (heads * width)
+    void* output;       // (heads * width)
+    int64_t num_heads, num_groups, width, size, taps;
+    float eps;
+    int32_t type;
+};
+
 // f(gate) * (up + offset), as the experts' activation; of `type`.
 struct Activate {
     const Activation* activation;
@@ -273,7 +291,7 @@ struct Numbers {
 // included; or null, where there is none.
 enum OpKind : int32_t {
     OP_LAYER = 0, OP_NORM = 1, OP_LINEAR = 2, OP_ATTEND = 3, OP_LATENT = 4, OP_CHOOSE = 5, OP_EXPERTS = 6, OP_MLP = 7,
-    OP_NUMBERS = 8, OP_COPY = 9, OP_DELTA = 10, OP_CONV = 11, OP_ACTIVATE = 12
+    OP_NUMBERS = 8, OP_COPY = 9, OP_DELTA = 10, OP_CONV = 11, OP_ACTIVATE = 12, OP_MAMBA = 13
 };
 
 struct Op {

@@ -90,5 +90,23 @@ inline void delta_rule(float* state, const float* query, const float* key, const
     }
 }
 
+// One head of a Mamba-2 state, (width, size): state = decay * state + value x key, and the query reads it. Products and
+// what is read are of `type`. key and query are padded with zeros to whole vectors.
+inline void mamba_rule(float* state, const float* value, const float* key, const float* query, float decay, int64_t width,
+                       int64_t size, int32_t type, float* out) {
+    for (int64_t row = 0; row < width; ++row, state += size) {
+        F32x16 total = {};
+        for (int64_t i = 0; i < size; i += kLanes) {
+            const size_t bytes = static_cast<size_t>(4 * std::min(kLanes, size - i));
+            F32x16 lanes = {};
+            std::memcpy(&lanes, state + i, bytes);
+            lanes = lanes * decay + round_to(type, load<F32x16>(key + i) * value[row]);
+            std::memcpy(state + i, &lanes, bytes);
+            total += round_to(type, lanes) * load<F32x16>(query + i);
+        }
+        out[row] = sum(total);
+    }
+}
+
 }  // namespace
 }  // namespace offmoe

@@ -28,6 +28,9 @@ struct Level {
     // decode.h: the delta rule on one head's state, (key_width, value_width).
     void (*delta_rule)(float* state, const float* query, const float* key, const float* value, float decay, float beta,
                        int64_t key_width, int64_t value_width, float* out);
+    // decode.h: a token's part in one head's state, (width, size).
+    void (*mamba_rule)(float* state, const float* value, const float* key, const float* query, float decay, int64_t width,
+                       int64_t size, int32_t type, float* out);
 };
 
 // The last two where setup.py could compile them.

@@ -6,5 +6,5 @@
 
 namespace offmoe {
 const Level kAvx2 = {"avx2", coded_prepared_bytes, coded_prepare<Avx2Vectors>, coded_multiply<Avx2Vectors>,
-    general_activate, norm_row, rotate, attend_any, delta_rule};
+    general_activate, norm_row, rotate, attend_any, delta_rule, mamba_rule};
 }  // namespace offmoe

@@ -72,7 +72,7 @@ int32_t alone(void* handle, Run run) noexcept {
 extern "C" {
 
 // Changes with the functions below, and with what a field of abi.h means; where fields lie is in layout.cpp.
-int32_t offmoe_abi_version() { return 13; }
+int32_t offmoe_abi_version() { return 14; }
 
 // The idx-th best level that was compiled, or null; `usable`: this processor has it.
 const char* offmoe_level(int32_t idx, int32_t* usable) {

@@ -179,6 +179,7 @@ int32_t run_op(Pool& pool, const Level& level, Workspace& space, const Op& op) {
             run_conv(call);
             return 0;
         }
+        case OP_MAMBA: return run_mamba(pool, level, space, *static_cast<const Mamba*>(op.call));
         case OP_ACTIVATE: run_activate(level, *static_cast<const Activate*>(op.call)); return 0;
         default: run_numbers(*static_cast<const Numbers*>(op.call)); return 0;
     }

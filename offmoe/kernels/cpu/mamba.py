@@ -1,0 +1,90 @@
+"""One token through a Mamba-2 mixer by the library: convolution, state space, gate, norm.
+
+Shapes: H heads, G groups of heads that share keys and queries, W a head's width, S a state's size,
+C = H * W + 2 * G * S channels of the convolution.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from offmoe.kernels.cpu import structs
+
+MOST_TAPS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaShape:
+    """Sizes of a mixer, the same for all tokens."""
+
+    num_heads: int
+    num_groups: int
+    width: int
+    size: int
+    taps: int
+    dtype: torch.dtype
+
+    @property
+    def values(self) -> int:
+        """H * W."""
+        return self.num_heads * self.width
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.values + 2 * self.num_groups * self.size
+
+
+class CpuMamba:
+    """The weights of one mixer beside its projections. `conv_CT`: (C, taps); `norm_V`: of H * W numbers.
+
+    `log_rate_H`, `time_bias_H`: a state decays by e^(-e^log_rate * softplus(time + time_bias)). `skip_H`: the part of a
+    value that passes by the state.
+    """
+
+    def __init__(
+        self, shape: MambaShape, conv_CT: torch.Tensor, conv_bias_C: torch.Tensor | None, norm_V: torch.Tensor,
+        log_rate_H: torch.Tensor, time_bias_H: torch.Tensor, skip_H: torch.Tensor, *, eps: float,
+    ) -> None:  # fmt: skip
+        assert conv_CT.shape == (shape.channels, shape.taps) and conv_CT.is_contiguous(), f"{conv_CT.shape=}"
+        assert conv_CT.dtype == norm_V.dtype == shape.dtype and norm_V.numel() == shape.values, f"{norm_V.shape=}"
+        assert conv_bias_C is None or (conv_bias_C.dtype, conv_bias_C.numel()) == (shape.dtype, shape.channels)
+        assert log_rate_H.numel() == time_bias_H.numel() == skip_H.numel() == shape.num_heads, f"{skip_H.shape=}"
+        assert shape.num_heads % shape.num_groups == 0 and 0 < shape.taps <= MOST_TAPS, f"{shape=}"
+        self.shape = shape
+        rate_H = log_rate_H.float().exp().contiguous()
+        # The module rounds the bias to the type of the time first.
+        bias_H, skip_H = time_bias_H.to(shape.dtype).float().contiguous(), skip_H.float().contiguous()
+        self._keep = (conv_CT, conv_bias_C, norm_V, rate_H, bias_H, skip_H)
+        self._call = structs.Mamba(
+            conv=conv_CT.data_ptr(), conv_bias=None if conv_bias_C is None else conv_bias_C.data_ptr(),
+            rate=rate_H.data_ptr(), time_bias=bias_H.data_ptr(), skip=skip_H.data_ptr(), norm=norm_V.data_ptr(),
+            num_heads=shape.num_heads, num_groups=shape.num_groups, width=shape.width, size=shape.size,
+            taps=shape.taps, eps=eps, type=structs.TYPES[shape.dtype],
+        )  # fmt: skip
+
+    def call_between(self, x: torch.Tensor, y: torch.Tensor) -> structs.Mamba:
+        """A call that always reads H * W + C + H numbers and writes H * W; its states are to be set. Keep it."""
+        shape = self.shape
+        assert x.numel() == shape.values + shape.channels + shape.num_heads and y.numel() == shape.values, f"{x.shape=}"
+        assert x.dtype == y.dtype == shape.dtype and x.is_contiguous() and y.is_contiguous(), f"{x.dtype=}"
+        call = structs.Mamba.from_buffer_copy(self._call)
+        call.input, call.output = x.data_ptr(), y.data_ptr()
+        return call
+
+    def takes(self, conv_state: torch.Tensor, state: torch.Tensor) -> bool:
+        """Running states, (1, C, taps) and float32 (1, H, W, S), that can be changed in place."""
+        shape = self.shape
+        return (
+            conv_state.shape == (1, shape.channels, shape.taps) and conv_state.dtype == shape.dtype
+            and state.shape == (1, shape.num_heads, shape.width, shape.size)
+            and state.dtype == torch.float32 and conv_state.is_contiguous() and state.is_contiguous()
+        )  # fmt: skip
+
+
+def set_mamba_states(call: structs.Mamba, conv_state: torch.Tensor, state: torch.Tensor) -> None:
+    """The mixer's running states, which the call changes; `takes` said True."""
+    call.conv_state, call.state = ctypes.c_void_p(conv_state.data_ptr()), ctypes.c_void_p(state.data_ptr())
