@@ -29,8 +29,8 @@ FUSED = {
     "afmoe", "aria", "axk1", "cohere2_moe", "deepseek_ocr2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe",
     "exaone_moe", "flex_olmo", "flint", "gemma4", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "gpt_oss", "granitemoe",
     "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "kolibri1", "laguna",
-    "lfm2_moe", "mellum", "mimo_v2_flash", "minimax_m2", "mistral4", "mixtral", "olmoe", "phimoe", "qwen2_moe",
-    "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe", "solar_open",
+    "lfm2_moe", "mellum", "mimo_v2_flash", "minimax_m2", "mistral4", "mixtral", "nemotron_h", "olmoe", "phimoe",
+    "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe", "solar_open",
 }  # fmt: skip
 GROWING = {
     **FAMILIES["mistral4"].config["rope_parameters"], "original_max_position_embeddings": 11,  # type: ignore[dict-item]
@@ -46,6 +46,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "cohere2_moe, softmax": ("cohere2_moe", {"expert_selection_fn": "softmax"}),
     "grok-1": ("grok-1", {}),
     "granitemoehybrid without angles": ("granitemoehybrid", {"position_embedding_type": "nope", "mamba_n_groups": 2}),
+    "nemotron_h, experts as wide as the model": ("nemotron_h", {"moe_latent_size": None}),
     "step3p7": ("step3p7", {}),
     # Queries grow at the second token of the reply.
     "mistral4, far": ("mistral4", {"rope_parameters": GROWING}),
@@ -116,7 +117,7 @@ def test_which_families_have_a_spec() -> None:
     assert not LEFT_OUT.keys() & specs.FAMILIES.keys()
 
 
-@pytest.mark.parametrize("name", ["lfm2_moe", "qwen3_next", "granitemoehybrid"])
+@pytest.mark.parametrize("name", ["lfm2_moe", "qwen3_next", "granitemoehybrid", "nemotron_h"])
 def test_running_states_after_an_edited_prompt(name: str, tmp_path: Path) -> None:
     """They cannot go back: what the cache holds of another prompt is not mixed in."""
     save(name, tmp_path)

@@ -35,6 +35,7 @@ def attend(
     it of the token's place and, where that matters beside its angles, of its position. Raises NoSpecError.
     """
     attention = steps.spec.attention_of(layer_idx)
+    assert attention is not None, f"{layer_idx=}"
     move: Move | None = None
     if isinstance(attention, DeltaNet):
         heads, place = _delta_net(steps, module, attention, given)

@@ -71,11 +71,11 @@ def moe_block(
     program, moe = steps.program, steps.spec.moe
     block = part_of(module, moe.name)
     x = normed if moe.beside is None else steps.normed(module, moe.beside.before_experts, state)
-    found = _experts(steps, experts, block, route, x)
-    y = found.y
+    found, y = _experts(steps, experts, block, route, x)
     if moe.scale != 1.0:
-        y = steps.row("scaled", x.numel())
-        program.numbers("scale", found.y, None, y, scale=moe.scale)
+        scaled = steps.row("scaled", x.numel())
+        program.numbers("scale", y, None, scaled, scale=moe.scale)
+        y = scaled
     if moe.beside is not None:
         y = steps.normed(module, moe.beside.after_experts, y)
     shared = None if moe.shared is None else part_of(block, moe.shared)
@@ -88,15 +88,21 @@ def moe_block(
 
 def _experts(
     steps: Steps, experts: JoinedExperts, block: nn.Module, route: CpuRoute, x: torch.Tensor
-) -> FusedMoe:  # fmt: skip
-    binding = find_binding(part_of(block, steps.spec.moe.experts))
+) -> tuple[FusedMoe, torch.Tensor]:  # fmt: skip
+    """Append the experts alone. Returns them and the row that they give the block."""
+    moe = steps.spec.moe
+    narrowed = moe.narrowed if moe.narrowed and isinstance(part_of(block, moe.narrowed[0]), nn.Linear) else None
+    if narrowed is not None:
+        x = steps.projected(block, narrowed[0], x)
+    binding = find_binding(part_of(block, moe.experts))
     if binding is None or binding.math is None or not experts.knows(binding.layer_idx, binding.math):
         raise NoSpecError(f"the kernels do not compute the experts of {type(block).__name__}")
     joined = experts.layer(binding.layer_idx, binding.math, binding.num_experts, x, route.weights_1K)
     y = steps.row("y", x.numel())
     step = steps.program.experts(joined.experts, route, joined.table_E, x, y)
     ids_K = (ctypes.c_int64 * route.rule.top_k).from_address(route.ids_1K.data_ptr())
-    return FusedMoe(binding=binding, route=route, ids_K=ids_K, step=step, x=x, y=y)
+    found = FusedMoe(binding=binding, route=route, ids_K=ids_K, step=step, x=x, y=y)
+    return found, y if narrowed is None else steps.projected(block, narrowed[1], y)
 
 
 def _with_shared(

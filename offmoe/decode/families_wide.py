@@ -14,7 +14,18 @@ from typing import Any
 import torch
 
 from offmoe.decode.rules import FLOAT, grouped_sigmoid
-from offmoe.decode.spec import Beside, DecoderSpec, Heads, Latents, Mamba, Moe, NoSpecError, Router, ShortConv
+from offmoe.decode.spec import (
+    Attention,
+    Beside,
+    DecoderSpec,
+    Heads,
+    Latents,
+    Mamba,
+    Moe,
+    NoSpecError,
+    Router,
+    ShortConv,
+)
 
 
 def gemma4(config: Any) -> DecoderSpec:
@@ -134,6 +145,21 @@ def granitemoehybrid(config: Any) -> DecoderSpec:
     return replace(granitemoeshared(config), attention=layers, rotary="rotary_emb" if turns else None)
 
 
+def nemotron_h(config: Any) -> DecoderSpec:
+    """Nemotron-H: a layer is a Mamba-2 mixer, attention without angles, experts or an MLP, these without gates."""
+    kinds: dict[str, Attention | None] = {
+        "linear_attention": Mamba(name="mixer"), "full_attention": Heads(name="mixer", rotary=None),
+    }  # fmt: skip
+    moe = Moe(
+        name="mixer", router=grouped_sigmoid(config), shared="shared_experts",
+        narrowed=("fc1_latent_proj", "fc2_latent_proj"),
+    )  # fmt: skip
+    return DecoderSpec(
+        attention=[kinds.get(kind) for kind in config.layers_block_type], moe=moe, norm_kind="weight_first",
+        norms=("norm", "", "", ""), mlp=("up_proj", "down_proj"), is_single=True, rotary=None, last_norm="norm_f",
+    )  # fmt: skip
+
+
 def axk1(config: Any) -> DecoderSpec:
     """A.X-K1: DeepSeek-V3 with a norm of what the experts' block gives."""
     return DecoderSpec(
@@ -246,4 +272,5 @@ WIDE: dict[str, Callable[[Any], DecoderSpec]] = {
     "granitemoeshared": granitemoeshared,
     "granitemoe_swa": granitemoeshared,
     "granitemoehybrid": granitemoehybrid,
+    "nemotron_h": nemotron_h,
 }

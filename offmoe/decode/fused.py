@@ -50,7 +50,7 @@ class FusedStep:
         experts: JoinedExperts, kernels: CpuKernels,
     ) -> None:  # fmt: skip
         self._executor, self._experts = executor, experts
-        self._embed, modules = decoder.embed_tokens, list(decoder.layers)
+        self._embed, modules = decoder.get_input_embeddings(), list(decoder.layers)
         self._decoder = decoder if spec.per_layer else None
         self._kinds, self._angles = _angle_tables(decoder, spec, len(modules))
         dtype = model.dtype
@@ -169,8 +169,10 @@ class FusedStep:
         is_known = self._set_angles(angles) and self._past is not None and self._past() is cache
         num_rows = self._program.num_rows
         for idx, (layer, rows, kind) in enumerate(zip(self.layers, cache.layers, self._kinds, strict=True)):
-            if not layer.has_rows:
+            if layer.has_states:
                 layer.place(self._own_angles.get(kind, _NO_ANGLES), (rows.conv_states[0], rows.recurrent_states[0]))
+            elif not layer.has_rows:
+                continue
             elif is_known and isinstance(rows, PreallocatedLayer):
                 num_rows[idx] = rows.count_row()
             else:
@@ -220,6 +222,8 @@ def _can_append(layer: FusedLayer, rows: Any) -> bool:
     """Whether a layer of the KV cache has tokens already, and room for one more."""
     if layer.has_rows:
         return isinstance(rows, (PreallocatedLayer, SlidingLayer)) and rows.can_open
+    if not layer.has_states:
+        return True
     return isinstance(rows, LinearAttentionLayer) and rows.has_previous_state[0] and not rows.record_past
 
 

@@ -23,8 +23,8 @@ class FusedLayer:
     """One decoder layer. `begin`: its first step.
 
     `input`, `state`, `normed`: its rows, (1, D): before and after attention, and what the block is given. `has_rows`:
-    its cache has keys and values, not running states. `seen_by`: modules, by the row that is their input. `extra`: the
-    row of the token's own embedding for this layer, where the family has one.
+    its cache has keys and values, `has_states`: running states. `seen_by`: modules, by the row that is their input.
+    `extra`: the row of the token's own embedding for this layer, where the family has one. `move`: see `attend`.
     """
 
     module: nn.Module
@@ -35,6 +35,7 @@ class FusedLayer:
     normed: torch.Tensor
     place: Place
     has_rows: bool
+    has_states: bool
     moe: FusedMoe | None = None
     seen_by: list[tuple[nn.Module, torch.Tensor]] = field(default_factory=list)
     extra: torch.Tensor | None = None
@@ -50,6 +51,8 @@ class LayerWriter:
     def write(self, module: nn.Module, layer_idx: int, x: torch.Tensor, output: torch.Tensor) -> FusedLayer:
         """The layer between two rows. Raises NoSpecError."""
         steps, spec = self._steps, self._steps.spec
+        if spec.is_single:
+            return self._single(module, layer_idx, x, output)
         program, begin, attention = steps.program, len(steps.program), spec.attention_of(layer_idx)
         block = part_of(module, spec.moe.name)
         is_moe = part_of(block, spec.moe.experts) is not None
@@ -64,7 +67,8 @@ class LayerWriter:
                 choose(steps, block, route, state if spec.moe.beside is not None else normed)
         written = FusedLayer(
             module=module, layer_idx=layer_idx, begin=begin, input=x, state=state, normed=normed, place=place,
-            has_rows=isinstance(attention, (Heads, Latents)), move=move,
+            has_rows=isinstance(attention, (Heads, Latents)),
+            has_states=not isinstance(attention, (Heads, Latents)), move=move,
         )  # fmt: skip
         written.seen_by = self._seen_by(module, x, state, normed)
         if route is None:
@@ -77,6 +81,32 @@ class LayerWriter:
             steps.normed(module, spec.norms[3], added, added)
         program.numbers("sum", state, added, output, scale=spec.residual)
         self._end(module, written, output)
+        return written
+
+    def _single(self, module: nn.Module, layer_idx: int, x: torch.Tensor, output: torch.Tensor) -> FusedLayer:
+        """The layer of one norm, and attention or a block."""
+        steps, spec = self._steps, self._steps.spec
+        program, begin, attention = steps.program, len(steps.program), spec.attention_of(layer_idx)
+        given = steps.normed(module, spec.norms[0], x, program.row(x.numel(), steps.dtype))
+        written = FusedLayer(
+            module=module, layer_idx=layer_idx, begin=begin, input=x, state=x, normed=given, place=lambda *_: None,
+            has_rows=isinstance(attention, (Heads, Latents)),
+            has_states=not isinstance(attention, (Heads, Latents, type(None))),
+        )  # fmt: skip
+        written.seen_by = [(module, x), (part_of(module, spec.norms[0]), x)]
+        block = part_of(module, spec.moe.name)
+        if attention is not None:
+            added, written.place, written.move = attend(steps, module, layer_idx, given)
+        elif part_of(block, spec.moe.experts) is not None:
+            route = steps.read.route(block, spec.moe.router)
+            choose(steps, block, route, given)
+            written.moe, added = moe_block(steps, self._experts, module, route[1], given, x)
+            gate = part_of(block, spec.moe.router.weight.rpartition(".")[0])
+            written.seen_by += [(block, given), (gate, given)]
+        else:
+            added = steps.row("added", x.numel())
+            program.mlp(steps.read.mlp(block), given, added)
+        program.numbers("sum", x, added, output, scale=spec.residual)
         return written
 
     def _common(
@@ -143,7 +173,7 @@ class LayerWriter:
             if not bool((factor == 1).all()):
                 steps.program.numbers("multiply", output, factor, output)
 
-    def _is_common(self, attention: Attention) -> bool:
+    def _is_common(self, attention: Attention | None) -> bool:
         """One job of the kernels computes it up to the router's choice."""
         spec = self._steps.spec
         router = spec.moe.router

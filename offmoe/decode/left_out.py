@@ -6,7 +6,6 @@ A model of these decodes by transformers' modules, and `decode_path_reason` says
 from __future__ import annotations
 
 _INDEX = "an index chooses the keys of each query"
-_MAMBA = "Mamba layers"
 _LINEAR = "linear attention of another kind than the gated delta net"
 _TWO_PARTS = "an encoder and a decoder"
 
@@ -24,7 +23,7 @@ LEFT_OUT: dict[str, str] = {
     "hy_v4": f"{_INDEX}, several streams of states",
     "inkling_text": "relative positions in the scores",
     "inkling2_text": "relative positions in the scores",
-    "jamba": _MAMBA,
+    "jamba": "Mamba layers of the first kind",
     "jetmoe": "experts in attention",
     "kimi_linear": "a delta net with a decay for each channel",
     "llama4_text": "attention in chunks, weights on the experts' inputs",
@@ -33,7 +32,6 @@ LEFT_OUT: dict[str, str] = {
     "minimax_m3_vl_text": _INDEX,
     "mistral_large4_text": _INDEX,
     "muse_spark_text": "experts on a narrower state, with norms of their own",
-    "nemotron_h": _MAMBA,
     "nllb-moe": _TWO_PARTS,
     "qwen4_exp_text": f"{_INDEX}, several streams of states",
     "switch_transformers": _TWO_PARTS,

@@ -85,7 +85,7 @@ class DecodePaths:
         if not isinstance(self._executor, RecoveringExecutor):
             raise NoSpecError("experts are computed on a device")
         decoder: Any = self._model.get_decoder()
-        if decoder is None or not hasattr(decoder, "embed_tokens"):
+        if decoder is None or not hasattr(decoder, "get_input_embeddings"):
             raise NoSpecError(f"no spec for {self._model.config.model_type}")
         return decoder, spec_of(decoder.config)
 

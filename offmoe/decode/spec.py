@@ -149,8 +149,8 @@ class Moe:
 
     `shared`: an MLP that every token passes, times the sigmoid of `shared_gate`; `shared_mlp` are its linears where
     they have other names than a dense block's. `scale` multiplies the experts' sum, `total_scale` the sum of both.
-    `norm`: of what the block gives, inside it. `beside`: the shared MLP reads the block's input, router and experts
-    read the state before the block's norm.
+    `norm`: of what the block gives, inside it. `narrowed`: linears before and after the experts, where it has them.
+    `beside`: the shared MLP reads the block's input, router and experts read the state before the block's norm.
     """
 
     name: str = "mlp"
@@ -162,6 +162,7 @@ class Moe:
     scale: float = 1.0
     total_scale: float = 1.0
     norm: str | None = None
+    narrowed: tuple[str, str] | None = None
     beside: Beside | None = None
 
 
@@ -173,13 +174,14 @@ class DecoderSpec:
     `attention`: one for all layers, or one for each. `embedding`, `residual`: factors of the embedding and of what is
     added. `logits_scale` and `logits_cap` (a soft one) belong to the head. `mlp`: a dense block's linears, gate and up
     may be one; `mlp_limit`: its attribute that bounds the activated gate, and up on both sides. `activation`: that of
-    modules that have none as an attribute. `is_parallel`: the block reads what
-    attention reads. `per_layer`: each layer adds to its output what the model makes of the id for that layer (Gemma's
-    per-layer embeddings). `layer_scale`: a parameter that multiplies a layer's output. `rotary`, `last_norm`: modules
-    of the decoder, the first one for all layers or one for each; None where nothing turns.
+    modules that have none as an attribute. `is_parallel`: the block reads what attention reads. `is_single`: a layer
+    is one norm, and attention or (None) a block. `per_layer`: each layer adds to its output what the model makes of
+    the id for that layer (Gemma's per-layer embeddings). `layer_scale`: a parameter that multiplies a layer's output.
+    `rotary`, `last_norm`: modules of the decoder, the first one for all layers or one for each; None where nothing
+    turns.
     """
 
-    attention: Attention | Sequence[Attention]
+    attention: Attention | Sequence[Attention | None]
     moe: Moe
     norm_kind: NormKind = "weight_last"
     norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
@@ -187,6 +189,7 @@ class DecoderSpec:
     mlp_limit: str | None = None
     activation: Callable[[torch.Tensor], torch.Tensor] | None = None
     is_parallel: bool = False
+    is_single: bool = False
     per_layer: bool = False
     layer_scale: str | None = None
     rotary: str | Sequence[str] | None = "rotary_emb"
@@ -196,7 +199,7 @@ class DecoderSpec:
     logits_scale: float = 1.0
     logits_cap: float | None = None
 
-    def attention_of(self, layer_idx: int) -> Attention:
+    def attention_of(self, layer_idx: int) -> Attention | None:
         """That of one layer."""
         return self.attention[layer_idx] if isinstance(self.attention, Sequence) else self.attention
 

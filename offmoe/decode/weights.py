@@ -88,13 +88,18 @@ class WeightReader:
         return act
 
     def mlp(self, module: nn.Module, names: tuple[str, ...] | None = None) -> CpuMlp:
-        """A dense block, or a shared expert. Raises NoSpecError."""
+        """A dense block, or a shared expert; without a gate where its linears up are as wide as the one down. Raises
+        NoSpecError.
+        """
         *ups, down = (self.linear(module, name) for name in names or self._spec.mlp)
         act, hidden = self._curve(module), down.num_inputs
         limit = math.inf if self._spec.mlp_limit is None else float(getattr(module, self._spec.mlp_limit))
         biases = [up.bias_N for up in ups if up.bias_N is not None]
         mlp_math = ExpertMath(
-            activate=lambda rows: act(rows[..., :hidden]).clamp(max=limit) * rows[..., hidden:].clamp(-limit, limit),
+            activate=(
+                (lambda rows: act(rows[..., :hidden]).clamp(max=limit) * rows[..., hidden:].clamp(-limit, limit))
+                if sum(up.num_outputs for up in ups) > hidden else act
+            ),
             up_bias_EF=torch.cat(biases)[None] if biases else None,
             down_bias_ED=None if down.bias_N is None else down.bias_N[None],
             post_norm=None, transposed=False, dtype=down.dtype,

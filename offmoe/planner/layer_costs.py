@@ -18,9 +18,9 @@ WHOLE = frozenset({
     "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite",
     "glm4v_moe", "glm4v_moe_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid",
     "granitemoeshared", "grok-1", "hunyuan_v1_moe", "hy_v3", "kimi_k2", "kolibri1", "laguna", "lfm2_moe", "mellum",
-    "mimo_v2_flash", "minimax_m2", "mistral4", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe",
-    "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_vl_moe",
-    "qwen3_vl_moe_text", "solar_open", "step3p5", "step3p7",
+    "mimo_v2_flash", "minimax_m2", "mistral4", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe",
+    "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker",
+    "qwen3_vl_moe", "qwen3_vl_moe_text", "solar_open", "step3p5", "step3p7",
 })  # fmt: skip
 # More than attention and a block of experts: latent attention, states of recurrent layers, indices, several streams.
 _LONG = frozenset({
