@@ -1,25 +1,39 @@
-# Sourced by the other scripts: a .venv with offmoe and its pinned dependencies, made once and remade when they change.
+# Sourced by the other scripts: a virtual environment with offmoe and its dependencies, made once and remade when they
+# change. $versions chooses which: pinned (constraints.txt, into .venv; the default), lowest (the lower bounds of
+# pyproject.toml, into .venv-lowest) or newest (whatever pip finds today, into .venv-newest).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-stamp="$(cat pyproject.toml constraints.txt | cksum)"
+versions="${versions:-pinned}"
+venv=.venv
+if [ "$versions" != pinned ]; then venv=".venv-$versions"; fi
+stamp="$(cat pyproject.toml constraints.txt scripts/bounds.py | cksum)"
+if [ "$versions" = newest ]; then stamp="$stamp $(date -u +%F)"; fi
 kernels="$(cat setup.py offmoe/kernels/cpu/src/* | cksum)"
-if [ "$(cat .venv/.stamp 2>/dev/null || true)" != "$stamp" ]; then
+if [ "$(cat "$venv/.stamp" 2>/dev/null || true)" != "$stamp" ]; then
   python="${PYTHON:-python3}"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
     echo "offmoe needs Python 3.10 or newer, $python is $("$python" -V); set PYTHON=/path/to/python" >&2
     exit 2
   }
-  echo "installing into .venv (a few minutes the first time)" >&2
-  "$python" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-  echo "$stamp" >.venv/.stamp
+  echo "installing into $venv (a few minutes the first time)" >&2
+  "$python" -m venv "$venv"
+  # Few releases of torch have a CPU wheel on PyPI, the others bring CUDA: some 7 GB on disk. Elsewhere
+  # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu makes pip take small ones.
+  case "$versions" in
+    pinned) pins=(-c constraints.txt -e '.[test,check]') ;;
+    lowest) "$python" scripts/bounds.py >"$venv/lowest.txt"; pins=(-c "$venv/lowest.txt" -e '.[test]') ;;
+    newest) pins=(--upgrade --upgrade-strategy eager -e '.[test]') ;;
+    *) echo "versions is $versions; known: pinned, lowest, newest" >&2; exit 2 ;;
+  esac
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]}"
+  echo "$stamp" >"$venv/.stamp"
   for library in offmoe/kernels/cpu/_kernels*; do  # pip has just built it
-    if [ "$library" -nt .venv/pyvenv.cfg ]; then echo "$kernels" >.venv/.kernels; fi
+    if [ "$library" -nt "$venv/pyvenv.cfg" ]; then echo "$kernels" >"$venv/.kernels"; fi
   done
 fi
-if [ "$(cat .venv/.kernels 2>/dev/null || true)" != "$kernels" ]; then
+if [ "$(cat "$venv/.kernels" 2>/dev/null || true)" != "$kernels" ]; then
   echo "building the CPU kernels (a minute)" >&2
-  .venv/bin/python setup.py -q build_ext --inplace >.venv/kernels.log 2>&1 || echo "not built, see .venv/kernels.log" >&2
-  echo "$kernels" >.venv/.kernels
+  "$venv/bin/python" setup.py -q build_ext --inplace >"$venv/kernels.log" 2>&1 || echo "not built, see $venv/kernels.log" >&2
+  echo "$kernels" >"$venv/.kernels"
 fi
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/$venv/bin:$PATH"

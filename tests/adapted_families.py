@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from dataclasses import replace
 from typing import Any
 
 import torch
-from families import Family, _spread_weights
+from families import Family, _spread_weights, import_family
 from transformers import PreTrainedModel
 
 _BASE: dict[str, object] = {
@@ -227,8 +226,8 @@ def build_adapted(name: str, *, seed: int = 0, width: int | None = None) -> PreT
     family = ADAPTED[name]
     if width is not None:
         family = replace(family, config=_of_width(family.config, width))
-    configs = importlib.import_module(f"transformers.models.{family.name}.configuration_{family.name}")
-    models = importlib.import_module(f"transformers.models.{family.name}.modeling_{family.name}")
+    configs = import_family(f"{family.name}.configuration_{family.name}")
+    models = import_family(f"{family.name}.modeling_{family.name}")
     config: Any = getattr(configs, family.config_class)(**copy.deepcopy(family.config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
