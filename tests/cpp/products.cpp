@@ -159,9 +159,9 @@ int64_t try_norms(const Handles& handles) {
     for (int64_t width : {1, 7, 15, 16, 17, 31, 33, 64, 100})
         for (int64_t rows : {1, 3})
             for (int32_t type : kTypes)
-                for (int32_t kind : {WEIGHT_LAST, WEIGHT_FIRST, ONE_PLUS_WEIGHT}) {
-                    const Buffer x = random_numbers(random, type, rows * width), weight = random_numbers(random, type, width), y(x.size());
-                    Norm call = {x.at(), weight.at(), y.at(), rows, width, 1e-6f, kind, type};
+                for (int32_t kind : {WEIGHT_LAST, WEIGHT_FIRST, ONE_PLUS_WEIGHT, CENTRED}) {
+                    const Buffer x = random_numbers(random, type, rows * width), weight = random_numbers(random, type, width), bias = random_numbers(random, type, width), y(x.size());
+                    Norm call = {x.at(), weight.at(), kind == CENTRED && rows > 1 ? bias.at() : nullptr, y.at(), rows, width, 1e-6f, kind, type};
                     require(offmoe_norm(handles.alone, &call) == 0, "a norm", "", width, rows, type);
                     call.y = x.at();
                     require(offmoe_norm(handles.many, &call) == 0, "a norm in place", "", width, rows, type);
