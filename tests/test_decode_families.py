@@ -167,9 +167,11 @@ def with_other_norms(spec: DecoderSpec) -> DecoderSpec:
 def test_a_wrong_spec_is_seen_in_the_first_tokens(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(name, tmp_path)
     right = specs.spec_of
-    with monkeypatch.context() as patch, open_tiny(tmp_path, compile="off") as engine:
+    with monkeypatch.context() as patch:
         patch.setenv("OFFMOE_DECODE", "eager")
-        wanted = logits(engine)
+        with open_tiny(tmp_path, compile="off") as engine:
+            wanted = logits(engine)
+            assert engine.stats()["decode_path"] == "eager"
     monkeypatch.setattr("offmoe.decode.paths.spec_of", lambda config: with_other_norms(right(config)))
     with open_tiny(tmp_path, compile="off") as engine:
         with pytest.warns(RuntimeWarning, match=r"goes through transformers' modules: on the fused path logits differ"):
