@@ -89,4 +89,4 @@ class LazyLink:
 def make_ring_copier(link: LazyLink, *, chunk_bytes: int = CHUNK_BYTES, ring_chunks: int = RING_CHUNKS) -> RingCopier:
     """With a ring, unless it has no chunks."""
     ring = torch.zeros(ring_chunks * chunk_bytes, dtype=torch.uint8) if ring_chunks else None
-    return RingCopier(link, ring, chunk_bytes=chunk_bytes)
+    return RingCopier(link, ring, chunk_bytes=chunk_bytes, pinned_chunk_bytes=chunk_bytes)

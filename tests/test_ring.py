@@ -90,6 +90,33 @@ def test_what_is_not_urgent_leaves_the_device_queue_short(copier: RingCopier, li
     assert set(link.threads) == {WORKER}
 
 
+def test_an_expert_in_pinned_memory_is_one_piece_of_work(link: LazyLink) -> None:
+    """However many sources it has: Python does not touch it again."""
+    copier = RingCopier(link, None, chunk_bytes=CHUNK, pinned_chunk_bytes=10 * CHUNK)
+    sources, dst = numbers(12 * CHUNK).view(3, 4 * CHUNK), zeros(6, 4 * CHUNK)
+    link.pinned = (sources,)
+    tickets = []
+    for begin in (0, 3):
+        parts = [(sources[idx], dst[begin + idx]) for idx in range(2)]
+        tickets.append(copier.copy(parts, urgent=False))
+    for ticket in tickets:
+        ticket.wait()
+    assert [num_bytes for _, num_bytes, _ in link.begun] == [8 * CHUNK] * 2
+    assert torch.equal(dst[0:2], sources[:2]) and torch.equal(dst[3:5], sources[:2])
+    copier.close()
+
+
+def test_small_copies_from_pinned_memory_may_be_many_at_once(link: LazyLink) -> None:
+    copier = RingCopier(link, None, chunk_bytes=CHUNK, pinned_chunk_bytes=5 * CHUNK)
+    src, dst = numbers(CHUNK), zeros(12, CHUNK)
+    link.pinned = (src,)
+    for ticket in [copy(copier, src, row, urgent=False) for row in dst]:
+        ticket.wait()
+    assert link.most_in_flight == 5
+    assert dst.eq(src).all()
+    copier.close()
+
+
 def test_urgent_copies_from_pinned_memory_are_queued_at_once_and_whole(
     copier: RingCopier, link: LazyLink, stops: Stops
 ) -> None:

@@ -26,6 +26,7 @@ from offmoe.generation.compile_thread import interruptible
 from offmoe.generation.grouped_attention import group_attention
 from offmoe.models.seam import define_experts_operator, is_observed
 from offmoe.models.static_cache import StaticKv
+from offmoe.models.transformers_internals import cache_name
 
 # A lowering takes a graph and example inputs and returns what runs it: a torch.compile backend.
 Lowering = Callable[[torch.fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
@@ -131,10 +132,11 @@ def _make_step(model: PreTrainedModel, static: StaticKv, ids: torch.Tensor) -> C
     accepted = inspect.signature(model.forward).parameters
     takes_positions = "position_ids" in accepted
     options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    cache = {cache_name(model): static.cache}
 
     def step() -> torch.Tensor:
         positions = {"position_ids": static.position.view(1, 1)} if takes_positions else {}
-        output = model(input_ids=ids, past_key_values=static.cache, use_cache=True, **positions, **options)
+        output = model(input_ids=ids, use_cache=True, **cache, **positions, **options)
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 

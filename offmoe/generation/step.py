@@ -16,7 +16,7 @@ from offmoe.generation.sampling import Chooser
 from offmoe.models.kv_prefix import KeptCache
 from offmoe.models.kv_rewind import remember
 from offmoe.models.lengths import angles_of, starts_over
-from offmoe.models.transformers_internals import experts_modules
+from offmoe.models.transformers_internals import cache_name, experts_modules
 
 
 def generate_step(
@@ -118,6 +118,7 @@ class Forward:
     def __init__(self, model: PreTrainedModel, cache: DynamicCache | None, *, position: int = 0) -> None:
         self._model, self._cache, self.position = model, cache, position
         accepted = inspect.signature(model.forward).parameters
+        self._cache_name = cache_name(model)
         self._takes_positions = "position_ids" in accepted
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
@@ -135,8 +136,9 @@ class Forward:
             if self._takes_positions
             else {}
         )
-        output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **positions, **self._options)
-        self._cache = output.past_key_values
+        cache = {self._cache_name: self._cache}
+        output = self._model(input_ids=ids, use_cache=True, **cache, **positions, **self._options)
+        self._cache = getattr(output, self._cache_name)
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from offmoe.base.errors import UsageError
 from offmoe.generation.finite import NoTokenError, non_finite_error
 from offmoe.generation.sampling import Chooser
+from offmoe.models.transformers_internals import cache_name
 
 
 def translate_step(
@@ -35,15 +36,15 @@ def translate_step(
         encoded = encoder(input_ids=source, attention_mask=torch.ones_like(source), return_dict=True)
     on_prefill(len(source_ids), len(source_ids))
     ids = source.new_full((1, 1), start)
-    cache, new = None, ids
+    name, cache, new = cache_name(model), None, ids
     forced = settings.forced_bos_token_id
     while True:
         with torch.inference_mode():
             output = model(
                 encoder_outputs=encoded, attention_mask=torch.ones_like(source), decoder_input_ids=new,
-                past_key_values=cache, use_cache=True,
+                use_cache=True, **{name: cache},
             )  # fmt: skip
-        cache = output.past_key_values
+        cache = getattr(output, name)
         try:
             token_id = choose(ids, output.logits[:, -1]) if forced is None else int(forced)
         except NoTokenError:

@@ -8,6 +8,8 @@ tokens of a model that caches latents need no keys and values at all: models/lat
 is computed by the CPU kernels: models/token_attention.py.
 
 The function is one for the process, so it asks each module whether it is ours; all others get transformers' own.
+It keeps transformers' name: eight families of 5.23 (DeepSeek-V3.2, GLM-5, ...) say which keys a query may see in a mask
+only where the name is "sdpa" or "eager".
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from offmoe.models.transformers_internals import cache_name
+
 _KINDS = frozenset({"dynamic", "longrope"})
 
 
@@ -66,10 +68,11 @@ def starts_over(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache |
     Phi-3.5-MoE does, once a reply grows past its original length; the model's own method is asked. Where none does,
     cached keys keep the angles they were made with, as in transformers.
     """
+    name = cache_name(model)
     prepared = model.prepare_inputs_for_generation(
-        ids, past_key_values=cache, attention_mask=torch.ones_like(ids), next_sequence_length=1, use_cache=True
+        ids, attention_mask=torch.ones_like(ids), next_sequence_length=1, use_cache=True, **{name: cache}
     )
-    return cache is not None and prepared.get("past_key_values") is None
+    return cache is not None and prepared.get(name) is None
 
 
 def _rotary_modules(model: PreTrainedModel) -> list[torch.nn.Module]:

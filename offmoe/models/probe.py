@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from offmoe.base.errors import CheckpointError
 from offmoe.models.kv_cache import kv_bytes, make_kv_cache
+from offmoe.models.transformers_internals import cache_name
 
 _NUM_TOKENS = 8
 # Relative difference of the last logits above which cutting the prompt changes the result. A layer that forgets its
@@ -39,14 +40,14 @@ def foresee_kv_bytes(model: PreTrainedModel, context_length: int) -> int:
     shapes = {name: t.to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
     given = {
         "input_ids": torch.ones(1, num_tokens, dtype=torch.long, device="meta"),
-        "past_key_values": make_kv_cache(model, num_tokens), "use_cache": True,
+        cache_name(model): make_kv_cache(model, num_tokens), "use_cache": True,
     }  # fmt: skip
     try:
         with torch.no_grad(), _attributes_kept(model):
             output = functional_call(model, shapes, kwargs=given)
     except (NotImplementedError, RuntimeError, ValueError, TypeError):
         return 0
-    return kv_bytes(output.past_key_values, num_tokens, context_length)
+    return kv_bytes(getattr(output, cache_name(model)), num_tokens, context_length)
 
 
 @contextmanager
@@ -74,22 +75,23 @@ def probe_model(model: PreTrainedModel, context_length: int) -> ModelProbe:
 
 
 def _measure(model: PreTrainedModel, context_length: int) -> ModelProbe:
-    num_tokens = min(_NUM_TOKENS, context_length)
+    num_tokens, name = min(_NUM_TOKENS, context_length), cache_name(model)
     ids = torch.arange(1, num_tokens + 1).remainder(model.config.get_text_config().vocab_size)[None].to(model.device)
     if model.config.is_encoder_decoder:  # the encoder sees its source whole
         with torch.no_grad():
             encoded = model.get_encoder()(input_ids=ids, return_dict=True)
-            caches = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True).past_key_values
+            output = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True)
+        caches = getattr(output, name)
         halves = (caches.self_attention_cache, caches.cross_attention_cache)
         return ModelProbe(sum(kv_bytes(half, num_tokens, context_length) for half in halves), chunkable=False)
     with torch.no_grad():
-        output = model(input_ids=ids, past_key_values=make_kv_cache(model, num_tokens), use_cache=True)
-        whole_cache, whole = output.past_key_values, output.logits[0, -1].float()
+        output = model(input_ids=ids, use_cache=True, **{name: make_kv_cache(model, num_tokens)})
+        whole_cache, whole = getattr(output, name), output.logits[0, -1].float()
         chunkable = False
         if num_tokens > 3:
             cut = num_tokens // 2
-            first = model(input_ids=ids[:, :cut], past_key_values=make_kv_cache(model, num_tokens), use_cache=True)
-            second = model(input_ids=ids[:, cut:], past_key_values=first.past_key_values, use_cache=True)
+            first = model(input_ids=ids[:, :cut], use_cache=True, **{name: make_kv_cache(model, num_tokens)})
+            second = model(input_ids=ids[:, cut:], use_cache=True, **{name: getattr(first, name)})
             difference = (whole - second.logits[0, -1].float()).abs().max() / whole.abs().max().clamp_min(1e-6)
             chunkable = bool(difference < _TOLERANCE.get(model.dtype, 3e-2))
     return ModelProbe(kv_bytes(whole_cache, num_tokens, context_length), chunkable)

@@ -25,7 +25,7 @@ from offmoe.models.call_trace import Call, LayerTrace, LayerTracer, by_name
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.predictor import Side, Tail, find_tail, ids_given_to_experts, layer_state_name
 from offmoe.models.seam import LayerBinding, ObserverHook, StateObserver, find_binding
-from offmoe.models.transformers_internals import experts_modules
+from offmoe.models.transformers_internals import cache_name, experts_modules
 
 _NUM_TOKENS = 8
 NOT_REACHED = "text does not reach it"
@@ -209,7 +209,7 @@ def _run(model: PreTrainedModel) -> None:
     # With a cache, so that modules that keep a state are seen to be given one, and are not called again.
     ids = torch.arange(1, _NUM_TOKENS + 1, device=model.device) % model.config.get_text_config().vocab_size
     with torch.no_grad():
-        model(input_ids=ids[None], past_key_values=make_kv_cache(model, _NUM_TOKENS), use_cache=True)
+        model(input_ids=ids[None], use_cache=True, **{cache_name(model): make_kv_cache(model, _NUM_TOKENS)})
 
 
 class _Search:

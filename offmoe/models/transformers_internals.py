@@ -11,6 +11,7 @@ What is used, and for what:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,14 @@ _RULES_NAME = "_offmoe_key_rules"
 def register_experts_function(function: Callable[..., torch.Tensor]) -> None:
     """Make `function` available to every model of this process under the name "offmoe"."""
     ALL_EXPERTS_FUNCTIONS.register(SEAM_NAME, function)
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """The KV cache's name among the arguments of the model's forward, and in what it returns.
+
+    transformers 5.24 renames `past_key_values` to `cache`.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def experts_modules(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:

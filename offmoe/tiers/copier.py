@@ -88,7 +88,8 @@ def split(parts: Sequence[Part], chunk_bytes: int) -> Iterator[list[Part]]:
         begin = 0
         while begin < src.nbytes:
             num_bytes = min(room, src.nbytes - begin)
-            chunk.append((src.narrow(0, begin, num_bytes), dst.narrow(0, begin, num_bytes)))
+            is_whole = num_bytes == src.nbytes
+            chunk.append((src, dst) if is_whole else (src.narrow(0, begin, num_bytes), dst.narrow(0, begin, num_bytes)))
             begin += num_bytes
             room -= num_bytes
             if not room:

@@ -30,6 +30,7 @@ from offmoe.base.errors import DeviceError
 from offmoe.tiers.copier import Copier, Part
 from offmoe.tiers.device import DevicePool
 from offmoe.tiers.driver_memory import free_by_uuid
+from offmoe.tiers.huge_pages import fault_in
 from offmoe.tiers.ring import CHUNK_BYTES, RING_CHUNKS, RingCopier
 
 
@@ -213,6 +214,7 @@ class CudaDevice:
 
     def pin(self, slab: torch.Tensor) -> str | None:
         """As Device. All of the slab is page-locked, so all of it counts as used from now on."""
+        fault_in(slab)
         with torch.cuda.device(self.torch_device):
             reason = try_pin(slab)
         if reason is None:
