@@ -12,7 +12,7 @@ from makers import Opened, RecordingDisk, TinyExperts, failing_reads, open_cache
 from offmoe.base.errors import DiskReadError
 from offmoe.base.keys import ExpertKey
 from offmoe.checkpoint.expert_index import ReadPlan
-from offmoe.executor import executor as executor_module
+from offmoe.executor import layer_call
 from offmoe.executor.executor import Executor
 from offmoe.tiers.copier import Ticket
 
@@ -60,7 +60,7 @@ def test_a_long_prompt_keeps_its_busiest_experts_and_what_decoding_uses(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four slots, two layers: a prompt may keep two experts of a layer, the other six pass through one slot."""
-    monkeypatch.setattr(executor_module, "MAX_READS_IN_FLIGHT", 1)
+    monkeypatch.setattr(layer_call, "MAX_READS_IN_FLIGHT", 1)
     executor = Executor(opened.cache)
     Call(1, 1).choosing([1, 0]).run(executor)
     Call(0, 9).choosing([6, 0], [6, 1], [6, 2], [6, 3], [6, 4], [3, 5], [3, 7], [3, 6], [3, 6]).run(executor)
@@ -110,7 +110,7 @@ def test_experts_in_memory_are_computed_while_others_are_read(tiny: TinyExperts)
 
 
 def test_reads_in_flight_are_bounded(tiny: TinyExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor_module, "MAX_READS_IN_FLIGHT", 3)
+    monkeypatch.setattr(layer_call, "MAX_READS_IN_FLIGHT", 3)
     in_flight, most = [0], [0]
 
     class Counting(LateDisk):
