@@ -73,7 +73,7 @@ def make_table(found: Found) -> str:
 
 
 def _way(model_type: str) -> str:
-    """How a token of the family is computed on a CPU."""
+    """The decode path of the family on a CPU."""
     from offmoe.decode.families import FAMILIES
     from offmoe.decode.left_out import LEFT_OUT
 

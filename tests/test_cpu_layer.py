@@ -96,7 +96,7 @@ def test_any_number_of_threads_gives_the_same_bits(level: str) -> None:
 
 
 def mixed_by_torch(logits_1E: torch.Tensor, rule: RouteRule) -> tuple[torch.Tensor, torch.Tensor]:
-    """As Phi-MoE's router has it."""
+    """The rule of Phi-MoE's router."""
     left, ids, weights = logits_1E.clone(), [], []
     for _ in range(rule.top_k):
         most, best = left.max(dim=-1, keepdim=True)

@@ -7,7 +7,8 @@ import torch
 from cpu_cases import LEVELS, needs_library, open_kernels
 
 from offmoe.kernels.activations import Activation
-from offmoe.kernels.cpu.mamba import CpuMamba, MambaShape, set_mamba_states
+from offmoe.kernels.cpu.delta import set_states
+from offmoe.kernels.cpu.mamba import CpuMamba, MambaShape
 from offmoe.kernels.cpu.program import CpuProgram, Elementwise
 from offmoe.kernels.cpu.short_conv import CpuShortConv, set_state
 
@@ -87,7 +88,7 @@ def test_a_mamba_mixer_token_by_token(dtype: torch.dtype, sizes: tuple[int, int,
     program.finish()
     states = torch.zeros(1, shape.channels, 4, dtype=dtype), torch.zeros(1, num_heads, width, size)
     assert mamba.takes(*states) and not mamba.takes(states[0], states[1].double())
-    set_mamba_states(call, *states)
+    set_states(call, *states)
     tokens, ours = draw(6, x.numel(), dtype=dtype, seed=6), []
     for token in tokens:
         x.copy_(token)

@@ -16,7 +16,6 @@ from offmoe.decode.spec import DeltaNet, Heads, Latents, Mamba, NoSpecError, Sho
 from offmoe.decode.steps import Steps
 from offmoe.kernels.cpu.decode import set_position
 from offmoe.kernels.cpu.delta import DeltaInput, DeltaShape, set_states
-from offmoe.kernels.cpu.mamba import set_mamba_states
 from offmoe.kernels.cpu.short_conv import set_state
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -172,7 +171,7 @@ def _mamba(steps: Steps, module: nn.Module, attention: Mamba, x: torch.Tensor) -
     def place(_: Angles, states: States) -> None:
         if not mamba.takes(*states):
             raise NoSpecError("a Mamba mixer's running states are of another shape")
-        set_mamba_states(call, *states)
+        set_states(call, *states)
 
     return heads, place
 

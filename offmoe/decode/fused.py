@@ -285,7 +285,7 @@ class AngleTable:
         self._table: Angles | None = None
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> Angles:
-        """Of `positions`, (1, 1), as the module itself gives them for `x`, of which it sees type and device."""
+        """Return the angles that the module gives for `positions`, (1, 1), and for the type and device of `x`."""
         rotary = self._rotary
         if not self._is_fixed or rotary._forward_hooks or rotary._forward_pre_hooks or positions.device.type != "cpu":
             return self._ask(x, positions)

@@ -77,7 +77,7 @@ class NativeLinear(NativeModule, KernelLinear):
         self.__dict__["_threads"] = threads
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # its name in nn.Linear
-        """As nn.Linear: (..., K) to (..., N)."""
+        """Multiply like nn.Linear: (..., K) to (..., N)."""
         if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or not self.has_same_weights():
             return nn.functional.linear(input, self.weight, self.bias)
         kernel = self._kernel

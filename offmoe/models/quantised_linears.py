@@ -91,7 +91,7 @@ class QuantisedLinear(KernelLinear):
         return linear
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # its name in nn.Linear
-        """As nn.Linear: (..., K) to (..., N)."""
+        """Multiply like nn.Linear: (..., K) to (..., N)."""
         matrix, bias = self.quant_matrix, self.bias
         if matrix is None:  # on the meta device
             return nn.functional.linear(input, self.weight, bias)

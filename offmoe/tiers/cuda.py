@@ -230,7 +230,7 @@ class CudaDevice:
             torch.cuda.cudart().cudaHostUnregister(self._slabs.pop().data_ptr())
 
     def follow_stream(self) -> None:
-        """As Device: one comparison, unless a caller has changed streams."""
+        """Compare two streams, and no more unless a caller has changed them; see Device."""
         current = torch.cuda.current_stream(self.torch_device)
         if self._stream is not None and current != self._stream:
             current.wait_stream(self._stream)
@@ -249,7 +249,7 @@ class CudaDevice:
             raise as_device_error(error, self.torch_device, "being asked for its free memory") from error
 
     def driver_bytes(self) -> int:
-        """As Device: the free memory before this process had a context, less that of now and what torch's allocator
+        """Return the free memory before this process had a context, less that of now and what torch's allocator
         holds; graphs' pools and cuBLAS work spaces are in the latter. What others take or give back meanwhile is in it.
         CUDA_CONTEXT_BYTES where it cannot be measured.
         """

@@ -121,7 +121,7 @@ class Device(Protocol):
         """What could be allocated now, by its driver's word."""
 
     def driver_bytes(self) -> int:
-        """What its driver has taken for this process beside what torch allocated: context, kernels, graphs."""
+        """Bytes that its driver has taken for this process beside torch's: context, kernels, graphs."""
 
     def total_bytes(self) -> int:
         """What it has."""
@@ -178,12 +178,12 @@ class SimulatedDevice:
         """The host waits."""
 
     def free_bytes(self) -> int:
-        """What neither pools nor the driver nor others use."""
+        """Bytes that neither pools nor the driver nor others use."""
         taken = self.taken_bytes + self.context_bytes
         return max(0, self._capacity_bytes - taken - sum(pool.num_bytes for pool in self._pools))
 
     def driver_bytes(self) -> int:
-        """As set."""
+        """Return what was set."""
         return self.context_bytes
 
     def total_bytes(self) -> int:

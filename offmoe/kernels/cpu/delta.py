@@ -82,13 +82,21 @@ class CpuDelta:
     def takes(self, conv_state: torch.Tensor, state: torch.Tensor) -> bool:
         """Running states, (1, C, taps) and float32 (1, H, K, V), that can be changed in place."""
         shape = self.shape
-        return (
-            conv_state.shape == (1, shape.channels, shape.taps) and conv_state.dtype == shape.dtype
-            and state.shape == (1, shape.num_values, shape.key_width, shape.value_width)
-            and state.dtype == torch.float32 and conv_state.is_contiguous() and state.is_contiguous()
-        )  # fmt: skip
+        sizes = (shape.num_values, shape.key_width, shape.value_width)
+        return states_fit(conv_state, state, (shape.channels, shape.taps), sizes, shape.dtype)
 
 
-def set_states(call: structs.Delta, conv_state: torch.Tensor, state: torch.Tensor) -> None:
+def states_fit(
+    conv_state: torch.Tensor, state: torch.Tensor, conv_sizes: tuple[int, ...], sizes: tuple[int, ...],
+    dtype: torch.dtype,
+) -> bool:  # fmt: skip
+    """Whether states of one sequence have these sizes, and can be changed in place: of `dtype`, and float32."""
+    return (
+        conv_state.shape == (1, *conv_sizes) and conv_state.dtype == dtype and conv_state.is_contiguous()
+        and state.shape == (1, *sizes) and state.dtype == torch.float32 and state.is_contiguous()
+    )  # fmt: skip
+
+
+def set_states(call: structs.Delta | structs.Mamba, conv_state: torch.Tensor, state: torch.Tensor) -> None:
     """The layer's running states, which the call changes; `takes` said True."""
     call.conv_state, call.state = ctypes.c_void_p(conv_state.data_ptr()), ctypes.c_void_p(state.data_ptr())

@@ -6,12 +6,12 @@ C = H * W + 2 * G * S channels of the convolution.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
 
 from offmoe.kernels.cpu import structs
+from offmoe.kernels.cpu.delta import states_fit
 
 MOST_TAPS = 8
 
@@ -78,13 +78,5 @@ class CpuMamba:
     def takes(self, conv_state: torch.Tensor, state: torch.Tensor) -> bool:
         """Running states, (1, C, taps) and float32 (1, H, W, S), that can be changed in place."""
         shape = self.shape
-        return (
-            conv_state.shape == (1, shape.channels, shape.taps) and conv_state.dtype == shape.dtype
-            and state.shape == (1, shape.num_heads, shape.width, shape.size)
-            and state.dtype == torch.float32 and conv_state.is_contiguous() and state.is_contiguous()
-        )  # fmt: skip
-
-
-def set_mamba_states(call: structs.Mamba, conv_state: torch.Tensor, state: torch.Tensor) -> None:
-    """The mixer's running states, which the call changes; `takes` said True."""
-    call.conv_state, call.state = ctypes.c_void_p(conv_state.data_ptr()), ctypes.c_void_p(state.data_ptr())
+        sizes = (shape.num_heads, shape.width, shape.size)
+        return states_fit(conv_state, state, (shape.channels, shape.taps), sizes, shape.dtype)
