@@ -177,7 +177,7 @@ def test_an_engine_whose_ram_lacks_experts_reads_ahead_and_says_the_same(
             assert ahead is not None and isinstance(ahead.prefetcher, TwoTierPrefetcher)
             from_disk = ahead.prefetcher.from_disk
             assert from_disk.trial is not None
-            from_disk.trial.prefer(3)
+            from_disk.trial.choice = 3
             from_disk.distance = 3
             assert ids(engine) == expected
             stats = engine.stats()

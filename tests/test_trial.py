@@ -130,15 +130,6 @@ def test_only_what_is_considered_is_tried() -> None:
     assert Run(trial, fixed(A=1.0, B=0.5, C=1.1)).go(1000).trial.choice == "B"
 
 
-def test_a_forecast_is_overruled_by_a_comparison() -> None:
-    trial = Trial("AB")
-    trial.prefer("B")
-    assert trial.current == "B"
-    Run(trial, fixed(A=1.0, B=1.5)).go(200, names="AB")
-    trial.prefer("B")
-    assert trial.choice == "A"
-
-
 @given(st.lists(st.tuples(st.sampled_from("AB"), st.floats(0, 1e6), st.floats(0, 1e6)), max_size=200))
 def test_takes_whatever_is_observed(observations: list[tuple[str, float, float]]) -> None:
     trial = Trial("AB", block=2, settle=1)

@@ -1,4 +1,4 @@
-"""What moving and computing bytes costs on this machine, and the bounds that follow from it.
+"""Costs of moving and computing bytes on this machine.
 
 A rate is measured alone and beside the other side: link and CPU share the RAM's bandwidth and slow each other.
 """
@@ -76,62 +76,3 @@ class TokenSample(NamedTuple):
     stall_s: float
     fetched_bytes: int
     num_waiting: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenWork:
-    """What one decoded token needs. `hit_rate`: found on the device; `ram_hit_rate`: of the others, found in RAM;
-    `streamed_share`: of the others, copied to the device (the rest is computed on the CPU).
-    """
-
-    dense_bytes: float
-    routed_bytes: float
-    num_layers: int
-    hit_rate: float
-    ram_hit_rate: float
-    streamed_share: float
-
-    @property
-    def missed_bytes(self) -> float:
-        """Routed bytes that are not on the device."""
-        return (1 - self.hit_rate) * self.routed_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenTimes:
-    """Seconds a token keeps each resource busy."""
-
-    device_s: float
-    link_s: float
-    cpu_s: float
-    host_s: float
-    disk_s: float
-
-    @property
-    def bound_s(self) -> float:
-        """A token's time when everything overlaps: no engine can be faster."""
-        return max(self.device_s, self.link_s, self.cpu_s, self.host_s, self.disk_s)
-
-    @property
-    def serial_s(self) -> float:
-        """A token's time when only link and CPU overlap."""
-        return self.device_s + max(self.link_s, self.cpu_s) + self.disk_s
-
-
-def token_times(
-    work: TokenWork, costs: Costs, *, device_bytes_per_s: float, host_bytes_per_s: float, layer_fixed_s: float
-) -> TokenTimes:
-    """The arithmetic of an upper bound: bytes over bandwidth, resource by resource.
-
-    `device_bytes_per_s` is the device's memory, `host_bytes_per_s` is RAM, which link and CPU read both;
-    `layer_fixed_s` is a layer's overhead on the device.
-    """
-    device_bytes = work.dense_bytes + work.hit_rate * work.routed_bytes
-    streamed_bytes = work.streamed_share * work.missed_bytes
-    return TokenTimes(
-        device_s=device_bytes / device_bytes_per_s + work.num_layers * layer_fixed_s,
-        link_s=streamed_bytes / costs.link_bytes_per_s,
-        cpu_s=(work.missed_bytes - streamed_bytes) / costs.cpu_bytes_per_s,
-        host_s=work.missed_bytes / host_bytes_per_s,
-        disk_s=(1 - work.ram_hit_rate) * work.missed_bytes / costs.disk_bytes_per_s,
-    )

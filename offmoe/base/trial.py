@@ -113,12 +113,6 @@ class Trial(Generic[Setting]):
         """Compare only these (and the choice) from the next comparison on; with no other there is none."""
         self._considered = tuple(setting for setting in self._settings if setting in settings)
 
-    def prefer(self, setting: Setting) -> None:
-        """Make `setting` the choice by better knowledge (a forecast), unless comparisons have spoken already."""
-        if not self.num_comparisons and self._comparison is None:
-            assert setting in self._settings, f"{setting=}"
-            self.choice = setting
-
     def observe(self, setting: Setting, seconds: float, work: float) -> None:
         """`work` (any unit, the same for all settings) took `seconds` under `setting`. No work: only time passed."""
         assert seconds >= 0 and work >= 0, f"{seconds=} {work=}"

@@ -32,10 +32,6 @@ class Usage:
         self.counts[key] = self.counts.get(key, 0) + 1
         self.last[key] = self.now
 
-    def age(self, key: ExpertKey) -> int:
-        """Whole passes since `key` was used last; since the beginning when it never was."""
-        return self.now - self.last.get(key, 0)
-
     def token_pass(self) -> None:
         """A pass of all layers begins."""
         self.now += 1

@@ -242,9 +242,8 @@ def _bucket(num_tokens: int, context_length: int) -> int:
 def make_compiler(
     model: PreTrainedModel, context_length: int, config: EngineConfig, progress: Callable[[str, int, int], None]
 ) -> DecodeCompiler | None:
-    """In the background for "auto", at once for "on". `config` is settled; a simulated device gains nothing by it."""
-    is_simulated = config.compile == "auto" and model.device.type != "cuda"
-    if model.config.is_encoder_decoder or config.compile == "off" or is_simulated:
+    """Compile in the background for "auto", at once for "on". `config` is settled."""
+    if model.config.is_encoder_decoder or config.compile == "off":
         return None
     return DecodeCompiler(
         model, context_length, background=config.compile == "auto",

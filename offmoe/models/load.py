@@ -67,6 +67,7 @@ def load_model(
     spare_forked_children()
     keep_to_quota()
     with ExitStack() as opened:
+        device = choose_device(config) if device is None else device
         if device is not None:
             opened.callback(device.close)
         cpu_kernels, why_no_kernels = load_cpu_kernels()
@@ -74,8 +75,6 @@ def load_model(
         config, model, experts = built.config, built.model, built.experts
         tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
         note_end_tokens(model, tokenizer)
-        if device is None and (device := choose_device(config)) is not None:
-            opened.callback(device.close)
         kept = None
         if device is None and cpu_kernels is not None:
             kept = QuantisedLinears(model, built.index, built.targets, cpu_kernels)
@@ -277,9 +276,10 @@ def _take_experts_out(model: PreTrainedModel, experts: ExpertIndex) -> None:
 
 def _settled(config: EngineConfig, model: PreTrainedModel, device: Device | None) -> EngineConfig:
     """`config` with everything settled but memory, which is divided when it is known."""
-    may_compile = not model.config.is_encoder_decoder and (device is None or device.torch_device.type == "cuda")
+    # A simulated device would gain nothing by it.
+    may_compile = not model.config.is_encoder_decoder and device is not None and device.torch_device.type == "cuda"
     facts = Facts(
-        has_device=device is not None or torch.cuda.is_available(), may_compile=may_compile,
+        has_device=device is not None, may_compile=may_compile,
         longest_context=longest_context(model), total_ram_bytes=total_ram_bytes(),
     )  # fmt: skip
     return complete_config(config, facts).config

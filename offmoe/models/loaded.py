@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offmoe.base.budget import DevicePlan, MemoryPlan
+from offmoe.base.budget import MemoryPlan
 from offmoe.base.config import EngineConfig
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.checkpoint.expert_index import ExpertIndex
@@ -55,11 +55,6 @@ class LoadedModel:
         """Tokens of prompt and reply that memory was set aside for."""
         assert self.config.context_length is not None, "settled"
         return self.config.context_length
-
-    @property
-    def device_plan(self) -> DevicePlan | None:
-        """Where the device's memory goes."""
-        return self.plan.device
 
     @property
     def cache(self) -> ExpertCache:

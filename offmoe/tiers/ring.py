@@ -8,7 +8,7 @@ Three ways for the bytes, best first:
 
 Concurrency. One worker thread (a `WorkQueue`) and the calling thread. The link has two lanes, urgent and not; copies of
 one lane arrive in the order in which they were queued, and nothing is promised between lanes. An urgent copy overtakes
-because few chunks that are not urgent are on the device's queue (MAX_IN_FLIGHT, IN_FLIGHT_BYTES). Where chunks are
+because few chunks that are not urgent are on the device's queue (MAX_IN_FLIGHT). Where chunks are
 staged the worker waits for room as a piece of its own, and chooses what to do next only afterwards; urgent copies from
 pinned memory do not need the worker.
 
@@ -34,7 +34,7 @@ from offmoe.tiers.work_queue import Job, WorkQueue
 CHUNK_BYTES = 2 << 20
 RING_CHUNKS = 4
 # From pinned memory: an expert is one piece of work for Python. 16 MiB are 0.3 ms of a fast link, 1.3 ms of a slow one.
-PINNED_CHUNK_BYTES = IN_FLIGHT_BYTES = 16 << 20
+PINNED_CHUNK_BYTES = 16 << 20
 # So many chunks may be queued whatever their size: the link is to find the next one when one ends.
 MAX_IN_FLIGHT = 2
 

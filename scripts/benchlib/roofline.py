@@ -1,14 +1,12 @@
 """How fast a token could be at most: the bytes it must move, over bandwidths measured on the machine. Pure arithmetic.
 
-A decoded token's bound is the one that offmoe plans with (offmoe.base.costs.token_times), at bandwidths measured apart
-from offmoe and with everything in RAM; a prompt's is its arithmetic, or the bytes that it brought to the device.
+A decoded token is bound by the resource that its bytes keep busy longest, at bandwidths measured apart from offmoe and
+with everything in RAM; a prompt by its arithmetic, or by the bytes that it brought to the device.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-
-from offmoe.base.costs import Costs, TokenWork, token_times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +93,15 @@ def decode_bound(token: TokenBytes, speeds: Bandwidths, *, hit_rate: float, miss
     """The bound of one decoded token at a device hit rate (0 to 1), misses served as `miss` says."""
     if not 0 <= hit_rate <= 1:
         raise ValueError(f"hit_rate is {hit_rate}; it is between 0 and 1")
-    costs = Costs(
-        link_bytes_per_s=speeds.link_bytes_per_s, link_beside_cpu_bytes_per_s=speeds.link_bytes_per_s,
-        cpu_bytes_per_s=speeds.cpu_bytes_per_s, cpu_beside_link_bytes_per_s=speeds.cpu_bytes_per_s,
-        disk_bytes_per_s=speeds.host_bytes_per_s, cpu_flops_per_s=speeds.cpu_bytes_per_s,
-    )  # fmt: skip
-    work = TokenWork(
-        dense_bytes=token.dense_bytes, routed_bytes=token.routed_bytes, num_layers=token.num_layers, hit_rate=hit_rate,
-        ram_hit_rate=1.0, streamed_share=streamed_share(miss, speeds),
-    )  # fmt: skip
-    times = token_times(
-        work, costs, device_bytes_per_s=speeds.device_bytes_per_s, host_bytes_per_s=speeds.host_bytes_per_s,
-        layer_fixed_s=speeds.layer_s,
-    )  # fmt: skip
-    return Bound(gpu_s=times.device_s, link_s=times.link_s, cpu_s=times.cpu_s, host_s=times.host_s)
+    missed_bytes = (1 - hit_rate) * token.routed_bytes
+    streamed_bytes = streamed_share(miss, speeds) * missed_bytes
+    device_bytes = token.dense_bytes + hit_rate * token.routed_bytes
+    return Bound(
+        gpu_s=device_bytes / speeds.device_bytes_per_s + token.num_layers * speeds.layer_s,
+        link_s=streamed_bytes / speeds.link_bytes_per_s,
+        cpu_s=(missed_bytes - streamed_bytes) / speeds.cpu_bytes_per_s,
+        host_s=missed_bytes / speeds.host_bytes_per_s,
+    )
 
 
 def prefill_bound(token: TokenBytes, speeds: Bandwidths, *, num_tokens: int, link_bytes: int) -> Bound:
