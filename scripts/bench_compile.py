@@ -23,7 +23,7 @@ import torch
 from benchlib.machine import describe_machine, describe_versions
 
 import offmoe
-from offmoe.generation.compiled import DecodeCompiler
+from offmoe.decode.compiled import DecodeCompiler
 from offmoe.generation.step import Forward
 from offmoe.models.transformers_internals import experts_modules
 

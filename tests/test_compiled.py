@@ -25,11 +25,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import repeat_kv
 
 import offmoe
 from offmoe.base.errors import DiskReadError, EngineBusyError
-from offmoe.generation import compiled
-from offmoe.generation.compile_thread import CompileThread
-from offmoe.generation.compiled import DecodeCompiler, _bucket
-from offmoe.generation.compiled_step import CompiledStep
-from offmoe.generation.grouped_attention import attend, group_attention
+from offmoe.decode import compiled
+from offmoe.decode.compile_thread import CompileThread
+from offmoe.decode.compiled import DecodeCompiler, _bucket
+from offmoe.decode.compiled_step import CompiledStep
+from offmoe.decode.grouped_attention import attend, group_attention
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.seam import define_experts_operator
 from offmoe.models.static_cache import StaticKv
@@ -137,7 +137,7 @@ def test_in_the_background(tiny_moe: Path, expected: tuple[int, ...], monkeypatc
 def test_a_longer_sequence_takes_a_larger_bucket(
     tiny_moe: Path, expected: tuple[int, ...], quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offmoe.generation.compiled.SMALLEST_BUCKET", 16)
+    monkeypatch.setattr("offmoe.decode.compiled.SMALLEST_BUCKET", 16)
     with open_tiny(tiny_moe, compile="on") as engine:
         compiler = engine._decode
         assert compiler is not None
@@ -397,7 +397,7 @@ def test_a_process_may_end_while_a_step_compiles(tiny_moe: Path) -> None:
     """Daemon threads within torch's C++ code abort a process that ends: 7 of 7 did."""
     code = f"""
 import torch, offmoe
-from offmoe.generation import compiled
+from offmoe.decode import compiled
 original = compiled.DecodeCompiler
 compiled.DecodeCompiler = lambda *args, **options: original(*args, **{{**options, "background": True}})
 engine = offmoe.load({str(tiny_moe)!r}, ram="4GiB", compile="on", tell=None)

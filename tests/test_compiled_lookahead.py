@@ -20,8 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import offmoe
 from offmoe.base.errors import EngineBusyError
-from offmoe.generation import compiled
-from offmoe.generation.compiled import DecodeCompiler
+from offmoe.decode import compiled
+from offmoe.decode.compiled import DecodeCompiler
 from offmoe.models.routing import map_routing
 from offmoe.models.seam import LayerBinding, define_experts_operator
 from offmoe.prefetch.lookahead import Prediction

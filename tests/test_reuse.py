@@ -16,8 +16,8 @@ from families import build
 
 import offmoe
 from offmoe.base.errors import DiskReadError
-from offmoe.generation import compiled
-from offmoe.generation.compiled import DecodeCompiler
+from offmoe.decode import compiled
+from offmoe.decode.compiled import DecodeCompiler
 from offmoe.models.kv_prefix import longest_with_same_angles
 from offmoe.models.transformers_internals import experts_modules
 

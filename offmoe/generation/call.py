@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from offmoe.decode.compiled import DecodeCompiler
 from offmoe.decode.paths import DecodePaths
-from offmoe.generation.compiled import DecodeCompiler
 from offmoe.generation.prefill_chunk import PrefillChunk
 from offmoe.generation.sampling import Chooser
 from offmoe.generation.stats import GenerationStats, Totals

@@ -21,11 +21,11 @@ from offmoe.base.trace import TraceEvent
 from offmoe.base.trace_file import TraceWriter
 from offmoe.checkpoint.gguf_file import is_gguf
 from offmoe.checkpoint.index import read_config
+from offmoe.decode.compiled import make_compiler
 from offmoe.decode.paths import DecodePaths
 from offmoe.generation.call import Call, answer, translate
 from offmoe.generation.chat import chat_ids
 from offmoe.generation.chat_template import Message
-from offmoe.generation.compiled import make_compiler
 from offmoe.generation.conversation import Conversation
 from offmoe.generation.ends import end_ids
 from offmoe.generation.engine_stats import engine_stats

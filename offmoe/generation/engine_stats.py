@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from offmoe.base.machine import peak_rss_bytes
+from offmoe.decode.compiled import DecodeCompiler
 from offmoe.decode.paths import DecodePaths
-from offmoe.generation.compiled import DecodeCompiler
 from offmoe.generation.stats import Totals
 from offmoe.models.device_failures import peak_bytes
 from offmoe.models.kv_prefix import KeptCache

@@ -27,8 +27,8 @@ from transformers import DynamicCache, PreTrainedModel
 from offmoe.base.config import EngineConfig
 from offmoe.base.errors import OffmoeError
 from offmoe.decode.compare import allowed_difference, difference
-from offmoe.generation.compile_thread import CompileThread, is_compiling
-from offmoe.generation.compiled_step import CompiledStep, Lowering, lower_with_inductor
+from offmoe.decode.compile_thread import CompileThread, is_compiling
+from offmoe.decode.compiled_step import CompiledStep, Lowering, lower_with_inductor
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.static_cache import StaticKv, UnsupportedCacheError
 

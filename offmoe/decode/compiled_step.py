@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from offmoe.generation.compile_thread import interruptible
-from offmoe.generation.grouped_attention import group_attention
+from offmoe.decode.compile_thread import interruptible
+from offmoe.decode.grouped_attention import group_attention
 from offmoe.models.seam import define_experts_operator, is_observed
 from offmoe.models.static_cache import StaticKv
 from offmoe.models.transformers_internals import cache_name
