@@ -91,7 +91,8 @@ def _alternate(engine: offmoe.Engine, args: argparse.Namespace) -> dict[str, flo
     """Milliseconds a layer: medians over steps, and the median of the blocks' ratios."""
     compiler = engine._decode
     assert isinstance(compiler, DecodeCompiler) and compiler.cache is not None, f"{compiler=}"
-    step = next(iter(compiler._steps.values()))
+    step = compiler._step
+    assert step is not None
     ids = torch.tensor([[5]], device=engine.model.device)
     position = args.context - 8
 

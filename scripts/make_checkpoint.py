@@ -18,9 +18,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchlib.errors import ScriptError
 from benchlib.families import FAMILIES, TensorSpec, build_config, tensor_specs
+from benchlib.shapes import SHAPES, shape_config, shape_specs
 from benchlib.shards import DTYPES, write_checkpoint
 from benchlib.sizes import format_gb, parse_bytes
 from benchlib.stdlib_text import held_out_ids, save_tokenizer, train_tokenizer
@@ -47,7 +49,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--like", required=True, choices=sorted(FAMILIES), help="model whose shapes to take")
+    parser.add_argument(
+        "--like", required=True, choices=sorted([*FAMILIES, *SHAPES]), help="model whose shapes to take"
+    )
     parser.add_argument("--layers", required=True, type=int, help="number of layers")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must be empty or absent")
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES), help="(default: bfloat16)")
@@ -66,6 +70,9 @@ def make_checkpoint(args: argparse.Namespace) -> None:
     vocab_size = args.vocab or (TINY_VOCAB if args.tiny else 32_000)
     if vocab_size < 257:
         raise ScriptError(f"--vocab must be at least 257 (256 bytes and the end of text), not {vocab_size}")
+    is_shape = args.like in SHAPES
+    if is_shape and args.tiny:
+        raise ScriptError(f"--tiny is not for {args.like}; for: {', '.join(sorted(FAMILIES))}")
     overrides = FAMILIES[args.like].tiny if args.tiny else {}
     if args.expert_width is not None:
         if args.like != "qwen3-30b-a3b" or args.expert_width < 1:
@@ -73,14 +80,13 @@ def make_checkpoint(args: argparse.Namespace) -> None:
         overrides = {**overrides, "moe_intermediate_size": args.expert_width}
     max_shard_bytes = parse_bytes(args.max_shard_size)
     started_s = time.perf_counter()
-    config = build_config(
-        args.like,
-        num_layers=args.layers,
-        vocab_size=vocab_size,
-        dtype=args.dtype,
-        overrides=overrides or None,
-    )
-    specs = list(tensor_specs(args.like, config))
+    sizes: dict[str, Any] = {"num_layers": args.layers, "vocab_size": vocab_size, "dtype": args.dtype}
+    if is_shape:
+        config = shape_config(args.like, **sizes)
+        specs = list(shape_specs(config))
+    else:
+        config = build_config(args.like, **sizes, overrides=overrides or None)
+        specs = list(tensor_specs(args.like, config))
     prepare_folder(args.out, specs, item_bytes=DTYPES[args.dtype][0].itemsize)
     write_texts(args.out, config, source_bytes=TINY_SOURCE_BYTES if args.tiny else SOURCE_BYTES)
     total_bytes = write_checkpoint(

@@ -63,7 +63,8 @@ def open_checkpoint_files() -> list[str]:
 @contextmanager
 def leaves_nothing() -> Iterator[None]:
     """Within: engines may come and go. Afterwards there is no thread and no open checkpoint file more than before."""
-    gc.collect()
+    if engine_threads() or open_checkpoint_files():  # of engines that nobody refers to any more; it takes a second
+        gc.collect()
     threads, files = engine_threads(), open_checkpoint_files()
     yield
     assert engine_threads() == threads

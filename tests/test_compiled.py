@@ -27,12 +27,14 @@ import offmoe
 from offmoe.base.errors import DiskReadError, EngineBusyError
 from offmoe.decode import compiled
 from offmoe.decode.compile_thread import CompileThread
-from offmoe.decode.compiled import DecodeCompiler, _bucket
+from offmoe.decode.compiled import DecodeCompiler
 from offmoe.decode.compiled_step import CompiledStep
 from offmoe.decode.grouped_attention import attend, group_attention
+from offmoe.kernels.slot_kernels import TorchSlotKernels
 from offmoe.models.kv_cache import make_kv_cache
-from offmoe.models.seam import define_experts_operator
+from offmoe.models.seam import define_experts_operators
 from offmoe.models.static_cache import StaticKv
+from offmoe.tiers.device import SimulatedDevice
 
 NUM_NEW = 32
 
@@ -108,6 +110,7 @@ def test_auto_is_off_without_a_device(tiny_moe: Path) -> None:
 
 def test_in_the_background(tiny_moe: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first reply is the model's own while the compiler is held back; a later one is compiled."""
+    monkeypatch.setattr(compiled, "TOKENS_BEFORE", 0)
     let_go = threading.Event()
 
     def held_back(graph: Any, inputs: Any) -> Any:
@@ -134,23 +137,92 @@ def test_in_the_background(tiny_moe: Path, expected: tuple[int, ...], monkeypatc
         assert compiler._checked
 
 
-def test_a_longer_sequence_takes_a_larger_bucket(
-    tiny_moe: Path, expected: tuple[int, ...], quick: None, monkeypatch: pytest.MonkeyPatch
+def test_one_step_serves_every_length(
+    tiny_moe: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offmoe.decode.compiled.SMALLEST_BUCKET", 16)
+    num_graphs = 0
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        nonlocal num_graphs
+        num_graphs += 1
+        return as_captured(graph, inputs)
+
+    lower_with(monkeypatch, counted)
     with open_tiny(tiny_moe, compile="on") as engine:
-        compiler = engine._decode
-        assert compiler is not None
         assert ids_of(engine, 4) == expected[:4]
-        assert list(compiler._steps) == [16]
-        begin = compiler.begin
-        monkeypatch.setattr(
-            compiler, "begin", lambda num_tokens, **held: begin(1, **held)
-        )  # so that the reply grows out of buckets
         assert ids_of(engine) == expected
-        assert sorted(compiler._steps) == [16, 32, 64]
-        assert {step.static.position.data_ptr() for step in compiler._steps.values()}
+        step = engine._decode._step
+        assert step.static.capacity == engine.context_length
+        whole = engine.context_length - len(PROMPT)
+        assert len(ids_of(engine, whole)) == whole
+    assert num_graphs == 1
+
+
+def test_a_short_reply_is_not_worth_compiling(
+    tiny_moe: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_background(monkeypatch)
+    monkeypatch.setattr(compiled, "TOKENS_BEFORE", 40)
+    with open_tiny(tiny_moe, compile="on") as engine:
+        assert ids_of(engine) == expected  # 31 steps
+        assert engine.stats()["compile"] == "waiting"
         assert ids_of(engine) == expected
+        assert engine.stats()["compile"] != "waiting"
+
+
+def test_the_next_engine_has_the_same_graphs(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that torch's cache of compiled code knows them."""
+    graphs: list[str] = []
+
+    def noted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return as_captured(graph, inputs)
+
+    lower_with(monkeypatch, noted)
+    for _ in range(2):
+        gc.collect()  # engines of other tests, and then the first one
+        with open_tiny(tiny_moe, compile="on") as engine:
+            ids_of(engine, 4)
+        del engine
+    assert graphs[0] == graphs[1] and "offmoe.experts" in graphs[0]
+
+
+def test_two_engines_have_numbers_of_their_own(tiny_moe: Path) -> None:
+    with open_tiny(tiny_moe) as one, open_tiny(tiny_moe) as two:
+        numbers = [
+            module._offmoe_handle for engine in (one, two) for module in engine.model.modules()
+            if hasattr(module, "_offmoe_handle")
+        ]  # fmt: skip
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_resident_experts_are_part_of_the_graph(
+    tiny_moe: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device whose kernels look slots up: nothing cuts the step, and every choice is still counted."""
+    graphs: list[str] = []
+
+    def noted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return as_captured(graph, inputs)
+
+    lower_with(monkeypatch, noted)
+    monkeypatch.setattr(TorchSlotKernels, "looks_up", lambda kernels, layer_idx: True)
+    with open_tiny(tiny_moe, experts="auto", compile="on", _device=SimulatedDevice(1e12)) as engine:
+        assert ids_of(engine) == expected
+        (code,) = graphs
+        assert "offmoe.resident_experts" in code and "offmoe.experts" not in code
+        before = engine.stats()
+        pieces = list(engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True))
+        assert tuple(piece.token_id for piece in pieces if piece.token_id is not None) == expected
+        after, num_layers = engine.stats(), len(engine._parts.experts.layers)
+        num_choices = (len(PROMPT) + NUM_NEW - 1) * num_layers * engine.top_k
+        assert after["hits"] - before["hits"] == num_choices
+        assert after["layer_calls"] - before["layer_calls"] == NUM_NEW * num_layers
+        with engine.uncached():  # served otherwise than when it was captured
+            assert ids_of(engine) == expected
+            assert engine.stats()["hits"] == after["hits"]
+            assert engine.stats()["decode_path"] == "eager"
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "none"])
@@ -175,11 +247,6 @@ def test_grouped_attention_is_attention(kind: str) -> None:
 
     got = torch.compile(attention, backend=lower, fullgraph=True)(query, keys, values)
     torch.testing.assert_close(got, attention(query, keys, values))
-
-
-def test_buckets() -> None:
-    assert [_bucket(n, 3000) for n in (1, 256, 257, 1024, 2049, 3000)] == [256, 256, 512, 1024, 3000, 3000]
-    assert _bucket(5, 100) == 100
 
 
 def test_what_does_not_compile_is_not_used(
@@ -260,7 +327,8 @@ def test_errors_of_the_experts_pass_through(
 
 def test_a_closed_engine_says_so(tiny_moe: Path, quick: None) -> None:
     """In the middle of a compiled stream, and for a graph that still runs."""
-    experts = define_experts_operator()
+    define_experts_operators()
+    experts = torch.ops.offmoe.experts
     x_TD, ids_TK, weights_TK = torch.zeros(1, 48), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2)
     with leaves_nothing():
         engine = open_tiny(tiny_moe, compile="on")
@@ -278,8 +346,9 @@ def test_a_closed_engine_says_so(tiny_moe: Path, quick: None) -> None:
 
 
 def test_a_handle_without_a_model_says_so() -> None:
+    define_experts_operators()
     with pytest.raises(EngineBusyError, match="closed"):
-        define_experts_operator()(torch.zeros(1, 4), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2), 10**9)
+        torch.ops.offmoe.experts(torch.zeros(1, 4), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2), 10**9)
 
 
 def test_nothing_keeps_the_model(tiny_moe: Path, quick: None) -> None:
@@ -360,7 +429,8 @@ def test_static_and_eager_steps_share_one_memory(sliding: tuple[Any, Any, Static
 
 
 def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`compile="on"` compiles as "auto" does on a GPU, by Dynamo itself."""
+    """`compile="on"` compiles as "auto" does on a GPU, by Dynamo itself, from the first token on."""
+    monkeypatch.setattr(compiled, "TOKENS_BEFORE", 0)
     monkeypatch.setattr(
         compiled, "DecodeCompiler",
         lambda model, length, **options: DecodeCompiler(
@@ -398,7 +468,7 @@ def test_a_process_may_end_while_a_step_compiles(tiny_moe: Path) -> None:
     code = f"""
 import torch, offmoe
 from offmoe.decode import compiled
-original = compiled.DecodeCompiler
+original, compiled.TOKENS_BEFORE = compiled.DecodeCompiler, 0
 compiled.DecodeCompiler = lambda *args, **options: original(*args, **{{**options, "background": True}})
 engine = offmoe.load({str(tiny_moe)!r}, ram="4GiB", compile="on", tell=None)
 engine.generate([5, 77, 31], max_new_tokens=3, ignore_end=True)
@@ -410,6 +480,47 @@ print(thread.is_alive())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", ""), done
+
+
+@pytest.mark.parametrize("asked", ["never", "inside", "at the end"])
+def test_the_interpreter_looks_for_no_interruption_any_more(asked: str) -> None:
+    """Python 3.11 ends no call under `sys.settrace` while it does: this would not end."""
+    code = f"""
+import sys, threading
+from offmoe.decode.compile_thread import CompileThread, _raise_in, Interrupted, interruptible
+begun, go_on, ended = threading.Event(), threading.Event(), []
+def work():
+    with interruptible():
+        begun.set()
+        go_on.wait()
+        if {asked!r} == "at the end":
+            thread._was_asked = True
+            _raise_in(thread, Interrupted)
+        elif {asked!r} == "inside":
+            while True:
+                pass
+    ended.append(True)
+thread = CompileThread(work)
+thread.start()
+begun.wait()
+go_on.set()
+print(thread.interrupt() if {asked!r} == "inside" else thread.join())
+lines = []
+def trace(frame, event, argument):
+    lines.append(event)
+    return trace
+def called():
+    return len("abc")
+sys.settrace(trace)
+called()
+sys.settrace(None)
+print(lines)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE_S
+    )  # fmt: skip
+    expected = f"{'True' if asked == 'inside' else 'None'}\n['call', 'line', 'return']\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, ""), done
 
 
 def test_compiled_steps_wait_where_torch_cannot_run_them_beside_a_compilation(

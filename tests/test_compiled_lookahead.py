@@ -23,7 +23,7 @@ from offmoe.base.errors import EngineBusyError
 from offmoe.decode import compiled
 from offmoe.decode.compiled import DecodeCompiler
 from offmoe.models.routing import map_routing
-from offmoe.models.seam import LayerBinding, define_experts_operator
+from offmoe.models.seam import LayerBinding, define_experts_operators
 from offmoe.prefetch.lookahead import Prediction
 
 NUM_NEW = 24
@@ -120,13 +120,15 @@ def test_a_closed_engine_is_told_nothing_and_not_kept(tmp_path: Path, captured: 
     told: list[object] = []
     binding.observer.observe_state = lambda layer_idx, state_TX: told.append(layer_idx)
     call = (torch.zeros(1, 48), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2), binding.handle)
-    define_experts_operator()(*call, torch.zeros(1, 48))
-    define_experts_operator()(*call)
+    define_experts_operators()
+    experts = torch.ops.offmoe.experts
+    experts(*call, torch.zeros(1, 48))
+    experts(*call)
     assert told == [0]
     model, ahead = weakref.ref(engine.model), weakref.ref(binding.observer)
     engine.close()
     with pytest.raises(EngineBusyError, match="closed"):
-        define_experts_operator()(*call, torch.zeros(1, 48))
+        experts(*call, torch.zeros(1, 48))
     assert told == [0]
     captured.clear()
     del engine, binding

@@ -16,6 +16,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from offmoe.decode.families import spec_of
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 FAMILIES = ["deepseek-v2-lite", "gpt-oss-20b", "mixtral-8x7b", "olmoe", "qwen3-30b-a3b"]
 
@@ -155,3 +157,19 @@ def test_a_folder_in_use_is_left_alone(script: ModuleType, tmp_path: Path) -> No
     (tmp_path / "mine.txt").write_text("keep")
     assert script.main(f"--like olmoe --layers 1 --tiny --out {tmp_path}".split()) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("like", ["qwen3.5-moe", "glm-4.5-air", "deepseek-v3", "gemma-4-26b-a4b"])
+def test_further_shapes_decode_by_a_spec(like: str, script: ModuleType) -> None:
+    """Whole ones are gigabytes: here their tensors are counted, and the model's own class has each of them."""
+    from benchlib.shapes import SHAPES, shape_config, shape_specs
+
+    assert like in SHAPES
+    written = shape_config(like, num_layers=6, vocab_size=512, dtype="bfloat16")
+    config = AutoConfig.for_model(**written)
+    assert spec_of(config).moe is not None
+    specs = {spec.name: spec for spec in shape_specs(written)}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert specs.keys() == model.state_dict().keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    assert specs["model.norm.weight"].ones and not specs["model.embed_tokens.weight"].ones

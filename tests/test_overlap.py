@@ -124,8 +124,7 @@ def check_overlap(tiny: TinyExperts, passes: Sequence[Pass], shape: Machine, pre
 
 
 @DEVICES
-@pytest.mark.parametrize("attention", [0, 8])
-@pytest.mark.parametrize("device_slots", [96, 192])
+@pytest.mark.parametrize(("device_slots", "attention"), [(96, 0), (192, 8)])
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_a_prefill_takes_the_larger_of_copying_and_computing(
     deep: TinyExperts, ratio: float, device_slots: int, attention: int, blocking: bool
@@ -219,7 +218,7 @@ def test_auto_is_never_far_behind_the_best_fixed_place_of_misses(deep: TinyExper
 
 
 @pytest.mark.parametrize("error", [1.2, 0.8])
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("ratio", [RATIOS[0], RATIOS[-1]])
 def test_auto_is_not_far_behind_where_costs_are_wrong_by_a_fifth(deep: TinyExperts, ratio: float, error: float) -> None:
     """Told the same wrong costs as the fixed choice: admission believes them, too."""
     seconds = {miss: placed_s(deep, ratio, miss, error) for miss in Mode}

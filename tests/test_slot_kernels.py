@@ -9,8 +9,8 @@ import pytest
 import slot_cases as cases
 import torch
 
-from offmoe.executor.dispatch import Assignment
-from offmoe.executor.rows import Computed, KernelRows
+from offmoe.executor.dispatch import Assignment, dispatch
+from offmoe.executor.rows import Computed, KernelRows, ReferenceRows
 from offmoe.formats.dense import ExpertWeights, view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation, find_activation
@@ -76,7 +76,7 @@ def test_in_one_path_a_row_is_normed_alone() -> None:
         Computed(int(case.slot_of_E[idx]), weights_of(case, idx), [Assignment(idx, 1, choice, None)])
         for choice, idx in enumerate((0, 4, 5))
     ]
-    rows = KernelRows(kernels, max_rows=64, one_path=True)
+    rows = KernelRows(kernels, one_path=True)
     found = []
     for cut in (1, 2, 3):  # hits first, then arrivals
         y_SD = torch.zeros(3, 40, dtype=torch.bfloat16)
@@ -85,6 +85,41 @@ def test_in_one_path_a_row_is_normed_alone() -> None:
         found.append(y_SD)
     expected = one_token_forward(case.math, [(idx, weights_of(case, idx)) for idx in (0, 4, 5)], x_1D) * 2
     assert all(torch.equal(y_SD, expected) for y_SD in found)
+
+
+class Counted(TorchSlotKernels):
+    """Kernels with tiles or without, that count the rows they are given."""
+
+    tiles, num_rows = False, 0
+
+    def has_tiles(self, layer_idx: int) -> bool:
+        return self.tiles
+
+    def rows_forward(self, layer_idx: int, x_TD: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:
+        self.num_rows += indices[0].numel()
+        return super().rows_forward(layer_idx, x_TD, *indices)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "tiles", "served"),
+    [(16, False, True), (17, False, False), (17, True, True), (64, True, True), (600, True, False)],
+)
+def test_tiles_serve_prompts_until_large_products_are_faster(num_tokens: int, tiles: bool, served: bool) -> None:
+    """Three experts of six: 600 tokens choose each some 200 times."""
+    case = make(dtype=torch.float32)
+    kernels = Counted([case.layer], [case.math], case.slab, case.slot_bytes)
+    kernels.tiles = tiles
+    x_TD, _, _ = case.rows(num_tokens, 2)
+    ids_TK = torch.tensor([0, 4, 5])[torch.randint(3, (num_tokens, 1), generator=torch.Generator().manual_seed(1))]
+    experts = [
+        Computed(int(case.slot_of_E[one.expert_idx]), weights_of(case, one.expert_idx), [one])
+        for one in dispatch(ids_TK, 6)
+    ]
+    y_SD, expected_SD = torch.zeros(num_tokens, 40), torch.zeros(num_tokens, 40)
+    KernelRows(kernels).compute(0, case.math, experts, x_TD, y_SD)
+    ReferenceRows().compute(0, case.math, experts, x_TD, expected_SD)
+    assert kernels.num_rows == (num_tokens if served else 0)
+    torch.testing.assert_close(y_SD, expected_SD)
 
 
 def test_tokens_are_the_weighted_sum_of_their_rows_and_look_up_finds_the_same() -> None:

@@ -4,6 +4,10 @@ The interpreter ends daemon threads wherever they next ask for its lock; with to
 std::terminate and the process aborts after its work was done (https://github.com/pytorch/pytorch/issues/38228). A
 thread that goes on after its engine was closed keeps the weights that it reads. Dynamo cannot be told to stop, so it is
 interrupted as Ctrl-C interrupts it: by an exception that is raised in its thread, between two lines of Python.
+
+An exception that was sent must be raised: until then the interpreter looks for it at every call, in all threads, and
+Python 3.11 then calls no function ever again under `sys.settrace` or `sys.setprofile`. Taking it back (by sending none)
+leaves the interpreter looking for good.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ class CompileThread(threading.Thread):
         super().__init__(name="offmoe-compile", daemon=True)
         self._work: Callable[[], Any] | None = work
         self._gate = threading.Lock()  # nobody is interrupted while it leaves the window
-        self._is_open = False
+        self._is_open = self._was_asked = False
 
     def start(self) -> None:
         """Begin. Raises RuntimeError where no thread can be started."""
@@ -48,8 +52,8 @@ class CompileThread(threading.Thread):
         try:
             assert self._work is not None
             self._work()
-        except Interrupted:
-            pass
+        except Interrupted:  # maybe before the window was closed; the next one comes in half a second
+            self._is_open = False
         finally:
             self._work = None
 
@@ -61,9 +65,13 @@ class CompileThread(threading.Thread):
         try:
             yield
         finally:
-            with self._gate:
+            try:
+                with self._gate:
+                    self._is_open = False
+                for _ in range(2 if self._was_asked else 0):
+                    pass  # an interruption that was sent and not raised yet is raised by this jump back
+            except Interrupted:
                 self._is_open = False
-            _raise_in(self, None)  # one that was sent and not delivered yet
 
     def interrupt(self, patience_s: float = PATIENCE_S) -> bool:
         """Ask the thread to end, and wait for it. Returns whether it has ended within the time."""
@@ -71,6 +79,7 @@ class CompileThread(threading.Thread):
         while self.is_alive() and waited_s < patience_s:
             with self._gate:
                 if self._is_open:
+                    self._was_asked = True
                     _raise_in(self, Interrupted)
             self.join(_ASK_EVERY_S)
             waited_s += _ASK_EVERY_S
@@ -96,10 +105,9 @@ def is_compiling() -> bool:
     return any(thread.is_alive() for thread in list(_threads))
 
 
-def _raise_in(thread: threading.Thread, kind: type[BaseException] | None) -> None:
-    """Have `kind` raised in `thread` before its next line; None takes back what was not raised yet."""
-    exception = None if kind is None else ctypes.py_object(kind)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), exception)
+def _raise_in(thread: threading.Thread, kind: type[BaseException]) -> None:
+    """Have `kind` raised in `thread` before its next line."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(kind))
 
 
 @atexit.register

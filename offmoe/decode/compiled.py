@@ -1,16 +1,17 @@
-"""Which decode steps are compiled, when, and whether they are used.
+"""Whether the decode step is compiled, when, and whether it is used.
 
-A compiled step works on a KV cache of a fixed number of rows (a bucket), and attention costs as much as there are rows,
-not tokens: the bucket is the smallest with room for prompt and reply. All buckets are views of one memory, which is the
-eager cache's. A step is used after it once gave the logits of the model's own step, on a token of the user's.
+A compiled step works on the whole of the eager cache's memory, as many rows as the context has tokens: masked rows cost
+a GPU little, and another step for each length would be compiled for minutes each. A step is used after it once gave the
+logits of the model's own step, on a token of the user's.
 
 Never an error: what does not compile, or does not agree, is not used, and `DecodeCompiler.state` says why.
 
-In the background, a thread compiles while the model's own steps go on. torch's compiler is not made for that in three
-ways, which is why compile="on" waits instead: its process-wide "is compiling" flag makes transformers' eager code write
-masks out (same values, maybe another attention kernel's rounding); it puts the default random state back when it is
-done (sampling here has generators of its own); and it runs in Python, so that eager steps meanwhile share the
-interpreter with it (benchmarks/2026-11-22-compiled-steps.md).
+In the background, a thread compiles while the model's own steps go on, once the engine has decoded so many tokens that
+more are to be expected: compiling takes half of the interpreter for a minute or more. torch's compiler is not made for
+that in three ways, which is why compile="on" waits instead: its process-wide "is compiling" flag makes transformers'
+eager code write masks out (same values, maybe another attention kernel's rounding); it puts the default random state
+back when it is done (sampling here has generators of its own); and it runs in Python, so that eager steps meanwhile
+share the interpreter with it (benchmarks/2026-11-22-compiled-steps.md).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from offmoe.decode.compiled_step import CompiledStep, Lowering, lower_with_induc
 from offmoe.models.kv_cache import make_kv_cache
 from offmoe.models.static_cache import StaticKv, UnsupportedCacheError
 
-SMALLEST_BUCKET = 256
+# Tokens that an engine decodes before it compiles in the background: short questions and their answers never need it.
+TOKENS_BEFORE = 128
 # Steps on which the two may differ by more: a router that nearly ties is decided by rounding.
 _NUM_TRIES = 3
 # torch before 2.13 marks the whole process while one thread traces, and refuses compiled code in all of them
@@ -52,7 +54,7 @@ class EagerStep(Protocol):
 
 
 class DecodeCompiler:
-    """Decodes with compiled steps where there are any. Owns the KV cache, one for all generations of an engine.
+    """Decodes with a compiled step where there is one. Owns the KV cache, one for all generations of an engine.
 
     `state`: "waiting" (nothing decoded yet), "compiling", "on" (and whether lookahead misses layers in compiled steps),
     or "failed: " and the reason.
@@ -66,26 +68,25 @@ class DecodeCompiler:
         self._lower, self._on_compile = lower, on_compile
         self.cache = make_kv_cache(model, context_length)
         self.state = "waiting"
-        self._steps: dict[int, CompiledStep] = {}  # by bucket; whole ones only
+        self._step: CompiledStep | None = None  # a whole one
         self._active: CompiledStep | None = None
         self._coming: CompiledStep | None = None
         self._thread: CompileThread | None = None
-        self._checked: set[tuple[int, int]] = set()  # (bucket, thread)
-        self._num_disagreed = 0
-        self._num_tokens = 0
+        self._checked: set[int] = set()  # threads
+        self._num_disagreed = self._num_decoded = 0
         self._closed = self._warned = False
         if self.cache is None:
             self._fail("the model brings its own KV cache")
 
     @torch.inference_mode()
-    def begin(self, num_tokens: int, *, num_held: int) -> None:
-        """A new sequence, of up to `num_tokens` tokens of prompt and reply; the cache holds `num_held` of the last one.
+    def begin(self, *, num_held: int) -> None:
+        """A new sequence; the cache holds `num_held` tokens of the last one.
 
         The eager cache takes over: its owner drops what the new sequence does not begin with.
         """
         if self._active is not None and self.cache is not None:
             self._active.static.hand_back(num_held)
-        self._num_tokens, self._active = num_tokens, None
+        self._active = None
 
     @torch.inference_mode()
     def empty_cache(self) -> DynamicCache | None:
@@ -109,7 +110,7 @@ class DecodeCompiler:
         weights and KV cache afterwards.
         """
         self._closed = True
-        self._drop_steps()
+        self._drop_step()
         self._active = self.cache = None
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
@@ -118,38 +119,36 @@ class DecodeCompiler:
     def __call__(self, eager: EagerStep, ids: torch.Tensor) -> torch.Tensor:
         """Last logits (1, V) after appending the one token `ids` (1, 1), compiled or not."""
         position = eager.position
-        step = self._choose(position)
+        step = self._choose()
         if step is not self._active:
             if self._active is not None:
                 self._active.static.hand_back(position)
             self._active = step
+        self._num_decoded += 1
         if step is None:
             return eager(ids)
-        if (step.static.capacity, threading.get_ident()) not in self._checked:
+        if threading.get_ident() not in self._checked:
             return self._check(step, eager, ids)
         logits = step(ids, position)
         eager.position += 1
         return logits
 
-    def _choose(self, position: int) -> CompiledStep | None:
+    def _choose(self) -> CompiledStep | None:
         """The step to take, None for the model's own. May begin, or do, a compilation."""
         if self._closed or (is_compiling() and not _RUNS_WHILE_COMPILING):
             return None
         if self.state.startswith("failed"):
             self._warn()
             return None
-        need = max(position + 1, self._num_tokens)
-        fitting = [bucket for bucket in self._steps if bucket >= need]
-        if fitting:
-            return self._steps[min(fitting)]
-        if self._thread is None:
-            self._start(_bucket(need, self._context_length))
-        return self._steps.get(_bucket(need, self._context_length))
+        is_due = not self._background or self._num_decoded >= TOKENS_BEFORE
+        if self._step is None and self._thread is None and is_due:
+            self._start()
+        return self._step if self._step is not None and self._step.fits else None
 
-    def _start(self, bucket: int) -> None:
+    def _start(self) -> None:
         assert self.cache is not None
         try:
-            step = CompiledStep(self._model, StaticKv(self.cache, bucket), self._lower)
+            step = CompiledStep(self._model, StaticKv(self.cache, self._context_length), self._lower)
         except UnsupportedCacheError as error:
             self._fail(str(error))
             return
@@ -171,11 +170,11 @@ class DecodeCompiler:
         self._on_compile(1, 1)
 
     def _compile(self, step: CompiledStep) -> None:
-        """On the caller's thread or on one of its own; `_steps` and `state` change last."""
+        """On the caller's thread or on one of its own; `_step` and `state` change last."""
         try:
             step.compile()
             if not self._closed:
-                self._steps[step.static.capacity] = step
+                self._step = step
                 self.state = "on" + (f", {step.num_blind} layers without lookahead" if step.num_blind else "")
         except Exception as error:  # noqa: BLE001 - torch.compile raises anything, and there is a way on without it
             self._fail(_reason(error))
@@ -203,7 +202,7 @@ class DecodeCompiler:
     def _judge(self, step: CompiledStep, found: float) -> None:
         limit = allowed_difference(self._model.dtype)
         if found <= limit:
-            self._checked.add((step.static.capacity, threading.get_ident()))
+            self._checked.add(threading.get_ident())
             return
         self._num_disagreed += 1
         if self._num_disagreed >= _NUM_TRIES:
@@ -211,12 +210,12 @@ class DecodeCompiler:
 
     def _fail(self, reason: str) -> None:
         self.state = f"failed: {reason}"
-        self._drop_steps()
+        self._drop_step()
 
-    def _drop_steps(self) -> None:
-        for step in (*self._steps.values(), *filter(None, (self._coming,))):
+    def _drop_step(self) -> None:
+        for step in filter(None, (self._step, self._coming)):
             step.close()
-        self._steps.clear()
+        self._step = None
 
     def _warn(self) -> None:
         if not self._warned:
@@ -230,13 +229,6 @@ def _reason(error: Exception) -> str:
     if isinstance(inner, Exception):
         return _reason(inner)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _bucket(num_tokens: int, context_length: int) -> int:
-    bucket = SMALLEST_BUCKET
-    while bucket < num_tokens:
-        bucket *= 2
-    return min(bucket, context_length)
 
 
 def make_compiler(

@@ -1,7 +1,7 @@
-"""One decode step through torch.compile: the whole model as one graph, cut at the experts on CUDA.
+"""One decode step through torch.compile: the whole model as one graph, cut on CUDA at experts that may be missing.
 
 A step of one token is bound by the host, which launches some twenty kernels a layer: a compiled step has few, and on
-CUDA what lies between two experts calls is replayed as one CUDA graph.
+CUDA what lies between two cuts is replayed as one CUDA graph. Layers whose experts are all on the device are no cut.
 
 Compiled code is kept on disk by torch: in `TORCHINDUCTOR_CACHE_DIR`, or else in `torchinductor_<user>` in the system's
 temporary folder.
@@ -17,14 +17,15 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from offmoe.decode.compile_thread import interruptible
 from offmoe.decode.grouped_attention import group_attention
-from offmoe.models.seam import define_experts_operator, is_observed
+from offmoe.executor.resident import ResidentExecutor
+from offmoe.models.seam import LayerBinding, binding_of_handle, define_experts_operators, is_observed
 from offmoe.models.static_cache import StaticKv
 from offmoe.models.transformers_internals import cache_name
 
@@ -57,12 +58,13 @@ class _Backend:
         self.run: Callable[..., Any] | None = None
         self.only_compile = True
         self.num_blind = 0
+        self.resident: list[ResidentCall] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
         lower, self.lower = self.lower, None
         assert lower is not None, "closed, or a step was compiled a second time"
         group_attention(graph)
-        self.num_blind = count_blind(graph)
+        self.num_blind, self.resident = count_blind(graph), resident_calls(graph)
         self.run = lower(graph, inputs)
         return self._run
 
@@ -77,7 +79,7 @@ class CompiledStep:
     """A step of one token against `static`. Does nothing until `compile()`, which may run on any thread."""
 
     def __init__(self, model: PreTrainedModel, static: StaticKv, lower: Lowering) -> None:
-        define_experts_operator()
+        define_experts_operators()
         self.static = static
         self._model = weakref.ref(model)
         self.on_cuda = static.position.is_cuda
@@ -96,6 +98,11 @@ class CompiledStep:
         """Layers whose lookahead sees no state in this step."""
         return self._backend.num_blind
 
+    @property
+    def fits(self) -> bool:
+        """Whether the experts that the graph computes by itself are still served as when it was captured."""
+        return all(call.binding.executor is call.executor for call in self._backend.resident)
+
     @torch.inference_mode()
     def compile(self) -> None:
         """Compile without running anything. Raises whatever torch.compile raises."""
@@ -108,6 +115,7 @@ class CompiledStep:
     def close(self) -> None:
         """Let go of what was compiled. A compilation under way fails at its next stage."""
         self._backend.lower = self._backend.run = None
+        self._backend.resident = []
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor, position: int) -> torch.Tensor:
@@ -118,14 +126,39 @@ class CompiledStep:
             _enter_cudagraph_thread()
             torch.compiler.cudagraph_mark_step_begin()
         logits: torch.Tensor = self._function()
+        for call in self._backend.resident:  # a graph that is replayed runs no Python
+            call.executor.count_hits(call.num_choices)
         return logits.clone()
+
+
+class ResidentCall(NamedTuple):
+    """An experts call that a graph makes without the host, of `num_choices` experts."""
+
+    binding: LayerBinding
+    executor: ResidentExecutor
+    num_choices: int
 
 
 def count_blind(graph: torch.fx.GraphModule) -> int:
     """Experts calls of a captured graph that somebody would observe, and that are given no state to show."""
-    operators = (torch.ops.offmoe.experts, torch.ops.offmoe.experts.default)
-    calls = [node.args for node in graph.graph.nodes if node.target in operators]
+    calls = [node.args for node in _calls(graph, torch.ops.offmoe.experts)]
     return sum(is_observed(handle) and state is None for _, _, _, handle, state in calls)
+
+
+def resident_calls(graph: torch.fx.GraphModule) -> list[ResidentCall]:
+    """The experts calls of a captured graph that need no host."""
+    found: list[ResidentCall] = []
+    for node in _calls(graph, torch.ops.offmoe.resident_experts):
+        binding = binding_of_handle(node.args[3])
+        executor = binding.executor
+        assert isinstance(executor, ResidentExecutor), f"{binding=}"
+        found.append(ResidentCall(binding, executor, node.args[1].meta["example_value"].numel()))
+    return found
+
+
+def _calls(graph: torch.fx.GraphModule, operator: Any) -> list[Any]:
+    """The nodes, whose arguments torch types as anything that a graph may hold."""
+    return [node for node in graph.graph.nodes if node.target in (operator, operator.default)]
 
 
 def _make_step(model: PreTrainedModel, static: StaticKv, ids: torch.Tensor) -> Callable[[], torch.Tensor]:

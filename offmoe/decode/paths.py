@@ -112,9 +112,9 @@ class DecodePaths:
         finally:
             self._never = before
 
-    def begin(self, num_tokens: int, *, num_held: int) -> None:
-        """A reply begins, to up to `num_tokens` tokens: modules may have been replaced since the last one, and weights
-        moved to other memory. Then all is asked anew.
+    def begin(self, *, num_held: int) -> None:
+        """A reply begins: modules may have been replaced since the last one, and weights moved to other memory. Then
+        all is asked anew.
         """
         if any(table.get(name) is not part or _place(part) != place for table, name, part, place in self._parts):
             self._parts, self._step, self._final = _parts_of(self._model), None, ""

@@ -61,6 +61,20 @@ class ResidentExecutor:
         x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """The experts' weighted sum, (T, D). Every choice counts as a hit: the host does not see which they are."""
-        self._cache.counters.layer_calls += 1
-        self._cache.counters.hits += expert_ids_TK.numel()
+        self.count_hits(expert_ids_TK.numel())
+        return self.look_up(layer_idx, x_TD, expert_ids_TK, weights_TK)
+
+    def needs_no_host(self, layer_idx: int) -> bool:
+        """Whether `look_up` of one token can be replayed as part of a CUDA graph."""
+        return self._kernels.looks_up(layer_idx)
+
+    def look_up(
+        self, layer_idx: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """As `run_layer`, without counting."""
         return self._kernels.lookup_forward(layer_idx, x_TD, expert_ids_TK, weights_TK)
+
+    def count_hits(self, num_choices: int) -> None:
+        """Count a layer's call."""
+        self._cache.counters.layer_calls += 1
+        self._cache.counters.hits += num_choices

@@ -16,6 +16,13 @@ from offmoe.kernels.indices import upload
 from offmoe.kernels.reference import ExpertMath, experts_forward, one_token_forward
 from offmoe.kernels.slot_kernels import SlotKernels
 
+# So few tokens are served by the kernels, whichever they have.
+FEW_TOKENS = 16
+# The reference is eleven launches an expert, some 55 us of the host's time, in which a card of 20 TFLOP/s computes a
+# hundred rows of 4.7 million weights. Up to so many rows an expert, on average, the tiles' two launches a layer are
+# less. By arithmetic: no GPU was at hand.
+MANY_ROWS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Computed:
@@ -84,30 +91,36 @@ class ReferenceRows:
 
 
 class KernelRows:
-    """Kernels that address weights by slot for few rows; for many (prefill), `ReferenceRows`: large products.
+    """Kernels that address weights by slot; `ReferenceRows` where rows are so many that large products are faster.
 
-    `max_rows`: the most rows that the kernels serve in one call. `one_path`: every row is rounded alike however many
-    come in one call, which depends on what was cached. The kernels then serve single tokens only, whose rows they sum
-    one by one: for several tokens they choose their tiles by the number of rows. Several tokens are computed by the
-    reference, expert by expert.
+    `one_path`: every row is rounded alike however many come in one call, which depends on what was cached. The kernels
+    then serve single tokens only, whose rows they sum one by one: for several tokens they choose their tiles by the
+    number of rows. Several tokens are computed by the reference, expert by expert.
     """
 
-    def __init__(self, kernels: SlotKernels, max_rows: int, *, one_path: bool = False) -> None:
-        self._kernels, self._max_rows, self._one_path = kernels, max_rows, one_path
+    def __init__(self, kernels: SlotKernels, *, one_path: bool = False) -> None:
+        self._kernels, self._one_path = kernels, one_path
         self._reference = ReferenceRows()
 
     def compute(
         self, layer_idx: int, math: ExpertMath, experts: list[Computed], x_TD: torch.Tensor, y_SD: torch.Tensor
     ) -> None:
         """All rows in one call of the kernels, where they serve."""
-        rows = sum(assignment.num_rows for expert in experts for assignment in expert.assigned)
-        if rows > self._max_rows or (self._one_path and x_TD.shape[0] > 1):
+        if not self._serves(layer_idx, experts, num_tokens=x_TD.shape[0]):
             self._reference.compute(layer_idx, math, experts, x_TD, y_SD)
         elif self._one_path and math.post_norm is not None:  # torch sums a row by how many rows there are
             for expert in experts:
                 self._compute(layer_idx, [expert], x_TD, y_SD)
         else:
             self._compute(layer_idx, experts, x_TD, y_SD)
+
+    def _serves(self, layer_idx: int, experts: list[Computed], *, num_tokens: int) -> bool:
+        """Whether the kernels compute these rows."""
+        if self._one_path:
+            return num_tokens == 1
+        counts = [assignment.num_rows for expert in experts for assignment in expert.assigned]
+        are_many = sum(counts) > MANY_ROWS * len(counts)
+        return num_tokens <= FEW_TOKENS or (self._kernels.has_tiles(layer_idx) and not are_many)
 
     def _compute(self, layer_idx: int, experts: list[Computed], x_TD: torch.Tensor, y_SD: torch.Tensor) -> None:
         """One call of the kernels. Index tensors of many tokens stay where they are."""

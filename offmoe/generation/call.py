@@ -40,7 +40,7 @@ def answer(
     what it cost.
     """
     recorder = parts.serving.recorder
-    decode.begin(len(call.ids) + call.rules.max_new_tokens, num_held=len(kept.ids))
+    decode.begin(num_held=len(kept.ids))
     num_reused = kept.begin(call.ids, reuse=call.reuse)
 
     def on_prefill(done: int, total: int) -> None:

@@ -43,6 +43,9 @@ class SlotKernels(Protocol):
     def looks_up(self, layer_idx: int) -> bool:
         """Whether `lookup_forward` of the layer leaves the host alone: no wait, no index made, nothing uploaded."""
 
+    def has_tiles(self, layer_idx: int) -> bool:
+        """Whether many rows of an expert are computed together, in two launches a layer."""
+
     def lookup_forward(
         self, layer_idx: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
@@ -136,6 +139,10 @@ class TorchSlotKernels:
 
     def looks_up(self, layer_idx: int) -> bool:
         """Never: torch cannot address memory by a number on the device."""
+        return False
+
+    def has_tiles(self, layer_idx: int) -> bool:
+        """Never: rows of a slot are a product of their own."""
         return False
 
     def lookup_forward(

@@ -83,6 +83,11 @@ class TritonSlotKernels:
         """See SlotKernels."""
         return self._kernels[layer_idx] is not None
 
+    def has_tiles(self, layer_idx: int) -> bool:
+        """See SlotKernels."""
+        kernels = self._kernels[layer_idx]
+        return kernels is not None and kernels.has_tiles
+
     def lookup_forward(
         self, layer_idx: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
@@ -247,7 +252,8 @@ def _largest_error(
         for block_rows in (TILE_ROWS if kernels.has_tiles else ())
     ]
     x_1D, experts, slots = x_TD[:1], expert_N[:top_k], slot_N[:top_k]
-    weights_1K = torch.rand(1, top_k, device=device, generator=generator)
+    # In the type in which most routers give them, or the first token would compile once more.
+    weights_1K = torch.rand(1, top_k, device=device, generator=generator).to(math.dtype)
     summed = combine_rows(expected[:top_k], weights_1K, math.dtype)
     hidden = kernels.choose(x_1D, token_N[:top_k], experts, slots)
     pairs.append((kernels.project(hidden, experts, slots), expected[:top_k]))

@@ -9,6 +9,7 @@ the state that a hook would show to an observer goes into the operator as one mo
 from __future__ import annotations
 
 import itertools
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextvars import Context, ContextVar
@@ -25,7 +26,7 @@ from offmoe.base.errors import EngineBusyError, UsageError
 from offmoe.kernels.reference import ExpertMath
 from offmoe.models.transformers_internals import register_experts_function
 
-_BINDING_NAME, _HANDLE_NAME = "_offmoe_binding", "_offmoe_handle"
+_BINDING_NAME, _HANDLE_NAME, _RESIDENT_NAME = "_offmoe_binding", "_offmoe_handle", "_offmoe_is_resident"
 
 
 class ExpertsExecutor(Protocol):
@@ -59,12 +60,19 @@ class ObserverHook(ABC):
         """The same for this input, where the module is not called."""
 
 
+# The one table that operators in compiled graphs can see. It keeps no binding alive: modules do.
+_binding_of_handle: WeakValueDictionary[int, LayerBinding] = WeakValueDictionary()
+_numbering = threading.Lock()
+
+
 @dataclass(eq=False)
 class LayerBinding:
     """What an experts module needs to be served: its number, its arithmetic, and who runs it (None: not yet).
 
-    `halves`: see MoeLayer. `handle` names the binding within this process. It is not used again. `observer`: see
-    models/routing.py.
+    `halves`: see MoeLayer. `observer`: see models/routing.py.
+    `handle` names the binding within this process, as a constant of graphs. It is the smallest number that is free, so
+    that an engine's graphs are those of the one before it and torch's cache of compiled code knows them. A graph is
+    called by its model, which keeps the binding: no graph lives to meet another's.
     """
 
     layer_idx: int
@@ -77,7 +85,12 @@ class LayerBinding:
     # On its way from a hook to the experts call of the same trace. Set and deleted there, never set at any other time:
     # so torch finds nothing to be done after the graph.
     _traced_state_TX: torch.Tensor = field(init=False, repr=False)
-    handle: int = field(default_factory=itertools.count().__next__)
+    handle: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        with _numbering:
+            self.handle = next(number for number in itertools.count() if number not in _binding_of_handle)
+            _binding_of_handle[self.handle] = self
 
     def trace_state(self, state_TX: torch.Tensor) -> None:
         """While a graph is traced: the layer's experts call, which follows, takes this along for the observer."""
@@ -90,10 +103,6 @@ class LayerBinding:
         state_TX = self._traced_state_TX
         del self._traced_state_TX
         return state_TX
-
-
-# The one table that operators in compiled graphs can see. It keeps no binding alive: modules do.
-_binding_of_handle: WeakValueDictionary[int, LayerBinding] = WeakValueDictionary()
 
 
 _wants_ids: ContextVar[bool] = ContextVar("wants_ids", default=False)
@@ -137,14 +146,16 @@ def bind(module: torch.nn.Module, binding: LayerBinding) -> None:
     register_experts_function(serve_experts)
     setattr(module, _BINDING_NAME, binding)
     setattr(module, _HANDLE_NAME, binding.handle)
-    _binding_of_handle[binding.handle] = binding
+    setattr(module, _RESIDENT_NAME, False)
 
 
 def attach(module: torch.nn.Module, executor: ExpertsExecutor) -> None:
-    """Let `executor` compute a bound module's experts . The module's resident parts are loaded by now."""
+    """Let `executor` compute a bound module's experts. The module's resident parts are loaded by now."""
     binding = _binding_of(module)
     binding.math = math_of(module)
     binding.executor = executor
+    needs_no_host = getattr(executor, "needs_no_host", None)
+    setattr(module, _RESIDENT_NAME, needs_no_host is not None and needs_no_host(binding.layer_idx))
 
 
 def find_binding(module: torch.nn.Module) -> LayerBinding | None:
@@ -195,7 +206,11 @@ def serve_experts(
     weights_TK = top_k_weights.reshape(ids_TK.shape)
     if torch.compiler.is_dynamo_compiling():
         state_TX = getattr(module, _BINDING_NAME).take_traced_state()
-        y_TD: torch.Tensor = torch.ops.offmoe.experts(x_TD, ids_TK, weights_TK, getattr(module, _HANDLE_NAME), state_TX)
+        handle = getattr(module, _HANDLE_NAME)
+        if getattr(module, _RESIDENT_NAME):
+            y_TD: torch.Tensor = torch.ops.offmoe.resident_experts(x_TD, ids_TK, weights_TK, handle)
+        else:
+            y_TD = torch.ops.offmoe.experts(x_TD, ids_TK, weights_TK, handle, state_TX)
     elif _wants_ids.get():
         raise _IdsKnownError(ids_TK)
     else:
@@ -224,29 +239,43 @@ def is_observed(handle: int) -> bool:
 
 
 @cache
-def define_experts_operator() -> Callable[..., torch.Tensor]:
-    """`torch.ops.offmoe.experts(x_TD, ids_TK, weights_TK, handle, state_TX=None) -> y_TD`, for graphs. Once for the
-    process. `state_TX` is shown to the layer's observer first.
+def define_experts_operators() -> None:
+    """Operators for graphs, once for the process.
 
-    Its tag ends a CUDA graph before it and begins another behind it: it reads the ids on the host and waits for copies.
+    `torch.ops.offmoe.experts(x_TD, ids_TK, weights_TK, handle, state_TX=None) -> y_TD`: `state_TX` is shown to the
+    layer's observer first. Its tag ends a CUDA graph before it and begins another behind it: it reads the ids on the
+    host and waits for copies.
+    `torch.ops.offmoe.resident_experts(x_TD, ids_TK, weights_TK, handle) -> y_TD`: of a layer whose experts are all on
+    the device. It is part of the graph around it, and counts nothing: a graph that is replayed runs no Python.
     """
-    operator = operators.custom_op(
-        "offmoe::experts",
-        _experts_operator,
-        mutates_args=(),
-        tags=(torch._C.Tag.cudagraph_unsafe,),
+    experts = operators.custom_op(
+        "offmoe::experts", _experts_operator, mutates_args=(), tags=(torch._C.Tag.cudagraph_unsafe,)
     )
-    operator.register_fake(lambda x_TD, ids_TK, weights_TK, handle, state_TX=None: x_TD.new_empty(x_TD.shape))
-    return operator
+    experts.register_fake(lambda x_TD, ids_TK, weights_TK, handle, state_TX=None: x_TD.new_empty(x_TD.shape))
+    resident = operators.custom_op("offmoe::resident_experts", _resident_operator, mutates_args=())
+    resident.register_fake(lambda x_TD, ids_TK, weights_TK, handle: x_TD.new_empty(x_TD.shape))
+
+
+def binding_of_handle(handle: int) -> LayerBinding:
+    """The binding that a graph names. Raises EngineBusyError when its model is gone."""
+    binding = _binding_of_handle.get(handle)
+    if binding is None:
+        raise EngineBusyError("the engine is closed; load the model again")
+    return binding
+
+
+def _resident_operator(x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, handle: int) -> torch.Tensor:
+    binding = binding_of_handle(handle)
+    executor: Any = binding.executor
+    y_TD: torch.Tensor = executor.look_up(binding.layer_idx, x_TD, ids_TK, weights_TK)
+    return y_TD
 
 
 def _experts_operator(
     x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, handle: int,
     state_TX: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    binding = _binding_of_handle.get(handle)
-    if binding is None:
-        raise EngineBusyError("the engine is closed; load the model again")
+    binding = binding_of_handle(handle)
     observer = binding.observer
     if observer is not None and state_TX is not None:
         observer.observe_state(binding.layer_idx, state_TX)

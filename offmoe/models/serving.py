@@ -46,9 +46,6 @@ from offmoe.tiers.host import HostPool
 if TYPE_CHECKING:
     from offmoe.tiers.device import Device, DevicePool, Moment
 
-# Tokens whose rows the slot kernels compute; more go through large matrix products, expert by expert.
-KERNEL_TOKENS = 16
-
 
 @dataclass(kw_only=True)
 class Serving:
@@ -140,7 +137,7 @@ def build_serving(
     if all_fit:  # through the same executor as where they do not: the kernels that look slots up round otherwise
         preload(cache, list(experts.keys()), progress)
     executor = Executor(
-        cache, rows=_rows(kernels, experts, device_pool, one_path=config.placement_invariant),
+        cache, rows=_rows(kernels, device_pool, one_path=config.placement_invariant),
         tokens=None if config.placement_invariant else TokenRows(kernels, slot_of_LE),
         recorder=serving.recorder, over_link=True, stalls=stalls, follow_stream=device.follow_stream,
     )  # fmt: skip
@@ -201,11 +198,11 @@ def _slot_table(experts: ExpertIndex, pool: DevicePool) -> tuple[torch.Tensor, t
     return slot_of_LE, torch.zeros(num_layers, dtype=torch.int32, device=device)
 
 
-def _rows(kernels: SlotKernels, experts: ExpertIndex, pool: DevicePool, *, one_path: bool) -> Rows | None:
+def _rows(kernels: SlotKernels, pool: DevicePool, *, one_path: bool) -> Rows | None:
     """Kernels where they are faster than the reference: not on a device that is RAM."""
     if pool.slab.device.type == "cpu":
         return None
-    return KernelRows(kernels, max_rows=KERNEL_TOKENS * experts.top_k, one_path=one_path)
+    return KernelRows(kernels, one_path=one_path)
 
 
 def _place_misses(
