@@ -15,7 +15,10 @@ from offmoe.tiers.huge_pages import fault_in
 def test_a_fresh_slab_is_in_memory_and_empty() -> None:
     pool = HostPool(num_slots=3, slot_bytes=50 << 20)
     before = rss_bytes()
-    fault_in(pool.slab)
+    seen: list[tuple[int, int]] = []
+    fault_in(pool.slab, lambda done, total: seen.append((done, total)))
+    assert [total for _, total in seen] == [pool.slab.nbytes] * 3
+    assert [done for done, _ in seen] == [64 << 20, 128 << 20, pool.slab.nbytes]
     grown = rss_bytes() - before
     if grown < pool.slab.nbytes // 2:
         pytest.skip("this kernel has no MADV_POPULATE_WRITE")

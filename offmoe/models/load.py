@@ -95,7 +95,7 @@ def load_model(
             serving = build_serving(
                 model, experts, built.disk, pool, plan, config, built.counters, cpu_kernels=cpu_kernels, device=device,
                 device_pool=device_pool, warm=_warm_start(folder, config, built.index, experts),
-                progress=lambda done, total: progress("experts to the device", done, total),
+                progress=progress,
             )  # fmt: skip
         serving.notes += _notes(built, why_no_kernels)
         serving.closing.callback(reservation.close)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -97,11 +98,12 @@ def build_serving(
     model: PreTrainedModel, experts: ExpertIndex, disk: DiskTier, pool: HostPool, plan: MemoryPlan,
     config: EngineConfig, counters: Counters, *, cpu_kernels: CpuKernels | None = None, device: Device | None = None,
     device_pool: DevicePool | None = None, warm: WarmStart | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Serving:  # fmt: skip
     """Caches and executor over the given pools. Called when the resident weights are loaded and no executor attached.
 
-    `progress(done_bytes, total_bytes)`: of bringing all experts to a device that has room for them.
+    `progress(stage, done_bytes, total_bytes)`: of page-locking RAM slots, and of bringing all experts to a device that
+    has room for them.
     """
     host_source = DiskSource(experts, pool, disk)
     cpu_rows = None if cpu_kernels is None else CpuRows(cpu_kernels)
@@ -121,12 +123,13 @@ def build_serving(
     stalls = _stalls_of(device)
     cache = make_cache(device_pool.num_slots, experts, link, counters, policy=config.policy, usage=Usage(counted))
     serving = Serving(cache=cache, host=host, executor=_NOT_YET, cpu_rows=cpu_rows, warm=warm)
-    if (refused := device.pin(pool.slab)) is not None:
+    if (refused := device.pin(pool.slab, partial(progress, "page-locking RAM slots"))) is not None:
         serving.notes.append(f"RAM slots are not pinned ({refused}): copies go through a staging ring")
+    to_device = partial(progress, "experts to the device")
     maths = [math_of(module) for _, module in experts_modules(model)]
     all_fit = device_pool.num_slots >= experts.num_experts
     if all_fit and not config.placement_invariant:
-        _make_resident(serving, experts, maths, device_pool, progress)
+        _make_resident(serving, experts, maths, device_pool, to_device)
         link.synchronize()  # what another stream computes later is not ordered behind the copies
         return serving
     slot_of_LE, missing_L = _slot_table(experts, device_pool)
@@ -135,7 +138,7 @@ def build_serving(
     )
     serving.kernels = kernels
     if all_fit:  # through the same executor as where they do not: the kernels that look slots up round otherwise
-        preload(cache, list(experts.keys()), progress)
+        preload(cache, list(experts.keys()), to_device)
     executor = Executor(
         cache, rows=_rows(kernels, device_pool, one_path=config.placement_invariant),
         tokens=None if config.placement_invariant else TokenRows(kernels, slot_of_LE),

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -212,9 +212,9 @@ class CudaDevice:
         torch.cuda.synchronize(self.torch_device)
         return pool
 
-    def pin(self, slab: torch.Tensor) -> str | None:
+    def pin(self, slab: torch.Tensor, progress: Callable[[int, int], None] = lambda done, total: None) -> str | None:
         """As Device. All of the slab is page-locked, so all of it counts as used from now on."""
-        fault_in(slab)
+        fault_in(slab, progress)
         with torch.cuda.device(self.torch_device):
             reason = try_pin(slab)
         if reason is None:

@@ -98,10 +98,10 @@ class Device(Protocol):
     def make_pool(self, num_slots: int, slot_bytes: int, *, min_slots: int | None = None) -> DevicePool:
         """A pool with as many of `num_slots` as there is room for; BudgetError below `min_slots` (default: all)."""
 
-    def pin(self, slab: torch.Tensor) -> str | None:
+    def pin(self, slab: torch.Tensor, progress: Callable[[int, int], None] = lambda done, total: None) -> str | None:
         """Page-lock host memory, so that copies from it need no staging; the reason where that is refused.
 
-        The slab must live until `unpin()` or `close()`.
+        The slab must live until `unpin()` or `close()`. `progress(done_bytes, total_bytes)`: pages taken for it.
         """
 
     def unpin(self) -> None:
@@ -164,7 +164,7 @@ class SimulatedDevice:
         memory = torch.empty(num_bytes + SLOT_ALIGN_BYTES, dtype=torch.uint8)
         return memory.narrow(0, -memory.data_ptr() % SLOT_ALIGN_BYTES, num_bytes)
 
-    def pin(self, slab: torch.Tensor) -> str | None:
+    def pin(self, slab: torch.Tensor, progress: Callable[[int, int], None] = lambda done, total: None) -> str | None:
         """Nothing to do."""
         return None
 

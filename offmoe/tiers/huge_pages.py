@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import mmap
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -47,16 +48,19 @@ def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     return copy.copy_(tensor)
 
 
-def fault_in(slab: torch.Tensor) -> None:
+def fault_in(slab: torch.Tensor, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
     """Take the memory of a fresh mapping now, page by page, on all cores. Where the system cannot, nothing is done.
 
-    A driver that page-locks memory without pages takes them on one thread: 1 to 2 GB/s by others' measurements.
+    `progress(done_bytes, total_bytes)` is called after each piece. A driver that page-locks memory without pages takes
+    them on one thread: 1 to 2 GB/s by others' measurements.
     """
     if sys.platform != "linux" or slab.data_ptr() % mmap.PAGESIZE:
         return
     populate = partial(_populate, ctypes.CDLL(None).madvise, slab.data_ptr(), slab.nbytes)
     with contextlib.suppress(RuntimeError), ThreadPoolExecutor(num_cores()) as threads:  # it may get no thread
-        list(threads.map(populate, range(0, slab.nbytes, _FAULTED_BYTES)))
+        begins = range(0, slab.nbytes, _FAULTED_BYTES)
+        for begin, _ in zip(begins, threads.map(populate, begins), strict=True):
+            progress(min(begin + _FAULTED_BYTES, slab.nbytes), slab.nbytes)
 
 
 def _populate(madvise: ctypes._NamedFuncPointer, address: int, num_bytes: int, begin: int) -> None:
