@@ -9,6 +9,7 @@ from unittest.mock import MagicMock
 import pytest
 import slot_cases as cases
 import torch
+from benchlib.far_slots import make_far_slab, number_slots
 from triton_interpreter import interpreted, outer, pass_under_the_interpreter
 
 from offmoe.kernels.activations import Activation
@@ -104,6 +105,30 @@ def test_the_check_at_load_agrees_and_leaves_every_layer_to_triton(dtype: torch.
     )  # fmt: skip
     kernels = make_slot_kernels([case.layer] * 2, [case.math] * 2, case.slab, case.slot_bytes, backend="triton")
     assert kernels.reasons == {}
+
+
+@interpreted
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slots_in_ram_have_numbers_too(dtype: torch.dtype, swapped: bool) -> None:
+    """Experts 1 and 4 lie in one slab, the others a whole number of slots away; of the two either may be the lower."""
+    case = cases.make_case(
+        layout="published", dtype=dtype, width_D=40, width_F=24, activate=cases.silu_gate, biases=True, missing=(2,)
+    )
+    _, slow, _ = both(case)
+    x_TD, ids_TK, weights_TK = case.rows(1, 6)
+    slot_TK = case.slot_of_E[ids_TK]
+    expected = slow.tokens_forward(0, x_TD, ids_TK, slot_TK, weights_TK)
+    far = make_far_slab(case.slab, len(case.slab) // case.slot_bytes, case.slot_bytes)
+    far.copy_(case.slab)
+    is_near = (ids_TK == 1) | (ids_TK == 4)
+    slabs = (far, case.slab) if swapped else (case.slab, far)
+    slabs[1].view(-1, case.slot_bytes)[case.slot_of_E[[1, 4]]] = 0xFF  # NaN where nobody should read
+    numbers = number_slots(*slabs, case.slot_bytes)
+    first_TK = torch.where(is_near, numbers.first_near, numbers.first_far)
+    numbered_TK = torch.where(slot_TK < 0, -1, slot_TK + first_TK).to(torch.int32)
+    fast, _, _ = both(replace(case, slab=numbers.base))
+    assert_close(fast.tokens_forward(0, x_TD, ids_TK, numbered_TK, weights_TK), expected, dtype)
 
 
 @interpreted

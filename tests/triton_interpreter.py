@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE_S
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter")
@@ -20,7 +21,7 @@ outer = pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
 def pass_under_the_interpreter(file: str) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=280,
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout

@@ -94,6 +94,8 @@ def plan_parts(*, simulate: bool, models: Path) -> list[Part]:
         device("device-100", "all experts on the device", 50, 6, "--shares", "100", "--settings", "auto", "--exact"),
         Part(key="kernels", title="kernels, each alone", limit_s=75, minutes=9, records=True,
              command=(here, "-X", "faulthandler", "scripts/bench_triton.py", *tiny)),
+        Part(key="far-slots", title="misses read over the link by the kernels", limit_s=35, minutes=9, records=True,
+             command=(here, "-X", "faulthandler", "scripts/bench_far_slots.py", *tiny)),
         device("device-cpu", "a quarter, misses in RAM", 45, 9, "--shares", "25", "--settings", "miss cpu"),
         device("device-stream", "a quarter, misses streamed", 45, 9, "--shares", "25", "--settings", "miss stream"),
         tests("compiled", "tests of compiled steps", 90, 9, "tests/gpu/test_compiled_on_gpu.py"),
