@@ -20,6 +20,7 @@ from stream_clocks import Stream, World
 import offmoe
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.executor.executor import Executor
+from offmoe.executor.resident import ResidentExecutor
 from offmoe.kernels.slot_kernels import TorchSlotKernels, make_slot_kernels
 from offmoe.tiers.device import DevicePool
 from offmoe.tiers.host import HostPool
@@ -112,6 +113,19 @@ def test_a_decode_layer_waits_once_and_a_token_once(
         assert after["link_stall_ns"] > before["link_stall_ns"] or miss == "cpu"
     # One more forward pass than tokens that come from it is queued, if the stream ends after it.
     assert cuda.waits.total() <= num_calls + NUM_NEW, cuda.waits
+
+
+def test_where_all_experts_are_on_the_device_only_the_token_is_waited_for(
+    cuda: World, folder: Path, expected: tuple[int, ...]
+) -> None:
+    with on_cuda(folder, experts="auto") as engine:
+        assert isinstance(engine._parts.serving.executor, ResidentExecutor)
+        ids_of(engine)
+        pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        first = next(pieces)
+        cuda.waits.clear()
+        assert (first.token_id, *(p.token_id for p in pieces if p.token_id is not None)) == expected
+    assert 0 < cuda.waits.total() <= NUM_NEW, cuda.waits
 
 
 @pytest.mark.parametrize("refused", [False, True])
