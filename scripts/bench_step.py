@@ -2,7 +2,11 @@
 
     python scripts/bench_step.py --model checkpoints/qwen3.5-moe                     # offmoe
     python scripts/bench_step.py --model checkpoints/qwen3.5-moe --transformers      # transformers alone
-    PYTHONPATH=/path/to/another/commit python scripts/bench_step.py --model ...      # that commit's offmoe
+    python scripts/bench_step.py --model ... --against /path/to/another/commit       # both at once, in turn
+
+With `--against` two processes hold the model, this tree's and the other's, and take turns: twelve tokens each, the
+other standing still. `ratio`: the median over turns of this tree's median token over the other's, `turns` its
+quartiles; `prompt_ratio` the same for prompts.
 
 Ids are given (the model's ids.json), so every run does the same work; the first pass is not timed. `mb_token` is what a
 token must read: resident weights but for the embedding, and top-k experts a layer. `share` is `mb_token` over the
@@ -12,8 +16,11 @@ median token, over the fastest of some streaming reads in the same process. The 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +29,7 @@ from typing import Any
 
 import torch
 
+TURN = 12
 NUM_SKIPPED = 8  # steps after the prompt, while caches settle
 
 
@@ -32,9 +40,17 @@ def main() -> int:
     parser.add_argument("--prefill", type=int, default=64, help="ids in the prompt (default: 64)")
     parser.add_argument("--decode", type=int, default=60, help="tokens after it (default: 60)")
     parser.add_argument("--ram", default="14GiB", help="budget; it must hold all experts (default: 14GiB)")
+    parser.add_argument("--turns", type=int, default=24, help="with --against (default: 24)")
+    parser.add_argument("--against", type=Path, help="checkout of another commit, its kernels built")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--transformers", action="store_true", help="measure transformers' own model")
     options = parser.parse_args()
+    if options.against is not None:
+        print(json.dumps(in_turn(options)))
+        return 0
     ids = json.loads((options.model / "ids.json").read_text())[: options.prefill + options.decode]
+    if options.worker:
+        return work(options, ids)
     measure = with_transformers if options.transformers else with_offmoe
     print(json.dumps(measure(options, ids)))
     return 0
@@ -64,6 +80,84 @@ def with_offmoe(options: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
         found |= {"hit_rate": round(stats["hit_rate"], 4), "version": offmoe.__file__}
         token_bytes = resident_bytes(model) + engine.top_k * sum(layer.expert_bytes for layer in layers)
     return found | shares(token_bytes, found["token_ms"])
+
+
+def work(options: argparse.Namespace, ids: list[int]) -> int:
+    """Measure whenever a line comes: "prompt", or "tokens" for the next TURN of a reply that never ends."""
+    import offmoe
+
+    quiet: dict[str, Any] = {"prefetch": "off", "compile": "off", "warm_start": False}
+    prompt, given = ids[: options.prefill], ids[options.prefill :]
+    with offmoe.load(options.model, ram=options.ram, tell=None, **quiet) as engine:
+        choose: dict[str, Any] = {"choose": lambda ids, logits: next(rest), "ignore_end": True, "reuse": False}
+        rest = iter(given)
+        engine.generate(prompt, max_new_tokens=len(given), **choose)  # what it needs is in RAM now
+        pieces = None
+        for line in sys.stdin:
+            if line.strip() == "prompt":
+                rest, began = iter(given), time.perf_counter()
+                engine.generate(prompt, max_new_tokens=1, **choose)
+                times = [time.perf_counter() - began]
+            else:
+                if pieces is None:
+                    rest = itertools.cycle(given)
+                    pieces = engine.stream(prompt, max_new_tokens=1000, **choose)
+                    next(pieces)
+                times = []
+                for _ in range(TURN):
+                    began = time.perf_counter()
+                    next(pieces)
+                    times.append(time.perf_counter() - began)
+            print(json.dumps(times), flush=True)
+    return 0
+
+
+def in_turn(options: argparse.Namespace) -> dict[str, Any]:
+    """This tree's offmoe and another's, turn by turn."""
+    trees = (Path(__file__).resolve().parents[1], options.against)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        "--worker",
+        "--model",
+        str(options.model),
+        "--ram",
+        options.ram,
+    ]
+    command += ["--prefill", str(options.prefill), "--decode", str(options.decode)]
+    workers = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(tree)},
+        )
+        for tree in trees
+    ]  # fmt: skip
+
+    def ask(what: str) -> list[float]:
+        found: list[float] = []
+        for worker in workers:
+            assert worker.stdin is not None and worker.stdout is not None
+            print(what, file=worker.stdin, flush=True)
+            found.append(statistics.median(json.loads(worker.stdout.readline())))
+        return found
+
+    try:
+        prompts = [ask("prompt") for _ in range(options.turns // 4)]
+        ask("tokens")
+        turns = [ask("tokens") for _ in range(options.turns)]
+    finally:
+        for worker in workers:
+            worker.terminate()
+    ratios = [ours / theirs for ours, theirs in turns]
+    return {
+        "token_ms": [ms(statistics.median(times)) for times in zip(*turns, strict=True)],
+        "ratio": round(statistics.median(ratios), 3),
+        "turns": [round(quartile, 3) for quartile in statistics.quantiles(ratios)],
+        "prompt_ms": [ms(statistics.median(times)) for times in zip(*prompts, strict=True)],
+        "prompt_ratio": round(statistics.median(ours / theirs for ours, theirs in prompts), 3),
+    }
 
 
 def with_transformers(options: argparse.Namespace, ids: list[int]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from engines import open_tiny, save_tiny
-from torch import nn
 
 from offmoe.models import torch_threads
 from offmoe.models.torch_threads import TorchThreads
@@ -69,9 +68,11 @@ def test_all_threads_where_torch_has_the_weights() -> None:
 
 def test_a_product_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    plain = nn.functional.linear
+    plain = torch_threads.multiply
     monkeypatch.setattr(torch_threads, "MANY_PRODUCTS", 100)
-    monkeypatch.setattr(nn.functional, "linear", lambda *args: (seen.append(torch.get_num_threads()), plain(*args))[1])
+    monkeypatch.setattr(
+        torch_threads, "multiply", lambda *args: (seen.append(torch.get_num_threads()), plain(*args))[1]
+    )
     threads, weight = begun(), torch.ones(4, 4)
     for rows in (2, 7):
         x = torch.ones(rows, 4)

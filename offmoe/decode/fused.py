@@ -35,7 +35,7 @@ from offmoe.models.kv_cache import PreallocatedLayer, SlidingLayer
 Kind = tuple[str, str]
 _NO_ANGLES = (torch.empty(0), torch.empty(0))
 # Kinds of angles whose frequencies never change: not `dynamic` and `longrope`, which follow the longest position.
-_FIXED_KINDS = ("default", "linear", "llama3", "yarn")
+_FIXED_KINDS = ("default", "linear", "llama3", "yarn", "proportional")
 _BLOCK = 256
 
 

@@ -13,7 +13,7 @@ import torch
 from offmoe.executor.dispatch import Assignment
 from offmoe.formats.dense import ExpertWeights
 from offmoe.kernels.indices import upload
-from offmoe.kernels.reference import ExpertMath, experts_forward, one_token_forward
+from offmoe.kernels.reference import ExpertMath, Multiply, experts_forward, one_token_forward
 from offmoe.kernels.slot_kernels import SlotKernels
 
 # So few tokens are served by the kernels, whichever they have.
@@ -73,7 +73,10 @@ class TokenRows:
 
 
 class ReferenceRows:
-    """Plain torch on views of the slots, on any device."""
+    """Plain torch on views of the slots, on any device. `multiply`: products of several rows, as torch's `linear`."""
+
+    def __init__(self, multiply: Multiply = torch.nn.functional.linear) -> None:
+        self._multiply = multiply
 
     def compute(
         self, layer_idx: int, math: ExpertMath, experts: list[Computed], x_TD: torch.Tensor, y_SD: torch.Tensor
@@ -87,7 +90,9 @@ class ReferenceRows:
         else:
             for weights, assignment in flat:
                 x_ND = x_TD if assignment.tokens_N is None else x_TD[assignment.tokens_N]
-                y_SD[assignment.choices_N] = experts_forward(math, [(assignment.expert_idx, weights, x_ND)])
+                y_SD[assignment.choices_N] = experts_forward(
+                    math, [(assignment.expert_idx, weights, x_ND)], multiply=self._multiply
+                )
 
 
 class KernelRows:

@@ -38,16 +38,25 @@ class ExpertMath:
     dtype: torch.dtype
 
 
-def experts_forward(math: ExpertMath, experts: Sequence[tuple[int, ExpertWeights, torch.Tensor]]) -> torch.Tensor:
+# As torch's `linear`, without a bias.
+Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def experts_forward(
+    math: ExpertMath, experts: Sequence[tuple[int, ExpertWeights, torch.Tensor]], *,
+    multiply: Multiply = torch.nn.functional.linear,
+) -> torch.Tensor:  # fmt: skip
     """Rows of several experts, in order: each item is (expert_idx, weights, x_ND); returns their y_ND concatenated.
 
     Every row's result depends on that row alone, to the bit: grouping experts one way or another changes nothing.
     """
     counts = [x_ND.shape[0] for _, _, x_ND in experts]
-    up = _cat([_project(_padded(x_ND.to(math.dtype)), weights.up, math)[: len(x_ND)] for _, weights, x_ND in experts])
+    up = _cat([
+        _project(_padded(x_ND.to(math.dtype)), weights.up, math, multiply)[: len(x_ND)] for _, weights, x_ND in experts
+    ])  # fmt: skip
     hidden = _activate(math, _add_bias(up, math.up_bias_EF, experts, counts), counts)
     y = _cat([
-        _project(_padded(h_NF), weights.down, math)[: len(h_NF)]
+        _project(_padded(h_NF), weights.down, math, multiply)[: len(h_NF)]
         for (_, weights, _), h_NF in zip(experts, torch.split(hidden, counts), strict=True)
     ])  # fmt: skip
     y = _add_bias(y, math.down_bias_ED, experts, counts)
@@ -117,20 +126,25 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
-def _project(x: torch.Tensor, parts: tuple[torch.Tensor | QuantMatrix, ...], math: ExpertMath) -> torch.Tensor:
+def _project(
+    x: torch.Tensor, parts: tuple[torch.Tensor | QuantMatrix, ...], math: ExpertMath,
+    multiply: Multiply = torch.nn.functional.linear,
+) -> torch.Tensor:  # fmt: skip
     outputs = []
     for part in parts:
         if isinstance(part, QuantMatrix):
-            outputs += _project_quantised(x, part, math.dtype)
+            outputs += _project_quantised(x, part, math.dtype, multiply)
             continue
         weight = part if part.dtype == math.dtype else part.to(math.dtype)
-        outputs.append(x @ weight if math.transposed else torch.nn.functional.linear(x, weight))
+        outputs.append(multiply(x, weight.T if math.transposed else weight))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def _project_quantised(x: torch.Tensor, matrix: QuantMatrix, dtype: torch.dtype) -> list[torch.Tensor]:
+def _project_quantised(
+    x: torch.Tensor, matrix: QuantMatrix, dtype: torch.dtype, multiply: Multiply
+) -> list[torch.Tensor]:  # fmt: skip
     """Products with blocks of the matrix's rows, so that its values never exist all at once."""
-    return [torch.nn.functional.linear(x, matrix.dequantise(dtype, rows)) for rows in matrix.row_blocks()]
+    return [multiply(x, matrix.dequantise(dtype, rows)) for rows in matrix.row_blocks()]
 
 
 def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -24,10 +24,10 @@ from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu.decode import NORM_KINDS, CpuLinear, CpuNorm
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.matrices import Weight, unreadable
+from offmoe.kernels.products import most_rows
 from offmoe.models.torch_threads import TorchThreads
 
 # Rows that linears are computed for; of norms, numbers. More are torch's, which uses all cores for them.
-MAX_ROWS = 16
 MAX_NORM_NUMBERS = 1 << 17
 # How far results may be apart, relative to the largest: a rounding of the output, or another order of a sum.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -81,7 +81,7 @@ class NativeLinear(NativeModule, KernelLinear):
         if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or not self.has_same_weights():
             return nn.functional.linear(input, self.weight, self.bias)
         kernel = self._kernel
-        if input.numel() > MAX_ROWS * kernel.num_inputs or not kernel.takes(input):
+        if input.numel() > most_rows(input.dtype) * kernel.num_inputs or not kernel.takes(input):
             return self._threads.linear(input, self.weight, self.bias)
         return kernel(input)
 

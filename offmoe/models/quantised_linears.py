@@ -17,7 +17,8 @@ from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu.decode import CpuLinear
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.matrices import knows, unreadable
-from offmoe.models.native import MAX_ROWS, KernelLinear
+from offmoe.kernels.products import most_rows, multiply
+from offmoe.models.native import KernelLinear
 from offmoe.models.stored import read_matrix, values_of
 from offmoe.models.transformers_internals import Target
 
@@ -98,11 +99,11 @@ class QuantisedLinear(KernelLinear):
         if self._linear is None and (bias is None or not bias.is_meta):
             dtype = self.weight.dtype
             self._linear = CpuLinear(self._kernels, matrix, None if bias is None else bias.detach(), dtype=dtype)
-        few = input.numel() <= MAX_ROWS * matrix.shape[1]
+        few = input.numel() <= most_rows(input.dtype) * matrix.shape[1]
         if self._linear is not None and few and self._linear.takes(input) and not torch.compiler.is_dynamo_compiling():
             return self._linear(input)
         blocks = [
-            nn.functional.linear(input, matrix.dequantise(input.dtype, rows), None if bias is None else bias[rows])
+            multiply(input, matrix.dequantise(input.dtype, rows), None if bias is None else bias[rows])
             for rows in matrix.row_blocks()
         ]
         return torch.cat(blocks, dim=-1)

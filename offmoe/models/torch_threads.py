@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from offmoe.base.control_groups import processor_quota
 from offmoe.base.machine import num_cores
+from offmoe.kernels.products import multiply
 
 # Multiplications of one product from which all threads are faster: some milliseconds of one thread.
 MANY_PRODUCTS = 1 << 28
@@ -122,12 +122,12 @@ class TorchThreads:
             self._all = 0
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """As F.linear; of many rows on all threads, within `run_token` too."""
+        """As `multiply`; of many rows on all threads, within `run_token` too."""
         own = _own_thread()
         if self._all <= 1 or x.numel() * weight.shape[0] < MANY_PRODUCTS or own is None:
-            return nn.functional.linear(x, weight, bias)
+            return multiply(x, weight, bias)
         own.set(self._all, self._all_of_mkl)
         try:
-            return nn.functional.linear(x, weight, bias)
+            return multiply(x, weight, bias)
         finally:
             own.set(1, 1)
