@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,8 @@ def work(options: argparse.Namespace, ids: list[int]) -> int:
     quiet: dict[str, Any] = {"prefetch": "off", "compile": "off", "warm_start": False}
     prompt, given = ids[: options.prefill], ids[options.prefill :]
     with offmoe.load(options.model, ram=options.ram, tell=None, **quiet) as engine:
+        rest: Iterator[int] = iter(given)
         choose: dict[str, Any] = {"choose": lambda ids, logits: next(rest), "ignore_end": True, "reuse": False}
-        rest = iter(given)
         engine.generate(prompt, max_new_tokens=len(given), **choose)  # what it needs is in RAM now
         pieces = None
         for line in sys.stdin:
