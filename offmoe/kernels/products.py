@@ -1,9 +1,9 @@
 """Products of many rows with a matrix on the CPU.
 
-A processor without instructions for bfloat16 (AVX2) multiplies such matrices by torch at a sixth of float32's speed: 19
-GFLOP/s on two threads, whatever the number of rows, where float32 makes 115. There a block of weights at a time is
-turned into float32 and multiplied so: 35 to 120 GFLOP/s from 16 to 512 rows
-(benchmarks/2026-11-30-prompts-avx2.md). Sums are float32 either way, and rounded once.
+On a processor without instructions for bfloat16 (AVX2) torch multiplies such matrices at a sixth of float32's speed: 15
+to 20 GFLOP/s on two threads, whatever the number of rows. There a block of weights at a time is turned into float32 and
+multiplied so: 30 to 116 GFLOP/s from 16 to 512 rows (benchmarks/2026-11-30-prompts-avx2.md). Sums are float32 either
+way, and rounded once.
 
 Shapes: N rows, K inputs, M outputs.
 """
