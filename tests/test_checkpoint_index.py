@@ -14,7 +14,8 @@ from safetensors.torch import load, save_file
 
 from offmoe.base.errors import CheckpointError, ModelNotFoundError, OffmoeError, UnsupportedModelError
 from offmoe.checkpoint import index as index_module
-from offmoe.checkpoint.index import INDEX_NAME, SINGLE_NAME, CheckpointIndex, read_json
+from offmoe.checkpoint.index import INDEX_NAME, SINGLE_NAME, CheckpointIndex
+from offmoe.checkpoint.json_file import read_json
 from offmoe.checkpoint.shard_file import ShardFile
 
 A = {"a": torch.arange(6, dtype=torch.float32).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -223,6 +224,7 @@ BAD_JSON = {
     "empty": (b"", "cannot be read as JSON"),
     "not UTF-8": (b'{"a": "\xff"}', "cannot be read as JSON"),
     "too deep": (b'{"a": ' + b"[" * 100_000, "cannot be read as JSON"),
+    "deep": (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "is nested more than 64 deep"),
     "a list": (b"[1]", "a JSON list, not an object"),
     "null": (b"null", "a JSON NoneType, not an object"),
 }
@@ -244,7 +246,7 @@ def test_json_that_is_missing_or_a_folder_or_huge(tmp_path: Path, monkeypatch: p
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(CheckpointError, match=r"cannot read \S*folder\.json: Is a directory"):
         read_json(tmp_path / "folder.json")
-    monkeypatch.setattr(index_module, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr("offmoe.checkpoint.json_file.MAX_JSON_BYTES", 10)
     (tmp_path / "large.json").write_text('{"a": "123"}')
     with pytest.raises(CheckpointError, match=r"large.json has 12 bytes; more than 10"):
         read_json(tmp_path / "large.json")

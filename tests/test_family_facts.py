@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from offmoe.base.errors import CheckpointError
 from offmoe.base.family_facts import FAMILIES, TOP_K_NAMES, experts_per_token, facts_of_family
-from offmoe.base.shape import shape_of
+from offmoe.base.shape import largest_number, shape_of
 
 # As the models' own config.json on the hub has it.
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
@@ -50,3 +51,10 @@ def test_a_family_is_like_one_that_was_replayed() -> None:
         assert not (family.hit_rates and family.like), name
         assert family.like is None or FAMILIES[family.like].hit_rates is not None, name
     assert facts_of_family("nobody", None) == facts_of_family() and facts_of_family("nobody", "gpt_oss").has_sinks
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_count_that_is_no_number_is_refused_by_its_name(value: float) -> None:
+    with pytest.raises(CheckpointError, match=f"vocab_size = {value}"):
+        largest_number({"text_config": {"vocab_size": value}}, "vocab_size", 1)
+    assert largest_number({"time_step_limit": [0.0, value], "vocab_size": 7}, "vocab_size", 1) == 7

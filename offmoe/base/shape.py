@@ -6,10 +6,12 @@ names; where a published config leaves one out, its default here is that of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from offmoe.base.errors import CheckpointError
 from offmoe.base.family_facts import ATTENTION_KINDS, experts_per_token
 
 # So many tokens attend to latents as they are; for more, keys and values are expanded (models/latent_attention.py).
@@ -139,13 +141,20 @@ def layer_kinds(config: Mapping[str, Any]) -> list[str]:
 
 
 def largest_number(config: Mapping[str, Any], name: str, default: int) -> int:
-    """The largest value that `name` has anywhere in the config (it may differ by layer), or `default`."""
+    """The largest value that `name` has anywhere in the config (it may differ by layer), or `default`.
+
+    Raises CheckpointError for an infinite one, or one that is no number.
+    """
 
     def largest(value: Any, inside: bool) -> float:
         if isinstance(value, Mapping):
             return max((largest(item, inside or key == name) for key, item in value.items()), default=0)
         if isinstance(value, (list, tuple)):
             return max((largest(item, inside) for item in value), default=0)
+        if inside and isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(
+                f"config.json has {name} = {value}, which is no number of anything; download it again"
+            )
         return value if inside and isinstance(value, (int, float)) else 0
 
     return int(largest(config, inside=False)) or default

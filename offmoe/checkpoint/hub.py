@@ -22,7 +22,7 @@ from offmoe.base.errors import CheckpointError, HubUnreachableError, ModelNotFou
 from offmoe.checkpoint.gguf import read_gguf_header
 from offmoe.checkpoint.gguf_file import SUFFIX as GGUF_SUFFIX
 from offmoe.checkpoint.header import MAX_HEADER_BYTES
-from offmoe.checkpoint.index import MAX_JSON_BYTES
+from offmoe.checkpoint.json_file import MAX_JSON_BYTES
 from offmoe.checkpoint.shard_file import ShardFile
 
 _TIMEOUT_S = 30

@@ -14,7 +14,8 @@ from offmoe.base.errors import OffmoeError
 from offmoe.base.folders import expand
 from offmoe.checkpoint.gguf_file import split_paths
 from offmoe.checkpoint.hub import TRUE
-from offmoe.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
+from offmoe.checkpoint.index import INDEX_NAME, SINGLE_NAME
+from offmoe.checkpoint.json_file import read_json
 
 
 def cache_root() -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +15,10 @@ from offmoe.checkpoint.gguf_file import check_part, is_gguf, split_paths
 from offmoe.checkpoint.gguf_rope import Frequencies, frequencies
 from offmoe.checkpoint.gguf_tensors import gguf_tensors
 from offmoe.checkpoint.header import read_header
+from offmoe.checkpoint.json_file import read_json
 from offmoe.checkpoint.quant_config import Quantisation
 from offmoe.checkpoint.quantised import join_quantised
-from offmoe.checkpoint.shard_file import ShardFile, read_refused
+from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.checkpoint.tokenizer_size import folder_tokenizer_bytes, gguf_tokenizer_bytes
 
@@ -28,7 +27,6 @@ INDEX_NAME = "model.safetensors.index.json"
 # Types whose publisher brings Python code, and the type of transformers' own that is the same model to the number.
 ALIASES = {"kimi_k2": "deepseek_v3"}
 QUANT_CONFIG_NAME = "hf_quant_config.json"  # of NVIDIA's ModelOpt
-MAX_JSON_BYTES = 256 << 20
 _COMPARED_BYTES = 1 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -191,30 +189,6 @@ def _read_gguf(path: Path, files: list[ShardFile]) -> GgufHeader:
             "renamed"
         )
     return GgufHeader(metadata=metadata, tensors=tensors, factors=factors)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint. Raises ModelNotFoundError or CheckpointError."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes; more than {MAX_JSON_BYTES} is no model file"
-            )
-        raw = path.read_bytes()
-        if raw.startswith(codecs.BOM_UTF8):
-            raise CheckpointError(
-                f"{path} begins with a byte order mark, which no reader of JSON takes; save it as UTF-8 without one"
-            )
-        value = json.loads(raw.decode())
-    except FileNotFoundError:
-        raise ModelNotFoundError(f"{path.parent} has no {path.name}; point at a Hugging Face model folder") from None
-    except OSError as error:
-        raise read_refused(path, error) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; download it again")
-    return value
 
 
 def _shard_names(folder: Path) -> list[str]:

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.checkpoint.gguf_file import is_gguf
-from offmoe.checkpoint.index import ALIASES, CheckpointIndex, read_config, read_json
+from offmoe.checkpoint.index import ALIASES, CheckpointIndex, read_config
+from offmoe.checkpoint.json_file import read_json
 from offmoe.checkpoint.model_dtype import model_dtype
 from offmoe.checkpoint.quant_config import Quantisation, read_quantisation
 from offmoe.checkpoint.shard_file import read_refused

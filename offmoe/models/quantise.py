@@ -17,7 +17,8 @@ import torch
 from offmoe.base.errors import UsageError
 from offmoe.checkpoint.copies import PIECE_BYTES, copied, small_files, source_identity
 from offmoe.checkpoint.gguf_file import is_gguf
-from offmoe.checkpoint.index import CheckpointIndex, read_config, read_json
+from offmoe.checkpoint.index import CheckpointIndex, read_config
+from offmoe.checkpoint.json_file import read_json
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.checkpoint.writer import CONFIG_NAME, CheckpointWriter, refuse_target
 from offmoe.formats.dense import TORCH_DTYPES, writable_bytes

@@ -14,7 +14,8 @@ from typing import Any
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.checkpoint.copies import copied, small_files, source_identity
-from offmoe.checkpoint.index import CheckpointIndex, read_json
+from offmoe.checkpoint.index import CheckpointIndex
+from offmoe.checkpoint.json_file import read_json
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.checkpoint.writer import CONFIG_NAME, CheckpointWriter, PlannedShard, PlannedTensor
 from offmoe.formats.dense import writable_bytes

@@ -31,7 +31,7 @@ EAGER = "eager"
 _MARK = "_offmoe_sinks"
 # What a family's function is given beside keyword arguments that it does not read.
 _PARAMETERS = {"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "kwargs"}
-_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError)
+_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError, ZeroDivisionError)
 # Tokens that are multiplied at once: torch does it by copies in float32.
 _FEW = 256
 _CHECKED_TOKENS, _CHECKED_CONTEXT = 5, 11

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.checkpoint.gguf_file import is_gguf
 from offmoe.checkpoint.gguf_vocabulary import read_vocabulary
-from offmoe.checkpoint.index import read_json
+from offmoe.checkpoint.json_file import read_json
 from offmoe.models.gguf_tokenizer import GgufTokenizer, make_tokenizer
 from offmoe.models.tokenizing import tokenizing
 
