@@ -23,8 +23,8 @@ from offmoe.checkpoint.index import (
     SINGLE_NAME,
     is_shard_name,
     read_config,
-    read_json,
 )
+from offmoe.checkpoint.json_file import read_json
 from offmoe.checkpoint.locate import hub_name, is_hub_id, locate_cached, locate_model, refuse_offline
 from offmoe.checkpoint.quant_config import read_quantisation
 
