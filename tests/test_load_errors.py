@@ -106,7 +106,7 @@ FILES = [
     damaged("truncated shard", edit_file(3, lambda raw: raw[:-1]), "model-00004-of-", "truncated", layout="shards"),
     damaged("no index", remove(INDEX_NAME), "safetensors files", "download the index", layout="shards"),
     damaged("index without a map", write(INDEX_NAME, "{}"), "index.json", "weight_map", layout="shards"),
-    damaged("generation config", write("generation_config.json", "{"), "generation_config.json", "not valid"),
+    damaged("generation config", write("generation_config.json", "{"), "generation_config.json", "as JSON"),
     damaged("tokenizer", write("tokenizer.json", "{"), "tokenizer that cannot be read"),
     damaged(
         "tokenizer without words", write("tokenizer_config.json", NO_WORDS), "without a vocabulary", "tokenizer.json"

@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.base.shape import largest_number
 from offmoe.checkpoint.gguf_file import is_gguf
 from offmoe.checkpoint.index import ALIASES, CheckpointIndex, read_config
 from offmoe.checkpoint.json_file import read_json
@@ -35,6 +36,9 @@ _CONFIG_ERRORS = (
 _NOT_CAUSAL = {"soft MoE": r"(?<!micro)soft[-_ ]?moe", "expert choice": r"experts?[-_ ]?choice"}
 # Named when no supported family has a name like the one that was asked for.
 _WELL_KNOWN = "mixtral, qwen3_moe, deepseek_v3, gpt_oss"
+# Published models have at most 126.
+MAX_LAYERS = 1024
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 
 
 def read_model_config(folder: Path, *, trust_remote_code: bool) -> tuple[PreTrainedConfig, Quantisation | None]:
@@ -121,6 +125,7 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
 
     Raises UnsupportedModelError for a dense model, and for an MoE whose experts are not behind transformers' door.
     """
+    _refuse_endless(config, index)
     model = _instantiate(config, index, trust_remote_code=trust_remote_code)
     adapt_experts(model)
     if not experts_modules(model):
@@ -145,6 +150,7 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
         model.generation_config.update(**index.sampling)
     path = index.folder / "generation_config.json"
     if path.is_file() and not index.is_gguf:
+        read_json(path)  # or refuse it
         try:
             model.generation_config = GenerationConfig.from_pretrained(index.folder)
         except (OSError, ValueError, TypeError) as error:
@@ -152,6 +158,16 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
                 raise read_refused(path, error) from None
             raise CheckpointError(f"{path} is not valid: {_one_line(error)}") from None
     return model
+
+
+def _refuse_endless(config: PreTrainedConfig, index: CheckpointIndex) -> None:
+    """Raise CheckpointError for a number of layers that no model has: building them takes for ever."""
+    stated = config.to_dict()
+    for name in _LAYER_COUNTS:
+        if (num_layers := largest_number(stated, name, 0)) > MAX_LAYERS:
+            raise CheckpointError(
+                f"{_config_path(index)} asks for {num_layers} layers ({name}); models have at most {MAX_LAYERS}"
+            )
 
 
 def _instantiate(config: PreTrainedConfig, index: CheckpointIndex, *, trust_remote_code: bool) -> PreTrainedModel:
