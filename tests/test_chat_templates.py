@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from small_tokenizers import CHATML, INST, byte_level, sentencepiece
 from transformers import PreTrainedTokenizerFast
 
 from offmoe.base.errors import UsageError
+from offmoe.generation import render_time
 from offmoe.generation.chat import chat_ids
 from offmoe.generation.chat_template import MOST_CHARACTERS, thinking_arguments
 from offmoe.generation.control_tokens import HiddenTokens
@@ -276,6 +278,26 @@ def test_a_template_that_makes_a_prompt_of_many_millions_of_characters_is_refuse
     assert one_line(caught).startswith(
         f"the conversation is a prompt of {MOST_CHARACTERS + rest} characters, {MOST_CHARACTERS} is the most; shorten"
     )
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ lipsum(n=100000, min=90, max=99) }}",
+        "{% macro again() %}{% for a in range(99) %}{{ again() }}{% endfor %}{% endmacro %}{{ again() }}",
+    ],
+    ids=["loops", "lipsum", "itself"],
+)
+def test_a_template_that_computes_for_long_is_broken_off(endless: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render_time, "MOST_SECONDS", 0.3)
+    before = sys.gettrace()
+    with pytest.raises(UsageError) as caught:
+        prompt(CHATML + endless, USER)
+    assert one_line(caught).startswith("the model's chat template ")
+    assert sys.gettrace() is before
+    monkeypatch.undo()
+    assert "Hello world" in prompt(CHATML, USER)
 
 
 def test_the_reason_of_a_refusal_is_kept() -> None:

@@ -11,6 +11,7 @@ from offmoe.base.errors import UsageError
 from offmoe.generation.chat_template import Message, check_arguments, check_length, render, words
 from offmoe.generation.control_tokens import HiddenTokens
 from offmoe.generation.prompt import check_rows, check_text
+from offmoe.generation.render_time import limited_time
 from offmoe.models.tokenizing import tokenizing
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -26,8 +27,8 @@ def chat_ids(
     `arguments` are variables of the template, such as enable_thinking. Control tokens that stand in a message are
     encoded as the text that they are, so that nobody's words can end a turn or begin another; with
     `allow_control_tokens` they are structure, as in transformers. Without a template (base models) the turns are joined
-    by newlines. Raises UsageError for malformed messages, for what the template itself refuses, for more than
-    MOST_CHARACTERS, and for a token that is beyond `vocab_size`.
+    by newlines. Raises UsageError for malformed messages, for what the template itself refuses, for a template that
+    does not end, for more than MOST_CHARACTERS, and for a token that is beyond `vocab_size`.
     """
     check_messages(messages)
     if not messages:
@@ -39,7 +40,8 @@ def chat_ids(
         check_arguments(tokenizer, arguments or {})
         text = check_length("\n".join(words(message) for message in said) + "\n")
     else:
-        text = render(tokenizer, said, arguments or {})
+        with limited_time():
+            text = render(tokenizer, said, arguments or {})
     with tokenizing("the model"):
         ids = hidden.encode(text, add_special_tokens=is_base)
     return ids if vocab_size is None else check_rows(ids, tokenizer, vocab_size=vocab_size)
