@@ -137,7 +137,7 @@ def test_auto_leaves_what_others_planned(
     import offmoe
 
     with pytest.raises(
-        offmoe.OffmoeError, match=r"ram is \d.*; 4\d\d\.\d MiB of what is free are kept for other offmoe"
+        offmoe.OffmoeError, match=r"ram is \d.*; [34]\d\d\.\d MiB of what is free are kept for other offmoe"
     ):
         offmoe.load(model)
     other.kill()
