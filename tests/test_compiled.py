@@ -47,6 +47,18 @@ def lower_with(monkeypatch: pytest.MonkeyPatch, lower: Callable[..., Any]) -> No
     monkeypatch.setattr(compiled, "DecodeCompiler", functools.partial(DecodeCompiler, lower=lower))
 
 
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The code of every graph that is compiled from now on; run as captured."""
+    graphs: list[str] = []
+
+    def note(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return as_captured(graph, inputs)
+
+    lower_with(monkeypatch, note)
+    return graphs
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     lower_with(monkeypatch, as_captured)
@@ -140,14 +152,7 @@ def test_in_the_background(tiny_moe: Path, expected: tuple[int, ...], monkeypatc
 def test_one_step_serves_every_length(
     tiny_moe: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    num_graphs = 0
-
-    def counted(graph: Any, inputs: Any) -> Any:
-        nonlocal num_graphs
-        num_graphs += 1
-        return as_captured(graph, inputs)
-
-    lower_with(monkeypatch, counted)
+    graphs = noted(monkeypatch)
     with open_tiny(tiny_moe, compile="on") as engine:
         assert ids_of(engine, 4) == expected[:4]
         assert ids_of(engine) == expected
@@ -155,7 +160,7 @@ def test_one_step_serves_every_length(
         assert step.static.capacity == engine.context_length
         whole = engine.context_length - len(PROMPT)
         assert len(ids_of(engine, whole)) == whole
-    assert num_graphs == 1
+    assert len(graphs) == 1
 
 
 def test_a_short_reply_is_not_worth_compiling(
@@ -172,13 +177,7 @@ def test_a_short_reply_is_not_worth_compiling(
 
 def test_the_next_engine_has_the_same_graphs(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that torch's cache of compiled code knows them."""
-    graphs: list[str] = []
-
-    def noted(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph.code)
-        return as_captured(graph, inputs)
-
-    lower_with(monkeypatch, noted)
+    graphs = noted(monkeypatch)
     for _ in range(2):
         gc.collect()  # engines of other tests, and then the first one
         with open_tiny(tiny_moe, compile="on") as engine:
@@ -199,14 +198,8 @@ def test_two_engines_have_numbers_of_their_own(tiny_moe: Path) -> None:
 def test_resident_experts_are_part_of_the_graph(
     tiny_moe: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a device whose kernels look slots up: nothing cuts the step, and every choice is still counted."""
-    graphs: list[str] = []
-
-    def noted(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph.code)
-        return as_captured(graph, inputs)
-
-    lower_with(monkeypatch, noted)
+    """Nothing cuts the step on a device whose kernels look slots up, and every choice is still counted."""
+    graphs = noted(monkeypatch)
     monkeypatch.setattr(TorchSlotKernels, "looks_up", lambda kernels, layer_idx: True)
     with open_tiny(tiny_moe, experts="auto", compile="on", _device=SimulatedDevice(1e12)) as engine:
         assert ids_of(engine) == expected

@@ -1,4 +1,4 @@
-"""Whether the decode step is compiled, when, and whether it is used.
+"""The compiled decode step: when it is made, and whether it is used.
 
 A compiled step works on the whole of the eager cache's memory, as many rows as the context has tokens: masked rows cost
 a GPU little, and another step for each length would be compiled for minutes each. A step is used after it once gave the

@@ -71,7 +71,7 @@ class ResidentExecutor:
     def look_up(
         self, layer_idx: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """As `run_layer`, without counting."""
+        """Compute what `run_layer` does, without counting."""
         return self._kernels.lookup_forward(layer_idx, x_TD, expert_ids_TK, weights_TK)
 
     def count_hits(self, num_choices: int) -> None:

@@ -28,7 +28,7 @@ _CLEARLY = 1.5
 
 
 def multiply(x: torch.Tensor, weight_MK: torch.Tensor, bias_M: torch.Tensor | None = None) -> torch.Tensor:
-    """As torch's `linear`: (..., K) to (..., M), without gradients. The way that is faster on this machine."""
+    """Multiply like torch's `linear`, (..., K) to (..., M), in the way that is faster here. Without gradients."""
     width = weight_MK.shape[1]
     if x.dtype != weight_MK.dtype or x.device.type != "cpu" or x.numel() < LEAST_ROWS * width:
         return linear(x, weight_MK, bias_M)

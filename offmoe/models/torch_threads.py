@@ -122,7 +122,7 @@ class TorchThreads:
             self._all = 0
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """As `multiply`; of many rows on all threads, within `run_token` too."""
+        """Call `multiply`; for many rows on all threads, within `run_token` too."""
         own = _own_thread()
         if self._all <= 1 or x.numel() * weight.shape[0] < MANY_PRODUCTS or own is None:
             return multiply(x, weight, bias)
