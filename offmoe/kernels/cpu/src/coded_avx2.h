@@ -20,6 +20,8 @@ inline void fp8_to_f16(__m256i codes, __m256i* halves) {
     }
 }
 
+constexpr int8_t kE2m1Twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
 struct Avx2Vectors {
     typedef float Vec __attribute__((vector_size(32)));
     // Bytes are moved to the tops of 32-bit numbers.
@@ -111,9 +113,7 @@ struct Avx2Vectors {
     }
 
     static OFFMOE_INLINE I8x32 e2m1_twice(U8x32 nibble) {
-        const __m256i table = _mm256_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12, 0, 1, 2, 3, 4, 6,
-                                               8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
-        return bits<I8x32>(_mm256_shuffle_epi8(table, bits<__m256i>(nibble)));
+        return bits<I8x32>(_mm256_shuffle_epi8(twice(reinterpret_cast<const uint8_t*>(kE2m1Twice)), bits<__m256i>(nibble)));
     }
 
     static OFFMOE_INLINE I8x32 iq4(U8x32 nibble) {

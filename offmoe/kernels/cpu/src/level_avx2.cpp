@@ -3,8 +3,20 @@
 #include "attend.h"
 #include "coded_avx2.h"
 #include "decode.h"
+#include "levels_avx2.h"
 
 namespace offmoe {
-const Level kAvx2 = {"avx2", coded_prepared_bytes, coded_prepare<Avx2Vectors>, coded_multiply<Avx2Vectors>,
+
+void avx2_prepare_floats(const Matrix& matrix, int32_t type, const float* x, void* prepared) {
+    coded_prepare<Avx2Vectors>(matrix, type, x, prepared);
+}
+
+void avx2_multiply_floats(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, const void* const* x,
+                          int32_t num_x, float* out, int64_t stride) {
+    coded_multiply<Avx2Vectors>(matrix, type, begin, end, x, num_x, out, stride);
+}
+
+const Level kAvx2 = {"avx2", avx2_prepared_bytes, avx2_prepare, avx2_multiply,
     general_activate, norm_row, rotate, attend_any, delta_rule, mamba_rule};
+
 }  // namespace offmoe
