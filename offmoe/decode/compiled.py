@@ -8,10 +8,14 @@ Never an error: what does not compile, or does not agree, is not used, and `Deco
 
 In the background, a thread compiles while the model's own steps go on, once the engine has decoded so many tokens that
 more are to be expected: compiling takes half of the interpreter for a minute or more. torch's compiler is not made for
-that in three ways, which is why compile="on" waits instead: its process-wide "is compiling" flag makes transformers'
-eager code write masks out (same values, maybe another attention kernel's rounding); it puts the default random state
-back when it is done (sampling here has generators of its own); and it runs in Python, so that eager steps meanwhile
-share the interpreter with it (benchmarks/2026-11-22-compiled-steps.md).
+that, which is why compile="on" waits instead:
+- its process-wide "is compiling" flag makes transformers' eager code write masks out (same values, maybe another
+  attention kernel's rounding);
+- it puts the default type and the default random states back, which is undone (process_state.py);
+- its tracer replaces the call of every module of the process meanwhile, for a tenth of the time; modules of other
+  threads are called as ever through it (tests/test_compile_beside.py);
+- it runs in Python, so that eager steps meanwhile share the interpreter with it
+  (benchmarks/2026-11-22-compiled-steps.md).
 """
 
 from __future__ import annotations

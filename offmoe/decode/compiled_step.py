@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from offmoe.decode.compile_thread import interruptible
 from offmoe.decode.grouped_attention import group_attention
+from offmoe.decode.process_state import ProcessState
 from offmoe.executor.resident import ResidentExecutor
 from offmoe.models.seam import LayerBinding, binding_of_handle, define_experts_operators, is_observed
 from offmoe.models.static_cache import StaticKv
@@ -59,6 +60,7 @@ class _Backend:
         self.only_compile = True
         self.num_blind = 0
         self.resident: list[ResidentCall] = []
+        self.state: ProcessState | None = None
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
         lower, self.lower = self.lower, None
@@ -66,6 +68,7 @@ class _Backend:
         group_attention(graph)
         self.num_blind, self.resident = count_blind(graph), resident_calls(graph)
         self.run = lower(graph, inputs)
+        self.state = ProcessState()
         return self._run
 
     def _run(self, *args: Any) -> Any:
@@ -110,6 +113,8 @@ class CompiledStep:
         assert model is not None, "closed"
         with suppress(_Compiled), interruptible():
             self._function()
+        if self._backend.state is not None:
+            self._backend.state.put_back()
         self._backend.only_compile = False
 
     def close(self) -> None:
