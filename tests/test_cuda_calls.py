@@ -26,11 +26,13 @@ class Recorder:
         self.current = "main"
         self.refusal: str | None = None
         self.lost = False
+        self.num_events = 0
         recorder = self
 
         class Event:
             def __init__(self, blocking: bool = False) -> None:
                 self.name = "sleepy" if blocking else "event"
+                recorder.num_events += 1
 
             def record(self, stream: Stream) -> None:
                 recorder.call(f"record {self.name} on {stream.name}")
@@ -131,6 +133,28 @@ def test_a_copy_begins_behind_its_mark_and_the_caller_goes_on_behind_it(device: 
     assert ticket.done() and torch.equal(src, dst)
     device.copier.copy([(src, dst)], urgent=False).wait()
     assert recorder.take() == ["query", "copy 8 on side", "record sleepy on side", "main waits"]
+
+
+def test_a_thousand_copies_take_the_same_few_events(device: CudaDevice, recorder: Recorder) -> None:
+    """Two made for each copy before: a mark and an arrival. Of 1 MiB, 16 are on the link's queue at most."""
+    src, dst = part(1 << 20)
+    assert device.pin(src) is None
+    mark = device.copier.mark()
+    for number in range(1000):
+        ticket = device.copier.copy([(src, dst)], urgent=number % 2 == 0, after=mark)
+        ticket.wait()
+        assert ticket.done()
+        mark = device.copier.mark()
+    assert recorder.num_events <= 24
+    assert sum("record" in call for call in recorder.take()) == 2001
+
+
+def test_an_event_that_somebody_holds_is_not_recorded_again(device: CudaDevice, recorder: Recorder) -> None:
+    marks = [device.copier.mark() for _ in range(10)]
+    assert recorder.num_events == len({id(mark.event) for mark in marks}) == 10
+    del marks[3:]
+    marks += [device.copier.mark() for _ in range(8)]
+    assert recorder.num_events == len({id(mark.event) for mark in marks}) == 11
 
 
 def test_what_is_not_pinned_is_queued_by_the_worker(device: CudaDevice, recorder: Recorder) -> None:

@@ -5,6 +5,9 @@ Shapes: N rows (token, expert), T tokens, D model width, F expert width, K exper
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,12 +42,19 @@ class LayerKernels:
     ) -> None:  # fmt: skip
         self._slab, self._slot_bytes = slab, slot_bytes
         self._math, self._tiling = math, tiling
+        self._launches: Any = triton_experts
         self.num_experts, self.has_tiles = layer.num_experts, tiling.has_tiles
         self.up, self.is_fused = up_matrices(layer, layout, activation)
         self.down = down_matrices(layer, layout)
         self._views = {id(matrix): self._views_of(matrix) for matrix in (*self.up, *self.down)}
         self._up_act = _activation_constants(activation if self.is_fused else None)
         self._no_act = _activation_constants(None)
+
+    def compiling(self) -> LayerKernels:
+        """The same launches, each of which compiles its kernel and does not run it: their outputs hold anything."""
+        twin = copy.copy(self)
+        twin._launches = _Compiling()
+        return twin
 
     def geometry(self) -> tuple[object, ...]:
         """What the compiled kernels depend on: layers that have it in common share them."""
@@ -86,7 +96,7 @@ class LayerKernels:
         y_TD = hidden_NF.new_empty((num_tokens, self.down[0].out_width), dtype=dtype)
         for matrix in self.down:
             blocks = self._tiling.sum_blocks(matrix, block_k)
-            triton_experts.weighted_rows[(num_tokens, -(-matrix.num_out // blocks["BLOCK_OUT"]))](
+            self._launches.weighted_rows[(num_tokens, -(-matrix.num_out // blocks["BLOCK_OUT"]))](
                 hidden_NF, *self._views[id(matrix)], bias, y_TD, expert_TK, slots, weights_TK, hidden_NF,
                 **self._place(matrix), HAS_BIAS=bias is not None, BIAS_WIDTH=matrix.out_width, TOP_K=top_k,
                 BLOCK_K=block_k, NUM_EXPERTS=self.num_experts if lookup else 0, **blocks,
@@ -113,7 +123,7 @@ class LayerKernels:
         rows_a_token = token_N if isinstance(token_N, int) else 0
         for number, matrix in enumerate(matrices):
             blocks = self._tiling.row_blocks(matrix)
-            triton_experts.choose_rows[(expert_N.numel(), -(-matrix.num_out // blocks["BLOCK_OUT"]))](
+            self._launches.choose_rows[(expert_N.numel(), -(-matrix.num_out // blocks["BLOCK_OUT"]))](
                 inputs, *self._views[id(matrix)], bias, out, None if rows_a_token else token_N, expert_N, slot_N,
                 missing, **self._place(matrix), **_pairs(matrix, bias), **act, ROWS_A_TOKEN=rows_a_token,
                 NUM_EXPERTS=self.num_experts if lookup or missing is not None else 0,
@@ -132,7 +142,7 @@ class LayerKernels:
         rows_a_token = token_N if isinstance(token_N, int) else 0
         for matrix in matrices:
             blocks = self._tiling.tile_blocks(matrix, tile_row_MB.shape[1], self._math.dtype.itemsize)
-            triton_experts.tile_rows[(-(-matrix.num_out // blocks["BLOCK_OUT"]) * tile_slot_M.numel(),)](
+            self._launches.tile_rows[(-(-matrix.num_out // blocks["BLOCK_OUT"]) * tile_slot_M.numel(),)](
                 inputs, *self._views[id(matrix)], bias, out, None if rows_a_token else token_N, expert_N, tile_slot_M,
                 tile_row_MB, **self._place(matrix), **_pairs(matrix, bias), **act, ROWS_A_TOKEN=rows_a_token,
                 ZERO_MISSING=is_down or not self.is_fused, TOGETHER=TILES_TOGETHER,
@@ -157,6 +167,21 @@ class LayerKernels:
             "OUT_BEGIN": matrix.out_begin, "SLOT": self._slot_bytes // itemsize, "BASE": matrix.base,
             "OUT_STRIDE": matrix.out_stride, "IN_STRIDE": matrix.in_stride, "FORMAT": matrix.codes,
         }  # fmt: skip
+
+
+class _Compiling:
+    """Stands for `triton_experts`: what launches a kernel there compiles it here."""
+
+    def __getattr__(self, name: str) -> _Compile:
+        return _Compile(getattr(triton_experts, name))
+
+
+class _Compile:
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return partial(self._kernel.warmup, grid=grid)
 
 
 def _pairs(matrix: Matrix, bias: torch.Tensor | None) -> dict[str, int]:

@@ -1,38 +1,30 @@
-"""SlotKernels by Triton: which kernel for how many rows, indices to the device, and the check at load.
+"""SlotKernels by Triton: which kernel for how many rows, and indices to the device.
 
 Shapes: N rows, T tokens, K experts a token, E experts, D model width.
 """
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from triton.errors import TritonError
 
 from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart
-from offmoe.formats.dense import torch_dtype, view_expert
+from offmoe.formats.dense import torch_dtype
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation, find_activation
 from offmoe.kernels.codes import obstacle
-from offmoe.kernels.geometry import TILE_ROWS, Tiling, make_tiles, row_by_row, tile_rows
-from offmoe.kernels.random_weights import fill_at_random
+from offmoe.kernels.geometry import Tiling, make_tiles, row_by_row, tile_rows
 from offmoe.kernels.reference import ExpertMath, combine_rows
 from offmoe.kernels.slot_kernels import TorchSlotKernels, look_up
+from offmoe.kernels.triton_check import TOLERANCES, Trial, compile_together, current, failure_of
 from offmoe.kernels.triton_launch import LayerKernels
 
-# How far the check at load may be from torch, relative to the largest output: a few roundings of a hidden value.
-TOLERANCES = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 0.001}
 # The oldest that Triton's README names. Turing (7.5) has neither conversions nor products of bfloat16 (PTX ISA: cvt and
 # mma of .bf16 need sm_80), and Triton multiplies tiles there without its matrix units: 255 registers, 27 KB spilled a
 # thread (benchmarks/2026-11-30-triton-architectures.md). Its kernels for single rows are as good as elsewhere.
 WHOLE_CAPABILITY = (8, 0)
-_CHECK_SEED = 11
-# What a compiler that is missing, refuses or asks for too much raises. The assertion is that libcuda.so was found.
-_FAILURES = (TritonError, RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError)
+_NO_TILES = "several rows of an expert are computed by torch: the device (below 8.0) has no tiles for triton"
 
 
 class TritonSlotKernels:
@@ -71,7 +63,7 @@ class TritonSlotKernels:
             return self._fallback.tokens_forward(layer_idx, x_TD, expert_ids_TK, slot_TK, weights_TK)
         top_k = expert_ids_TK.shape[1]
         if math.post_norm is None and row_by_row(len(x_TD), slot_TK.numel(), kernels.num_experts):
-            with _current(x_TD.device):
+            with current(x_TD.device):
                 experts, slots = to_device(x_TD.device, expert_ids_TK, slot_TK)
                 hidden = kernels.choose(_ready(x_TD, math), top_k, experts, slots)
                 return kernels.project_and_sum(hidden, experts, slots, weights_TK.contiguous(), x_TD.dtype)
@@ -99,7 +91,7 @@ class TritonSlotKernels:
         top_k = expert_ids_TK.shape[1]
         if math.post_norm is None and row_by_row(len(x_TD), expert_ids_TK.numel(), kernels.num_experts):
             experts = expert_ids_TK.contiguous()
-            with _current(x_TD.device):
+            with current(x_TD.device):
                 hidden = kernels.choose(_ready(x_TD, math), top_k, experts, slot_of_E, missing=missing)
                 return kernels.project_and_sum(
                     hidden, experts, slot_of_E, weights_TK.contiguous(), x_TD.dtype, lookup=True
@@ -116,7 +108,7 @@ class TritonSlotKernels:
         if not is_by_row and not kernels.has_tiles:
             return self._fallback.rows_forward(layer_idx, x_TD, token_N, slot_N, expert_N)
         x_TD = _ready(x_TD, math)
-        with _current(x_TD.device):
+        with current(x_TD.device):
             if is_by_row:
                 tokens, slots, experts = to_device(x_TD.device, token_N, slot_N, expert_N)
                 y_ND = kernels.project(kernels.choose(x_TD, tokens, experts, slots), experts, slots)
@@ -146,11 +138,6 @@ def to_device(device: torch.device, *indices: torch.Tensor) -> list[torch.Tensor
     ]
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _ready(x_TD: torch.Tensor, math: ExpertMath) -> torch.Tensor:
     return x_TD.to(math.dtype).contiguous()
 
@@ -158,10 +145,12 @@ def _ready(x_TD: torch.Tensor, math: ExpertMath) -> torch.Tensor:
 def make_triton_kernels(
     layers: Sequence[MoeLayer], maths: Sequence[ExpertMath], slab: torch.Tensor, slot_bytes: int,
     fallback: TorchSlotKernels, slot_of_LE: torch.Tensor | None, missing_L: torch.Tensor | None,
+    progress: Callable[[int, int], None],
 ) -> TritonSlotKernels:  # fmt: skip
     """Kernels for every layer that Triton can compute. Layers that are alike are compiled and tried once."""
     tiling, kernels = tiling_of(slab.device), list[LayerKernels | None]()
-    outcomes: dict[object, str | None] = {}
+    trials: dict[object, Trial] = {}
+    kind_of: dict[int, object] = {}
     capability = torch.cuda.get_device_capability(slab.device) if slab.device.type == "cuda" else None
     for layer_idx, (layer, math) in enumerate(zip(layers, maths, strict=True)):
         reason = _obstacle(layer, math, capability)
@@ -169,15 +158,21 @@ def make_triton_kernels(
         if reason is None:
             activation = _activation_of(layer, math, slab.device)
             made = LayerKernels(layer, layout_of(layer), math, activation, slab, slot_bytes, tiling)
-            kind = (made.geometry(), layer.num_experts, layer.top_k)
-            if kind not in outcomes:
-                outcomes[kind] = _failure(made, layer, math, slab, slot_bytes)
-            reason = outcomes[kind]
-        kernels.append(made if reason is None else None)
-        if reason is None and not tiling.has_tiles:
-            reason = "several rows of an expert are computed by torch: the device (below 8.0) has no tiles for triton"
+            kind: object = (made.geometry(), layer.num_experts, layer.top_k)
+            kind_of[layer_idx] = kind
+            if kind not in trials:
+                trials[kind] = Trial(made, layer, math, slab, slot_bytes)
+            if not tiling.has_tiles:
+                reason = _NO_TILES
+        kernels.append(made)
         if reason is not None:
             fallback.reasons[layer_idx] = reason
+    with current(slab.device):
+        compile_together(list(trials.values()), progress)
+        failures = {kind: failure_of(trial) for kind, trial in trials.items()}
+    for layer_idx, kind in kind_of.items():
+        if (failure := failures[kind]) is not None:
+            kernels[layer_idx], fallback.reasons[layer_idx] = None, failure
     if slab.device.type == "cuda":  # a check that failed half-way has kernels queued, and slots are filled from now on
         torch.cuda.synchronize(slab.device)
     return TritonSlotKernels(kernels, maths, fallback, slot_of_LE, missing_L)
@@ -214,65 +209,3 @@ def _obstacle(layer: MoeLayer, math: ExpertMath, capability: tuple[int, int] | N
         return f"weights are {names}, computed in {str(math.dtype).removeprefix('torch.')}"
     reasons = (obstacle(part) for part in (*layer.up, *layer.down) if isinstance(part, QuantPart))
     return next((reason for reason in reasons if reason is not None), None)
-
-
-def _failure(
-    kernels: LayerKernels, layer: MoeLayer, math: ExpertMath, slab: torch.Tensor, slot_bytes: int
-) -> str | None:
-    """Every kernel of the layer on random weights, against torch: what went wrong, None if nothing."""
-    try:
-        with _current(slab.device):
-            worst = _largest_error(kernels, layer, replace(math, post_norm=None), slab, slot_bytes)
-    except torch.AcceleratorError:  # the device itself is lost: whatever is computed instead would fail elsewhere
-        raise
-    except _FAILURES as error:
-        return f"triton failed: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-    tolerance = TOLERANCES[math.dtype]
-    return None if worst <= tolerance else f"triton differs from torch by {worst:.2g}, allowed are {tolerance}"
-
-
-def _largest_error(
-    kernels: LayerKernels, layer: MoeLayer, math: ExpertMath, slab: torch.Tensor, slot_bytes: int
-) -> float:
-    """Relative to the largest output; nan where a kernel gave one."""
-    device, top_k, num_experts = slab.device, layer.top_k, layer.num_experts
-    num_slots = min(3, slab.numel() // slot_bytes, num_experts)
-    generator = torch.Generator(device).manual_seed(_CHECK_SEED)
-    _fill_slots(layer, slab, slot_bytes, num_slots, generator)
-    slot_of_E = torch.full((num_experts,), -1, dtype=torch.int32, device=device)
-    slot_of_E[:num_slots] = torch.arange(num_slots, device=device)
-    num_tokens = TILE_ROWS[0] + 3
-    x_TD = torch.randn(num_tokens, kernels.up[0].num_in, device=device, generator=generator).to(math.dtype)
-    row_N = torch.arange(num_tokens * top_k, dtype=torch.int32, device=device)
-    token_N, expert_N = row_N // top_k, row_N % min(num_experts, num_slots + 1)
-    slot_N, missing = slot_of_E[expert_N], torch.zeros(1, dtype=torch.int32, device=device)
-    expected = TorchSlotKernels([layer], [math], slab, slot_bytes).rows_forward(0, x_TD, token_N, slot_N, expert_N)
-    pairs = [
-        (kernels.tiles(x_TD, token_N, expert_N, *make_tiles(slot_N, block_rows, num_experts)), expected)
-        for block_rows in (TILE_ROWS if kernels.has_tiles else ())
-    ]
-    x_1D, experts, slots = x_TD[:1], expert_N[:top_k], slot_N[:top_k]
-    # In the type in which most routers give them, or the first token would compile once more.
-    weights_1K = torch.rand(1, top_k, device=device, generator=generator).to(math.dtype)
-    summed = combine_rows(expected[:top_k], weights_1K, math.dtype)
-    hidden = kernels.choose(x_1D, token_N[:top_k], experts, slots)
-    pairs.append((kernels.project(hidden, experts, slots), expected[:top_k]))
-    hidden = kernels.choose(x_1D, top_k, experts, slots)
-    pairs.append((kernels.project_and_sum(hidden, experts, slots, weights_1K, math.dtype), summed))
-    experts = experts.long()  # as routers give them
-    hidden = kernels.choose(x_1D, top_k, experts, slot_of_E, missing=missing)
-    got = kernels.project_and_sum(hidden, experts, slot_of_E, weights_1K, math.dtype, lookup=True)
-    pairs.append((got, summed))
-    errors = [(got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30) for got, wanted in pairs]
-    return float(torch.stack([error.float() for error in errors]).max())
-
-
-def _fill_slots(
-    layer: MoeLayer, slab: torch.Tensor, slot_bytes: int, num_slots: int, generator: torch.Generator
-) -> None:
-    offsets = layout_of(layer).offsets
-    for slot in range(num_slots):
-        weights = view_expert(layer, slab[slot * slot_bytes : (slot + 1) * slot_bytes], offsets)
-        for part in (*weights.up, *weights.down):
-            transposed = layer.transposed and isinstance(part, torch.Tensor)
-            fill_at_random(part, part.shape[0 if transposed else 1], generator)

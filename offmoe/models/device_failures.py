@@ -12,7 +12,7 @@ import torch
 from offmoe.base.errors import BudgetError, OffmoeError, ResourceError
 from offmoe.base.machine import available_ram_bytes
 from offmoe.base.units import format_bytes
-from offmoe.tiers.cuda import as_device_error
+from offmoe.tiers.cuda_events import as_device_error
 
 if TYPE_CHECKING:
     from offmoe.tiers.device import Device

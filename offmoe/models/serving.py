@@ -103,7 +103,7 @@ def build_serving(
     """Caches and executor over the given pools. Called when the resident weights are loaded and no executor attached.
 
     `progress(stage, done_bytes, total_bytes)`: of page-locking RAM slots, and of bringing all experts to a device that
-    has room for them.
+    has room for them. Kernels that are compiled for the device are counted by number.
     """
     host_source = DiskSource(experts, pool, disk)
     cpu_rows = None if cpu_kernels is None else CpuRows(cpu_kernels)
@@ -123,20 +123,20 @@ def build_serving(
     stalls = _stalls_of(device)
     cache = make_cache(device_pool.num_slots, experts, link, counters, policy=config.policy, usage=Usage(counted))
     serving = Serving(cache=cache, host=host, executor=_NOT_YET, cpu_rows=cpu_rows, warm=warm)
+    maths = [math_of(module) for _, module in experts_modules(model)]
+    slot_of_LE, missing_L = _slot_table(experts, device_pool)
+    kernels = serving.kernels = make_slot_kernels(  # before RAM slots take pages: compilers need memory, too
+        experts.layers, maths, device_pool.slab, device_pool.slot_bytes, slot_of_LE=slot_of_LE, missing_L=missing_L,
+        progress=partial(progress, "compiling GPU kernels"),
+    )  # fmt: skip
     if (refused := device.pin(pool.slab, partial(progress, "page-locking RAM slots"))) is not None:
         serving.notes.append(f"RAM slots are not pinned ({refused}): copies go through a staging ring")
     to_device = partial(progress, "experts to the device")
-    maths = [math_of(module) for _, module in experts_modules(model)]
     all_fit = device_pool.num_slots >= experts.num_experts
     if all_fit and not config.placement_invariant:
-        _make_resident(serving, experts, maths, device_pool, to_device)
+        _make_resident(serving, experts, kernels, slot_of_LE, to_device)
         link.synchronize()  # what another stream computes later is not ordered behind the copies
         return serving
-    slot_of_LE, missing_L = _slot_table(experts, device_pool)
-    kernels = make_slot_kernels(
-        experts.layers, maths, device_pool.slab, device_pool.slot_bytes, slot_of_LE=slot_of_LE, missing_L=missing_L
-    )
-    serving.kernels = kernels
     if all_fit:  # through the same executor as where they do not: the kernels that look slots up round otherwise
         preload(cache, list(experts.keys()), to_device)
     executor = Executor(
@@ -174,13 +174,10 @@ def _stalls_of(device: Device) -> StreamStalls | None:
 
 
 def _make_resident(
-    serving: Serving, experts: ExpertIndex, maths: list[Any], pool: DevicePool, progress: Callable[[int, int], None]
-) -> None:
-    """Everything fits: bring it all to the device once, and let the kernels find it there."""
-    table_LE, missing_L = _slot_table(experts, pool)
-    kernels = make_slot_kernels(
-        experts.layers, maths, pool.slab, pool.slot_bytes, slot_of_LE=table_LE, missing_L=missing_L
-    )
+    serving: Serving, experts: ExpertIndex, kernels: SlotKernels, table_LE: torch.Tensor,
+    progress: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    """Everything fits: bring it all to the device once, and let the kernels find it there by `table_LE`."""
     keys = list(experts.keys())
     preload(serving.cache, keys, progress)
     slot_of_LE = torch.full(table_LE.shape, -1, dtype=table_LE.dtype)
@@ -189,7 +186,6 @@ def _make_resident(
         assert slot is not None, f"{key=}"
         slot_of_LE[key.layer_idx, key.expert_idx] = slot
     table_LE.copy_(slot_of_LE)
-    serving.kernels = kernels
     serving.executor = ResidentExecutor(serving.cache, kernels)
 
 

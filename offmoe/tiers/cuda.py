@@ -28,6 +28,7 @@ import torch
 from offmoe.base.budget import CUDA_CONTEXT_BYTES
 from offmoe.base.errors import DeviceError
 from offmoe.tiers.copier import Copier, Part
+from offmoe.tiers.cuda_events import CudaArrival, CudaMark, CudaMoment, EventPool, as_device_error, one_sentence
 from offmoe.tiers.device import DevicePool
 from offmoe.tiers.driver_memory import free_by_uuid
 from offmoe.tiers.huge_pages import fault_in
@@ -45,75 +46,15 @@ def why_no_cuda() -> str | None:
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
-            return f"CUDA does not work here ({_one_sentence(error)}); install or update the NVIDIA driver"
+            return f"CUDA does not work here ({one_sentence(error)}); install or update the NVIDIA driver"
     return "CUDA finds no device; look whether nvidia-smi lists one and CUDA_VISIBLE_DEVICES does not hide it"
-
-
-def as_device_error(error: RuntimeError, device: torch.device, doing: str) -> DeviceError:
-    """What to tell the user of a CUDA call that failed while `doing` something."""
-    return DeviceError(
-        f"{device} failed while {doing} ({_one_sentence(error)}); start again, and look at nvidia-smi and the system "
-        "log if it comes back"
-    )
-
-
-def _one_sentence(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return "".join(letter for letter in lines[0].split(". ")[0].rstrip(".") if letter.isprintable())[:200]
-
-
-class CudaArrival:
-    """A CUDA event behind what was queued."""
-
-    def __init__(self, device: torch.device, event: torch.cuda.Event) -> None:
-        self._device, self._event = device, event
-
-    def done(self) -> bool:
-        """True also on a lost device, where nothing will arrive; wait() and order() raise then."""
-        try:
-            return bool(self._event.query())
-        except RuntimeError:
-            return True
-
-    def wait(self) -> None:
-        """Sleep until it has happened. Raises DeviceError."""
-        try:
-            self._event.synchronize()
-        except RuntimeError as error:
-            raise as_device_error(error, self._device, "copying") from error
-
-    def order(self) -> None:
-        """Make the calling thread's current stream wait. Raises DeviceError."""
-        try:
-            torch.cuda.current_stream(self._device).wait_event(self._event)
-        except RuntimeError as error:
-            raise as_device_error(error, self._device, "copying") from error
-
-
-class CudaMoment:
-    """A CUDA event with its time, recorded on the calling thread's current stream. Raises DeviceError."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        try:
-            self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record(torch.cuda.current_stream(device))
-        except RuntimeError as error:
-            raise as_device_error(error, device, "computing") from error
-
-    def ns_since(self, earlier: CudaMoment) -> int | None:
-        """Nanoseconds to half a microsecond, the resolution of events; see `Moment`. Raises DeviceError."""
-        try:
-            return int(earlier._event.elapsed_time(self._event) * 1e6) if self._event.query() else None
-        except RuntimeError as error:
-            raise as_device_error(error, self._device, "computing") from error
 
 
 class CudaLink:
     """The two side streams of `device`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self.events = device, EventPool(device)
         self._streams = {False: torch.cuda.Stream(device), True: torch.cuda.Stream(device, priority=-1)}
         self._pinned: list[tuple[int, int]] = []
 
@@ -133,34 +74,27 @@ class CudaLink:
         self._pinned = []
 
     def begin(self, parts: Sequence[Part], *, urgent: bool, after: object | None) -> CudaArrival:
-        """Queue on a side stream. Returns before the bytes were read, unless a source is pageable.
-
-        The event is a blocking one: who waits for it sleeps, and leaves its core to those who compute.
-        """
+        """Queue on a side stream. Returns before the bytes were read, unless a source is pageable."""
         stream = self._streams[urgent]
-        event = torch.cuda.Event(blocking=True)
         try:
             # The worker is a thread of its own: its current device and stream are those of a new thread. Inference
             # mode is also per thread, and with it the writing costs no autograd bookkeeping.
             with torch.inference_mode(), torch.cuda.device(self._device), torch.cuda.stream(stream):
-                if isinstance(after, torch.cuda.Event):
-                    stream.wait_event(after)
+                if isinstance(after, CudaMark):
+                    stream.wait_event(after.event)
                 for src, dst in parts:
                     dst.copy_(src, non_blocking=True)
-                event.record(stream)
+                return CudaArrival(self.events, stream)
         except RuntimeError as error:
             self.synchronize()
             raise as_device_error(error, self._device, "copying") from error
-        return CudaArrival(self._device, event)
+        except DeviceError:
+            self.synchronize()
+            raise
 
-    def mark(self) -> torch.cuda.Event:
+    def mark(self) -> CudaMark:
         """An event on the calling thread's current stream. Raises DeviceError."""
-        try:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self._device))
-            return event
-        except RuntimeError as error:
-            raise as_device_error(error, self._device, "computing") from error
+        return CudaMark(self.events)
 
     def synchronize(self) -> None:
         """Wait for both streams; a lost device has nothing to wait for."""
@@ -193,7 +127,7 @@ class CudaDevice:
             self._link = CudaLink(self.torch_device)
         except RuntimeError as error:
             raise DeviceError(
-                f"cuda:{index} cannot be used ({_one_sentence(error)}); end other programs that use it, install a "
+                f"cuda:{index} cannot be used ({one_sentence(error)}); end other programs that use it, install a "
                 "torch that knows it, or use --device cpu"
             ) from error
         self._slabs: list[torch.Tensor] = []
@@ -238,7 +172,7 @@ class CudaDevice:
 
     def moment(self) -> CudaMoment:
         """A timed event. Two of them a wait cost the host some microseconds, a copy takes a hundred or more."""
-        return CudaMoment(self.torch_device)
+        return CudaMoment(self._link.events)
 
     def free_bytes(self) -> int:
         """By the driver's word, and what torch has cached and does not use. Raises DeviceError."""
@@ -284,7 +218,7 @@ def try_pin(slab: torch.Tensor) -> str | None:
             return None
         reason = str(runtime.cudaGetErrorString(result))
     except (RuntimeError, AssertionError) as error:
-        return _one_sentence(error)
+        return one_sentence(error)
     # The runtime keeps the refusal as its last error; torch would find it after the next kernel launch and blame that
     # one. So the next ones are here.
     with contextlib.suppress(RuntimeError):
