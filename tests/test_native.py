@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from engines import PROMPT, open_tiny, plain_model, save_tiny
+from families import build, save_layout
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels, usable_levels
@@ -155,3 +157,52 @@ def test_other_weights_are_seen(kernels: CpuKernels) -> None:
             else:
                 model[0].weight = other
             torch.testing.assert_close(model(x), nn.functional.linear(x, other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_depthwise_convolutions_in_16_bits_are_computed_in_float32(
+    kernels: CpuKernels, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Called as a module: the very rounding of torch. Through its weight, as transformers' mixers do it: float32."""
+    monkeypatch.setattr("offmoe.models.native.float32_is_faster", lambda asked: asked == dtype)
+    model = nn.Sequential(
+        nn.Conv1d(24, 24, 4, groups=24, padding=3), nn.Conv1d(24, 24, 4, groups=12), nn.Conv1d(24, 24, 4, groups=24)
+    ).to(dtype)
+    model[2].float()
+    originals, kept = list(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    native = NativeModules(kernels)
+    native.replace(model)
+    assert native.counts["convolutions"] == 1 and list(model)[1:] == originals[1:]
+    x = torch.randn(1, 24, 40).to(dtype)
+    assert torch.equal(model[0](x), originals[0](x))
+    mixed = nn.functional.conv1d(x.float(), model[0].weight, model[0].bias, padding=3, groups=24)
+    assert mixed.dtype == torch.float32 and torch.equal(mixed.to(dtype), originals[0](x))
+    state = model.state_dict()
+    assert all(state[name].dtype == tensor.dtype and torch.equal(state[name], tensor) for name, tensor in kept.items())
+    native.remove()
+    assert list(model) == originals
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe", "lfm2_moe", "nemotron_h"])
+def test_a_mixers_prompt_does_not_change_by_the_convolutions_type(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt and tokens in bfloat16, on the fused path and on transformers' modules."""
+    monkeypatch.setattr("offmoe.models.native.float32_is_faster", lambda dtype: dtype == torch.bfloat16)
+    folder = tmp_path / "model"
+    save_layout(build(name).to(torch.bfloat16), folder, "published")
+    logits = {}
+    for path in ("auto", "eager"):
+        monkeypatch.setenv("OFFMOE_DECODE", path)
+        with open_tiny(folder, compile="off") as engine:
+            assert engine._parts.native is not None
+            assert engine._parts.native.counts["convolutions"] > 0
+            with torch.inference_mode():
+                logits[path] = engine.model(torch.tensor([PROMPT])).logits[0, -1].float()
+            engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+            assert engine.stats()["decode_path"] == ("fused" if path == "auto" else "eager")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, experts_implementation="eager").eval()
+    with torch.inference_mode():
+        expected = plain(torch.tensor([PROMPT])).logits[0, -1].float()
+    assert (logits["eager"] - expected).abs().max() < 0.05 * expected.abs().max()
