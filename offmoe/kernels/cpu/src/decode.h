@@ -52,12 +52,10 @@ inline void delta_columns(float* state, const float* query, const float* key, co
                           int64_t key_width, int64_t value_width, float* out) {
     F32x16 found[kVectors] = {}, read[kVectors] = {}, added[kVectors];
     for (int64_t i = 0; i < key_width; ++i) {
-        float* row = state + i * value_width;
+        const float* row = state + i * value_width;
         OFFMOE_UNROLL
         for (int64_t v = 0; v < kVectors; ++v) {
-            const F32x16 lanes = load<F32x16>(row + v * kLanes) * decay;
-            std::memcpy(row + v * kLanes, &lanes, sizeof lanes);
-            found[v] += lanes * key[i];
+            found[v] += load<F32x16>(row + v * kLanes) * decay * key[i];
         }
     }
     OFFMOE_UNROLL
@@ -66,7 +64,7 @@ inline void delta_columns(float* state, const float* query, const float* key, co
         float* row = state + i * value_width;
         OFFMOE_UNROLL
         for (int64_t v = 0; v < kVectors; ++v) {
-            const F32x16 lanes = load<F32x16>(row + v * kLanes) + added[v] * key[i];
+            const F32x16 lanes = load<F32x16>(row + v * kLanes) * decay + added[v] * key[i];
             std::memcpy(row + v * kLanes, &lanes, sizeof lanes);
             read[v] += lanes * query[i];
         }
@@ -74,11 +72,14 @@ inline void delta_columns(float* state, const float* query, const float* key, co
     std::memcpy(out, read, sizeof read);
 }
 
+// Columns that a pass takes at once: those of 128 keys stay in the first cache between its two readings.
+constexpr int64_t kColumns = 2 * kLanes;
+
 inline void delta_rule(float* state, const float* query, const float* key, const float* value, float decay, float beta,
                        int64_t key_width, int64_t value_width, float* out) {
     int64_t at = 0;
-    for (; at + 4 * kLanes <= value_width; at += 4 * kLanes)
-        delta_columns<4>(state + at, query, key, value + at, decay, beta, key_width, value_width, out + at);
+    for (; at + kColumns <= value_width; at += kColumns)
+        delta_columns<kColumns / kLanes>(state + at, query, key, value + at, decay, beta, key_width, value_width, out + at);
     for (; at + kLanes <= value_width; at += kLanes)
         delta_columns<1>(state + at, query, key, value + at, decay, beta, key_width, value_width, out + at);
     for (; at < value_width; ++at) {

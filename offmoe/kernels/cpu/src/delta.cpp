@@ -9,7 +9,7 @@
 namespace offmoe {
 namespace {
 
-constexpr int64_t kTaskChannels = 512;
+constexpr int64_t kTaskChannels = 512, kTaskInputs = 4096;
 constexpr float kSquares = 1e-6f;      // added to a key's sum of squares, as transformers' modules do
 constexpr float kLinearFrom = 20.0f;  // softplus(x) is x from here on, as torch has it
 
@@ -21,7 +21,8 @@ class DeltaJob final : public Job {
 public:
     DeltaJob(Pool& pool, const Level& level, Workspace& space, const Delta& call)
         : level_(level), call_(call), type_(call.type), size_(size_of(call.type)),
-          keys_(call.num_keys * call.key_width), channels_(2 * keys_ + call.num_values * call.value_width) {
+          keys_(call.num_keys * call.key_width), channels_(2 * keys_ + call.num_values * call.value_width),
+          task_channels_(std::min(kTaskChannels, kTaskInputs / call.taps)) {
         worker_floats_ = 2 * in_vectors(call.key_width) + 4 * in_vectors(call.value_width);
         mixed_ = reinterpret_cast<float*>(space.layer.reserve(4 * (in_vectors(channels_) + worker_floats_ * pool.num_threads())));
         workers_ = mixed_ + in_vectors(channels_);
@@ -31,41 +32,47 @@ public:
     int32_t num_phases() const override { return END; }
 
     int64_t num_tasks(int32_t phase) const override {
-        return phase == HEADS ? call_.num_values : (channels_ + kTaskChannels - 1) / kTaskChannels;
+        return phase == HEADS ? call_.num_values : (channels_ + task_channels_ - 1) / task_channels_;
     }
 
     void run(int32_t phase, int64_t task, int32_t worker) override {
-        if (phase == CONVOLVE) convolve(task * kTaskChannels, std::min((task + 1) * kTaskChannels, channels_));
+        if (phase == CONVOLVE) convolve(task * task_channels_, std::min((task + 1) * task_channels_, channels_));
         else head(task, workers_ + worker * worker_floats_);
     }
 
 private:
-    // A channel's newest input.
-    const uint8_t* input(int64_t channel) const {
+    // The newest inputs of channels up to `end`, which lie by heads in the projections' rows.
+    void newest(int64_t channel, int64_t end, float* to) const {
         const int64_t shared = call_.num_values / call_.num_keys * call_.value_width;
-        const bool is_value = channel >= 2 * keys_, is_query = channel < keys_;
-        const int64_t at = is_value ? channel - 2 * keys_ : is_query ? channel : channel - keys_;
-        const int64_t width = is_value ? shared : call_.key_width;
-        const int64_t stride = is_value ? call_.value_stride : is_query ? call_.query_stride : call_.key_stride;
-        const void* from = is_value ? call_.value : is_query ? call_.query : call_.key;
-        return static_cast<const uint8_t*>(from) + (at / width * stride + at % width) * size_;
+        for (int64_t run; channel < end; channel += run, to += run) {
+            const bool is_value = channel >= 2 * keys_, is_query = channel < keys_;
+            const int64_t at = is_value ? channel - 2 * keys_ : is_query ? channel : channel - keys_;
+            const int64_t width = is_value ? shared : call_.key_width;
+            const int64_t stride = is_value ? call_.value_stride : is_query ? call_.query_stride : call_.key_stride;
+            const void* from = is_value ? call_.value : is_query ? call_.query : call_.key;
+            run = std::min(width - at % width, end - channel);
+            read_row(type_, static_cast<const uint8_t*>(from) + (at / width * stride + at % width) * size_, run, to);
+        }
     }
 
     void convolve(int64_t begin, int64_t end) {
-        float inputs[64], weights[64];
-        for (int64_t channel = begin; channel < end; ++channel) {
-            uint8_t* last = static_cast<uint8_t*>(call_.conv_state) + channel * call_.taps * size_;
-            std::memmove(last, last + size_, static_cast<size_t>((call_.taps - 1) * size_));
-            std::memcpy(last + (call_.taps - 1) * size_, input(channel), static_cast<size_t>(size_));
-            read_row(type_, last, call_.taps, inputs);
-            read_row(type_, static_cast<const uint8_t*>(call_.conv) + channel * call_.taps * size_, call_.taps, weights);
-            float sum = 0;
-            for (int64_t tap = 0; tap < call_.taps; ++tap) sum += inputs[tap] * weights[tap];
-            mixed_[channel] = sum;
+        float states[kTaskInputs], weights[kTaskInputs], last[kTaskChannels];
+        const int64_t taps = call_.taps, count = end - begin, bytes = begin * taps * size_;
+        float* sums = mixed_ + begin;
+        read_row(type_, static_cast<const uint8_t*>(call_.conv_state) + bytes, count * taps, states);
+        read_row(type_, static_cast<const uint8_t*>(call_.conv) + bytes, count * taps, weights);
+        newest(begin, end, last);
+        for (int64_t i = 0; i < count; ++i) {
+            float *row = states + i * taps, sum = 0;
+            std::copy(row + 1, row + taps, row);
+            row[taps - 1] = last[i];
+            for (int64_t tap = 0; tap < taps; ++tap) sum += row[tap] * weights[i * taps + tap];
+            sums[i] = sum;
         }
-        round_row(type_, mixed_ + begin, end - begin);
-        for (int64_t channel = begin; channel < end; ++channel) mixed_[channel] = silu(mixed_[channel]);
-        round_row(type_, mixed_ + begin, end - begin);
+        write_row(type_, states, count * taps, static_cast<uint8_t*>(call_.conv_state) + bytes);
+        round_row(type_, sums, count);
+        for (int64_t i = 0; i < count; ++i) sums[i] = silu(sums[i]);
+        round_row(type_, sums, count);
     }
 
     // A head's query or key, of length 1.
@@ -109,7 +116,7 @@ private:
     const Level& level_;
     const Delta& call_;
     const int32_t type_;
-    const int64_t size_, keys_, channels_;
+    const int64_t size_, keys_, channels_, task_channels_;
     int64_t worker_floats_;
     float *mixed_, *workers_;
 };
