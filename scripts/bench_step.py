@@ -9,8 +9,9 @@ other standing still. `ratio`: the median over turns of this tree's median token
 quartiles; `prompt_ratio` the same for prompts.
 
 Ids are given (the model's ids.json), so every run does the same work; the first pass is not timed. `mb_token` is what a
-token must read: resident weights but for the embedding, and top-k experts a layer. `share` is `mb_token` over the
-median token, over the fastest of some streaming reads in the same process. The last stdout line is JSON.
+token must read: resident weights but for the embedding, and top-k experts a layer. Every few tokens the same process
+sums 1 GiB: `read_gb_s` is the median of these, and `share` what the median token reads in a second over that;
+`best_share` compares the fastest token with the fastest sum. The last stdout line is JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 
 TURN = 12
 NUM_SKIPPED = 8  # steps after the prompt, while caches settle
+READ_EVERY = 4  # steps
 
 
 def main() -> int:
@@ -56,58 +58,46 @@ def main() -> int:
     return 0
 
 
+QUIET: dict[str, Any] = {"prefetch": "off", "compile": "off", "warm_start": False}
+
+
 def with_offmoe(options: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
     """Times of `offmoe.load`'s engine."""
     import offmoe
 
-    quiet: dict[str, Any] = {"prefetch": "off", "compile": "off", "warm_start": False}
-    with offmoe.load(options.model, ram=options.ram, **quiet) as engine:
-
-        def run(prompt: list[int], rest: list[int]) -> list[float]:
-            marks, left = [time.perf_counter()], iter(rest)
-
-            def choose(ids: Any, logits: Any) -> int:
-                marks.append(time.perf_counter())
-                return next(left)
-
-            engine.generate(prompt, max_new_tokens=len(rest), choose=choose, ignore_end=True, reuse=False)
-            return marks
-
-        found = measured(run, ids, options.prefill)
+    with offmoe.load(options.model, ram=options.ram, **QUIET) as engine:
+        found = measured(lambda prompt, rest: engine_steps(engine, prompt, iter(rest), len(rest)), ids, options.prefill)
         stats, model = engine.stats(), engine.model
         layers = engine._parts.experts.layers
         found |= {"path": stats.get("decode_path"), "reason": stats.get("decode_path_reason")}
         found |= {"hit_rate": round(stats["hit_rate"], 4), "version": offmoe.__file__}
         token_bytes = resident_bytes(model) + engine.top_k * sum(layer.expert_bytes for layer in layers)
-    return found | shares(token_bytes, found["token_ms"])
+    return found | shares(token_bytes, found)
+
+
+def engine_steps(engine: Any, prompt: list[int], rest: Iterator[int], num_new: int) -> Iterator[Any]:
+    """A reply of given ids, a step at a time; the first one is the prompt."""
+    choose: dict[str, Any] = {"choose": lambda ids, logits: next(rest), "ignore_end": True, "reuse": False}
+    pieces: Iterator[Any] = engine.stream(prompt, max_new_tokens=num_new, **choose)
+    return pieces
 
 
 def work(options: argparse.Namespace, ids: list[int]) -> int:
     """Measure whenever a line comes: "prompt", or "tokens" for the next TURN of a reply that never ends."""
     import offmoe
 
-    quiet: dict[str, Any] = {"prefetch": "off", "compile": "off", "warm_start": False}
     prompt, given = ids[: options.prefill], ids[options.prefill :]
-    with offmoe.load(options.model, ram=options.ram, tell=None, **quiet) as engine:
-        rest: Iterator[int] = iter(given)
-        choose: dict[str, Any] = {"choose": lambda ids, logits: next(rest), "ignore_end": True, "reuse": False}
-        engine.generate(prompt, max_new_tokens=len(given), **choose)  # what it needs is in RAM now
+    with offmoe.load(options.model, ram=options.ram, tell=None, **QUIET) as engine:
+        list(engine_steps(engine, prompt, iter(given), len(given)))  # what it needs is in RAM now
         pieces = None
         for line in sys.stdin:
             if line.strip() == "prompt":
-                rest, began = iter(given), time.perf_counter()
-                engine.generate(prompt, max_new_tokens=1, **choose)
-                times = [time.perf_counter() - began]
+                times = [timed(engine_steps(engine, prompt, iter(given), 1))]
             else:
                 if pieces is None:
-                    rest = itertools.cycle(given)
-                    pieces = engine.stream(prompt, max_new_tokens=1000, **choose)
+                    pieces = engine_steps(engine, prompt, itertools.cycle(given), 1000)
                     next(pieces)
-                times = []
-                for _ in range(TURN):
-                    began = time.perf_counter()
-                    next(pieces)
-                    times.append(time.perf_counter() - began)
+                times = [timed(pieces) for _ in range(TURN)]
             print(json.dumps(times), flush=True)
     return 0
 
@@ -166,32 +156,46 @@ def with_transformers(options: argparse.Namespace, ids: list[int]) -> dict[str, 
 
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
 
-    @torch.inference_mode()
-    def run(prompt: list[int], rest: list[int]) -> list[float]:
-        marks, past, next_ids = [time.perf_counter()], None, prompt
+    def run(prompt: list[int], rest: list[int]) -> Iterator[None]:
+        past, next_ids = None, prompt
         for token in rest:
-            output = model(torch.tensor([next_ids]), past_key_values=past, use_cache=True, logits_to_keep=1)
+            with torch.inference_mode():
+                output = model(torch.tensor([next_ids]), past_key_values=past, use_cache=True, logits_to_keep=1)
             past, next_ids = output.past_key_values, [token]
-            marks.append(time.perf_counter())
-        return marks
+            yield
 
     return measured(run, ids, options.prefill)
 
 
-def measured(run: Callable[[list[int], list[int]], list[float]], ids: list[int], num_prompt: int) -> dict[str, Any]:
-    """Median prompt and median token, in milliseconds, of `run(prompt, given)` -> times of begin and of each logits."""
-    run(ids[:num_prompt], ids[num_prompt:])
-    marks = run(ids[:num_prompt], ids[num_prompt:])
-    steps = [after - before for before, after in zip(marks[NUM_SKIPPED:-1], marks[NUM_SKIPPED + 1 :], strict=True)]
-    prompts = [marks[1] - marks[0]]
-    for _ in range(2):
-        begin, first = run(ids[:num_prompt], ids[num_prompt : num_prompt + 1])
-        prompts.append(first - begin)
+def measured(run: Callable[[list[int], list[int]], Iterator[Any]], ids: list[int], num_prompt: int) -> dict[str, Any]:
+    """Median prompt and token of `run(prompt, given)`, milliseconds, and the rate of reads beside them."""
+    prompt, rest = ids[:num_prompt], ids[num_prompt:]
+    for _ in run(prompt, rest):
+        pass
+    steps, numbers = run(prompt, rest), torch.ones(1 << 27, dtype=torch.int64)
+    prompts, times, reads = [timed(steps)], [], []
+    for number in range(1, len(rest)):
+        seconds = timed(steps)
+        if number > NUM_SKIPPED:
+            times.append(seconds)
+        if number % READ_EVERY == 0:
+            reads.append(timed(numbers.sum() for _ in range(1)))
+    prompts += [timed(run(prompt, rest[:1])) for _ in range(2)]
+    rates = [numbers.nbytes / seconds / 1e9 for seconds in reads]
     return {
         "prompt_ms": ms(statistics.median(prompts)),
-        "token_ms": ms(statistics.median(steps)),
-        "best_ms": ms(min(steps)),
+        "token_ms": ms(statistics.median(times)),
+        "best_ms": ms(min(times)),
+        "read_gb_s": round(statistics.median(rates), 1),
+        "best_read_gb_s": round(max(rates), 1),
     }
+
+
+def timed(steps: Iterator[Any]) -> float:
+    """Seconds of the next step."""
+    began = time.perf_counter()
+    next(steps)
+    return time.perf_counter() - began
 
 
 def resident_bytes(model: Any) -> int:
@@ -202,24 +206,13 @@ def resident_bytes(model: Any) -> int:
     return num_bytes if tied else num_bytes - int(model.get_input_embeddings().weight.nbytes)
 
 
-def shares(token_bytes: int, token_ms: float) -> dict[str, Any]:
-    """The machine's streaming read, and how much of it a token reached."""
-    read = streaming_read()
-    reached = token_bytes / token_ms * 1e3
-    return {
-        "mb_token": round(token_bytes / 1e6), "read_gb_s": round(read / 1e9, 1), "share": round(reached / read, 3)
-    }  # fmt: skip
-
-
-def streaming_read() -> float:
-    """Bytes a second of summing 1 GiB, the fastest of four."""
-    numbers = torch.ones(1 << 27, dtype=torch.int64)
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        numbers.sum()
-        times.append(time.perf_counter() - began)
-    return numbers.nbytes / min(times)
+def shares(token_bytes: int, found: dict[str, Any]) -> dict[str, Any]:
+    """How much of the machine's streaming read a token reached."""
+    share, best = (
+        round(token_bytes / 1e6 / found[time] / found[read], 3)
+        for time, read in (("token_ms", "read_gb_s"), ("best_ms", "best_read_gb_s"))
+    )
+    return {"mb_token": round(token_bytes / 1e6), "share": share, "best_share": best}
 
 
 def ms(seconds: float) -> float:

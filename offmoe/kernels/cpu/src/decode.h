@@ -45,43 +45,67 @@ inline void rotate(float* head, const float* cos, const float* sin, int64_t rota
     }
 }
 
-// `count` of a state's columns from `from` on; state = decay * state, then the part of the value that the key does not
-// find in it is written to it, and the query reads it.
-template <int64_t kVectors>
-inline void delta_columns(float* state, const float* query, const float* key, const float* value, float decay, float beta,
-                          int64_t key_width, int64_t value_width, float* out) {
-    F32x16 found[kVectors] = {}, read[kVectors] = {}, added[kVectors];
-    for (int64_t i = 0; i < key_width; ++i) {
-        const float* row = state + i * value_width;
+// Columns of a state that are taken at once: what is found and read for them stays in the first cache.
+constexpr int64_t kColumns = 256;
+
+// `found[j] += factors[0] * row[j] + ...` over kRows rows of a state, in their order.
+template <int kRows>
+inline void delta_find(const float* row, const float* factors, int64_t width, int64_t count, float* found) {
+    for (int64_t j = 0; j < count; j += kLanes) {
+        F32x16 total = load<F32x16>(found + j);
         OFFMOE_UNROLL
-        for (int64_t v = 0; v < kVectors; ++v) {
-            found[v] += load<F32x16>(row + v * kLanes) * decay * key[i];
-        }
+        for (int i = 0; i < kRows; ++i) total += load<F32x16>(row + i * width + j) * factors[i];
+        std::memcpy(found + j, &total, sizeof total);
     }
-    OFFMOE_UNROLL
-    for (int64_t v = 0; v < kVectors; ++v) added[v] = (load<F32x16>(value + v * kLanes) - found[v]) * beta;
-    for (int64_t i = 0; i < key_width; ++i) {
-        float* row = state + i * value_width;
-        OFFMOE_UNROLL
-        for (int64_t v = 0; v < kVectors; ++v) {
-            const F32x16 lanes = load<F32x16>(row + v * kLanes) * decay + added[v] * key[i];
-            std::memcpy(row + v * kLanes, &lanes, sizeof lanes);
-            read[v] += lanes * query[i];
-        }
-    }
-    std::memcpy(out, read, sizeof read);
 }
 
-// Columns that a pass takes at once: those of 128 keys stay in the first cache between its two readings.
-constexpr int64_t kColumns = 2 * kLanes;
+// `row = decay * row + key * added` over kRows rows, which the query reads.
+template <int kRows>
+inline void delta_write(float* row, const float* query, const float* key, float decay, int64_t width, int64_t count,
+                        const float* added, float* read) {
+    for (int64_t j = 0; j < count; j += kLanes) {
+        const F32x16 more = load<F32x16>(added + j);
+        F32x16 total = load<F32x16>(read + j);
+        OFFMOE_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+            const F32x16 lanes = load<F32x16>(row + i * width + j) * decay + more * key[i];
+            std::memcpy(row + i * width + j, &lanes, sizeof lanes);
+            total += lanes * query[i];
+        }
+        std::memcpy(read + j, &total, sizeof total);
+    }
+}
+
+// The first of `left` columns of a state, whole vectors; gives their number. state = decay * state, then the part of the
+// value that the key does not find in it is written to it, and the query reads it. Rows are taken in their order, some at
+// a time: they are read from memory once and from the second cache once.
+inline int64_t delta_columns(float* state, const float* query, const float* key, const float* value, float decay,
+                             float beta, int64_t key_width, int64_t value_width, int64_t left, float* out) {
+    alignas(64) float found[kColumns] = {}, read[kColumns] = {};
+    const int64_t count = std::min(kColumns, left / kLanes * kLanes);
+    int64_t i = 0;
+    for (; i + 4 <= key_width; i += 4) {
+        const float factors[] = {decay * key[i], decay * key[i + 1], decay * key[i + 2], decay * key[i + 3]};
+        delta_find<4>(state + i * value_width, factors, value_width, count, found);
+    }
+    for (; i < key_width; ++i) {
+        const float factor = decay * key[i];
+        delta_find<1>(state + i * value_width, &factor, value_width, count, found);
+    }
+    for (int64_t j = 0; j < count; ++j) found[j] = (value[j] - found[j]) * beta;
+    for (i = 0; i + 2 <= key_width; i += 2)
+        delta_write<2>(state + i * value_width, query + i, key + i, decay, value_width, count, found, read);
+    for (; i < key_width; ++i)
+        delta_write<1>(state + i * value_width, query + i, key + i, decay, value_width, count, found, read);
+    std::memcpy(out, read, static_cast<size_t>(4 * count));
+    return count;
+}
 
 inline void delta_rule(float* state, const float* query, const float* key, const float* value, float decay, float beta,
                        int64_t key_width, int64_t value_width, float* out) {
     int64_t at = 0;
-    for (; at + kColumns <= value_width; at += kColumns)
-        delta_columns<kColumns / kLanes>(state + at, query, key, value + at, decay, beta, key_width, value_width, out + at);
-    for (; at + kLanes <= value_width; at += kLanes)
-        delta_columns<1>(state + at, query, key, value + at, decay, beta, key_width, value_width, out + at);
+    while (value_width - at >= kLanes)
+        at += delta_columns(state + at, query, key, value + at, decay, beta, key_width, value_width, value_width - at, out + at);
     for (; at < value_width; ++at) {
         float found = 0, read = 0;
         for (int64_t i = 0; i < key_width; ++i) found += (state[i * value_width + at] *= decay) * key[i];
