@@ -12,7 +12,7 @@ from offmoe.kernels.cpu.program import CpuProgram
 
 pytestmark = needs_library
 
-# Key heads, value heads, a key's width, a value's, taps: as in Qwen3.5; few; wider than the columns taken at once; many.
+# Key heads, value heads, a key's width, a value's, taps: Qwen3.5; few; wider than the columns taken at once; 64.
 SHAPES = [(2, 4, 128, 128, 4), (1, 3, 7, 20, 3), (2, 2, 9, 309, 2), (1, 1, 2, 530, 64)]
 EPS, NUM_TOKENS = 1e-6, 3
 
