@@ -92,7 +92,7 @@ def work(options: argparse.Namespace, ids: list[int]) -> int:
         pieces = None
         for line in sys.stdin:
             if line.strip() == "prompt":
-                times = [timed(engine_steps(engine, prompt, iter(given), 1))]
+                times = [timed_prompt(engine_steps(engine, prompt, iter(given), 1))]
             else:
                 if pieces is None:
                     pieces = engine_steps(engine, prompt, itertools.cycle(given), 1000)
@@ -180,7 +180,8 @@ def measured(run: Callable[[list[int], list[int]], Iterator[Any]], ids: list[int
             times.append(seconds)
         if number % READ_EVERY == 0:
             reads.append(timed(numbers.sum() for _ in range(1)))
-    prompts += [timed(run(prompt, rest[:1])) for _ in range(2)]
+    list(steps)
+    prompts += [timed_prompt(run(prompt, rest[:1])) for _ in range(2)]
     rates = [numbers.nbytes / seconds / 1e9 for seconds in reads]
     return {
         "prompt_ms": ms(statistics.median(prompts)),
@@ -196,6 +197,13 @@ def timed(steps: Iterator[Any]) -> float:
     began = time.perf_counter()
     next(steps)
     return time.perf_counter() - began
+
+
+def timed_prompt(steps: Iterator[Any]) -> float:
+    """Seconds of the first step; the reply is ended then."""
+    seconds = timed(steps)
+    list(steps)
+    return seconds
 
 
 def resident_bytes(model: Any) -> int:
