@@ -6,35 +6,21 @@ that level) and computes with torch; `offmoe plan` and the kernels' loader say s
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
-from concurrent.futures import ThreadPoolExecutor
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("offmoe/kernels/cpu/src")
-FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-Wno-psabi", "-Wno-uninitialized", "-fno-math-errno", "-pthread"]
-LEVELS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mavx512vbmi",
-        "-mavx512bf16",
-        "-mavx512vnni",
-        "-mfma",
-        "-mf16c",
-    ],
-}
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+from kernels_build import LEVELS, compile_order, flags_of, level_of
 
-COMMON = (
-    "pool.cpp", "values.cpp", "experts.cpp", "decode.cpp", "latent.cpp", "delta.cpp", "mamba.cpp", "layer.cpp",
-    "route.cpp", "program.cpp", "layout.cpp", "library.cpp",
-)  # fmt: skip
+SOURCES = Path("offmoe/kernels/cpu/src")
 
 
 class BuildKernels(build_ext):
@@ -51,26 +37,44 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(objects, str(target), target_lang="c++", extra_postargs=["-pthread"])
 
     def _compile_all(self, pool: ThreadPoolExecutor) -> list[str]:
-        """Every source with the flags of its level, several at once, the longest first."""
+        """Every source with the flags of its level, several at once, a line as each is done."""
         is_x86 = platform.machine() in ("x86_64", "AMD64")
-        of_levels = {
-            level: [pool.submit(self._compile, path.name, flags) for path in SOURCES.glob(f"level_{level}*.cpp")]
-            for level, flags in LEVELS.items() if is_x86
-        }  # fmt: skip
-        portable = pool.submit(self._compile, "level_portable.cpp", [])
-        levels, objects = [], []
-        for level, compiling in of_levels.items():
-            try:
-                objects += [name for compiled in compiling for name in compiled.result()]
-                levels.append(f"-DOFFMOE_HAS_{level.upper()}")
-            except Exception as error:  # noqa: BLE001  # whatever this compiler raises
-                self.warn(f"CPU kernels are built without {level}: {error}")
-        common = [pool.submit(self._compile, name, levels) for name in COMMON]
-        return [*objects, *(name for compiled in [portable, *common] for name in compiled.result())]
+        levels = ["portable", *(LEVELS if is_x86 else ())]
+        stems = [path.stem for path in SOURCES.glob("*.cpp") if level_of(path.stem) in (None, *levels)]
+        stems.remove("library")  # says which levels there are
+        compiling = {pool.submit(self._compile, stem): stem for stem in compile_order(stems)}
+        for done, future in enumerate(as_completed(compiling), 1):
+            if future.exception() is None:
+                seconds = future.result()[1]
+                self._say(f"compiled {compiling[future]}.cpp in {seconds:.1f} s ({done} of {len(compiling) + 1})")
+        missing = self._missing_levels(compiling)
+        defines = [f"-DOFFMOE_HAS_{level.upper()}" for level in levels if level not in ("portable", *missing)]
+        kept = [future for future, stem in compiling.items() if level_of(stem) not in missing]
+        return [*(name for future in kept for name in future.result()[0]), *self._compile("library", defines)[0]]
 
-    def _compile(self, name: str, flags: list[str]) -> list[str]:
-        sources = [str(SOURCES / name)]
-        return self.compiler.compile(sources, output_dir=self.build_temp, extra_postargs=[*FLAGS, *flags])
+    def _missing_levels(self, compiling: dict[Future[tuple[list[str], float]], str]) -> set[str]:
+        """Levels that this compiler does not know. Raises what it says where it cannot compile the rest."""
+        missing = set()
+        for future, stem in compiling.items():
+            level = level_of(stem)
+            if (error := future.exception()) is None:
+                continue
+            if level not in LEVELS:
+                raise error
+            if level not in missing:
+                self.warn(f"CPU kernels are built without {level}: {error}")
+            missing.add(level)
+        return missing
+
+    def _compile(self, stem: str, more: list[str] | None = None) -> tuple[list[str], float]:
+        """Names of the objects, and seconds."""
+        begin = time.monotonic()
+        source, flags = str(SOURCES / f"{stem}.cpp"), [*flags_of(stem), *(more or [])]
+        objects: list[str] = self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        return objects, time.monotonic() - begin
+
+    def _say(self, line: str) -> None:
+        self.announce(line, level=logging.INFO)
 
 
 setup(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from offmoe.checkpoint.index import CheckpointIndex
@@ -30,14 +30,13 @@ def small_files(source: Path) -> list[Path]:
     ]
 
 
-def copied(entry: TensorEntry, index: CheckpointIndex, count: Callable[[int], None]) -> Iterator[memoryview]:
-    """A tensor's bytes, in pieces; `count` is told of each."""
+def copied(entry: TensorEntry, index: CheckpointIndex) -> Iterator[memoryview]:
+    """A tensor's bytes, in pieces."""
     for begin in range(0, entry.num_bytes, PIECE_BYTES):
         size = min(PIECE_BYTES, entry.num_bytes - begin)
         piece = memoryview(bytearray(size))
         index.files[entry.file_idx].read_into(piece, entry.start + begin, need_bytes=size)
         yield piece
-        count(size)
 
 
 def source_identity(index: CheckpointIndex) -> dict[str, list[int]]:

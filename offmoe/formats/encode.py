@@ -23,20 +23,20 @@ from offmoe.formats.quantised import QuantMatrix
 
 # The largest number of a group is `divisor` steps of the candidate scale: at 8.0 it is stored exactly in int4, above it
 # is cut off. 8 bits have steps to spare.
-_DIVISORS = {
+DIVISORS = {
     "int4": tuple(6.8 + 0.5 * step for step in range(10)),
     "int8": (127.5, 128.0, 128.5, 130.0, 133.0),
 }
 # Numbers that are encoded at once: the candidates' temporaries then stay in a core's cache.
 BLOCK_VALUES = 1 << 16
-_BITS = {"int4": 4, "int8": 8}
+BITS = {"int4": 4, "int8": 8}
 
 
 def integer_format(kind: str, *, group: int, scale_dtype: str) -> QuantFormat:
     """compressed-tensors' `pack-quantized`, symmetric: `kind` is "int4" or "int8", `scale_dtype` a safetensors name."""
     assert kind in ("int4", "int8"), f"{kind=}"
     return QuantFormat(
-        kind="int4" if kind == "int4" else "int8", group=group, offset=1 << (_BITS[kind] - 1), scale_dtype=scale_dtype
+        kind="int4" if kind == "int4" else "int8", group=group, offset=1 << (BITS[kind] - 1), scale_dtype=scale_dtype
     )
 
 
@@ -46,17 +46,22 @@ def encode(values_NK: torch.Tensor, form: QuantFormat, *, name: str) -> QuantMat
     Raises CheckpointError naming `name` when a number is infinite or none at all.
     """
     num_rows, width = values_NK.shape
-    assert width % form.group == 0 and form.group % (32 // _BITS[form.kind]) == 0, f"{width=} {form=}"
+    assert width % form.group == 0 and form.group % (32 // BITS[form.kind]) == 0, f"{width=} {form=}"
     scales_NG = torch.empty(num_rows, width // form.group, dtype=TORCH_DTYPES[form.scale_dtype])
-    codes = torch.empty(num_rows, width * _BITS[form.kind] // 8, dtype=torch.uint8)
+    codes = torch.empty(num_rows, width * BITS[form.kind] // 8, dtype=torch.uint8)
     for rows in _row_blocks(num_rows, width):
         values_RGS = values_NK[rows].float().view(-1, width // form.group, form.group)
         scales_RG, steps_RGS = _fit(values_RGS, form)
         if not bool(torch.isfinite(scales_RG).all()) or not bool(torch.isfinite(values_RGS).all()):
-            raise CheckpointError(f"{name!r} holds numbers that are not finite; download the checkpoint again")
+            raise CheckpointError(not_finite(name))
         scales_NG[rows] = scales_RG.to(scales_NG.dtype)
         codes[rows] = _packed(steps_RGS.flatten(1), form)
     return QuantMatrix(form, (num_rows, width), codes.view(torch.int32), scales_NG, None)
+
+
+def not_finite(name: str) -> str:
+    """The message for a tensor with such numbers."""
+    return f"{name!r} holds numbers that are not finite; download the checkpoint again"
 
 
 def _row_blocks(num_rows: int, width: int) -> Iterator[slice]:
@@ -79,7 +84,7 @@ def _fit(values_RGS: torch.Tensor, form: QuantFormat) -> tuple[torch.Tensor, tor
         torch.where(better_RG, scales_RG, best_RG, out=best_RG)
         torch.where(better_RG, error_RG, least_RG, out=least_RG)
 
-    for divisor in _DIVISORS[form.kind]:
+    for divisor in DIVISORS[form.kind]:
         consider(largest_RG / divisor)
     steps_RGS = _steps(values_RGS, best_RG, form, torch.empty_like(values_RGS))
     squares_RG = steps_RGS.square().sum(-1)

@@ -38,12 +38,15 @@ def repack(
     Raises UnsupportedModelError for columns in the order of activations, and CheckpointError where zero points are not
     what `symmetric` says.
     """
-    codes_KN = _unpack_down(qweight, bits) if packing != "awq" else _unpack_along(qweight, bits, _AWQ_ORDER)
-    num_inputs, num_groups = len(codes_KN), len(scales_GN)
-    if num_groups < 1 or num_inputs % num_groups or scales_GN.shape[1] != codes_KN.shape[1]:
+    num_groups, per_word, (num_inputs, num_outputs) = len(scales_GN), WORD_BITS // bits, qweight.shape
+    if packing == "awq":
+        num_outputs *= per_word
+    else:
+        num_inputs *= per_word
+    if num_groups < 1 or num_inputs % num_groups or scales_GN.shape[1] != num_outputs:
         raise CheckpointError(
-            f"{name!r} has codes for {list(codes_KN.shape)} and scales for {list(scales_GN.shape)} inputs and outputs; "
-            "download the checkpoint again"
+            f"{name!r} has codes for {[num_inputs, num_outputs]} and scales for {list(scales_GN.shape)} inputs and "
+            "outputs; download the checkpoint again"
         )
     if columns is not None and not torch.equal(columns.long(), torch.arange(num_inputs) // (num_inputs // num_groups)):
         raise UnsupportedModelError(
@@ -57,7 +60,7 @@ def repack(
         zeros_GN = _unpack_along(qzeros, bits, _AWQ_ORDER)
     else:
         zeros_GN = _unpack_along(_more_by_one(qzeros, bits) if packing == "gptq" else qzeros, bits)
-    zeros_GN = zeros_GN[:, : codes_KN.shape[1]]
+    zeros_GN = zeros_GN[:, :num_outputs]
     if zeros_GN.shape != scales_GN.shape:
         raise CheckpointError(
             f"{name!r} has zero points for {list(zeros_GN.shape)} and scales for {list(scales_GN.shape)} groups and "
@@ -69,7 +72,7 @@ def repack(
             "tensors are of different models"
         )
     return Repacked(
-        codes=_pack(codes_KN.t(), bits), scales=scales_GN.t().contiguous(),
+        codes=_turn_awq(qweight) if packing == "awq" else qweight.t().contiguous(), scales=scales_GN.t().contiguous(),
         zeros=None if symmetric else _pack(zeros_GN, bits).t().contiguous(),
     )  # fmt: skip
 
@@ -84,10 +87,19 @@ def _shifts(bits: int) -> torch.Tensor:
     return torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
 
 
-def _unpack_down(words_RN: torch.Tensor, bits: int) -> torch.Tensor:
-    """Code i of word j is row P j + i."""
-    codes = (words_RN[:, None, :] >> _shifts(bits)[None, :, None]) & ((1 << bits) - 1)
-    return codes.reshape(-1, words_RN.shape[1])
+def _turn_awq(words_KC: torch.Tensor) -> torch.Tensor:
+    """(K, N/8) words along the outputs as (N, K/8) words along the inputs; K is filled up with zeros.
+
+    GPTQ's words need no such turn: they are packed down the inputs already, and only the matrix of words is turned.
+    """
+    words_KC = torch.nn.functional.pad(words_KC, (0, 0, 0, -len(words_KC) % 8))
+    turned_CK = words_KC.t().contiguous().view(words_KC.shape[1], -1, 8)  # eight neighbouring inputs side by side
+    found = torch.zeros(words_KC.shape[1], 8, turned_CK.shape[1], dtype=torch.int32)
+    for place, output in enumerate(_AWQ_ORDER):
+        codes_C = (turned_CK >> (4 * place)) & 15
+        for shift in range(8):
+            found[:, output] |= codes_C[:, :, shift] << (4 * shift)
+    return found.flatten(0, 1)
 
 
 def _unpack_along(words_RC: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:

@@ -1,13 +1,14 @@
 """A smaller checkpoint from a larger one: experts (and other linear layers, if asked) as integers, the rest as it is.
 
 The result is compressed-tensors' `pack-quantized`, which other engines read too. Everything streams: of the source a
-few megabytes are in memory at once, of the result the codes and scales of one matrix.
+few pieces of at most 16 MiB are in memory at once, of the result the codes and scales of a few matrices. Reading, the
+search for scales (in C++ on all cores where the kernels are there, else with PyTorch) and writing each have a thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 from offmoe.base.errors import UsageError
+from offmoe.base.machine import num_cores
+from offmoe.checkpoint.ahead import Ahead
 from offmoe.checkpoint.copies import PIECE_BYTES, copied, small_files, source_identity
 from offmoe.checkpoint.gguf_file import is_gguf
 from offmoe.checkpoint.index import CheckpointIndex, read_config
@@ -22,7 +25,8 @@ from offmoe.checkpoint.json_file import read_json
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.checkpoint.writer import CONFIG_NAME, CheckpointWriter, refuse_target
 from offmoe.formats.dense import TORCH_DTYPES, writable_bytes
-from offmoe.formats.encode import encode
+from offmoe.kernels.cpu import CpuKernels, load_cpu_kernels
+from offmoe.kernels.cpu.quantise import encode
 from offmoe.models.build import build_on_meta, read_model_config
 from offmoe.models.device_failures import explained
 from offmoe.models.expert_map import map_experts
@@ -105,7 +109,10 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
         )  # fmt: skip
         writer = CheckpointWriter(target, [shard.planned for shard in plan.shards], _identity(index, options))
         writer.begin()
-        resumed = _write_shards(writer, plan, index, progress)
+        kernels, _ = load_cpu_kernels(threads=num_cores())
+        if kernels is not None:
+            opened.callback(kernels.close)
+        resumed = _write_shards(writer, plan, index, kernels, progress)
         raw = read_json(source / CONFIG_NAME)
         writer.finish({**raw, "quantization_config": quantization_config(plan, options)}, small_files(source))
     return QuantiseResult(
@@ -161,7 +168,9 @@ def _identity(index: CheckpointIndex, options: QuantiseOptions) -> dict[str, Any
     }  # fmt: skip
 
 
-def _write_shards(writer: CheckpointWriter, plan: QuantisePlan, index: CheckpointIndex, progress: Progress) -> int:
+def _write_shards(
+    writer: CheckpointWriter, plan: QuantisePlan, index: CheckpointIndex, kernels: CpuKernels | None, progress: Progress
+) -> int:
     """Write what is not there yet; returns how many shards were."""
     finished = [idx for idx in range(len(plan.shards)) if writer.is_finished(idx)]
     sizes = [sum(item.num_bytes for item in shard.items) for shard in plan.shards]
@@ -176,44 +185,75 @@ def _write_shards(writer: CheckpointWriter, plan: QuantisePlan, index: Checkpoin
 
     for idx, shard in enumerate(plan.shards):
         if idx not in finished:
-            writer.write(idx, _shard_bytes(shard, index, count, skipped[idx]), begin=skipped[idx])
+            with closing(_shard_bytes(shard, index, kernels, count, skipped[idx])) as data:
+                writer.write(idx, data, begin=skipped[idx])
     return len(finished)
 
 
+# Pieces that are read and not encoded yet, and pieces encoded and not written: the drive syncs every 128 MiB, and what
+# is encoded meanwhile waits here.
+_READ_AHEAD, _ENCODED_AHEAD = 2, 32
+
+
 def _shard_bytes(
-    shard: ShardPlan, index: CheckpointIndex, count: Callable[[int], None], skip: int
-) -> Iterator[memoryview | bytes]:
+    shard: ShardPlan, index: CheckpointIndex, kernels: CpuKernels | None, count: Callable[[int], None], skip: int
+) -> Generator[memoryview | bytes, None, None]:
     """The bytes of a shard's tensors in the order of its plan, from byte `skip`. Items before that are not read."""
     shapes = b"".join(size.to_bytes(8, "little") for matrix in shard.matrices for size in matrix.shape)
     if skip < len(shapes):
         yield shapes[skip:]
     skip = max(0, skip - len(shapes))
-    for item in shard.items:
-        size = item.num_bytes if isinstance(item, TensorEntry) else sum(part.num_bytes for part in item.written)
-        if skip >= size:
-            skip -= size
-            count(item.num_bytes)
-            continue
-        pieces = copied(item, index, count) if isinstance(item, TensorEntry) else _encoded(item, index, count)
-        for piece in pieces:
+    items = list(shard.items)
+    while items and skip >= (size := _written_bytes(items[0])):
+        skip -= size
+        count(items.pop(0).num_bytes)
+    with (
+        closing(Ahead(_read(items, index), _READ_AHEAD)) as read,
+        closing(Ahead(_encoded(read, kernels), _ENCODED_AHEAD)) as encoded,
+    ):
+        for piece, num_bytes in encoded:
             if skip < len(piece):
                 yield piece[skip:]
             skip = max(0, skip - len(piece))
+            count(num_bytes)
 
 
-def _encoded(matrix: Matrix, index: CheckpointIndex, count: Callable[[int], None]) -> Iterator[memoryview]:
-    """Codes as they are made, then all scales."""
-    num_rows, width = matrix.shape
-    step = max(1, PIECE_BYTES // matrix.row_bytes)
-    scales = []
-    for begin in range(0, num_rows, step):
-        rows = min(step, num_rows - begin)
-        values = torch.empty((rows, width), dtype=TORCH_DTYPES[matrix.dtype])
-        start = matrix.start + begin * matrix.row_bytes
-        index.files[matrix.file_idx].read_into(writable_bytes(values), start, need_bytes=values.nbytes)
-        encoded = encode(values, matrix.format, name=f"{matrix.name}.weight")
-        assert encoded.scales is not None, f"{matrix.format=}"
-        scales.append(encoded.scales)
-        yield writable_bytes(encoded.codes)
-        count(values.nbytes)
-    yield writable_bytes(torch.cat(scales))
+def _written_bytes(item: Matrix | TensorEntry) -> int:
+    return item.num_bytes if isinstance(item, TensorEntry) else sum(part.num_bytes for part in item.written)
+
+
+# Rows of a matrix and whether they are its last, or a piece of a tensor that is copied.
+_Source = tuple[Matrix, torch.Tensor, bool] | memoryview
+
+
+def _read(items: list[Matrix | TensorEntry], index: CheckpointIndex) -> Iterator[_Source]:
+    for item in items:
+        if isinstance(item, TensorEntry):
+            yield from copied(item, index)
+            continue
+        num_rows, width = item.shape
+        step = max(1, PIECE_BYTES // item.row_bytes)
+        for begin in range(0, num_rows, step):
+            values = torch.empty((min(step, num_rows - begin), width), dtype=TORCH_DTYPES[item.dtype])
+            start = item.start + begin * item.row_bytes
+            index.files[item.file_idx].read_into(writable_bytes(values), start, need_bytes=values.nbytes)
+            yield item, values, begin + step >= num_rows
+
+
+def _encoded(pieces: Iterator[_Source], kernels: CpuKernels | None) -> Iterator[tuple[memoryview, int]]:
+    """Pieces of the result, each with the bytes of the source that it stands for: codes as they are made, then all
+    scales of the matrix.
+    """
+    scales: list[torch.Tensor] = []
+    for piece in pieces:
+        if isinstance(piece, memoryview):
+            yield piece, len(piece)
+            continue
+        matrix, values, is_last = piece
+        made = encode(kernels, values, matrix.format, name=f"{matrix.name}.weight")
+        assert made.scales is not None, f"{matrix.format=}"
+        scales.append(made.scales)
+        yield writable_bytes(made.codes), values.nbytes
+        if is_last:
+            yield writable_bytes(torch.cat(scales)), 0
+            scales.clear()

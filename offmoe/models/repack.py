@@ -1,18 +1,22 @@
 """A GPTQ or AWQ checkpoint written anew as compressed-tensors' `pack-quantized`, once, with the same values.
 
 Both published forms store a matrix turned, inputs by outputs, which no kernel here reads; so they are repacked before
-they are served. One matrix is in memory at a time. What is not quantised is copied as it is.
+they are served. A few matrices are in memory at a time: the next is read while one is repacked and another one written.
+What is not quantised is copied as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.checkpoint.ahead import Ahead
 from offmoe.checkpoint.copies import copied, small_files, source_identity
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.json_file import read_json
@@ -103,8 +107,7 @@ class _Matrix:
             tensors.append(PlannedTensor(name=f"{self.base}.weight_zero_point", dtype="I32", shape=shape))
         return tuple(tensors)
 
-    def repacked(self, index: CheckpointIndex) -> Repacked:
-        parts = {name: read_tensor(index, entry) for name, entry in self.parts.items()}
+    def repacked(self, parts: dict[str, torch.Tensor]) -> Repacked:
         return repack(
             self.scheme.packing, self.scheme.bits, parts["qweight"], parts["scales"], parts.get("qzeros"),
             parts.get("g_idx"), symmetric=self.scheme.symmetric, name=self.base,
@@ -135,7 +138,8 @@ def repack_checkpoint(source: Path, target: Path, scheme: Scheme, progress: Prog
         for idx, shard in enumerate(shards):
             if idx not in finished:
                 begin = writer.num_written(idx)
-                writer.write(idx, _bytes_of(shard, index, count, begin), begin=begin)
+                with closing(_bytes_of(shard, index, count, begin)) as data:
+                    writer.write(idx, data, begin=begin)
         raw = read_json(source / CONFIG_NAME)
         writer.finish({**raw, "quantization_config": _config(shards, scheme)}, small_files(source))
         matrices = sum(isinstance(item, _Matrix) for shard in shards for item in shard)
@@ -206,31 +210,53 @@ def _written(item: _Item) -> tuple[PlannedTensor, ...]:
     return (PlannedTensor(name=item.name, dtype=item.dtype, shape=item.shape),)
 
 
+# Matrices and pieces that are read and not repacked yet, and tensors that are repacked and not written.
+_READ_AHEAD, _REPACKED_AHEAD = 2, 8
+
+
 def _bytes_of(
     shard: list[_Item], index: CheckpointIndex, count: Callable[[int], None], skip: int
-) -> Iterator[bytes | memoryview]:
+) -> Generator[bytes | memoryview, None, None]:
     """The bytes of a shard's tensors from byte `skip`. Items before that are not read."""
-    for item in shard:
-        size = sum(part.num_bytes for part in _written(item))
-        if skip >= size:
-            skip -= size
-            count(item.num_bytes)
-            continue
-        for piece in copied(item, index, count) if isinstance(item, TensorEntry) else _repacked(item, index, count):
+    items = list(shard)
+    while items and skip >= (size := sum(part.num_bytes for part in _written(items[0]))):
+        skip -= size
+        count(items.pop(0).num_bytes)
+    with (
+        closing(Ahead(_read(items, index), _READ_AHEAD)) as read,
+        closing(Ahead(_repacked(read), _REPACKED_AHEAD)) as repacked,
+    ):
+        for piece, num_bytes in repacked:
             if skip < len(piece):
                 yield piece[skip:]
             skip = max(0, skip - len(piece))
+            count(num_bytes)
 
 
-def _repacked(
-    matrix: _Matrix, index: CheckpointIndex, count: Callable[[int], None]
-) -> Iterator[bytes | memoryview]:  # fmt: skip
-    found = matrix.repacked(index)
-    yield b"".join(size.to_bytes(8, "little") for size in matrix.shape)
-    for tensor in (found.codes, found.scales, found.zeros):
-        if tensor is not None:
-            yield writable_bytes(tensor)
-    count(matrix.num_bytes)
+_Source = tuple[_Matrix, dict[str, torch.Tensor]] | memoryview
+
+
+def _read(items: list[_Item], index: CheckpointIndex) -> Iterator[_Source]:
+    for item in items:
+        if isinstance(item, TensorEntry):
+            yield from copied(item, index)
+        else:
+            yield item, {name: read_tensor(index, entry) for name, entry in item.parts.items()}
+
+
+def _repacked(pieces: Iterator[_Source]) -> Iterator[tuple[bytes | memoryview, int]]:
+    """Pieces of the result, each with the bytes of the source that it stands for."""
+    for piece in pieces:
+        if isinstance(piece, memoryview):
+            yield piece, len(piece)
+            continue
+        matrix, parts = piece
+        found = matrix.repacked(parts)
+        yield b"".join(size.to_bytes(8, "little") for size in matrix.shape), 0
+        yield writable_bytes(found.codes), matrix.num_bytes
+        for tensor in (found.scales, found.zeros):
+            if tensor is not None:
+                yield writable_bytes(tensor), 0
 
 
 def _config(shards: list[list[_Item]], scheme: Scheme) -> dict[str, Any]:

@@ -202,6 +202,10 @@ class CpuKernels:
             raise _failure(-stop, "a token's layers")
         return stop
 
+    def run_encode(self, address: int) -> None:
+        """A `structs.Encode`; see quantise.py. Raises MemoryError."""
+        self._call(self._library.offmoe_encode, address, "a matrix's codes")
+
     def run_route(self, address: int, logits: int, scores: int) -> None:
         """A `structs.Route` on one row of float32 logits; see layer.py. Raises MemoryError."""
         if code := self._library.offmoe_route(address, logits, scores):

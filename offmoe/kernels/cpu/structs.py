@@ -10,7 +10,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-ABI_VERSION = 14
+ABI_VERSION = 15
 TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
 DENSE_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -49,6 +49,17 @@ class Expert(ctypes.Structure):
     _fields_ = (
         ("up", POINTER(Matrix)), ("down", POINTER(Matrix)), ("up_bias", c_void_p), ("down_bias", c_void_p),
         ("num_up", c_int32), ("num_down", c_int32),
+    )  # fmt: skip
+
+
+class Encode(ctypes.Structure):
+    """Numbers to be given codes and scales."""
+
+    _fields_ = (
+        ("values", c_void_p), ("codes", c_void_p), ("scales", c_void_p), ("divisors", c_void_p),
+        ("num_groups", c_int64),
+        ("num_divisors", c_int32), ("group", c_int32), ("bits_a_code", c_int32), ("offset", c_int32),
+        ("value_type", c_int32), ("scale_type", c_int32), ("is_finite", c_int32),
     )  # fmt: skip
 
 

@@ -45,6 +45,18 @@ struct Expert {
     int32_t num_up, num_down;
 };
 
+// Numbers to codes with a scale a group: 4 or 8 bits a code, `offset` added. Groups (of 32, 64 or 128) lie one after the
+// other. `divisors`: by which the largest number of a group is divided for the scales that are tried. `is_finite` is
+// written: 0 where a number is infinite or none at all, and codes and scales then mean nothing.
+struct Encode {
+    const void* values;
+    void* codes;
+    void* scales;
+    const float* divisors;
+    int64_t num_groups;
+    int32_t num_divisors, group, bits_a_code, offset, value_type, scale_type, is_finite;
+};
+
 // Rows of one layer: expert e computes rows begin[e] to begin[e + 1]; row r reads x[token[r]], writes y[choice[r]].
 struct Call {
     const Activation* activation;

@@ -43,6 +43,7 @@ int32_t run_norm(const Level& level, Workspace& space, const Norm& call);
 int32_t run_attend(Pool& pool, const Level& level, Workspace& space, const Attend& call);
 int32_t run_latent(Pool& pool, const Level& level, Workspace& space, const Latent& call);
 int32_t run_layer(Pool& pool, const Level& level, Workspace& space, const Layer& call);
+int32_t run_encode(Pool& pool, const Level& level, Encode& call);
 int32_t run_mamba(Pool& pool, const Level& level, Workspace& space, const Mamba& call);
 int32_t run_delta(Pool& pool, const Level& level, Workspace& space, const Delta& call);
 // Ends at the first step whose experts are not all in RAM, whose number it returns; else `call.end`. -1: no memory.

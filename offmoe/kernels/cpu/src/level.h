@@ -31,9 +31,16 @@ struct Level {
     // decode.h: a token's part in one head's state, (width, size).
     void (*mamba_rule)(float* state, const float* value, const float* key, const float* query, float decay, int64_t width,
                        int64_t size, int32_t type, float* out);
+    // quantise.h: groups [begin, end); false where one of their numbers is not finite.
+    bool (*encode)(const Encode& call, int64_t begin, int64_t end);
 };
 
 // The last two where setup.py could compile them.
 extern const Level kPortable, kAvx2, kAvx512;
+
+// level_*_quantise.cpp, whose flags are their own.
+bool encode_portable(const Encode& call, int64_t begin, int64_t end);
+bool encode_avx2(const Encode& call, int64_t begin, int64_t end);
+bool encode_avx512(const Encode& call, int64_t begin, int64_t end);
 
 }  // namespace offmoe

@@ -241,6 +241,6 @@ void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, co
 }  // namespace
 
 const Level kAvx512 = {"avx512", prepared_bytes, prepare, multiply, general_activate,
-                       norm_row, rotate, attend_any, delta_rule, mamba_rule};
+                       norm_row, rotate, attend_any, delta_rule, mamba_rule, encode_avx512};
 
 }  // namespace offmoe

@@ -6,5 +6,5 @@
 
 namespace offmoe {
 const Level kPortable = {"portable", coded_prepared_bytes, coded_prepare<AnyVectors>, coded_multiply<AnyVectors>,
-    general_activate, norm_row, rotate, attend_any, delta_rule, mamba_rule};
+    general_activate, norm_row, rotate, attend_any, delta_rule, mamba_rule, encode_portable};
 }  // namespace offmoe

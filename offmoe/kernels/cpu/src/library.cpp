@@ -72,7 +72,7 @@ int32_t alone(void* handle, Run run) noexcept {
 extern "C" {
 
 // Changes with the functions below, and with what a field of abi.h means; where fields lie is in layout.cpp.
-int32_t offmoe_abi_version() { return 14; }
+int32_t offmoe_abi_version() { return 15; }
 
 // The idx-th best level that was compiled, or null; `usable`: this processor has it.
 const char* offmoe_level(int32_t idx, int32_t* usable) {
@@ -136,6 +136,10 @@ int32_t offmoe_layer(void* handle, const offmoe::Layer* call) {
     return alone(handle, [&](Kernels& kernels) {
         return offmoe::run_layer(kernels.pool, kernels.level, kernels.space, *call);
     });
+}
+
+int32_t offmoe_encode(void* handle, offmoe::Encode* call) {
+    return alone(handle, [&](Kernels& kernels) { return offmoe::run_encode(kernels.pool, kernels.level, *call); });
 }
 
 // The step that it stopped at, or minus a code.
