@@ -25,6 +25,8 @@ VARIABLE = "OFFMOE_CPU_KERNELS"
 # lets whoever waits for its core run. To wake it costs more than the rest of a call: with 50 us for all, int4 decoding
 # of six layers of Qwen3-30B-A3B took 4 to 8% longer (2 cores, in turns).
 SPIN_US = 2000
+# Of the library: built with the package here, or in a wheel, which serves every Python of a platform.
+SUFFIXES = (*EXTENSION_SUFFIXES, ".dylib", ".dll")
 
 
 def load_cpu_kernels(level: str = "auto", threads: int | None = None) -> tuple[CpuKernels | None, str]:
@@ -83,7 +85,7 @@ def _level_idx(library: ctypes.CDLL, level: str) -> int:
 def _library() -> ctypes.CDLL:
     """Raises OSError where it was not built, cannot be loaded, is of another version, or has other structs."""
     folder = Path(__file__).parent
-    paths = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_kernels{suffix}").exists()]
+    paths = [path for suffix in SUFFIXES if (path := folder / f"_kernels{suffix}").exists()]
     if not paths:
         raise OSError("the CPU kernels were not built; install offmoe with a C++ compiler to have them")
     library = ctypes.CDLL(str(paths[0]))

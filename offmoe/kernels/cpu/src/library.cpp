@@ -1,6 +1,9 @@
 // The library's face: what Python calls. One handle is one set of threads and one instruction set. No exception leaves it:
 // functions that can fail return 0, or a code (../kernels.py).
 #include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -29,14 +32,33 @@ struct Kernels {
     offmoe::Workspace space;
 };
 
+#if defined(__x86_64__)
+// Asked of the processor itself, and of the system, which must save the registers: `__builtin_cpu_supports` needs a part of
+// the compiler's library that not every compiler has. Bits: Intel's manual, volume 2A, CPUID, and volume 1, 13.2.
+struct Features {
+    Features() {
+        uint32_t a, b, c, d;
+        if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return;  // no xgetbv
+        uint32_t low, high;
+        __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+        const bool fma = c >> 12 & 1, f16c = c >> 29 & 1;
+        if ((low & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+        avx2 = (b >> 5 & 1) && fma && f16c;
+        // f, dq, bw, vl; vbmi, vnni
+        const bool most = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 1 & 1) && (c >> 11 & 1);
+        if (!avx2 || !most || (low & 0xe6) != 0xe6 || a < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
+        avx512 = a >> 5 & 1;  // bf16
+    }
+
+    bool avx2 = false, avx512 = false;
+};
+#endif
+
 bool has_instructions(const char* level) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (std::strcmp(level, "avx512") == 0)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
-               __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-    if (std::strcmp(level, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    static const Features features;
+    if (std::strcmp(level, "avx512") == 0) return features.avx512;
+    if (std::strcmp(level, "avx2") == 0) return features.avx2;
 #endif
     return std::strcmp(level, "portable") == 0;
 }

@@ -1,8 +1,10 @@
 #include "pool.h"
 
+#if !defined(_WIN32)
 #include <pthread.h>
 #include <signal.h>
 #include <unistd.h>
+#endif
 
 #include <chrono>
 #include <exception>
@@ -33,8 +35,30 @@ namespace {
 inline void pause() {
 #if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("isb");  // `yield` does nothing on most of these processors
 #endif
 }
+
+#if defined(_WIN32)  // neither forks nor signals that a thread could take
+inline int64_t process_number() { return 0; }
+struct WithoutSignals {};
+#else
+inline int64_t process_number() { return getpid(); }
+// Within, threads that begin take no signals: those are for Python's.
+class WithoutSignals {
+public:
+    WithoutSignals() {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+    ~WithoutSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+private:
+    sigset_t before_;
+};
+#endif
 
 // How long a helper looks for work without letting others run: about what lies between two calls of a layer.
 constexpr int64_t kAloneUs = 50;
@@ -55,16 +79,14 @@ Pool::Pool(int32_t num_threads, int32_t spin_us) : num_threads_(num_threads < 1 
 }
 
 std::mutex& Pool::calls() {
-    if (process_ != getpid()) start();
+    if (process_ != process_number()) start();
     return state_->calls;
 }
 
 void Pool::start() {
-    process_ = getpid();
+    process_ = process_number();
     state_ = std::make_shared<State>();
-    sigset_t all, before;  // signals are for Python's threads
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    [[maybe_unused]] const WithoutSignals here;
     for (int32_t worker = 1; worker < num_threads_; ++worker) {
         try {
             std::thread(help, state_, worker, spin_us_).detach();
@@ -73,7 +95,6 @@ void Pool::start() {
             break;  // no more threads to be had: those there are do the work
         }
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 void Pool::run(Job& job) {
@@ -145,7 +166,7 @@ void Pool::help(std::shared_ptr<State> shared, int32_t worker, int32_t spin_us) 
 }
 
 void Pool::stop() {
-    if (process_ != getpid()) return;
+    if (process_ != process_number()) return;
     std::lock_guard<std::mutex> one_call(state_->calls);
     std::unique_lock<std::mutex> lock(state_->mutex);
     state_->stopping = true;

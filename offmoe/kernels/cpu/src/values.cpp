@@ -1,22 +1,38 @@
-#include <cstdlib>
+#include <cstddef>
+#include <new>
 
 #include "jobs.h"
 #include "vectors.h"
 
 namespace offmoe {
 
-Scratch::~Scratch() { std::free(address_); }
+namespace {
+
+// The C++ library's own: aligned_alloc and posix_memalign are not on every system.
+uint8_t* reserved(int64_t num_bytes, size_t border) {
+    return static_cast<uint8_t*>(::operator new(static_cast<size_t>(num_bytes), std::align_val_t{border}, std::nothrow));
+}
+void release(uint8_t* address, size_t border) { ::operator delete(address, std::align_val_t{border}); }
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kBorder = 64;
+#else
+constexpr size_t kBorder = 4096;
+#endif
+
+}  // namespace
+
+Scratch::~Scratch() { release(address_, kBorder); }
 
 uint8_t* Scratch::reserve(int64_t num_bytes) {
 #if defined(__SANITIZE_ADDRESS__)  // just as much, so that a read behind it is seen
-    std::free(address_);
-    if (posix_memalign(reinterpret_cast<void**>(&address_), 64, static_cast<size_t>(num_bytes)) != 0) address_ = nullptr;
-    return address_;
+    release(address_, kBorder);
+    return address_ = reserved(num_bytes, kBorder);
 #else
     if (num_bytes > size_) {
-        std::free(address_);
+        release(address_, kBorder);
         const int64_t rounded = (num_bytes + num_bytes / 4 + 4095) / 4096 * 4096;
-        address_ = static_cast<uint8_t*>(std::aligned_alloc(4096, static_cast<size_t>(rounded)));
+        address_ = reserved(rounded, kBorder);
         size_ = address_ ? rounded : 0;
     }
     return address_;
