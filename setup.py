@@ -77,6 +77,9 @@ class BuildKernels(build_ext):
         self.announce(line, level=logging.INFO)
 
 
+# "0": without the library, for scripts/wheels.py, which compiles it for other platforms.
+WITH_KERNELS = os.environ.get("OFFMOE_BUILD_KERNELS", "1") != "0"
+
 setup(
     ext_modules=[
         Extension(
@@ -86,6 +89,8 @@ setup(
             language="c++",
             optional=True,
         )
-    ],
+    ]
+    if WITH_KERNELS
+    else [],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -8,7 +8,7 @@ venv=.venv
 if [ "$versions" != pinned ]; then venv=".venv-$versions"; fi
 stamp="$(cat pyproject.toml constraints.txt scripts/bounds.py | cksum)"
 if [ "$versions" = newest ]; then stamp="$stamp $(date -u +%F)"; fi
-kernels="$(cat setup.py offmoe/kernels/cpu/src/* | cksum)"
+kernels="$(cat setup.py scripts/kernels_build.py offmoe/kernels/cpu/src/* | cksum)"
 if [ "$(cat "$venv/.stamp" 2>/dev/null || true)" != "$stamp" ]; then
   python="${PYTHON:-python3}"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {

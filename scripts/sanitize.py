@@ -11,13 +11,14 @@ are left out. Exit code 1: a fault; its report is on stderr.
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import kernels_build
 
 ROOT = Path(__file__).parents[1]
 KERNELS, DRIVER = ROOT / "offmoe" / "kernels" / "cpu" / "src", ROOT / "tests" / "cpp"
@@ -101,7 +102,7 @@ def is_old(target: Path) -> bool:
     if not target.exists() or not made_of.exists():
         return True
     names = made_of.read_text(encoding="utf-8").replace("\\\n", " ").split()[1:]
-    paths = [Path(name) for name in names] + [ROOT / "setup.py"]
+    paths = [Path(name) for name in names] + [ROOT / "scripts" / "kernels_build.py"]
     return any(not path.exists() or path.stat().st_mtime > target.stat().st_mtime for path in paths)
 
 
@@ -120,12 +121,8 @@ def level_flags() -> dict[str, list[str]]:
 
 
 def known_levels() -> dict[str, list[str]]:
-    """All instruction sets and their compiler flags, as setup.py has them. Importing it would build."""
-    for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "LEVELS":
-            known: dict[str, list[str]] = ast.literal_eval(node.value)
-            return known
-    raise AssertionError("setup.py has no LEVELS")
+    """All instruction sets and their compiler flags."""
+    return {level: list(flags) for level, flags in kernels_build.LEVELS.items()}
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
 #include "activate.h"
 #include "attend.h"
 #include "blocks_avx512.h"
-#include "coded_floats_avx512.h"
+#include "coded.h"
 #include "decode.h"
 #include "dense_avx512.h"
+#include "levels_avx512.h"
 
 namespace offmoe {
 namespace {
@@ -144,7 +145,7 @@ void prepare(const Matrix& matrix, int32_t type, const float* x, void* prepared)
         return prepare_fast(matrix, rest.data(), out + second_at(matrix) / 2);
     }
     if (type == BF16 && is_fast(matrix)) return prepare_fast(matrix, x, out);
-    coded_prepare<Avx512Vectors>(matrix, type, x, prepared);
+    avx512_prepare_floats(matrix, type, x, prepared);
 }
 
 template <class Kernel, int R, int T>
@@ -235,7 +236,7 @@ void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, co
               float* out, int64_t stride) {
     if (in_two(matrix, type)) return multiply_in_two(matrix, begin, end, x, num_x, out, stride);
     if (type == BF16 && is_fast(matrix)) return multiply_fast(matrix, begin, end, x, num_x, out, stride);
-    coded_multiply<Avx512Vectors>(matrix, type, begin, end, x, num_x, out, stride);
+    avx512_multiply_floats(matrix, type, begin, end, x, num_x, out, stride);
 }
 
 }  // namespace
