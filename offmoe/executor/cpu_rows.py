@@ -6,7 +6,7 @@ numbers do not either. Shapes: T tokens, D model width, K experts a token, S = T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -22,6 +22,8 @@ from offmoe.kernels.reference import ExpertMath
 # Rows of one expert with quantised weights that go through the kernels; more are a product for torch, which turns the
 # weights into values first.
 MAX_QUANTISED_ROWS = 64
+# Hidden units that one call computes: the library keeps eight bytes for each, some 34 MB.
+CALL_NUMBERS, LEAST_CALL_ROWS = 1 << 22, 64
 
 
 class CpuRows:
@@ -45,10 +47,12 @@ class CpuRows:
         if layer is None:
             self._reference.compute(layer_idx, math, experts, x_TD, y_SD)
             return
-        most = MAX_QUANTISED_ROWS if isinstance(experts[0].weights.up[0], QuantMatrix) else most_rows(math.dtype)
-        few = [expert for expert in experts if num_rows(expert.assigned) <= most]
-        if few:
-            rows = [_rows_of(expert) for expert in few]
+        if isinstance(experts[0].weights.up[0], QuantMatrix):
+            most = MAX_QUANTISED_ROWS
+        else:
+            most = most_rows(math.dtype, in_tiles=self.kernels.has_tiles and not math.transposed)
+        few = [_rows_of(expert) for expert in experts if num_rows(expert.assigned) <= most]
+        for rows in _calls(few, max(LEAST_CALL_ROWS, CALL_NUMBERS // layer.hidden)):
             self.kernels.experts(layer, rows, _by_rows(x_TD), y_SD)
         many = [expert for expert in experts if num_rows(expert.assigned) > most]
         if many:
@@ -99,6 +103,23 @@ def _rows_of(expert: Computed) -> ExpertRows:
             tokens += assignment.host_tokens_N.tolist()
             choices += assignment.choices_N.tolist()
     return expert.assigned[0].expert_idx, expert.weights, tokens, choices
+
+
+def _calls(experts: list[ExpertRows], most: int) -> Iterator[list[ExpertRows]]:
+    """The same rows in calls of at most `most`."""
+    rows: list[ExpertRows] = []
+    room = most
+    for expert_idx, weights, tokens, choices in experts:
+        begin = 0
+        while begin < len(tokens):
+            end = min(begin + room, len(tokens))
+            rows.append((expert_idx, weights, tokens[begin:end], choices[begin:end]))
+            room, begin = room - (end - begin), end
+            if room == 0:
+                yield rows
+                rows, room = [], most
+    if rows:
+        yield rows
 
 
 def _by_rows(x_TD: torch.Tensor) -> torch.Tensor:

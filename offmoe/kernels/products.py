@@ -1,15 +1,16 @@
 """Products of many rows with a matrix on the CPU.
 
 On a processor without instructions for bfloat16 (AVX2) torch multiplies such matrices at a sixth of float32's speed: 15
-to 20 GFLOP/s on two threads, whatever the number of rows. There a block of weights at a time is turned into float32 and
-multiplied so: 30 to 116 GFLOP/s from 16 to 512 rows (benchmarks/2026-11-30-prompts-avx2.md). Sums are float32 either
-way, and rounded once.
+to 20 GFLOP/s on two threads, whatever the number of rows. There our kernels take every product that they have tiles for
+(`most_rows`). Of the others a block of weights at a time is turned into float32 and multiplied so: 30 to 116 GFLOP/s
+from 16 to 512 rows (benchmarks/2026-11-30-prompts-avx2.md). Sums are float32 either way, and rounded once.
 
 Shapes: N rows, K inputs, M outputs.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from functools import cache
 
@@ -37,13 +38,16 @@ def multiply(x: torch.Tensor, weight_MK: torch.Tensor, bias_M: torch.Tensor | No
     return _in_blocks(x.reshape(-1, width), weight_MK, bias_M).view(*x.shape[:-1], len(weight_MK))
 
 
-def most_rows(dtype: torch.dtype) -> int:
+def most_rows(dtype: torch.dtype, *, in_tiles: bool) -> int:
     """Rows of one matrix up to which the CPU kernels, which read the weights once for all, are faster than `multiply`.
 
+    `in_tiles`: they have tiles for the matrix, which are as fast as torch's float32 for any number of rows.
     Bfloat16 with AVX-512, one thread: 16 rows 16.6 ms against 17.0, 32 rows 27.5 against 20.7. With AVX2, two threads
     and 8,192 by 2,048: 32 rows 17.4 ms against 27.5, 64 rows 35.8 against 33.1.
     """
-    return 48 if float32_is_faster(dtype) else 16
+    if not float32_is_faster(dtype):
+        return 16
+    return sys.maxsize if in_tiles else 48
 
 
 @cache

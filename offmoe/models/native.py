@@ -83,7 +83,8 @@ class NativeLinear(NativeModule, KernelLinear):
         if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or not self.has_same_weights():
             return nn.functional.linear(input, self.weight, self.bias)
         kernel = self._kernel
-        if input.numel() > most_rows(input.dtype) * kernel.num_inputs or not kernel.takes(input):
+        most = most_rows(input.dtype, in_tiles=kernel.in_tiles)
+        if input.numel() > most * kernel.num_inputs or not kernel.takes(input):
             return self._threads.linear(input, self.weight, self.bias)
         return kernel(input)
 

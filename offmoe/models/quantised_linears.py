@@ -99,7 +99,7 @@ class QuantisedLinear(KernelLinear):
         if self._linear is None and (bias is None or not bias.is_meta):
             dtype = self.weight.dtype
             self._linear = CpuLinear(self._kernels, matrix, None if bias is None else bias.detach(), dtype=dtype)
-        few = input.numel() <= most_rows(input.dtype) * matrix.shape[1]
+        few = input.numel() <= most_rows(input.dtype, in_tiles=False) * matrix.shape[1]
         if self._linear is not None and few and self._linear.takes(input) and not torch.compiler.is_dynamo_compiling():
             return self._linear(input)
         blocks = [

@@ -113,6 +113,11 @@ class CpuKernels:
     def __str__(self) -> str:
         return f"{self.level}, {self.num_threads} threads"
 
+    @property
+    def has_tiles(self) -> bool:
+        """Whether matrices that lie row by row meet many rows in tiles (src/tiles_avx2.h)."""
+        return self.level == "avx2"
+
     def close(self) -> None:
         """End the threads. No call is running; one that follows raises EngineBusyError."""
         self._library = _Closed()

@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kTaskBytes = 256 << 10;  // of weights: about ten microseconds
 constexpr int64_t kTaskTokens = 32;       // rows of x that are multiplied before the weights are read again
 constexpr int64_t kMostOutputs = 512;
+constexpr int64_t kPreparedNumbers = 4 << 20;  // of the rows of a linear that are prepared at a time: 16 MiB
 
 // Prepared rows must not lie a page apart: they would share one set of the first cache.
 constexpr int64_t kApart = 192;
@@ -285,10 +286,16 @@ int32_t run_experts(Pool& pool, const Level& level, Workspace& space, const Call
 }
 
 int32_t run_linear(Pool& pool, const Level& level, Workspace& space, const Linear& call) {
-    if (call.num_x == 0) return 0;
-    LinearJob job(pool, level, space, call);
-    if (!job.has_memory()) return 1;
-    pool.run(job);
+    const int32_t most = static_cast<int32_t>(std::max(kTaskTokens, kPreparedNumbers / call.matrix->columns));
+    for (int32_t row = 0; row < call.num_x; row += most) {
+        Linear part = call;
+        part.x = static_cast<const uint8_t*>(call.x) + row * call.x_row_bytes;
+        part.y = static_cast<uint8_t*>(call.y) + row * call.y_row_bytes;
+        part.num_x = std::min(most, call.num_x - row);
+        LinearJob job(pool, level, space, part);
+        if (!job.has_memory()) return 1;
+        pool.run(job);
+    }
     return 0;
 }
 

@@ -13,6 +13,7 @@ void avx2_prepare_floats(const Matrix& matrix, int32_t type, const float* x, voi
 
 void avx2_multiply_floats(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, const void* const* x,
                           int32_t num_x, float* out, int64_t stride) {
+    if (avx2_takes_tiles(matrix, num_x)) return avx2_multiply_tiles(matrix, begin, end, x, num_x, out, stride);
     coded_multiply<Avx2Vectors>(matrix, type, begin, end, x, num_x, out, stride);
 }
 
