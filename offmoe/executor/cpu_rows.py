@@ -19,8 +19,8 @@ from offmoe.kernels.cpu.kernels import CpuKernels, CpuLayer, ExpertRows
 from offmoe.kernels.products import most_rows, multiply
 from offmoe.kernels.reference import ExpertMath
 
-# Rows of one expert with quantised weights that go through the kernels; more are a product for torch, which turns the
-# weights into values first.
+# Rows of one expert with quantised weights that go through the kernels whatever the processor; more are a product for
+# torch, which turns the weights into values first, unless the kernels have tiles.
 MAX_QUANTISED_ROWS = 64
 # Hidden units that one call computes: the library keeps eight bytes for each, some 34 MB.
 CALL_NUMBERS, LEAST_CALL_ROWS = 1 << 22, 64
@@ -47,10 +47,9 @@ class CpuRows:
         if layer is None:
             self._reference.compute(layer_idx, math, experts, x_TD, y_SD)
             return
+        most = most_rows(math.dtype, in_tiles=self.kernels.has_tiles and not math.transposed)
         if isinstance(experts[0].weights.up[0], QuantMatrix):
-            most = MAX_QUANTISED_ROWS
-        else:
-            most = most_rows(math.dtype, in_tiles=self.kernels.has_tiles and not math.transposed)
+            most = max(most, MAX_QUANTISED_ROWS)
         few = [_rows_of(expert) for expert in experts if num_rows(expert.assigned) <= most]
         for rows in _calls(few, max(LEAST_CALL_ROWS, CALL_NUMBERS // layer.hidden)):
             self.kernels.experts(layer, rows, _by_rows(x_TD), y_SD)

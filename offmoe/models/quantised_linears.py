@@ -99,9 +99,11 @@ class QuantisedLinear(KernelLinear):
         if self._linear is None and (bias is None or not bias.is_meta):
             dtype = self.weight.dtype
             self._linear = CpuLinear(self._kernels, matrix, None if bias is None else bias.detach(), dtype=dtype)
-        few = input.numel() <= most_rows(input.dtype, in_tiles=False) * matrix.shape[1]
-        if self._linear is not None and few and self._linear.takes(input) and not torch.compiler.is_dynamo_compiling():
-            return self._linear(input)
+        linear = None if torch.compiler.is_dynamo_compiling() else self._linear
+        if linear is not None and linear.takes(input):
+            few = input.numel() <= most_rows(input.dtype, in_tiles=linear.in_tiles) * linear.num_inputs
+            if few:
+                return linear(input)
         blocks = [
             multiply(input, matrix.dequantise(input.dtype, rows), None if bias is None else bias[rows])
             for rows in matrix.row_blocks()

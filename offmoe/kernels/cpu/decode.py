@@ -162,7 +162,7 @@ class CpuLinear:
         assert bias_N is None or (bias_N.dtype == dtype and bias_N.is_contiguous()), f"{bias_N=}"
         self._kernels, self.matrix, self.bias_N = kernels, describe(weight_NK), bias_N
         self.dtype, (self.num_outputs, self.num_inputs) = dtype, weight_NK.shape
-        self.in_tiles = kernels.has_tiles and not self.matrix.struct.transposed and isinstance(weight_NK, torch.Tensor)
+        self.in_tiles = kernels.has_tiles and not self.matrix.struct.transposed
         type_idx, size = structs.TYPES[dtype], dtype.itemsize
         self.call = structs.Linear(
             matrix=ctypes.addressof(self.matrix.struct), bias=None if bias_N is None else bias_N.data_ptr(),

@@ -115,7 +115,7 @@ class CpuKernels:
 
     @property
     def has_tiles(self) -> bool:
-        """Whether matrices that lie row by row meet many rows in tiles (src/tiles_avx2.h)."""
+        """Whether matrices that lie row by row are multiplied with many rows in tiles, several at a time."""
         return self.level == "avx2"
 
     def close(self) -> None:
