@@ -33,7 +33,8 @@ inline float scale_at(const Matrix& matrix, const uint8_t* scales, int64_t group
 }
 
 inline const uint8_t* scales_of(const Matrix& matrix, int64_t row) {
-    const int64_t scale_row = matrix.group_rows == 1 ? row : row / matrix.group_rows;  // a division costs a row dearly
+    // A division costs a row dearly, and GCC makes one of `== 1`.
+    const int64_t scale_row = matrix.group_rows <= 1 ? row : row / matrix.group_rows;
     return matrix.scales + scale_row * matrix.scale_row_bytes;
 }
 

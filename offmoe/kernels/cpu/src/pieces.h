@@ -64,7 +64,13 @@ struct PieceScales {
 
     explicit PieceScales(const Matrix& matrix, int64_t row)
         : matrix(matrix), row(row), from(scales_of(matrix, row)),
-          pieces_a_group(matrix.group >= matrix.columns ? num_pieces(matrix) : matrix.group / kPiece) {}
+          pieces_a_group(matrix.group >= matrix.columns ? num_pieces(matrix) : matrix.group / kPiece) {
+        if (!matrix.zeros_packed) return;
+        const int64_t width = code_bits(matrix.kind), per_word = 32 / width;
+        words = matrix.zeros + row / per_word * matrix.zero_row_bytes;
+        shift = static_cast<uint32_t>(row % per_word * width);
+        mask = (1u << width) - 1u;
+    }
 
     // Of `count` pieces from `first` on, a multiple of kAtOnce, with zeros up to a multiple of eight. `bias` is taken from
     // the codes already.
@@ -136,9 +142,7 @@ private:
     }
 
     OFFMOE_INLINE F32x8 eight_zeros(int64_t group) const {
-        const int64_t width = code_bits(matrix.kind), per_word = 32 / width;
-        const U32x8 words = load<U32x8>(matrix.zeros + row / per_word * matrix.zero_row_bytes + 4 * group);
-        const U32x8 zeros = (words >> static_cast<uint32_t>(row % per_word * width)) & ((1u << width) - 1u);
+        const U32x8 zeros = (load<U32x8>(words + 4 * group) >> shift) & mask;
         return __builtin_convertvector(bits<I32x8>(zeros), F32x8);
     }
 
@@ -146,6 +150,8 @@ private:
     const int64_t row;
     const uint8_t* const from;
     const int64_t pieces_a_group;
+    const uint8_t* words = nullptr;  // of packed zero points
+    uint32_t shift = 0, mask = 0;
 };
 
 }  // namespace
