@@ -1,7 +1,8 @@
 """The one part of the build that pyproject.toml cannot say: the library of CPU kernels, a file an instruction set.
 
-It is optional. Without a compiler, or where the compiler knows no AVX-512, offmoe is installed without it (or without
-that level) and computes with torch; `offmoe plan` and the kernels' loader say so.
+Compiled are the instruction sets that this processor has; all of them with OFFMOE_LEVELS=all, for a folder that other
+machines use too. The library is optional. Without a compiler, or where the compiler knows no AVX-512, offmoe is
+installed without it (or without that level) and computes with torch; `offmoe plan` and the kernels' loader say so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
-from kernels_build import LEVELS, compile_order, flags_of, level_of
+from kernels_build import LEVELS, compile_order, flags_of, level_of, native_levels
 
 SOURCES = Path("offmoe/kernels/cpu/src")
 
@@ -39,7 +40,8 @@ class BuildKernels(build_ext):
     def _compile_all(self, pool: ThreadPoolExecutor) -> list[str]:
         """Every source with the flags of its level, several at once, a line as each is done."""
         is_x86 = platform.machine() in ("x86_64", "AMD64")
-        levels = ["portable", *(LEVELS if is_x86 else ())]
+        native = not is_x86 or os.environ.get("OFFMOE_LEVELS") != "all"
+        levels = ["portable", *(native_levels() if native else LEVELS)]
         stems = [path.stem for path in SOURCES.glob("*.cpp") if level_of(path.stem) in (None, *levels)]
         stems.remove("library")  # says which levels there are
         compiling = {pool.submit(self._compile, stem): stem for stem in compile_order(stems)}

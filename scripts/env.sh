@@ -8,6 +8,17 @@ venv=.venv
 if [ "$versions" != pinned ]; then venv=".venv-$versions"; fi
 stamp="$(cat pyproject.toml constraints.txt scripts/bounds.py | cksum)"
 if [ "$versions" = newest ]; then stamp="$stamp $(date -u +%F)"; fi
+# A line every ten seconds while a command runs: what it does and for how long.
+with_beat() {
+  local what="$1" begin=$SECONDS beat status=0
+  shift
+  (while sleep 10; do echo "$what: $((SECONDS - begin)) s, $(du -sm "$venv" 2>/dev/null | cut -f1) MB in $venv" >&2; done) &
+  beat=$!
+  "$@" || status=$?
+  kill "$beat" 2>/dev/null || true
+  wait "$beat" 2>/dev/null || true
+  return "$status"
+}
 kernels="$(cat setup.py scripts/kernels_build.py offmoe/kernels/cpu/src/* | cksum)"
 if [ "$(cat "$venv/.stamp" 2>/dev/null || true)" != "$stamp" ]; then
   python="${PYTHON:-python3}"
@@ -25,7 +36,7 @@ if [ "$(cat "$venv/.stamp" 2>/dev/null || true)" != "$stamp" ]; then
     newest) pins=(--upgrade --upgrade-strategy eager -e '.[test]') ;;
     *) echo "versions is $versions; known: pinned, lowest, newest" >&2; exit 2 ;;
   esac
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]}"
+  with_beat "installing" "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]}"
   echo "$stamp" >"$venv/.stamp"
   for library in offmoe/kernels/cpu/_kernels*; do  # pip has just built it
     if [ "$library" -nt "$venv/pyvenv.cfg" ]; then echo "$kernels" >"$venv/.kernels"; fi
@@ -33,7 +44,10 @@ if [ "$(cat "$venv/.stamp" 2>/dev/null || true)" != "$stamp" ]; then
 fi
 if [ "$(cat "$venv/.kernels" 2>/dev/null || true)" != "$kernels" ]; then
   echo "building the CPU kernels (a minute)" >&2
-  "$venv/bin/python" setup.py -q build_ext --inplace >"$venv/kernels.log" 2>&1 || echo "not built, see $venv/kernels.log" >&2
+  build_kernels() {
+    "$venv/bin/python" setup.py build_ext --inplace 2>&1 | tee "$venv/kernels.log" | { grep --line-buffered "^compiled" >&2 || true; }
+  }
+  with_beat "building the CPU kernels" build_kernels || echo "not built, see $venv/kernels.log" >&2
   echo "$kernels" >"$venv/.kernels"
 fi
 export PATH="$PWD/$venv/bin:$PATH"

@@ -1,7 +1,12 @@
-"""Sources and compiler flags of the CPU kernels' library: what setup.py and the other scripts compile. No imports.
+"""Sources and compiler flags of the CPU kernels' library, for setup.py and the scripts that compile it.
 
 `level_NAME.cpp` and `level_NAME_*.cpp` are compiled for the instruction set NAME; all others for any processor.
 """
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
 
 FLAGS = ("-O3", "-g0", "-std=c++17", "-fPIC", "-Wno-psabi", "-Wno-uninitialized", "-fno-math-errno", "-pthread")
 # Instruction sets besides the portable one. Without those that a compiler does not know the library does with less.
@@ -12,8 +17,17 @@ LEVELS = {
         "-mf16c",
     ),
 }  # fmt: skip
-# Their vectors are longer than the registers, and with more optimisation GCC 12 compiles them twice as long.
-SIMPLY = ("level_portable", "level_portable_quantise")
+
+
+def native_levels() -> list[str]:
+    """Instruction sets of this processor; all where the system does not say."""
+    cpu_info = Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    if not cpu_info.exists():
+        return list(LEVELS)
+    has = set(cpu_info.read_text(encoding="utf-8").replace("_", "").split())
+    return [level for level, flags in LEVELS.items() if has >= {flag[2:] for flag in flags}]
 
 
 def level_of(stem: str) -> str | None:
@@ -24,8 +38,6 @@ def level_of(stem: str) -> str | None:
 def flags_of(stem: str) -> list[str]:
     """The flags of one source but for its includes and defines."""
     flags = [*FLAGS, *LEVELS.get(level_of(stem) or "", ())]
-    if stem in SIMPLY:
-        flags[flags.index("-O3")] = "-O1"
     if stem.endswith("_quantise"):  # as PyTorch computes: no product is fused with a sum
         flags.append("-ffp-contract=off")
     return flags

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -113,11 +112,7 @@ def compiler() -> str:
 
 def level_flags() -> dict[str, list[str]]:
     """Instruction sets of this processor and their compiler flags."""
-    cpu_info = Path("/proc/cpuinfo")
-    if platform.machine() not in ("x86_64", "AMD64") or not cpu_info.exists():
-        return {}
-    has = set(cpu_info.read_text(encoding="utf-8").replace("_", "").split())
-    return {level: flags for level, flags in known_levels().items() if has >= {flag[2:] for flag in flags}}
+    return {level: known_levels()[level] for level in kernels_build.native_levels()}
 
 
 def known_levels() -> dict[str, list[str]]:

@@ -9,7 +9,11 @@ namespace {
 struct AnyVectors {
     using Vec = F32x16;
     static constexpr float kScale = 1.0f, kFp8Scale = 1.0f;
+#if defined(__x86_64__)  // all that have AVX2 use that; eight rows at once were more than half of what is compiled
+    static constexpr int kSums = 1, kMostRows = 4;
+#else
     static constexpr int kSums = 1, kMostRows = 8;  // of four vectors or two
+#endif
     static constexpr bool kTables = false;
     struct Weights {
         F32x16 first, second;
