@@ -82,6 +82,9 @@ def _folders(kind: str, pattern: re.Pattern[str]) -> set[str]:
     return {file.parent.name for file in files if pattern.search(file.read_text(encoding="utf-8"))}
 
 
+# New in transformers 5.24 and not tried: docs/limits.md says so.
+_UNTRIED = {"hy_v4_vl", "inkling2_loop", "lara_mini", "sarvam_mla", "sarvam_moe"}
+
 of_this_version = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23), reason="the tables are those of 5.23"
 )
@@ -90,7 +93,7 @@ of_this_version = pytest.mark.skipif(
 @of_this_version
 def test_every_family_with_the_experts_door_is_here_or_excluded_with_a_reason() -> None:
     decorated = _folders("modeling", re.compile(r"^@use_experts_implementation", re.MULTILINE))
-    known = families.FAMILIES.keys() | families.EXCLUDED.keys()
+    known = families.FAMILIES.keys() | families.EXCLUDED.keys() | _UNTRIED
     gone = families.FAMILIES.keys() - decorated  # those left out may have experts elsewhere
     assert decorated <= known and not gone, f"new: {sorted(decorated - known)}, gone: {sorted(gone)}"
     assert not families.FAMILIES.keys() & families.EXCLUDED.keys()
@@ -101,8 +104,9 @@ def test_every_folder_whose_config_counts_experts_is_run_or_excluded_with_a_reas
     """74 of them in transformers 5.23."""
     counted = _folders("configuration", _COUNTS_EXPERTS)
     run = {family.name for part in (families.FAMILIES, families.MULTIMODAL, ADAPTED) for family in part.values()}
-    assert not run & families.EXCLUDED.keys()
-    assert counted <= run | families.EXCLUDED.keys(), f"new: {sorted(counted - run - families.EXCLUDED.keys())}"
+    assert not run & (families.EXCLUDED.keys() | _UNTRIED)
+    known = run | families.EXCLUDED.keys() | _UNTRIED
+    assert counted <= known, f"new: {sorted(counted - known)}"
     assert len(counted & run) >= 70, f"{len(counted)=}"
 
 
