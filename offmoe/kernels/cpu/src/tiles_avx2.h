@@ -33,11 +33,8 @@ OFFMOE_INLINE void unpack_piece(const uint8_t* from, float* to) {
 // `count` pieces of a row from `first` on, a multiple of kTilePieces, as the at-th row of the tile.
 template <int32_t KIND>
 void fill_row(const Matrix& matrix, int64_t row, int64_t first, int64_t count, FloatTile& tile, int64_t at) {
-    constexpr int64_t kBytes = kPiece * code_bits(KIND) / 8, kAll = kBytes * kTilePieces;
+    constexpr int64_t kBytes = kPiece * code_bits(KIND) / 8;
     const uint8_t *codes = matrix.codes + row * matrix.row_bytes, *from = codes + first * kBytes;
-    const bool is_last = first + kTilePieces >= num_pieces(matrix);
-    const uint8_t* next = is_last ? codes + kTileRows * matrix.row_bytes : from + kAll;
-    for (int64_t line = 0; line < kAll; line += 64) __builtin_prefetch(next + line, 0, 3);
     const int64_t whole = std::min(count, matrix.columns / kPiece - first);
     for (int64_t piece = 0; piece < whole; ++piece) unpack_piece<KIND>(from + piece * kBytes, tile.weights[at][piece]);
     if (whole < count) {
@@ -76,61 +73,89 @@ OFFMOE_INLINE void multiply_piece(const float* const (&x)[R], int64_t at, const 
         for (int r = 0; r < R; ++r) {
             float* sum = sums + r * kNextX + n * kNextSum;
             const __m256 before = _mm256_load_ps(sum);
-            if constexpr (SCALED) _mm256_store_ps(sum, _mm256_fmadd_ps(dots[r][n], _mm256_broadcast_ss(scales + n * kTilePieces), before));
-            else _mm256_store_ps(sum, _mm256_add_ps(before, dots[r][n]));
+            __m256 after = _mm256_add_ps(before, dots[r][n]);
+            if constexpr (SCALED) after = _mm256_fmadd_ps(dots[r][n], _mm256_broadcast_ss(scales + n * kTilePieces), before);
+            _mm256_store_ps(sum, after);
         }
     }
 }
 
+// The codes of the next tile, asked for while this one is multiplied: two rows with each block, a piece at a time. All at
+// once would be more than a core can wait for.
+struct NextTile {
+    const uint8_t* row;
+    int64_t row_bytes, piece_bytes, rows_left;
+
+    OFFMOE_INLINE void prefetch(int64_t piece) const {
+        __builtin_prefetch(row + piece * piece_bytes, 0, 3);
+        __builtin_prefetch(row + row_bytes + piece * piece_bytes, 0, 3);
+    }
+
+    void done() {
+        rows_left -= 2;
+        if (rows_left > 0) row += 2 * row_bytes;
+    }
+};
+
 template <int R, bool SCALED>
-void multiply_block(const FloatTile& tile, int64_t row, const float* const* from, int64_t count, TileSums* all) {
+void multiply_block(const FloatTile& tile, int64_t row, const float* const* from, int64_t count, TileSums* all,
+                    NextTile& next) {
     const float *x[R], *w = tile.weights[row][0], *scales = tile.scales[row];
     for (int r = 0; r < R; ++r) x[r] = from[r];
     float* sums = all[0][row][0];
     int64_t piece = 0;
     for (; piece + 2 <= count; piece += 2) {
+        next.prefetch(piece);
+        next.prefetch(piece + 1);
         multiply_piece<R, SCALED>(x, piece * kPiece, w + piece * kPiece, scales + piece, sums);
         multiply_piece<R, SCALED>(x, (piece + 1) * kPiece, w + (piece + 1) * kPiece, scales + piece + 1, sums + 8);
     }
     if (piece < count) multiply_piece<R, SCALED>(x, piece * kPiece, w + piece * kPiece, scales + piece, sums);
+    next.done();
 }
 
 template <int R, bool SCALED>
 inline void multiply_blocks(const FloatTile& tile, int64_t num_rows, const float* const* x, int64_t first, int64_t count,
-                            TileSums* sums) {
+                            TileSums* sums, NextTile& next) {
     const float* here[R];
     for (int r = 0; r < R; ++r) here[r] = x[r] + first * kPiece;
-    for (int64_t row = 0; row < num_rows; row += kBlockRows) multiply_block<R, SCALED>(tile, row, here, count, sums);
+    for (int64_t row = 0; row < num_rows; row += kBlockRows) multiply_block<R, SCALED>(tile, row, here, count, sums, next);
 }
 
 // Three rows of x at a time, or two, and one where there is no other.
 template <bool SCALED>
 void multiply_tile(const FloatTile& tile, int64_t num_rows, const float* const* x, int64_t num_x, int64_t first,
-                   int64_t count, TileSums* sums) {
+                   int64_t count, TileSums* sums, NextTile next) {
     int64_t t = 0;
     for (int64_t left = num_x; left == 3 || left > 4; left = num_x - t) {
-        multiply_blocks<3, SCALED>(tile, num_rows, x + t, first, count, sums + t);
+        multiply_blocks<3, SCALED>(tile, num_rows, x + t, first, count, sums + t, next);
         t += 3;
     }
-    for (; t + 2 <= num_x; t += 2) multiply_blocks<2, SCALED>(tile, num_rows, x + t, first, count, sums + t);
-    if (t < num_x) multiply_blocks<1, SCALED>(tile, num_rows, x + t, first, count, sums + t);
+    for (; t + 2 <= num_x; t += 2) multiply_blocks<2, SCALED>(tile, num_rows, x + t, first, count, sums + t, next);
+    if (t < num_x) multiply_blocks<1, SCALED>(tile, num_rows, x + t, first, count, sums + t, next);
 }
 
 // Outputs [begin, end) of up to kTileX rows of x.
 template <int32_t KIND>
 void multiply_tiles(const Matrix& matrix, int64_t begin, int64_t end, const float* const* x, int64_t num_x, float* out,
                     int64_t stride) {
+    constexpr int64_t kBytes = kPiece * code_bits(KIND) / 8;
     const int64_t all_pieces = num_pieces(matrix);
     FloatTile tile;
     alignas(64) TileSums sums[kTileX];
     for (; begin < end; begin += kTileRows, out += kTileRows) {
-        const int64_t num_rows = std::min(kTileRows, end - begin), filled = (num_rows + kBlockRows - 1) / kBlockRows * kBlockRows;
+        const int64_t num_rows = std::min(kTileRows, end - begin);
+        const int64_t filled = (num_rows + kBlockRows - 1) / kBlockRows * kBlockRows;
         std::memset(sums, 0, num_x * sizeof sums[0]);
         for (int64_t first = 0; first < all_pieces; first += kTilePieces) {
             const int64_t count = std::min(kTilePieces, all_pieces - first);
             for (int64_t n = 0; n < filled; ++n)  // the last one again, where a block has no other
                 fill_row<KIND>(matrix, begin + std::min(n, num_rows - 1), first, count, tile, n);
-            multiply_tile<!is_dense(KIND)>(tile, num_rows, x, num_x, first, count, sums);
+            const bool is_last = first + count == all_pieces;
+            const uint8_t* next = matrix.codes + begin * matrix.row_bytes;
+            next += is_last ? kTileRows * matrix.row_bytes : (first + count) * kBytes;
+            multiply_tile<!is_dense(KIND)>(tile, num_rows, x, num_x, first, count, sums,
+                                           {next, matrix.row_bytes, kBytes, kTileRows});
         }
         for (int64_t t = 0; t < num_x; ++t)
             for (int64_t n = 0; n < num_rows; ++n) {
@@ -140,9 +165,11 @@ void multiply_tiles(const Matrix& matrix, int64_t begin, int64_t end, const floa
     }
 }
 
-// Whether tiles are faster: two rows, or four, are as fast without.
+// Whether tiles are faster. Without them, two rows and four are as fast; and up to twelve that are so narrow that four of
+// them fill half of the first cache are a fifth faster.
 inline bool takes_tiles(const Matrix& matrix, int32_t num_x) {
-    return (num_x == 3 || num_x > 4) && (is_dense(matrix.kind) || matrix.kind == FP8) && takes_codes(matrix);
+    const bool is_many = num_x > 12 || (matrix.columns > 1024 && num_x > 2 && num_x != 4);
+    return is_many && (is_dense(matrix.kind) || matrix.kind == FP8) && takes_codes(matrix);
 }
 
 // Any number of rows of x. `takes_tiles` is true of `matrix`.
