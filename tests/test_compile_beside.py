@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import offmoe
 from offmoe.decode import compiled
+from offmoe.decode.compile_thread import MAY_RAISE
 from offmoe.decode.compiled import DecodeCompiler
 
 NUM_NEW = 32
@@ -92,6 +93,7 @@ def test_steps_go_on_through_the_tracers_stand_ins_and_change_nothing(tiny_moe: 
         assert ids_of(engine) == expected
 
 
+@pytest.mark.skipif(not MAY_RAISE, reason="torch before 2.13 is not interrupted")
 def test_an_engine_that_is_closed_within_the_tracer_leaves_no_stand_in(tiny_moe: Path, tracing: Tracing) -> None:
     original = torch.nn.Module.__call__
     engine = open_tiny(tiny_moe, compile="on")

@@ -25,7 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import repeat_kv
 
 import offmoe
 from offmoe.base.errors import DiskReadError, EngineBusyError
-from offmoe.decode import compiled
+from offmoe.decode import compile_thread, compiled
 from offmoe.decode.compile_thread import CompileThread
 from offmoe.decode.compiled import DecodeCompiler
 from offmoe.decode.compiled_step import CompiledStep
@@ -37,6 +37,7 @@ from offmoe.models.static_cache import StaticKv
 from offmoe.tiers.device import SimulatedDevice
 
 NUM_NEW = 32
+interruptible = pytest.mark.skipif(not compile_thread.MAY_RAISE, reason="torch before 2.13 is not interrupted")
 
 
 def as_captured(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -432,6 +433,7 @@ def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
 
 
+@interruptible
 def test_closing_ends_a_compilation_and_keeps_nothing(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_background(monkeypatch)
     with leaves_nothing():
@@ -482,6 +484,7 @@ print(thread.is_alive())
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", ""), done
 
 
+@interruptible
 @pytest.mark.parametrize("asked", ["never", "inside", "at the end"])
 def test_the_interpreter_looks_for_no_interruption_any_more(asked: str) -> None:
     """Python 3.11 ends no call under `sys.settrace` while it does: this would not end."""
@@ -543,3 +546,21 @@ def test_compiled_steps_wait_where_torch_cannot_run_them_beside_a_compilation(
             other.join()
         assert ids_of(engine) == expected
         assert calls
+
+
+def test_where_torch_lets_no_exception_through_a_compilation_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 aborted the process."""
+    monkeypatch.setattr(compile_thread, "MAY_RAISE", False)
+    let_go, ended = threading.Event(), []
+
+    def work() -> None:
+        with compile_thread.interruptible():
+            while not let_go.wait(0.01):
+                pass
+            ended.append(True)
+
+    thread = CompileThread(work)
+    thread.start()
+    assert not thread.interrupt(patience_s=0.1)
+    let_go.set()
+    assert thread.interrupt() and ended == [True]

@@ -8,6 +8,10 @@ interrupted as Ctrl-C interrupts it: by an exception that is raised in its threa
 An exception that was sent must be raised: until then the interpreter looks for it at every call, in all threads, and
 Python 3.11 then calls no function ever again under `sys.settrace` or `sys.setprofile`. Taking it back (by sending none)
 leaves the interpreter looking for good.
+
+With torch 2.11 an exception that was raised in Dynamo so ended in a part of torch's C++ code that lets none through,
+and aborted the process (once of once; benchmarks/2026-11-30-versions.md). Before 2.13, where it was not seen, a thread
+is waited for and not interrupted.
 """
 
 from __future__ import annotations
@@ -20,8 +24,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 # Between two interruptions of one thread. Dynamo's calls into C++ take less; torch's own clean-up may swallow one.
 _ASK_EVERY_S = 0.5
+# Whether torch lets exceptions through that are raised in its compiler from outside.
+MAY_RAISE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 # How long `close` waits. Inductor's own compilers (g++, Triton) run for minutes and cannot be interrupted.
 PATIENCE_S = 10.0
 
@@ -74,11 +82,11 @@ class CompileThread(threading.Thread):
                 self._is_open = False
 
     def interrupt(self, patience_s: float = PATIENCE_S) -> bool:
-        """Ask the thread to end, and wait for it. Returns whether it has ended within the time."""
+        """Ask the thread to end, where torch can bear it, and wait. Returns whether it has ended within the time."""
         waited_s = 0.0
         while self.is_alive() and waited_s < patience_s:
             with self._gate:
-                if self._is_open:
+                if self._is_open and MAY_RAISE:
                     self._was_asked = True
                     _raise_in(self, Interrupted)
             self.join(_ASK_EVERY_S)
