@@ -164,7 +164,7 @@ def test_other_weights_are_seen(kernels: CpuKernels) -> None:
 def test_depthwise_convolutions_in_16_bits_are_computed_in_float32(
     kernels: CpuKernels, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Called as a module: the very rounding of torch. Through its weight, as transformers' mixers do it: float32."""
+    """The rounding of torch, called as a module or through its weight, as transformers' mixers do it."""
     monkeypatch.setattr("offmoe.models.native.float32_is_faster", lambda asked: asked == dtype)
     model = nn.Sequential(
         nn.Conv1d(24, 24, 4, groups=24, padding=3), nn.Conv1d(24, 24, 4, groups=12), nn.Conv1d(24, 24, 4, groups=24)
@@ -176,8 +176,10 @@ def test_depthwise_convolutions_in_16_bits_are_computed_in_float32(
     assert native.counts["convolutions"] == 1 and list(model)[1:] == originals[1:]
     x = torch.randn(1, 24, 40).to(dtype)
     assert torch.equal(model[0](x), originals[0](x))
-    mixed = nn.functional.conv1d(x.float(), model[0].weight, model[0].bias, padding=3, groups=24)
-    assert mixed.dtype == torch.float32 and torch.equal(mixed.to(dtype), originals[0](x))
+    weight, bias = model[0].weight.squeeze(1), model[0].bias
+    mixed = nn.functional.conv1d(x.to(weight.dtype), weight=weight.unsqueeze(1), bias=bias, padding=3, groups=24)
+    assert type(mixed) is torch.Tensor and mixed.dtype == dtype and torch.equal(mixed, originals[0](x))
+    assert weight.data_ptr() == originals[0].weight.data_ptr()
     state = model.state_dict()
     assert all(state[name].dtype == tensor.dtype and torch.equal(state[name], tensor) for name, tensor in kept.items())
     native.remove()

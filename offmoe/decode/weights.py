@@ -146,8 +146,8 @@ class WeightReader:
             num_keys=inner.num_k_heads, num_values=inner.num_v_heads, key_width=inner.head_k_dim,
             value_width=inner.head_v_dim, taps=inner.conv_kernel_size, dtype=self._dtype,
         )  # fmt: skip
-        (conv, bias), norm = _kernel_and_bias(inner.conv1d), inner.norm
-        if bias is not None or conv.dtype != self._dtype or inner.activation not in ("silu", "swish"):
+        conv, norm = inner.conv1d.weight.detach(), inner.norm
+        if inner.conv1d.bias is not None or conv.dtype != self._dtype or inner.activation not in ("silu", "swish"):
             raise NoSpecError("a delta net's convolution is of another kind")
         return CpuDelta(
             shape, conv.view(shape.channels, shape.taps), norm.weight.detach(), inner.A_log.detach(),
@@ -156,14 +156,15 @@ class WeightReader:
 
     def short_conv(self, inner: Any, attention: ShortConv) -> CpuShortConv:
         """A short convolution between its projections. Raises NoSpecError."""
-        weight, bias = _kernel_and_bias(part_of(inner, attention.conv))
+        conv = part_of(inner, attention.conv)
+        weight, bias = conv.weight.detach(), conv.bias
         if weight.dtype != self._dtype or weight.shape[1] != 1 or weight.shape[2] > MOST_TAPS:
             raise NoSpecError("a short convolution is of another kind")
-        return CpuShortConv(weight.flatten(1).contiguous(), None if bias is None else bias.contiguous())
+        return CpuShortConv(weight.flatten(1).contiguous(), None if bias is None else bias.detach().contiguous())
 
     def mamba(self, inner: Any) -> CpuMamba:
         """A Mamba-2 mixer between its projections. Raises NoSpecError."""
-        (conv, bias), norm = _kernel_and_bias(inner.conv1d), inner.norm
+        conv, norm = inner.conv1d.weight.detach(), inner.norm
         shape = MambaShape(
             num_heads=inner.num_heads, num_groups=inner.n_groups, width=inner.head_dim, size=inner.ssm_state_size,
             taps=inner.conv_kernel_size, dtype=self._dtype,
@@ -171,6 +172,7 @@ class WeightReader:
         types = {part.dtype for part in (conv, norm.weight, inner.D)}
         if types != {self._dtype} or shape.taps > MOST_MAMBA_TAPS or inner.activation not in ("silu", "swish"):
             raise NoSpecError("a Mamba mixer is of another kind")
+        bias = None if inner.conv1d.bias is None else inner.conv1d.bias.detach()
         return CpuMamba(
             shape, conv.flatten(1).contiguous(), bias, norm.weight.detach(), inner.A_log.detach(),
             inner.dt_bias.detach(), inner.D.detach(), eps=norm.variance_epsilon,
@@ -222,9 +224,3 @@ def _top_k(block: nn.Module, router: Router) -> int:
     if isinstance(found := getattr(block, "top_k", None), int):
         return found
     raise NoSpecError(f"{type(block).__name__} does not say how many experts a token has")
-
-
-def _kernel_and_bias(conv: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A convolution's parameters as they are kept: its attributes may give copies in another type."""
-    kept = {name: parameter.detach() for name, parameter in conv.named_parameters(recurse=False)}
-    return kept["weight"], kept.get("bias")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copyreg
 import inspect
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,12 +109,25 @@ class NativeNorm(NativeModule):
         return self._kernel(x)
 
 
+class Float32Kernel(torch.Tensor):
+    """A convolution's weights in 16 bits. Products with them are computed in float32, and rounded as torch does it."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is nn.functional.conv1d:
+                return _conv1d_in_float32(*args, **named)
+        return super().__torch_function__(func, types, args, named)
+
+
 class NativeConv(NativeModule, nn.Conv1d):
     """A depthwise convolution in 16 bits that is computed in float32.
 
-    transformers' mixers do not call it: they give its weight and bias to a function, which takes the weight's type for
-    the product and its activation and returns the input's. So both attributes give float32 copies. A program that
-    changes weights finds the parameters in `named_parameters` and the state dict, as ever.
+    transformers' mixers do not call it: they give its weight to a function of their own. So it is the weight that knows
+    how it is multiplied; it lies where the parameter lies.
     """
 
     def __init__(self, original: nn.Conv1d) -> None:
@@ -122,18 +136,10 @@ class NativeConv(NativeModule, nn.Conv1d):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The kernel of each channel, (C, 1, taps)."""
-        return _computed_with(self._parameters["weight"])
-
-    @property
-    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
-        """(C,), if there is one."""
-        bias = self._parameters["bias"]
-        return None if bias is None else _computed_with(bias)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # its name in nn.Conv1d
-        """Convolve like nn.Conv1d, (..., C, T) in the input's type: summed in float32 and rounded once either way."""
-        result: torch.Tensor = super().forward(input.to(self.weight.dtype))
-        return result.to(input.dtype)
+        parameter = self._parameters["weight"]
+        assert parameter is not None
+        own_code = torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled()
+        return parameter if own_code else parameter.as_subclass(Float32Kernel)  # type: ignore[no-any-return]
 
 
 class NativeModules:
@@ -252,11 +258,15 @@ def agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return bool(error.max() <= tolerance * largest and error.mean() <= tolerance / 10 * largest)
 
 
-def _computed_with(parameter: torch.Tensor | None) -> torch.Tensor:
-    """The parameter in float32, or as it is where the model's own code is to run."""
-    assert parameter is not None
-    own_code = torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled()
-    return parameter if own_code else parameter.float()
+def _conv1d_in_float32(
+    input: torch.Tensor,  # noqa: A002  # its name in torch
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *rest: Any,
+    **named: Any,
+) -> torch.Tensor:
+    wide = [None if part is None else part.as_subclass(torch.Tensor).float() for part in (weight, bias)]
+    return nn.functional.conv1d(input.float(), *wide, *rest, **named).to(weight.dtype)
 
 
 def _place(tensor: torch.Tensor | None) -> int:
