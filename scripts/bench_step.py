@@ -215,7 +215,7 @@ def resident_bytes(model: Any) -> int:
 
 
 def shares(token_bytes: int, found: dict[str, Any]) -> dict[str, Any]:
-    """How much of the machine's streaming read a token reached."""
+    """Shares of the machine's streaming read that a token reached: the median and the best."""
     share, best = (
         round(token_bytes / 1e6 / found[time] / found[read], 3)
         for time, read in (("token_ms", "read_gb_s"), ("best_ms", "best_read_gb_s"))

@@ -37,7 +37,7 @@ class Platform:
 
     target: str
     tag: str
-    library: str
+    file_name: str
     system_libraries: str  # a pattern
 
     @property
@@ -114,7 +114,7 @@ def build_library(name: str, folder: Path) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         objects = list(threads.map(compile_one, kernels_build.compile_order(stems)))
-    library = folder / platform.library
+    library = folder / platform.file_name
     more = ["-Wl,-install_name,@rpath/_kernels.dylib"] if "macos" in platform.target else []
     _compile(platform, ["-shared", "-s", *more, *objects, "-o", library])
     return library
@@ -162,7 +162,7 @@ def platform_wheel(plain: Path, platform: Platform, library: bytes, out: Path) -
     kept = [line for line in files[f"{info}/WHEEL"].decode().splitlines() if not line.startswith(("Root-Is", "Tag:"))]
     tags = [f"Tag: py3-none-{tag}" for tag in platform.tag.split(".")]
     files[f"{info}/WHEEL"] = "\n".join([*filter(None, kept), "Root-Is-Purelib: false", *tags, ""]).encode()
-    files[f"{LIBRARY_FOLDER}/{platform.library}"] = library
+    files[f"{LIBRARY_FOLDER}/{platform.file_name}"] = library
     record = [f"{entry},{_digest(data)},{len(data)}" for entry, data in files.items()]
     files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""]).encode()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as target:

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import in_background
 from engines import PROMPT, open_tiny, save_tiny
 from patience import PATIENCE_S
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import offmoe
-from offmoe.decode import compiled
 from offmoe.decode.compile_thread import MAY_RAISE
-from offmoe.decode.compiled import DecodeCompiler
 
 NUM_NEW = 32
 
@@ -41,13 +40,7 @@ class Tracing:
 @pytest.fixture
 def tracing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracing]:
     held = Tracing()
-    monkeypatch.setattr(compiled, "TOKENS_BEFORE", 0)
-    monkeypatch.setattr(
-        compiled, "DecodeCompiler",
-        lambda model, length, **options: DecodeCompiler(
-            model, length, **{**options, "background": True, "lower": held}
-        ),
-    )  # fmt: skip
+    in_background(monkeypatch, held)
     yield held
     held.go_on.set()
 

@@ -6,7 +6,6 @@ it takes seconds where a C++ compiler takes half a minute.
 
 from __future__ import annotations
 
-import functools
 import gc
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import as_captured, in_background, lower_with
 from engines import PROMPT, assert_at_rest, leaves_nothing, open_tiny, save_tiny
 from families import build
 from patience import PATIENCE_S
@@ -38,14 +38,6 @@ from offmoe.tiers.device import SimulatedDevice
 
 NUM_NEW = 32
 interruptible = pytest.mark.skipif(not compile_thread.MAY_RAISE, reason="torch before 2.13 is not interrupted")
-
-
-def as_captured(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-    return graph.forward
-
-
-def lower_with(monkeypatch: pytest.MonkeyPatch, lower: Callable[..., Any]) -> None:
-    monkeypatch.setattr(compiled, "DecodeCompiler", functools.partial(DecodeCompiler, lower=lower))
 
 
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -420,17 +412,6 @@ def test_static_and_eager_steps_share_one_memory(sliding: tuple[Any, Any, Static
         assert float((logits - whole[position]).abs().max() / whole[position].abs().max()) < 1e-5
     pointers = {buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers}
     assert {layer.keys.data_ptr() for layer in static.cache.layers} <= pointers
-
-
-def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`compile="on"` compiles as "auto" does on a GPU, by Dynamo itself, from the first token on."""
-    monkeypatch.setattr(compiled, "TOKENS_BEFORE", 0)
-    monkeypatch.setattr(
-        compiled, "DecodeCompiler",
-        lambda model, length, **options: DecodeCompiler(
-            model, length, **{**options, "background": True, "lower": as_captured}
-        ),
-    )  # fmt: skip
 
 
 @interruptible

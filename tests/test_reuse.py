@@ -5,19 +5,17 @@ Work is counted in rows that experts were given: tokens times top-k, in every la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from compiling import as_captured, lower_with
 from engines import PROMPT, open_tiny, save_tiny
 from families import build
 
 import offmoe
 from offmoe.base.errors import DiskReadError
-from offmoe.decode import compiled
-from offmoe.decode.compiled import DecodeCompiler
 from offmoe.models.kv_prefix import longest_with_same_angles
 from offmoe.models.transformers_internals import experts_modules
 
@@ -151,12 +149,7 @@ def test_a_window_goes_back_as_far_as_it_holds(tmp_path: Path) -> None:
 
 
 def test_compiled_steps_leave_a_cache_that_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def as_captured(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        return graph.forward
-
-    monkeypatch.setattr(
-        compiled, "DecodeCompiler", lambda *args, **named: DecodeCompiler(*args, **named, lower=as_captured)
-    )
+    lower_with(monkeypatch, as_captured)
     with open_tiny(folder, compile="on") as engine, open_tiny(folder) as other:
         ids = list(PROMPT)
         for turn in range(3):

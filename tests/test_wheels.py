@@ -35,7 +35,7 @@ def test_a_platform_wheel_has_the_library_its_tags_and_a_record_of_both(plain: P
     made = wheels.platform_wheel(plain, platform, b"a library", tmp_path)
     assert made.name == f"offmoe-1.2-py3-none-{platform.tag}.whl"
     with zipfile.ZipFile(made) as read:
-        library = f"offmoe/kernels/cpu/{platform.library}"
+        library = f"offmoe/kernels/cpu/{platform.file_name}"
         assert read.read(library) == b"a library"
         lines = read.read("offmoe-1.2.dist-info/WHEEL").decode().splitlines()
         assert lines == [
@@ -53,10 +53,10 @@ def test_the_loader_finds_a_wheels_library(tmp_path: Path, monkeypatch: pytest.M
     for platform in wheels.PLATFORMS.values():
         folder = tmp_path / platform.tag
         folder.mkdir()
-        (folder / platform.library).write_bytes(b"no library")
+        (folder / platform.file_name).write_bytes(b"no library")
         monkeypatch.setattr(loader, "__file__", str(folder / "loader.py"))
         kernels, note = loader.load_cpu_kernels("auto", threads=1)
-        assert kernels is None and platform.library in note and "not built" not in note
+        assert kernels is None and platform.file_name in note and "not built" not in note
 
 
 def test_functions_looked_for_are_those_that_python_calls() -> None:

@@ -96,7 +96,7 @@ class CudaMoment(CudaMark):
 
 
 def as_device_error(error: RuntimeError, device: torch.device, doing: str) -> DeviceError:
-    """What to tell the user of a CUDA call that failed while `doing` something."""
+    """Message for the user of a CUDA call that failed while `doing` something."""
     return DeviceError(
         f"{device} failed while {doing} ({one_sentence(error)}); start again, and look at nvidia-smi and the system "
         "log if it comes back"

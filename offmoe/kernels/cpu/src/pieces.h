@@ -8,11 +8,6 @@ namespace {
 typedef uint8_t U8x32 __attribute__((vector_size(32)));
 typedef int8_t I8x32 __attribute__((vector_size(32)));
 typedef float F32x4 __attribute__((vector_size(16)));
-typedef float F32x8 __attribute__((vector_size(32)));
-typedef int32_t I32x8 __attribute__((vector_size(32)));
-typedef uint32_t U32x8 __attribute__((vector_size(32)));
-typedef uint16_t U16x8 __attribute__((vector_size(16)));
-typedef uint8_t U8x8 __attribute__((vector_size(8)));
 typedef int8_t I8x8 __attribute__((vector_size(8)));
 
 constexpr int64_t kPiece = 32;

@@ -12,12 +12,6 @@
 namespace offmoe {
 namespace {
 
-typedef float F32x8 __attribute__((vector_size(32)));
-typedef int32_t I32x8 __attribute__((vector_size(32)));
-typedef uint32_t U32x8 __attribute__((vector_size(32)));
-typedef uint16_t U16x8 __attribute__((vector_size(16)));
-typedef uint8_t U8x8 __attribute__((vector_size(8)));
-
 constexpr int64_t kGroups = 8;
 
 OFFMOE_INLINE F32x8 read_eight(int32_t type, const uint8_t* from) {
