@@ -90,7 +90,18 @@ def main() -> int:
 def plain_wheel(folder: Path) -> Path:
     """The package without the library, and without what an older build left."""
     shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        ROOT,
+    ]
     subprocess.run(command, check=True, env={**os.environ, "OFFMOE_BUILD_KERNELS": "0"})
     return next(folder.glob("*-py3-none-any.whl"))
 

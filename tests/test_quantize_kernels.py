@@ -11,7 +11,7 @@ import torch
 from cpu_cases import LEVELS, open_kernels
 
 from offmoe.base.errors import CheckpointError
-from offmoe.checkpoint.ahead import Ahead
+from offmoe.checkpoint.background import BackgroundIterator
 from offmoe.formats import encode as reference
 from offmoe.kernels.cpu import CpuKernels
 from offmoe.kernels.cpu.quantise import encode
@@ -90,7 +90,7 @@ def test_items_ahead_come_in_order_and_errors_where_they_were() -> None:
         raise CheckpointError("torn")
 
     taken = []
-    with pytest.raises(CheckpointError, match="torn"), closing(Ahead(items(), 3)) as ahead:
+    with pytest.raises(CheckpointError, match="torn"), closing(BackgroundIterator(items(), 3)) as ahead:
         taken.extend(ahead)
     assert taken == list(range(20)) and list(ahead) == []
 
@@ -107,6 +107,6 @@ def test_nothing_runs_after_a_consumer_has_left() -> None:
         finally:
             closed.set()
 
-    with closing(Ahead(items(), 2)) as ahead:
+    with closing(BackgroundIterator(items(), 2)) as ahead:
         assert next(ahead) == 0
     assert closed.is_set() and len(made) <= 5  # one taken, two waiting, one being handed over, one being made

@@ -120,7 +120,7 @@ class Float32Kernel(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is nn.functional.conv1d:
                 return _conv1d_in_float32(*args, **named)
-        return super().__torch_function__(func, types, args, named)
+        return super().__torch_function__(func, types, args, named)  # type: ignore[no-untyped-call]
 
 
 class NativeConv(NativeModule, nn.Conv1d):
@@ -139,7 +139,7 @@ class NativeConv(NativeModule, nn.Conv1d):
         parameter = self._parameters["weight"]
         assert parameter is not None
         own_code = torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled()
-        return parameter if own_code else parameter.as_subclass(Float32Kernel)  # type: ignore[no-any-return]
+        return parameter if own_code else parameter.as_subclass(Float32Kernel)
 
 
 class NativeModules:
@@ -265,8 +265,9 @@ def _conv1d_in_float32(
     *rest: Any,
     **named: Any,
 ) -> torch.Tensor:
-    wide = [None if part is None else part.as_subclass(torch.Tensor).float() for part in (weight, bias)]
-    return nn.functional.conv1d(input.float(), *wide, *rest, **named).to(weight.dtype)
+    kernel = weight.as_subclass(torch.Tensor).float()
+    result = nn.functional.conv1d(input.float(), kernel, None if bias is None else bias.float(), *rest, **named)
+    return result.to(weight.dtype)
 
 
 def _place(tensor: torch.Tensor | None) -> int:

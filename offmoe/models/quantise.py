@@ -7,7 +7,7 @@ search for scales (in C++ on all cores where the kernels are there, else with Py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from offmoe.base.errors import UsageError
 from offmoe.base.machine import num_cores
-from offmoe.checkpoint.ahead import Ahead
+from offmoe.checkpoint.background import Stages
 from offmoe.checkpoint.copies import PIECE_BYTES, copied, small_files, source_identity
 from offmoe.checkpoint.gguf_file import is_gguf
 from offmoe.checkpoint.index import CheckpointIndex, read_config
@@ -202,20 +202,11 @@ def _shard_bytes(
     shapes = b"".join(size.to_bytes(8, "little") for matrix in shard.matrices for size in matrix.shape)
     if skip < len(shapes):
         yield shapes[skip:]
-    skip = max(0, skip - len(shapes))
-    items = list(shard.items)
-    while items and skip >= (size := _written_bytes(items[0])):
-        skip -= size
-        count(items.pop(0).num_bytes)
-    with (
-        closing(Ahead(_read(items, index), _READ_AHEAD)) as read,
-        closing(Ahead(_encoded(read, kernels), _ENCODED_AHEAD)) as encoded,
-    ):
-        for piece, num_bytes in encoded:
-            if skip < len(piece):
-                yield piece[skip:]
-            skip = max(0, skip - len(piece))
-            count(num_bytes)
+    stages = Stages(
+        written_bytes=_written_bytes, read=lambda items: _read(items, index),
+        encode=lambda pieces: _encoded(pieces, kernels), depths=(_READ_AHEAD, _ENCODED_AHEAD),
+    )  # fmt: skip
+    yield from stages.run(shard.items, max(0, skip - len(shapes)), count)
 
 
 def _written_bytes(item: Matrix | TensorEntry) -> int:
@@ -226,7 +217,7 @@ def _written_bytes(item: Matrix | TensorEntry) -> int:
 _Source = tuple[Matrix, torch.Tensor, bool] | memoryview
 
 
-def _read(items: list[Matrix | TensorEntry], index: CheckpointIndex) -> Iterator[_Source]:
+def _read(items: Sequence[Matrix | TensorEntry], index: CheckpointIndex) -> Iterator[_Source]:
     for item in items:
         if isinstance(item, TensorEntry):
             yield from copied(item, index)

@@ -7,7 +7,7 @@ What is not quantised is copied as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from offmoe.base.errors import CheckpointError, UnsupportedModelError
-from offmoe.checkpoint.ahead import Ahead
+from offmoe.checkpoint.background import Stages
 from offmoe.checkpoint.copies import copied, small_files, source_identity
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.json_file import read_json
@@ -218,25 +218,17 @@ def _bytes_of(
     shard: list[_Item], index: CheckpointIndex, count: Callable[[int], None], skip: int
 ) -> Generator[bytes | memoryview, None, None]:
     """The bytes of a shard's tensors from byte `skip`. Items before that are not read."""
-    items = list(shard)
-    while items and skip >= (size := sum(part.num_bytes for part in _written(items[0]))):
-        skip -= size
-        count(items.pop(0).num_bytes)
-    with (
-        closing(Ahead(_read(items, index), _READ_AHEAD)) as read,
-        closing(Ahead(_repacked(read), _REPACKED_AHEAD)) as repacked,
-    ):
-        for piece, num_bytes in repacked:
-            if skip < len(piece):
-                yield piece[skip:]
-            skip = max(0, skip - len(piece))
-            count(num_bytes)
+    stages: Stages[_Item] = Stages(
+        written_bytes=lambda item: sum(part.num_bytes for part in _written(item)),
+        read=lambda items: _read(items, index), encode=_repacked, depths=(_READ_AHEAD, _REPACKED_AHEAD),
+    )  # fmt: skip
+    return stages.run(shard, skip, count)
 
 
 _Source = tuple[_Matrix, dict[str, torch.Tensor]] | memoryview
 
 
-def _read(items: list[_Item], index: CheckpointIndex) -> Iterator[_Source]:
+def _read(items: Sequence[_Item], index: CheckpointIndex) -> Iterator[_Source]:
     for item in items:
         if isinstance(item, TensorEntry):
             yield from copied(item, index)

@@ -1,4 +1,4 @@
-"""Items of an iterator made ahead of their use, on a thread of their own: reading, computing and writing overlap.
+"""Iterators that run on threads of their own: reading, computing and writing overlap.
 
 Concurrency. The thread runs the iterator, and nobody else does; the consumer takes items from a queue of a fixed
 length, so at most `depth` items wait, one is being made and one is in use. Errors of the iterator are raised where its
@@ -10,17 +10,29 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
-from typing import Generic, TypeVar
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 from offmoe.base.errors import ResourceError
 
 T = TypeVar("T")
+
+
+class SourceItem(Protocol):
+    """A part of a checkpoint that is read, and of which something is written."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes to read."""
+
+
+Item = TypeVar("Item", bound=SourceItem)
 _LOOK_S = 0.1  # how often a thread with a full queue looks whether anybody still wants its items
 
 
-class Ahead(Iterator[T], Generic[T]):
+class BackgroundIterator(Iterator[T], Generic[T]):
     """The items of `source`, in order. The thread is begun at once."""
 
     def __init__(self, source: Iterator[T], depth: int) -> None:
@@ -28,7 +40,7 @@ class Ahead(Iterator[T], Generic[T]):
         self._source = source
         self._items: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)
         self._is_closed = False
-        self._thread = threading.Thread(target=self._make, name="offmoe-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._make, name="offmoe-background", daemon=True)
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -74,3 +86,37 @@ class Ahead(Iterator[T], Generic[T]):
                 self._items.put(item, timeout=_LOOK_S)
                 return True
         return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages(Generic[Item]):
+    """Steps from the items of a checkpoint to the bytes of another one.
+
+    `written_bytes` of an item; `read`: the items' contents, in pieces; `encode`: pieces of the result, each with the
+    bytes of the source that it stands for. At most `depths` pieces wait behind `read` and behind `encode`.
+    """
+
+    written_bytes: Callable[[Item], int]
+    read: Callable[[Sequence[Item]], Iterator[Any]]
+    encode: Callable[[Iterator[Any]], Iterator[tuple[bytes | memoryview, int]]]
+    depths: tuple[int, int]
+
+    def run(
+        self, items: Sequence[Item], skip: int, count: Callable[[int], None]
+    ) -> Generator[bytes | memoryview, None, None]:
+        """The result from byte `skip` on; items that end before it are not read. `count` is told of bytes of the source
+        that are done. Reading and encoding each have a thread, which ends with the generator.
+        """
+        left = list(items)
+        while left and skip >= (size := self.written_bytes(left[0])):
+            skip -= size
+            count(left.pop(0).num_bytes)
+        with (
+            closing(BackgroundIterator(self.read(left), self.depths[0])) as contents,
+            closing(BackgroundIterator(self.encode(contents), self.depths[1])) as encoded,
+        ):
+            for piece, num_bytes in encoded:
+                if skip < len(piece):
+                    yield piece[skip:]
+                skip = max(0, skip - len(piece))
+                count(num_bytes)
