@@ -13,9 +13,8 @@ import inspect
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from offmoe.decode.attends import Angles
 from offmoe.decode.layers import FusedLayer, LayerWriter
-from offmoe.decode.spec import DecoderSpec, Heads, Latents, part_of
+from offmoe.decode.spec import AngleForm, DecoderSpec, part_of
 from offmoe.decode.steps import Steps
 from offmoe.executor.recovering import JoinedExperts, RecoveringExecutor
 from offmoe.kernels.cpu.kernels import CpuKernels
@@ -74,7 +73,7 @@ class FusedStep:
             program.numbers("cap", self._logits_1V, None, self._logits_1V, scale=spec.logits_cap)
         program.finish()
         self._embedding = spec.embedding
-        self._form = _angle_form(spec)
+        self._form = spec.angle_form
         self._own_angles: dict[Kind, Angles] = {}
         self._moves = [layer.move for layer in self.layers if layer.move is not None]
         self._layer_at = {layer.moe.step: layer for layer in self.layers if layer.moe is not None}
@@ -231,10 +230,10 @@ def _angle_tables(decoder: Any, spec: DecoderSpec, num_layers: int) -> tuple[lis
     """Each layer's kind of angles, and the table of each kind."""
     if spec.rotary is None:
         return [("", "")] * num_layers, {}
-    names = [spec.rotary] * num_layers if isinstance(spec.rotary, str) else list(spec.rotary)
     tables: dict[Kind, AngleTable] = {}
     kinds: list[Kind] = []
-    for layer_idx, name in enumerate(names):
+    for layer_idx in range(num_layers):
+        name = spec.rotary_of(layer_idx) or ""
         rotary = part_of(decoder, name)
         parameters = set(inspect.signature(rotary.forward).parameters)
         layer_type = decoder.config.layer_types[layer_idx] if "layer_type" in parameters else ""
@@ -244,16 +243,8 @@ def _angle_tables(decoder: Any, spec: DecoderSpec, num_layers: int) -> tuple[lis
     return kinds, tables
 
 
-def _angle_form(spec: DecoderSpec) -> Literal["own", "half", "every_second"]:
-    """Numbers of the model's table of angles that the kernels are given; all but "own" in float32."""
-    if isinstance(spec.attention, Latents):
-        return "half"
-    layers = spec.attention if isinstance(spec.attention, Sequence) else [spec.attention]
-    return "every_second" if any(isinstance(one, Heads) and one.rotary == "pairs" for one in layers) else "own"
-
-
-def _as_pair(angles: Any, form: Literal["own", "half", "every_second"]) -> Angles:
-    """Cosines and sines as the kernels read them: of complex numbers, or in the `form` of `_angle_form`."""
+def _as_pair(angles: Any, form: AngleForm) -> Angles:
+    """Cosines and sines as the kernels read them: of complex numbers, or in the form that the spec says."""
     if isinstance(angles, torch.Tensor):
         pairs = torch.view_as_real(angles).flatten(end_dim=-2).float()
         return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()

@@ -23,6 +23,9 @@ class NoSpecError(Exception):
     """A model, or one of its layers, that the fused step cannot compute; the message says why."""
 
 
+AngleForm = Literal["own", "half", "every_second"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Heads:
     """Attention of query heads that share key and value heads in groups.
@@ -202,6 +205,18 @@ class DecoderSpec:
     def attention_of(self, layer_idx: int) -> Attention | None:
         """That of one layer."""
         return self.attention[layer_idx] if isinstance(self.attention, Sequence) else self.attention
+
+    def rotary_of(self, layer_idx: int) -> str | None:
+        """Name of one layer's rotary module within the decoder."""
+        return self.rotary if self.rotary is None or isinstance(self.rotary, str) else self.rotary[layer_idx]
+
+    @property
+    def angle_form(self) -> AngleForm:
+        """Numbers of the model's table of angles that the kernels are given; all but "own" in float32."""
+        if isinstance(self.attention, Latents):
+            return "half"
+        layers = self.attention if isinstance(self.attention, Sequence) else [self.attention]
+        return "every_second" if any(isinstance(one, Heads) and one.rotary == "pairs" for one in layers) else "own"
 
 
 def part_of(module: nn.Module, name: str) -> Any:
