@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -42,10 +45,31 @@ def test_few_rows_and_other_types_are_torchs_own(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(multiply(x, weight), torch.nn.functional.linear(x, weight))
 
 
-def test_the_way_is_measured_once() -> None:
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
     products.float32_is_faster.cache_clear()
-    assert products.float32_is_faster(torch.bfloat16) in {True, False}
+    yield
+    products.float32_is_faster.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_without_kernels_of_its_type_float32_is_faster_and_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A neighbour on the cores turned the measurement round: two processes then multiplied in different ways."""
+    monkeypatch.setattr(products, "_HAS_KERNELS", {torch.bfloat16: lambda: False})
+    monkeypatch.setattr(products, "_in_blocks", lambda *args: pytest.fail("measured"))
+    assert products.float32_is_faster(torch.bfloat16) is True
     assert products.float32_is_faster(torch.float32) is False
-    assert products.float32_is_faster.cache_info().misses == 2
-    products.float32_is_faster(torch.bfloat16)
-    assert products.float32_is_faster.cache_info().misses == 2
+
+
+@pytest.mark.parametrize(("own_s", "is_faster"), [(1.4, False), (1.6, True)])
+@pytest.mark.usefixtures("asked_anew")
+def test_with_kernels_of_its_type_it_is_measured_once(
+    own_s: float, is_faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_HAS_KERNELS", {torch.bfloat16: lambda: True})
+    seconds = [own_s, 1.0] * products._TRIES  # torch's own way, then float32
+    clock = itertools.accumulate(part for took in seconds for part in (0.0, took))
+    monkeypatch.setattr(products.time, "perf_counter", lambda: next(clock))
+    assert products.float32_is_faster(torch.bfloat16) is is_faster
+    assert products.float32_is_faster(torch.bfloat16) is is_faster
+    assert list(clock) == []

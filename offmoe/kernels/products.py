@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -26,6 +27,11 @@ LEAST_ROWS = 16
 _TRIED_ROWS, _TRIED_WIDTH, _TRIES = 64, 1024, 3
 # Three times faster with AVX2, and slower with bfloat16's own instructions: a machine decides alike in every process.
 _CLEARLY = 1.5
+# Whether oneDNN has kernels for a type on this processor.
+_HAS_KERNELS: dict[torch.dtype, Callable[[], bool]] = {
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+}
 
 
 def multiply(x: torch.Tensor, weight_MK: torch.Tensor, bias_M: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,9 +58,16 @@ def most_rows(dtype: torch.dtype, *, in_tiles: bool) -> int:
 
 @cache
 def float32_is_faster(dtype: torch.dtype) -> bool:
-    """Whether products of this type are clearly faster in float32 here: measured once, in a tenth of a second."""
-    if dtype not in (torch.bfloat16, torch.float16):
+    """Whether products of this type are clearly faster in float32 here.
+
+    They are where oneDNN, which multiplies for torch, has no kernels for the type. Elsewhere it is measured once, in a
+    tenth of a second: a busy neighbour can turn that round (with AVX2 in five starts of nine), so what is known is not
+    measured.
+    """
+    if dtype not in _HAS_KERNELS:
         return False
+    if torch.backends.mkldnn.is_available() and not _HAS_KERNELS[dtype]():
+        return True
     x_NK = torch.ones(_TRIED_ROWS, _TRIED_WIDTH, dtype=dtype)
     weight_MK = torch.ones(_TRIED_WIDTH, _TRIED_WIDTH, dtype=dtype)
     times = {"own": list[float](), "float32": list[float]()}
