@@ -74,7 +74,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def compile_with(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[tuple[int, int]]]:
     """The trial of a layer whose kernels `compiler` has compiled, and the progress that was told."""
-    from offmoe.kernels.triton_check import Trial, compile_together
+    from offmoe.kernels.triton_check import LaunchCheck, compile_together
     from offmoe.kernels.triton_launch import LayerKernels
 
     monkeypatch.setattr(triton.compiler, "compile", compiler)
@@ -84,7 +84,7 @@ def compile_with(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> tuple[A
     slots = (case.slab, case.slot_bytes)
     activation = Activation(kind="silu", gated=True)
     kernels = LayerKernels(case.layer, layout_of(case.layer), case.math, activation, *slots, Tiling())
-    trial = Trial(kernels, case.layer, case.math, *slots)
+    trial = LaunchCheck(kernels, case.layer, case.math, *slots)
     told: list[tuple[int, int]] = []
     compile_together([trial], lambda done, total: told.append((done, total)))
     return trial, told

@@ -36,7 +36,7 @@ _CHECK_SEED = 11
 _FAILURES = (TritonError, RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError)
 
 
-class Trial:
+class LaunchCheck:
     """A layer's kernels with inputs for each of them.
 
     `calls` are all launches that an engine makes, so that its first token compiles nothing.
@@ -112,8 +112,8 @@ class Trial:
         self._weights_1K = torch.rand(self._weights_1K.shape, **options).to(self.dtype)
 
 
-def compile_together(trials: Sequence[Trial], progress: Callable[[int, int], None]) -> None:
-    """Compile the kernels of `trials`, MOST_COMPILERS at a time; nothing runs on the device.
+def compile_together(checks: Sequence[LaunchCheck], progress: Callable[[int, int], None]) -> None:
+    """Compile the kernels of `checks`, MOST_COMPILERS at a time; nothing runs on the device.
 
     What is refused is told by `failure_of`, which asks again. `progress(done, total)` counts kernels. Triton's passes
     run without the interpreter's lock; its front end, in Python, does not.
@@ -122,8 +122,8 @@ def compile_together(trials: Sequence[Trial], progress: Callable[[int, int], Non
     with ThreadPoolExecutor(num_threads, "offmoe-triton") as threads:
         noting = _Noting(threads)
         with AsyncCompileMode(noting, ignore_errors=True):
-            for trial in trials:
-                for call in trial.calls(trial.kernels.compiling()).values():
+            for check in checks:
+                for call in check.calls(check.kernels.compiling()).values():
                     with suppress(*_FAILURES):
                         call()
             for done, _ in enumerate(as_completed(noting.futures), 1):
@@ -143,13 +143,13 @@ class _Noting(Executor):
         return self.futures[-1]
 
 
-def failure_of(trial: Trial) -> str | None:
+def failure_of(check: LaunchCheck) -> str | None:
     """Every kernel of the layer on random weights, against torch: what went wrong, None if nothing."""
     name = "the inputs of its check"
     errors: list[torch.Tensor] = []
     try:
-        for name, wanted in trial.expected().items():
-            got = trial.calls(trial.kernels)[name]()
+        for name, wanted in check.expected().items():
+            got = check.calls(check.kernels)[name]()
             # Relative to the largest output; nan where a kernel gave one.
             errors.append(((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).float())
         worst = float(torch.stack(errors).max())
@@ -158,7 +158,7 @@ def failure_of(trial: Trial) -> str | None:
     except _FAILURES as error:
         said = str(error).strip()
         return f"triton failed on {name}: {said.splitlines()[0] if said else type(error).__name__}"
-    tolerance = TOLERANCES[trial.dtype]
+    tolerance = TOLERANCES[check.dtype]
     return None if worst <= tolerance else f"triton differs from torch by {worst:.2g}, allowed are {tolerance}"
 
 

@@ -17,7 +17,7 @@ from offmoe.kernels.codes import obstacle
 from offmoe.kernels.geometry import Tiling, make_tiles, row_by_row, tile_rows
 from offmoe.kernels.reference import ExpertMath, combine_rows
 from offmoe.kernels.slot_kernels import TorchSlotKernels, look_up
-from offmoe.kernels.triton_check import TOLERANCES, Trial, compile_together, current, failure_of
+from offmoe.kernels.triton_check import TOLERANCES, LaunchCheck, compile_together, current, failure_of
 from offmoe.kernels.triton_launch import LayerKernels
 
 # The oldest that Triton's README names. Turing (7.5) has neither conversions nor products of bfloat16 (PTX ISA: cvt and
@@ -149,7 +149,7 @@ def make_triton_kernels(
 ) -> TritonSlotKernels:  # fmt: skip
     """Kernels for every layer that Triton can compute. Layers that are alike are compiled and tried once."""
     tiling, kernels = tiling_of(slab.device), list[LayerKernels | None]()
-    trials: dict[object, Trial] = {}
+    checks: dict[object, LaunchCheck] = {}
     kind_of: dict[int, object] = {}
     capability = torch.cuda.get_device_capability(slab.device) if slab.device.type == "cuda" else None
     for layer_idx, (layer, math) in enumerate(zip(layers, maths, strict=True)):
@@ -160,16 +160,16 @@ def make_triton_kernels(
             made = LayerKernels(layer, layout_of(layer), math, activation, slab, slot_bytes, tiling)
             kind: object = (made.geometry(), layer.num_experts, layer.top_k)
             kind_of[layer_idx] = kind
-            if kind not in trials:
-                trials[kind] = Trial(made, layer, math, slab, slot_bytes)
+            if kind not in checks:
+                checks[kind] = LaunchCheck(made, layer, math, slab, slot_bytes)
             if not tiling.has_tiles:
                 reason = _NO_TILES
         kernels.append(made)
         if reason is not None:
             fallback.reasons[layer_idx] = reason
     with current(slab.device):
-        compile_together(list(trials.values()), progress)
-        failures = {kind: failure_of(trial) for kind, trial in trials.items()}
+        compile_together(list(checks.values()), progress)
+        failures = {kind: failure_of(check) for kind, check in checks.items()}
     for layer_idx, kind in kind_of.items():
         if (failure := failures[kind]) is not None:
             kernels[layer_idx], fallback.reasons[layer_idx] = None, failure
