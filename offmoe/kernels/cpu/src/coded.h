@@ -13,7 +13,9 @@
 //   Weights of_table<KIND>(nibbles)       what 32 nibbles mean (twice e2m1), with kTables; others come by way of `widen`
 //   Vec dot(weights, x)                   sums of their products, in lanes
 //   Vec dot_halves(weights, x, a, b)      the same, the first 16 columns times a, the others times b
-//   Vec splat(number), float total(sums)  the lanes in one fixed order
+//   Vec add_scaled(sums, dots, scale)     sums + dots * scale, with one rounding where the processor has it: said, not left to
+//                                         the compiler, as sums by other kernels must have the same bits
+//   float total(sums)                     the lanes in one fixed order
 //   int64_t place(kind, at)               which of the 32 the at-th float of x is multiplied with
 //   kSums, kMostRows                      what registers are enough for: sums of a row, rows at once
 #pragma once
@@ -146,7 +148,10 @@ struct RowSums {
 
     OFFMOE_INLINE void add(const typename Unit::Weights& w, int64_t piece, int64_t turn, float scale) {
         OFFMOE_UNROLL
-        for (int t = 0; t < T; ++t) sums[turn % kSums][t] += Unit::dot(w, xs[t] + piece * kPiece) * Unit::splat(scale);
+        for (int t = 0; t < T; ++t) {
+            typename Unit::Vec& sum = sums[turn % kSums][t];
+            sum = Unit::add_scaled(sum, Unit::dot(w, xs[t] + piece * kPiece), scale);
+        }
     }
 
     OFFMOE_INLINE void add(const typename Unit::Weights& w, int64_t piece, int64_t turn) {

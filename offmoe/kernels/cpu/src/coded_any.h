@@ -76,14 +76,12 @@ struct AnyVectors {
         return load<I8x32>(numbers);
     }
 
-    static OFFMOE_INLINE F32x16 splat(float number) { return offmoe::splat(number); }
+    static OFFMOE_INLINE F32x16 add_scaled(F32x16 sums, F32x16 dots, float scale) { return sums + dots * splat(scale); }
     static OFFMOE_INLINE float total(F32x16 sums) { return sum(sums); }
 
     static int64_t place(int32_t kind, int64_t at) { return is_dense(kind) ? at : at % 8 * 4 + at / 8; }
 
 private:
-    template <class V = F32x8>
-    static OFFMOE_INLINE V splat(float number) { return offmoe::splat<V>(number); }
     static OFFMOE_INLINE F32x16 pair(F32x8 first, F32x8 second) { return bits<F32x16>(Two<F32x8>{first, second}); }
 };
 

@@ -120,7 +120,9 @@ struct Avx2Vectors {
         return bits<I8x32>(_mm256_shuffle_epi8(twice(reinterpret_cast<const uint8_t*>(kIq4)), bits<__m256i>(nibble)));
     }
 
-    static OFFMOE_INLINE Vec splat(float number) { return _mm256_set1_ps(number); }
+    static OFFMOE_INLINE Vec add_scaled(Vec sums, Vec dots, float scale) {
+        return _mm256_fmadd_ps(dots, _mm256_set1_ps(scale), sums);
+    }
 
     static OFFMOE_INLINE float total(Vec sums) {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));

@@ -49,7 +49,9 @@ struct Avx512Vectors {
     static OFFMOE_INLINE U8x32 nibbles(const uint8_t* codes) { return Avx2Vectors::nibbles(codes); }
     static OFFMOE_INLINE I8x32 e2m1_twice(U8x32 nibble) { return Avx2Vectors::e2m1_twice(nibble); }
     static OFFMOE_INLINE I8x32 iq4(U8x32 nibble) { return Avx2Vectors::iq4(nibble); }
-    static OFFMOE_INLINE Vec splat(float number) { return _mm512_set1_ps(number); }
+    static OFFMOE_INLINE Vec add_scaled(Vec sums, Vec dots, float scale) {
+        return _mm512_fmadd_ps(dots, _mm512_set1_ps(scale), sums);
+    }
     static OFFMOE_INLINE float total(Vec sums) { return _mm512_reduce_add_ps(sums); }
 
     // Of e4m3, bytes 0 to 7 and 16 to 23 come first.
