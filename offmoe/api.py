@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ def load(
     """Load a model: a folder, a hub id, or None for the bundled demo model.
 
     Options (each may be "auto"): ram="16GiB" (what the process may grow by from here, libraries included),
-    vram="6GiB", context_length=4096, experts=N (slots, instead of what vram or ram leaves room for), prefill_chunk=N,
+    vram="6GiB", context_length=4096, expert_slots=N (instead of what vram or ram leaves room for), prefill_chunk=N,
     policy="lru", io="direct"|"buffered", device="cpu"|"cuda"|"cuda:N", miss="stream"|"cpu", prefetch="off"|1..3,
     compile="off"|"on", placement_invariant=False, trust_remote_code=False. What each does: offmoe.base.config.
     `progress(stage, done_bytes, total_bytes)`.
@@ -44,12 +45,16 @@ def load(
 
     Raises OffmoeError subclasses: see offmoe.base.errors.
     """
+    if (slots := options.pop("experts", None)) is not None:
+        line = "load(experts=...) is expert_slots= now; the next release drops the old name"
+        warnings.warn(line, DeprecationWarning, stacklevel=2)
+        options.setdefault("expert_slots", slots)
     config = make_config(**options)
     baseline_bytes = rss_bytes() if _baseline_bytes is None else _baseline_bytes
     folder = fetch_model(model, config, progress)
     from offmoe.planner.foresee import against_plan, foresee
 
-    foreseen = None if _device is not None else foresee(folder, options)
+    foreseen = None if _device is not None else foresee(folder, config)
     if foreseen is not None and tell is not None:
         tell(f"plan: {foreseen.line()}")
     from offmoe.generation.engine import Engine

@@ -100,10 +100,9 @@ def ratio(run: dict[str, Any]) -> float:
 def compare(model: str | None, share: float, args: argparse.Namespace, record: MachineRecord) -> dict[str, Any]:
     """One run, and what was predicted of it."""
     num_experts = read_facts(locate_model(model), direct=True).sizes.num_experts
-    options = {"experts": max(1, round(share * num_experts)), "context_length": args.context_length, "device": "cpu"}
-    plan = run_plan(
-        model, dict(options), machine=None, trace=None, prompt_tokens=min(args.prefill, args.context_length)
-    )
+    slots = max(1, round(share * num_experts))
+    options = {"expert_slots": slots, "context_length": args.context_length, "device": "cpu"}
+    plan = run_plan(model, make_config(**options), prompt_tokens=min(args.prefill, args.context_length))
     memory = plan.memory
     if memory is None or plan.prediction is None:
         raise SystemExit(f"error: {plan.line()}")
@@ -132,7 +131,7 @@ def compare(model: str | None, share: float, args: argparse.Namespace, record: M
     if in_run and plan.facts.expert_bytes >= LEAST_BYTES:
         by_run = predicted(DriveSpeed(direct_bytes_per_s=in_run, buffered_bytes_per_s=in_run))
     return {
-        "model": plan.facts.name, "slots": options["experts"], "experts": num_experts,
+        "model": plan.facts.name, "slots": options["expert_slots"], "experts": num_experts,
         "predicted_peak_bytes": memory.expected_bytes, "measured_peak_bytes": run["peak_rss_growth_bytes"],
         "hit_rate": hit_rate, "predicted_tok_per_s": predicted(drive), "predicted_with_run_tok_per_s": by_run,
         "measured_tok_per_s": run["decode_tok_per_s"], "published_tok_per_s": plan.prediction.decode_tok_per_s,

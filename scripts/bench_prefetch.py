@@ -37,13 +37,13 @@ def listed(facts: Mapping[str, object]) -> str:
 def run(args: argparse.Namespace, share: float) -> dict[str, Any]:
     """One cache size: speeds, ratios to the first setting, bytes and hits."""
     ids = json.loads((args.model / "ids.json").read_text())[: args.prefill + args.blocks * args.block + 1]
-    with offmoe.load(args.model, experts=64, prefetch="off") as probe:
+    with offmoe.load(args.model, expert_slots=64, prefetch="off") as probe:
         total, slot_bytes = probe.plan.num_experts, probe.plan.slot_bytes
     slots = round(share * total)
     with ExitStack() as opened:
         systems = []
         for prefetch in args.prefetch:
-            engine = offmoe.load(args.model, experts=slots, prefetch=prefetch)
+            engine = offmoe.load(args.model, expert_slots=slots, prefetch=prefetch)
             systems.append(GivenIds(prefetch, engine, ids, num_prompt=args.prefill))
             opened.callback(systems[-1].close)
         for number in take_turns(systems, num_blocks=args.blocks, block=args.block):

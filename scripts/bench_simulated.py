@@ -139,7 +139,7 @@ def open_system(
 ) -> OffmoeSystem:  # fmt: skip
     """An engine on a simulated device of its own."""
     return OffmoeSystem(
-        name, model, Place(simulated_bytes_per_s=link_bytes_per_s), experts=slots, compile="off",
+        name, model, Place(simulated_bytes_per_s=link_bytes_per_s), expert_slots=slots, compile="off",
         context_length=context_length, ram=4 * model.all_experts_bytes + (2 << 30), **options,
     )  # fmt: skip
 

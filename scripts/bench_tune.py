@@ -70,11 +70,11 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def tuned(args: argparse.Namespace, prompts: list[list[int]]) -> tuple[Curves, TokenCosts]:
     """As `offmoe tune` does."""
-    with offmoe.load(args.model, experts=1_000_000, prefetch="off", warm_start=False) as probe:
+    with offmoe.load(args.model, expert_slots=1_000_000, prefetch="off", warm_start=False) as probe:
         slots = round(args.share * probe.plan.num_experts)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace"
-        with offmoe.load(args.model, experts=slots, prefetch="off", warm_start=False) as engine:
+        with offmoe.load(args.model, expert_slots=slots, prefetch="off", warm_start=False) as engine:
             samples = record_prompts(
                 engine, prompts, path, max_new_tokens=args.decode, guesses=False, about={}, sampling=sampling(args)
             )
@@ -86,7 +86,7 @@ def tuned(args: argparse.Namespace, prompts: list[list[int]]) -> tuple[Curves, T
 
 def measured(args: argparse.Namespace, prompts: list[list[int]], slots: int, policy: str) -> tuple[float, float]:
     """Hit rate and tokens a second of decoding the same text."""
-    with offmoe.load(args.model, experts=slots, policy=policy, prefetch="off", warm_start=False) as engine:
+    with offmoe.load(args.model, expert_slots=slots, policy=policy, prefetch="off", warm_start=False) as engine:
         seconds, hits, lookups = list[float](), 0, 0
         for number, prompt in enumerate(prompts):
             settings = {**sampling(args), "seed": number}

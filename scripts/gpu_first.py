@@ -205,13 +205,13 @@ def _copier_copies(
 def load_demo(*, simulate: bool, **options: Any) -> offmoe.Engine:
     """The bundled model with some of its experts on the device, not compiled."""
     where = {"_device": SimulatedDevice(bytes_per_s=4e9)} if simulate else {"device": "cuda"}
-    return offmoe.load(None, ram="4GiB", compile="off", tell=None, **{**where, "experts": DEMO_SLOTS, **options})
+    return offmoe.load(None, ram="4GiB", compile="off", tell=None, **{**where, "expert_slots": DEMO_SLOTS, **options})
 
 
 def measure_token(ledger: Ledger, *, simulate: bool) -> None:
     """Record the host's time of a token, and launches, copies and waits of a layer by the profiler."""
     for case, slots in (("some experts on the device", DEMO_SLOTS), ("all experts on the device", 192)):
-        with load_demo(simulate=simulate, experts=slots, prefetch="off") as engine:
+        with load_demo(simulate=simulate, expert_slots=slots, prefetch="off") as engine:
             generate(engine, NUM_TOKENS)
             stats = generate(engine, NUM_TOKENS)
             layers = len(engine._parts.experts.layers)  # the host's work a layer is told by no public door
@@ -249,7 +249,7 @@ def profile(run: Callable[[], object]) -> tuple[Counter[str], str]:
 
 def measure_stall(ledger: Ledger, *, simulate: bool) -> None:
     """Record whether waiting for the link is seen: what is counted beside what the bytes must have taken."""
-    with load_demo(simulate=simulate, experts=8, miss="stream", prefetch="off") as engine:
+    with load_demo(simulate=simulate, expert_slots=8, miss="stream", prefetch="off") as engine:
         generate(engine, 8)
         stats = generate(engine, NUM_TOKENS)
         counts = stats.decode.as_dict()

@@ -107,7 +107,7 @@ def main() -> int:
         tokenizer.save_pretrained(folder / "model")
         want, plain_answers = scores(model.eval(), tokenizer, folder, args.batch_size)
         del model
-        with offmoe.load(folder / "model", experts=48, ram="6GiB") as engine:
+        with offmoe.load(folder / "model", expert_slots=48, ram="6GiB") as engine:
             got, answers = scores(engine.model, engine.tokenizer, folder, args.batch_size)
             totals = engine.stats()
     rows = {name: [want[name], got[name], abs(got[name] - want[name]) / max(1e-9, abs(want[name]))] for name in want}

@@ -32,12 +32,12 @@ from offmoe.report.perplexity import Perplexity, perplexity
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "offmoe" / "demo_model"
 FORMATS = (
-    QuantiseOptions(experts="int8"),
-    QuantiseOptions(experts="int4"),
-    QuantiseOptions(experts="int4", group=64),
-    QuantiseOptions(experts="int8", dense="int8"),
-    QuantiseOptions(experts="int4", dense="int8"),
-    QuantiseOptions(experts="int4", dense="int4"),
+    QuantiseOptions(expert_format="int8"),
+    QuantiseOptions(expert_format="int4"),
+    QuantiseOptions(expert_format="int4", group=64),
+    QuantiseOptions(expert_format="int8", dense="int8"),
+    QuantiseOptions(expert_format="int4", dense="int8"),
+    QuantiseOptions(expert_format="int4", dense="int4"),
 )
 
 

@@ -45,10 +45,11 @@ from offmoe.generation.conversation import Conversation  # noqa: E402
 # Of 32 experts.
 HOME_SLOTS = 10
 SETS = (
-    {"experts": 4}, {"experts": 7, "policy": "lru"}, {"experts": 12, "policy": "lfru"}, {"experts": 32},
-    {"experts": 16, "prefetch": 1}, {"experts": 6, "policy": "decayed", "prefetch": 2},
-    {"experts": 20, "policy": "decayed", "io": "buffered"}, {"experts": 8, "warm_start": False},
-    {"experts": 9, "placement_invariant": True, "prefetch": "off"},
+    {"expert_slots": 4}, {"expert_slots": 7, "policy": "lru"}, {"expert_slots": 12, "policy": "lfru"},
+    {"expert_slots": 32},
+    {"expert_slots": 16, "prefetch": 1}, {"expert_slots": 6, "policy": "decayed", "prefetch": 2},
+    {"expert_slots": 20, "policy": "decayed", "io": "buffered"}, {"expert_slots": 8, "warm_start": False},
+    {"expert_slots": 9, "placement_invariant": True, "prefetch": "off"},
 )  # fmt: skip
 FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "mixtral")
 WORDS = (
@@ -83,7 +84,7 @@ class Soak:
         self.folder = folder
         self.families = {name: save_tiny(folder / name, name) for name in FAMILIES}
         self.model = save_speaking(folder / "home")
-        self.home = offmoe.load(self.model, experts=HOME_SLOTS, ram="4GiB")
+        self.home = offmoe.load(self.model, expert_slots=HOME_SLOTS, ram="4GiB")
         self.begin = time.monotonic()
 
     def probe(self, engine: offmoe.Engine) -> list[tuple[int, ...]]:
@@ -176,7 +177,7 @@ def refuse(soak: Soak) -> None:
     for wrong in (
         lambda: soak.home.generate([1] * (soak.home.context_length + 1)), lambda: soak.home.generate([10**9]),
         lambda: soak.home.generate("x", temperature=-1), lambda: offmoe.load(soak.folder / "none"),
-        lambda: offmoe.load(soak.model, experts=1),
+        lambda: offmoe.load(soak.model, expert_slots=1),
         lambda: offmoe.load(soak.model, ram="1MiB"),
     ):  # fmt: skip
         try:
@@ -214,7 +215,7 @@ def other_engine(soak: Soak) -> None:
 def demo(soak: Soak) -> None:
     """The bundled model, which is larger, in bfloat16."""
     soak.engines += 1
-    with offmoe.load(experts=48) as engine:
+    with offmoe.load(expert_slots=48) as engine:
         for _ in soak.count(engine.stream(soak.prompt(), **soak.options())):
             pass
         assert_at_rest(engine)
@@ -224,7 +225,7 @@ def family(soak: Soak) -> None:
     """A tiny model of another kind of attention, left in the middle of a stream."""
     soak.engines += 1
     with offmoe.load(
-        soak.families[soak.random.choice(FAMILIES)], ram="4GiB", experts=soak.random.randint(4, 12)
+        soak.families[soak.random.choice(FAMILIES)], ram="4GiB", expert_slots=soak.random.randint(4, 12)
     ) as engine:
         for _ in range(soak.random.randint(1, 3)):
             ids = [soak.random.randrange(2, 120) for _ in range(soak.random.randint(1, 60))]
@@ -272,7 +273,7 @@ def run(num_tokens: int, num_records: int, seed: int, folder: Path) -> dict[str,
             records.append(soak.record())
             print(json.dumps(asdict(records[-1])), file=sys.stderr, flush=True)
     at_end = soak.probe(soak.home)
-    with offmoe.load(soak.model, experts=HOME_SLOTS, ram="4GiB") as fresh:
+    with offmoe.load(soak.model, expert_slots=HOME_SLOTS, ram="4GiB") as fresh:
         fresh_ids = soak.probe(fresh)
     totals = soak.home.stats()
     soak.home.close()

@@ -42,7 +42,7 @@ def save_speaking(folder: Path) -> Path:
 
 def open_tiny(folder: Path, **options: Any) -> offmoe.Engine:
     """With room for a quarter of the experts, unless `options` say otherwise."""
-    return offmoe.load(folder, **{"ram": "4GiB", "experts": QUARTER, **options})
+    return offmoe.load(folder, **{"ram": "4GiB", "expert_slots": QUARTER, **options})
 
 
 def plain_model(folder: Path) -> PreTrainedModel:

@@ -230,7 +230,7 @@ def quantize(case: Case, seam: Seam, **options: Any) -> Tally:
     """A smaller checkpoint: refused half-way, the same call goes on, and the bytes are those of a run in one go."""
     tally = Tally()
     target, whole = case.work / "target", case.work / "whole"
-    how = QuantiseOptions(experts="int4", shard_bytes=40_000)
+    how = QuantiseOptions(expert_format="int4", shard_bytes=40_000)
 
     def write(folder: Path = target) -> None:
         quantise(case.model, folder, how, lambda stage, done, total: None)

@@ -66,7 +66,7 @@ def check_equal(
 ) -> None:  # fmt: skip
     """offmoe's logits within 1e-5, the same greedy ids, experts that came and went."""
     ids_T, wanted = inputs(name)["input_ids"][0], logits_of(expected, name)
-    with offmoe.load(folder, ram="4GiB", experts=NUM_SLOTS, **options) as engine:
+    with offmoe.load(folder, ram="4GiB", expert_slots=NUM_SLOTS, **options) as engine:
         measured(logits_of(engine.model, name), wanted)
         reply = engine.generate(ids_T.tolist(), max_new_tokens=8, temperature=0, ignore_end=True)
         assert list(reply.token_ids) == greedy(expected, ids_T, name)
@@ -90,7 +90,7 @@ def test_in_bfloat16(name: str, tmp_path: Path) -> None:
     half = build_adapted(name).bfloat16()
     save_layout(half, tmp_path, "published")
     exact, theirs = logits_of(copy.deepcopy(half).float(), name), logits_of(half, name)
-    with offmoe.load(tmp_path, ram="4GiB", experts=NUM_SLOTS) as engine:
+    with offmoe.load(tmp_path, ram="4GiB", expert_slots=NUM_SLOTS) as engine:
         assert engine.model.dtype == torch.bfloat16
         ours = logits_of(engine.model, name)
         with engine._parts.uncached():
@@ -109,7 +109,7 @@ def far(logits_BTV: torch.Tensor, exact_BTV: torch.Tensor) -> float:
 def test_quantised(name: str, tmp_path: Path, measured: Measured) -> None:
     save_layout(build_adapted(name, width=64), tmp_path / "source", "published")
     target = tmp_path / "target"
-    result = quantise(tmp_path / "source", target, QuantiseOptions(experts="int4"), lambda *_: None)
+    result = quantise(tmp_path / "source", target, QuantiseOptions(expert_format="int4"), lambda *_: None)
     assert result.num_experts > 0 and result.written_bytes < result.source_bytes
     # transformers has matrices for LongCat's experts that compute nothing, too. They are not read, nor written.
     whole = load_file(tmp_path / "source" / "model.safetensors")
@@ -122,5 +122,5 @@ def test_quantised(name: str, tmp_path: Path, measured: Measured) -> None:
 def test_families_that_are_not_quantised(name: str, tmp_path: Path) -> None:
     save_layout(build_adapted(name, width=64), tmp_path / "source", "published")
     with pytest.raises(UnsupportedModelError, match=r"stored turned|no names of one expert each"):
-        quantise(tmp_path / "source", tmp_path / "target", QuantiseOptions(experts="int4"), lambda *_: None)
+        quantise(tmp_path / "source", tmp_path / "target", QuantiseOptions(expert_format="int4"), lambda *_: None)
     assert not (tmp_path / "target").exists()

@@ -41,7 +41,7 @@ def test_offloaded_equals_eager(name: str, layout: Layout, tmp_path: Path, measu
     expected_ids = model.generate(ids[:1], max_new_tokens=NUM_NEW, do_sample=False)[0, NUM_PROMPT:].tolist()
     assert len(set(expected_ids)) > 3
     prefetch = 1 if layout == "published" else "off"
-    with offmoe.load(str(tmp_path), ram="4GiB", experts=6, prefetch=prefetch) as engine:
+    with offmoe.load(str(tmp_path), ram="4GiB", expert_slots=6, prefetch=prefetch) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         measured(name, layout, got, expected)
@@ -105,7 +105,7 @@ def test_encoder_decoder_equals_transformers(
     options: dict[str, Any] = {"max_new_tokens": NUM_NEW, "do_sample": False, "eos_token_id": None, "num_beams": 1}
     expected_ids = model.generate(ids[:1], **options)[0, 1:].tolist()
     assert len(set(expected_ids)) > 3
-    with offmoe.load(str(tmp_path), ram="4GiB", experts=6) as engine:
+    with offmoe.load(str(tmp_path), ram="4GiB", expert_slots=6) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=ids, decoder_input_ids=targets).logits
         measured(name, "published", got, expected)
@@ -122,7 +122,7 @@ def test_encoder_decoder_equals_transformers(
         with pytest.raises(UsageError, match="holds no conversation"):
             engine.chat([{"role": "user", "content": "hi"}])
     with pytest.raises(UsageError, match=" is an encoder-decoder model"):
-        verify(lambda _: offmoe.load(str(tmp_path), ram="4GiB", experts=6), lambda _: [3], 2, lambda *_: None)
+        verify(lambda _: offmoe.load(str(tmp_path), ram="4GiB", expert_slots=6), lambda _: [3], 2, lambda *_: None)
 
 
 def test_layout_of_glam(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_layout_of_glam(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     ids = torch.randint(3, 100, (1, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
     expected_ids = model.generate(ids, max_new_tokens=NUM_NEW, do_sample=False)[0, NUM_PROMPT:].tolist()
-    with offmoe.load(str(tmp_path), ram="4GiB", experts=32) as engine:
+    with offmoe.load(str(tmp_path), ram="4GiB", expert_slots=32) as engine:
         experts = engine._parts.experts
         assert (len(experts.layers), experts.num_experts, experts.top_k) == (2, 128, 2)
         reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)

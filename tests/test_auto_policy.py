@@ -171,7 +171,7 @@ def test_layers_take_from_themselves_beyond_their_share() -> None:
 
 
 def test_the_engine_says_which_policy_is_in_use() -> None:
-    with offmoe.load(experts=60, warm_start=False) as engine:
+    with offmoe.load(expert_slots=60, warm_start=False) as engine:
         engine.generate("import", max_new_tokens=20, ignore_end=True)
         stats = engine.stats()
         assert stats["policy"] == "lru" and stats["policy_switches"] == 0

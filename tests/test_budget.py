@@ -28,7 +28,7 @@ from offmoe.base.units import GIB, MIB, format_bytes, parse_size
 MODEL: dict[str, Any] = {
     "runtime_bytes": 300 * MIB, "resident_bytes": GIB, "kv_bytes": 100 * MIB,
     "workspace_bytes": 112 * MIB - SLACK_BYTES,
-    "slot_bytes": 4 * MIB, "num_experts": 256, "top_k": 8, "experts": None, "prefill_chunk": 64,
+    "slot_bytes": 4 * MIB, "num_experts": 256, "top_k": 8, "expert_slots": None, "prefill_chunk": 64,
 }  # fmt: skip
 FIXED_BYTES = 1536 * MIB
 
@@ -64,7 +64,7 @@ def test_no_more_slots_than_experts() -> None:
 
 @pytest.mark.parametrize(("experts", "num_slots"), [(8, 8), (100, 100), (128, 128), (256, 256), (1000, 256)])
 def test_as_many_slots_as_asked_for(experts: int, num_slots: int) -> None:
-    assert plan(100 * GIB, experts=experts).num_slots == num_slots
+    assert plan(100 * GIB, expert_slots=experts).num_slots == num_slots
 
 
 def test_the_smallest_budget_has_one_layer_of_one_token() -> None:
@@ -84,23 +84,23 @@ def test_far_too_little_gets_the_same_advice(ram_bytes: int) -> None:
 
 
 def test_more_experts_than_there_is_room_for() -> None:
-    message = refusal(2 * GIB, experts=200)
-    assert "--experts 200 needs" in message and "ram is 2.00 GiB with room for 128" in message
-    assert plan(2 * GIB, experts=128).num_slots == 128
-    assert "--experts 128 or" in message
-    assert plan(advised_ram(message), experts=200).num_slots == 200
+    message = refusal(2 * GIB, expert_slots=200)
+    assert "--expert-slots 200 needs" in message and "ram is 2.00 GiB with room for 128" in message
+    assert plan(2 * GIB, expert_slots=128).num_slots == 128
+    assert "--expert-slots 128 or" in message
+    assert plan(advised_ram(message), expert_slots=200).num_slots == 200
 
 
 def test_more_experts_than_there_are_need_room_for_all() -> None:
-    message = refusal(2 * GIB, experts=1000)
-    assert plan(advised_ram(message), experts=1000).num_slots == 256
+    message = refusal(2 * GIB, expert_slots=1000)
+    assert plan(advised_ram(message), expert_slots=1000).num_slots == 256
 
 
 @pytest.mark.parametrize("experts", [1, 7])
 @pytest.mark.parametrize("ram_bytes", [0, 100 * GIB])
 def test_fewer_experts_than_a_token_uses(ram_bytes: int, experts: int) -> None:
-    message = refusal(ram_bytes, experts=experts)
-    assert message == f"experts is {experts}, one token needs 8 in a layer; use --experts 8 or more"
+    message = refusal(ram_bytes, expert_slots=experts)
+    assert message == f"expert_slots is {experts}, one token needs 8 in a layer; use --expert-slots 8 or more"
 
 
 def test_the_line_for_people() -> None:
@@ -114,7 +114,7 @@ sizes = st.integers(0, 40 * GIB)
 models = st.fixed_dictionaries({
     "runtime_bytes": sizes, "resident_bytes": sizes, "kv_bytes": sizes, "workspace_bytes": sizes,
     "slot_bytes": st.integers(4096, 500 * MIB), "num_experts": st.integers(8, 20_000), "top_k": st.integers(1, 8),
-    "experts": st.none() | st.integers(1, 30_000), "prefill_chunk": st.just(1),
+    "expert_slots": st.none() | st.integers(1, 30_000), "prefill_chunk": st.just(1),
 })  # fmt: skip
 
 
@@ -128,8 +128,8 @@ def test_a_plan_keeps_its_budget_and_advice_works(model: dict[str, Any], ram_byt
         except BudgetError as error:
             message = str(error)
             assert message.isprintable()
-            if (fewest := re.search(r"use --experts (\d+) or more", message)) is not None:
-                model["experts"] = int(fewest.group(1))
+            if (fewest := re.search(r"use --expert-slots (\d+) or more", message)) is not None:
+                model["expert_slots"] = int(fewest.group(1))
             else:
                 assert advised_ram(message) > ram_bytes
                 ram_bytes = advised_ram(message)
@@ -137,8 +137,8 @@ def test_a_plan_keeps_its_budget_and_advice_works(model: dict[str, Any], ram_byt
         pytest.fail(f"the advice did not work: {message}")
     assert made.total_bytes <= made.ram_bytes == ram_bytes
     assert model["top_k"] <= made.num_slots <= model["num_experts"]
-    if model["experts"] is not None:
-        assert made.num_slots == min(model["experts"], model["num_experts"])
+    if model["expert_slots"] is not None:
+        assert made.num_slots == min(model["expert_slots"], model["num_experts"])
 
 
 @given(available=st.integers(0, 1 << 45))
@@ -170,7 +170,7 @@ def test_auto_on_common_machines() -> None:
 ON_DEVICE: dict[str, Any] = {
     "free_bytes": 7 * GIB, "context_bytes": 300 * MIB, "resident_bytes": GIB, "kv_bytes": 100 * MIB,
     "workspace_bytes": 80 * MIB, "slack_bytes": 32 * MIB, "slot_bytes": 4 * MIB, "num_experts": 2560, "top_k": 8,
-    "experts": None,
+    "expert_slots": None,
 }  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def test_device_slots_are_what_the_fixed_parts_leave() -> None:
     assert (made.fixed_bytes, made.num_slots, made.total_bytes) == (FIXED_BYTES, 128, 2 * GIB)
     assert made.coming_bytes == (100 + 80 + 32) * MIB
     assert device_plan(2 * GIB - 1).num_slots == 127
-    assert device_plan(2 * GIB, experts=100).num_slots == 100
+    assert device_plan(2 * GIB, expert_slots=100).num_slots == 100
 
 
 def test_what_is_not_free_is_not_planned_with() -> None:
@@ -217,10 +217,10 @@ def test_a_device_that_is_too_small_gets_no_vain_advice() -> None:
     message = device_refusal(None, free_bytes=GIB)
     assert message.endswith("; 1.29 GiB can be had; use a lower --context-length or --device cpu")
     assert "--vram" not in message
-    message = device_refusal(2 * GIB, experts=2000)
-    assert message.endswith("use --experts 128") and device_plan(2 * GIB, experts=128).num_slots == 128
-    message = device_refusal(2 * GIB, experts=200)
-    assert device_plan(advised_ram(message, "--vram"), experts=200).num_slots == 200
+    message = device_refusal(2 * GIB, expert_slots=2000)
+    assert message.endswith("use --expert-slots 128") and device_plan(2 * GIB, expert_slots=128).num_slots == 128
+    message = device_refusal(2 * GIB, expert_slots=200)
+    assert device_plan(advised_ram(message, "--vram"), expert_slots=200).num_slots == 200
 
 
 def test_ram_beside_a_device() -> None:
@@ -245,7 +245,8 @@ def test_ram_beside_a_device() -> None:
 devices = st.fixed_dictionaries({
     "free_bytes": st.integers(0, 100 * GIB), "context_bytes": st.sampled_from([0, 512 * MIB]), "resident_bytes": sizes,
     "kv_bytes": sizes, "workspace_bytes": sizes, "slack_bytes": sizes, "slot_bytes": st.integers(4096, 500 * MIB),
-    "num_experts": st.integers(8, 20_000), "top_k": st.integers(1, 8), "experts": st.none() | st.integers(1, 30_000),
+    "num_experts": st.integers(8, 20_000), "top_k": st.integers(1, 8),
+    "expert_slots": st.none() | st.integers(1, 30_000),
 })  # fmt: skip
 
 
@@ -261,8 +262,8 @@ def test_a_device_plan_keeps_its_budget_and_advice_works(model: dict[str, Any], 
             if (vram := re.search(r"--vram \w+", message)) is not None:
                 vram_bytes = advised_ram(vram.group(), "--vram")
                 assert vram_bytes <= most
-            elif (experts := re.search(r"use --experts (\d+)", message)) is not None:
-                model["experts"] = int(experts.group(1))
+            elif (experts := re.search(r"use --expert-slots (\d+)", message)) is not None:
+                model["expert_slots"] = int(experts.group(1))
             else:
                 assert "can be had" in message
                 return

@@ -7,7 +7,7 @@ import json
 import pytest
 from commands import fail, invoke, run
 
-SHORT = ("--max-new-tokens", 3, "--context-length", 96, "--experts", 48, "--temperature", 0)
+SHORT = ("--max-new-tokens", 3, "--context-length", 96, "--expert-slots", 48, "--temperature", 0)
 
 
 def test_a_message_that_cannot_be_answered_does_not_end_the_run() -> None:

@@ -18,7 +18,7 @@ READY = r"\x1b\[\?2004h"
 BAR = r"\d+ tok"
 # Some pieces of one token, and few slots.
 PROMPT = "word " * 20
-SLOW = ("--prefill-chunk", 1, "--experts", 24, "--prefetch", "off", "--ram", "4GiB", "--max-new-tokens", 4)
+SLOW = ("--prefill-chunk", 1, "--expert-slots", 24, "--prefetch", "off", "--ram", "4GiB", "--max-new-tokens", 4)
 
 
 @pytest.fixture(scope="module")

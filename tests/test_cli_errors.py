@@ -18,7 +18,7 @@ from engines import leaves_nothing, save_tiny
 WITH_MODEL = [command for command in COMMANDS if command not in {"demo", "replay"}]
 # What a command needs besides a model.
 NEEDED = {
-    "generate": ("--prompt", "x"), "quantize": ("never-written", "--experts", "int4"),
+    "generate": ("--prompt", "x"), "quantize": ("never-written", "--expert-format", "int4"),
     "trace": ("--prompts", __file__, "-o", "never-written"),
 }  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_unknown_flags(command: str) -> None:
         (("chat", "--seed", "-4"), ("--seed", "x>=0")),
         (("chat", "--ram", "lots"), ("ram is 'lots'", '"6GiB"')),
         (("generate", "--prompt", "x", "--context-length", "0"), ("context_length is '0'", "at least 1")),
-        (("verify", "--experts", "1.5"), ("experts is '1.5'", "whole number")),
+        (("verify", "--expert-slots", "1.5"), ("expert_slots is '1.5'", "whole number")),
         (("verify", "--policy", "random"), ("policy is 'random'", "known: auto, lru")),
         (("chat", "--fast-activations"), ("fast_activations is gone: it was not faster; leave it out",)),
         (("bench", "--io", "fast"), ("io is 'fast'", "known: auto, direct, buffered")),
@@ -73,7 +73,7 @@ def test_unknown_flags(command: str) -> None:
         (("bench", "--prefetch", "9"), ("prefetch is '9'", "known: auto, off, or how many layers ahead: 1 to 3")),
         (("bench", "--compile", "yes"), ("compile is 'yes'", "known: auto, off, on")),
         (("generate", "--prompt", "x", "--ram", "1MiB"), ("ram is 1.0 MiB", "this model needs", "use --ram")),
-        (("generate", "--prompt", "x", "--experts", "3"), ("experts is 3", "use --experts 4")),
+        (("generate", "--prompt", "x", "--expert-slots", "3"), ("expert_slots is 3", "use --expert-slots 4")),
         (("generate", "--prompt", "x", "--context-length", "99999"), ("99999", "--context-length 2048")),
         (("generate", "--prompt", ""), ("the prompt is empty",)),
         (("verify", "--prompt", ""), ("the prompt is empty",)),

@@ -194,7 +194,7 @@ def test_resident_experts_are_part_of_the_graph(
     """Nothing cuts the step on a device whose kernels look slots up, and every choice is still counted."""
     graphs = noted(monkeypatch)
     monkeypatch.setattr(TorchSlotKernels, "looks_up", lambda kernels, layer_idx: True)
-    with open_tiny(tiny_moe, experts="auto", compile="on", _device=SimulatedDevice(1e12)) as engine:
+    with open_tiny(tiny_moe, expert_slots="auto", compile="on", _device=SimulatedDevice(1e12)) as engine:
         assert ids_of(engine) == expected
         (code,) = graphs
         assert "offmoe.resident_experts" in code and "offmoe.experts" not in code

@@ -70,7 +70,7 @@ def states_in(graph: torch.fx.GraphModule) -> list[object]:
 @pytest.mark.parametrize(("name", "num_layers"), [("qwen3_moe", 2), ("gpt_oss", 3)])
 def test_routers_are_asked_as_in_eager_steps(name: str, num_layers: int, tmp_path: Path, captured: Graphs) -> None:
     save_tiny(tmp_path, name)
-    options: dict[str, Any] = {"prefetch": 1, "experts": 5 * num_layers}
+    options: dict[str, Any] = {"prefetch": 1, "expert_slots": 5 * num_layers}
     with open_tiny(tmp_path, **options) as engine:
         expected, eager_guesses = guesses_of(engine)
     with open_tiny(tmp_path, **options, compile="on") as engine:

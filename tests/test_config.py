@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import save_tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from makers import one_line
 
+import offmoe
 from offmoe.base.config import OPTION_NAMES, EngineConfig, make_config
 from offmoe.base.errors import UsageError
 from offmoe.cache.policy import POLICY_NAMES
 from offmoe.tiers.disk import IO_MODES
 
-COUNTS = ("context_length", "experts", "prefill_chunk")
+COUNTS = ("context_length", "expert_slots", "prefill_chunk")
 DEFAULTS = EngineConfig()
 
 
@@ -33,7 +36,7 @@ def test_none_and_auto_leave_every_choice_to_offmoe(name: str) -> None:
     ("name", "value", "kept"),
     [
         ("ram", "6GiB", 6 << 30), ("ram", 1 << 21, 1 << 21),
-        ("experts", 7, 7), ("experts", "7", 7), ("experts", 7.0, 7),
+        ("expert_slots", 7, 7), ("expert_slots", "7", 7), ("expert_slots", 7.0, 7),
         ("context_length", 1 << 20, 1 << 20), ("prefill_chunk", 1, 1), ("policy", "lru", "lru"),
         ("vram", "1.5GiB", 3 << 29), ("device", "cpu", "cpu"), ("device", "cuda", "cuda"),
         ("device", "cuda:1", "cuda:1"),
@@ -120,7 +123,8 @@ def test_no_device_memory_without_a_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("contxt_length", "context_length"), ("expert", "experts"), ("polcy", "policy"), ("rams", "ram")]
+    ("name", "near"),
+    [("contxt_length", "context_length"), ("expert_slot", "expert_slots"), ("polcy", "policy"), ("rams", "ram")],
 )
 def test_an_unknown_option_is_an_error_with_the_nearest(name: str, near: str) -> None:
     with pytest.raises(UsageError) as caught:
@@ -155,3 +159,11 @@ def test_any_options_are_a_config_or_a_usage_error(options: dict[str, Any]) -> N
     else:
         assert all(getattr(config, name) is None or getattr(config, name) >= 1 for name in COUNTS)
         assert config.ram is None or config.ram >= 0
+
+
+def test_the_old_name_of_expert_slots_still_works_and_says_so(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    with pytest.warns(DeprecationWarning, match=r"load\(experts=...\) is expert_slots= now"):
+        engine = offmoe.load(folder, ram="4GiB", experts=5)
+    with engine:
+        assert engine.plan.num_slots == 5 == engine.config.expert_slots

@@ -24,7 +24,7 @@ SHORT: dict[str, Any] = {"max_new_tokens": 6, "ignore_end": True}
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[offmoe.Engine]:
-    with offmoe.load(ram="4GiB", experts=48) as engine:
+    with offmoe.load(ram="4GiB", expert_slots=48) as engine:
         yield engine
 
 

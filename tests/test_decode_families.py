@@ -89,7 +89,7 @@ def test_the_logits_are_those_of_the_modules(
 ) -> None:
     """Past windows, with experts that are missing; the tokens that were compared come again to the bit."""
     save(name, tmp_path, dtype)
-    with open_tiny(tmp_path, compile="off", experts=9) as engine:
+    with open_tiny(tmp_path, compile="off", expert_slots=9) as engine:
         first, again = logits(engine), logits(engine)
         stats = engine.stats()
         assert (stats["decode_path"], stats["decode_path_reason"]) == ("fused", "")
@@ -122,12 +122,12 @@ def test_running_states_after_an_edited_prompt(name: str, tmp_path: Path) -> Non
     """They cannot go back: what the cache holds of another prompt is not mixed in."""
     save(name, tmp_path)
     edited = [*PROMPT[:4], 60, *PROMPT[5:]]
-    with open_tiny(tmp_path, compile="off", experts=9) as engine:
+    with open_tiny(tmp_path, compile="off", expert_slots=9) as engine:
         first, second = logits(engine), logits(engine, prompt=edited)
         assert torch.equal(logits(engine), first) and torch.equal(logits(engine, prompt=edited), second)
         assert engine.stats()["decode_path"] == "fused"
         assert not torch.equal(first, second)
-    with open_tiny(tmp_path, compile="off", experts=9) as engine:
+    with open_tiny(tmp_path, compile="off", expert_slots=9) as engine:
         assert (logits(engine, prompt=edited) - second).abs().max() < 5e-5 * second.abs().max()
 
 

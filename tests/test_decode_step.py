@@ -22,7 +22,7 @@ pytestmark = needs_library
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[offmoe.Engine]:
     """All experts in RAM, and the first tokens compared."""
-    with open_tiny(save_tiny(tmp_path), experts=16, compile="off") as opened:
+    with open_tiny(save_tiny(tmp_path), expert_slots=16, compile="off") as opened:
         logits(opened)
         yield opened
 
@@ -103,7 +103,7 @@ def test_a_replaced_module_is_used(engine: offmoe.Engine) -> None:
     attention.o_proj = Doubled(original)
     doubled = logits(engine, reuse=False)
     assert path(engine) == ("eager", "self_attn.o_proj is a Doubled that the kernels do not read")
-    with open_tiny(engine.folder, experts=16, compile="off") as other:
+    with open_tiny(engine.folder, expert_slots=16, compile="off") as other:
         with torch.no_grad():
             other.model.get_submodule("model.layers.1.self_attn.o_proj").weight.mul_(2)
         expected = logits(other)
@@ -116,7 +116,7 @@ def test_a_replaced_module_is_used(engine: offmoe.Engine) -> None:
 
 def test_weights_that_moved_are_read_where_they_are(engine: offmoe.Engine) -> None:
     """`.data` puts other memory under a parameter; the old is given back."""
-    with open_tiny(engine.folder, experts=16, compile="off") as other:
+    with open_tiny(engine.folder, expert_slots=16, compile="off") as other:
         with torch.no_grad():
             other.model.get_submodule("model.norm").weight.mul_(2)
         expected = logits(other)
@@ -144,9 +144,9 @@ def test_a_replaced_forward_is_used(engine: offmoe.Engine) -> None:
 @pytest.mark.parametrize(("prefetch", "experts"), [("off", 9), (1, 9), ("auto", 12), (2, 5)])
 def test_missing_experts_and_lookahead_change_no_logit(prefetch: Any, experts: int, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
-    with open_tiny(folder, experts=24, compile="off", prefetch="off") as engine:
+    with open_tiny(folder, expert_slots=24, compile="off", prefetch="off") as engine:
         wanted = logits(engine, 30)
-    with open_tiny(folder, experts=experts, compile="off", prefetch=prefetch) as engine:
+    with open_tiny(folder, expert_slots=experts, compile="off", prefetch=prefetch) as engine:
         found = logits(engine, 30)
         assert path(engine) == ("fused", "")
         assert engine.stats()["misses"] > 0
@@ -160,7 +160,7 @@ def test_the_books_are_those_of_the_modules(tmp_path: Path, monkeypatch: pytest.
     found = []
     for way in ("fused", "eager"):
         monkeypatch.setenv("OFFMOE_DECODE", way)
-        with open_tiny(folder, experts=9, compile="off", prefetch="off") as engine:
+        with open_tiny(folder, expert_slots=9, compile="off", prefetch="off") as engine:
             engine.generate(PROMPT, max_new_tokens=20, temperature=0, ignore_end=True)
             stats = engine.stats()
             assert stats["decode_path"] == way

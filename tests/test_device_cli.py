@@ -14,7 +14,7 @@ from offmoe.generation.stats import GenerationStats
 from offmoe.tiers import device as device_module
 from offmoe.tiers.device import Device, SimulatedDevice
 
-FLAGS = ("--device", "cuda", "--ram", "4GiB", "--vram", "64MiB", "--experts", "4", "--miss", "stream")
+FLAGS = ("--device", "cuda", "--ram", "4GiB", "--vram", "64MiB", "--expert-slots", "4", "--miss", "stream")
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,13 @@ def test_bench_records_the_device(tiny: Path) -> None:
     assert record["link_bytes"] > 0 and record["link_bytes_per_token"] > 0
     assert (record["settings"]["device"], record["settings"]["vram"]) == ("cuda", 64 << 20)
     assert "device_slots" not in last_json(
-        succeed("bench", tiny, "--prefill", 8, "--decode", 4, "--ram", "4GiB", "--experts", "4").stdout
+        succeed("bench", tiny, "--prefill", 8, "--decode", 4, "--ram", "4GiB", "--expert-slots", "4").stdout
     )
 
 
 def test_generate_says_where_everything_is() -> None:
     """The bundled model, which has a tokenizer."""
-    flags = ("--device", "cuda", "--ram", "4GiB", "--vram", "256MiB", "--experts", "48", "--miss", "stream")
+    flags = ("--device", "cuda", "--ram", "4GiB", "--vram", "256MiB", "--expert-slots", "48", "--miss", "stream")
     result = succeed("generate", "--prompt", "import os", "--max-new-tokens", 3, *flags)
     plan, stats, memory = result.stderr.splitlines()[-3:]
     assert "48 of 192 experts on the device" in plan and "vram 256.0 MiB" in plan

@@ -95,14 +95,14 @@ def refuse(folder: Path, device: Device, error: type[OffmoeError] = BudgetError,
 
 def test_a_load_that_fails_closes_the_device(folder: Path) -> None:
     refuse(folder, Device(), UsageError, context_length=999)
-    refuse(folder, Device(), BudgetError, experts=1)
+    refuse(folder, Device(), BudgetError, expert_slots=1)
 
 
 def test_the_smallest_vram_that_is_advised_works(folder: Path) -> None:
-    message = refuse(folder, Device(), vram="1kB", experts=None)
+    message = refuse(folder, Device(), vram="1kB", expert_slots=None)
     found = re.search(r"vram is 1000 B, this model needs (\d+) MiB: .*use --vram (\w+),", message)
     assert found and found.group(2) == f"{found.group(1)}MiB", message
-    with open_on(folder, Device(), vram=found.group(2), experts=None) as engine:
+    with open_on(folder, Device(), vram=found.group(2), expert_slots=None) as engine:
         assert generate(engine)
         assert engine.plan.device is not None and engine.plan.device.total_bytes <= parse_size(found.group(2))
 
@@ -141,7 +141,7 @@ def test_memory_taken_while_loading_shrinks_the_pool(folder: Path, monkeypatch: 
     check = taken_before_the_pool(device, lambda plan: plan.coming_bytes + 5 * plan.slot_bytes)
     monkeypatch.setattr(load_module, "fit_to_free", check)
     with pytest.warns(UserWarning, match=r"memory was taken meanwhile: 5 expert slots of .* instead of 12"):
-        engine = open_on(folder, device, experts=12, vram="1GiB")
+        engine = open_on(folder, device, expert_slots=12, vram="1GiB")
     with engine:
         assert generate(engine)
         assert engine.stats()["device_slots"] == engine.plan.computing_slots == 5
@@ -163,7 +163,7 @@ def test_memory_taken_while_weights_are_read_is_not_planned_with(folder: Path) -
         device.taken_bytes = device.total_bytes() - left
 
     with pytest.warns(UserWarning, match=r"vram is 1.00 GiB, the device has 2.\d MiB to give"):
-        engine = open_on(folder, device, vram="1GiB", experts=None, context_length=64, progress=take)
+        engine = open_on(folder, device, vram="1GiB", expert_slots=None, context_length=64, progress=take)
     with engine:
         plan = engine.plan.device
         assert plan is not None and plan.vram_bytes < 3 * MIB
@@ -347,7 +347,7 @@ def test_a_pool_that_is_refused_shrinks(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(load_module, "fit_to_free", late)
     with pytest.warns(UserWarning, match=r"7 expert slots of .* instead of 12"):
-        engine = open_on(folder, device, experts=12)
+        engine = open_on(folder, device, expert_slots=12)
     with engine:
         assert generate(engine) and engine.plan.computing_slots == 7
 
@@ -355,7 +355,7 @@ def test_a_pool_that_is_refused_shrinks(folder: Path, monkeypatch: pytest.Monkey
 def test_what_is_planned_is_what_is_counted() -> None:
     plan = plan_device(
         vram_bytes=None, free_bytes=8 * GIB, context_bytes=MIB, resident_bytes=GIB, kv_bytes=MIB, workspace_bytes=MIB,
-        slack_bytes=MIB, slot_bytes=MIB, num_experts=100, top_k=2, experts=None,
+        slack_bytes=MIB, slot_bytes=MIB, num_experts=100, top_k=2, expert_slots=None,
     )  # fmt: skip
     assert plan.total_bytes == GIB + 104 * MIB
 
@@ -366,7 +366,7 @@ def test_what_the_driver_takes_is_inside_vram(folder: Path, context: int) -> Non
     device = Device()
     device.context_bytes = context
     vram = GIB
-    with open_on(folder, device, vram="1GiB", experts=None) as engine:
+    with open_on(folder, device, vram="1GiB", expert_slots=None) as engine:
         plan, totals = engine.plan.device, engine.stats()
         assert plan is not None and plan.context_bytes == context == totals["device_driver_bytes"]
         assert plan.total_bytes <= plan.vram_bytes == vram

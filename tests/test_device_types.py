@@ -82,7 +82,7 @@ def as_kernel(function: Callable[..., Any], world: World) -> Callable[..., Any]:
 
 
 def on_cuda(folder: Path, **options: Any) -> offmoe.Engine:
-    return open_tiny(folder, **{"device": "cuda", "compile": "off", "experts": 2 * QUARTER, **options})
+    return open_tiny(folder, **{"device": "cuda", "compile": "off", "expert_slots": 2 * QUARTER, **options})
 
 
 def ids_of(engine: offmoe.Engine, **options: Any) -> tuple[int, ...]:
@@ -91,7 +91,7 @@ def ids_of(engine: offmoe.Engine, **options: Any) -> tuple[int, ...]:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> tuple[int, ...]:
-    with open_tiny(folder, experts=2 * QUARTER) as engine:
+    with open_tiny(folder, expert_slots=2 * QUARTER) as engine:
         return ids_of(engine)
 
 
@@ -118,7 +118,7 @@ def test_a_decode_layer_waits_once_and_a_token_once(
 def test_where_all_experts_are_on_the_device_only_the_token_is_waited_for(
     cuda: World, folder: Path, expected: tuple[int, ...]
 ) -> None:
-    with on_cuda(folder, experts="auto") as engine:
+    with on_cuda(folder, expert_slots="auto") as engine:
         assert isinstance(engine._parts.serving.executor, ResidentExecutor)
         ids_of(engine)
         pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
@@ -149,7 +149,7 @@ def test_nothing_is_read_while_it_is_written(
 
 def test_a_missing_mark_would_be_seen(cuda: World, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RingCopier, "mark", lambda copier: None)
-    with on_cuda(folder, miss="stream", experts=QUARTER) as engine:  # fewer than the prompt needs in a layer
+    with on_cuda(folder, miss="stream", expert_slots=QUARTER) as engine:  # fewer than the prompt needs in a layer
         engine.generate(list(range(3, 40)), max_new_tokens=1)
     assert any("device" in race for race in cuda.races)
 
@@ -194,7 +194,7 @@ def test_a_layer_of_hits_is_one_call_of_the_kernels_and_one_wait(
 
     monkeypatch.setattr(pretend_cuda_module, "run", run)
     monkeypatch.setattr(Executor, "run_layer", run_layer)
-    with on_cuda(folder, miss="stream", prefetch="off", experts=4 * QUARTER - 1) as engine:
+    with on_cuda(folder, miss="stream", prefetch="off", expert_slots=4 * QUARTER - 1) as engine:
         assert ids_of(engine) == expected
     assert len(calls) >= 6
     assert all(set(call) <= {"fill_"} for call in calls), calls
@@ -212,7 +212,7 @@ def test_a_callers_other_stream_comes_behind_what_was_queued_before(cuda: World,
     """Copies for the first call are waited for on its stream; the host has not seen those of the last layer end when
     the second call reads the same slots on another stream. All experts but one have slots.
     """
-    with on_cuda(folder, miss="stream", prefetch="off", experts=4 * QUARTER - 1) as engine:
+    with on_cuda(folder, miss="stream", prefetch="off", expert_slots=4 * QUARTER - 1) as engine:
         cuda.late, cuda.random = 1.0, SeenLate()
         ids_1T = torch.tensor([[5]], device="cuda")
         before = engine.model(input_ids=ids_1T, use_cache=False).logits
@@ -236,10 +236,10 @@ def test_in_one_place_rounding_does_not_depend_on_what_is_cached(
     def ids(engine: offmoe.Engine) -> tuple[int, ...]:
         return engine.generate(range(3, 3 + num_tokens), max_new_tokens=4, temperature=0, ignore_end=True).token_ids
 
-    with open_tiny(folder, device="cpu", experts=QUARTER) as engine:
+    with open_tiny(folder, device="cpu", expert_slots=QUARTER) as engine:
         expected = ids(engine)
     for experts in (QUARTER, 4 * QUARTER):
-        with on_cuda(folder, placement_invariant=True, experts=experts) as engine:
+        with on_cuda(folder, placement_invariant=True, expert_slots=experts) as engine:
             assert ids(engine) == expected
             assert experts > QUARTER or ids(engine) == expected, "with what the first one left"
 

@@ -35,7 +35,7 @@ def shared(folder: Path) -> Iterator[offmoe.Engine]:
 @pytest.fixture(scope="module")
 def demo() -> Iterator[offmoe.Engine]:
     """The bundled model with a quarter of its experts. Its weights may change, so no test knows its words."""
-    with offmoe.load(ram="4GiB", experts=48) as engine:
+    with offmoe.load(ram="4GiB", expert_slots=48) as engine:
         yield engine
 
 
@@ -273,7 +273,7 @@ def test_engines_side_by_side(folder: Path, tmp_path: Path, shared: offmoe.Engin
         path: plain_model(path).generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)
         for path in (folder, other_folder)
     }
-    with leaves_nothing(), open_tiny(other_folder) as other, open_tiny(folder, experts=TINY_EXPERTS) as same:
+    with leaves_nothing(), open_tiny(other_folder) as other, open_tiny(folder, expert_slots=TINY_EXPERTS) as same:
         engines = [(shared, folder), (other, other_folder), (same, folder)]
         streams = [engine.stream(PROMPT, max_new_tokens=12) for engine, _ in engines]
         turns = zip(*streams, strict=True)

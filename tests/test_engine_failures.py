@@ -179,7 +179,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("change", [replace, overwrite, cut, Path.unlink])
 @pytest.mark.parametrize("io", ["auto", "buffered"])
 def test_a_file_that_changes_stops_the_run(folder: Path, change: Callable[[Path], None], io: str) -> None:
-    with leaves_nothing(), open_tiny(folder, experts=2, io=io) as engine:
+    with leaves_nothing(), open_tiny(folder, expert_slots=2, io=io) as engine:
         stream = engine.stream(PROMPT, max_new_tokens=50, ignore_end=True)
         next(stream)
         change(folder / "model.safetensors")

@@ -191,7 +191,7 @@ def test_the_model_has_no_expert_weights(engine: offmoe.Engine) -> None:
 
 def test_calls_beyond_the_budget_are_refused_before_memory_is_taken() -> None:
     """An evaluation harness asks for all logits of many windows: 434 MiB of a budget of 360 were taken."""
-    with offmoe.load(ram="700MiB", experts=48, context_length=2048, tell=None) as engine:
+    with offmoe.load(ram="700MiB", expert_slots=48, context_length=2048, tell=None) as engine:
         model, vocab = engine.model, engine.vocab_size
         fits = torch.randint(0, vocab, (1, 512))
         with torch.inference_mode():

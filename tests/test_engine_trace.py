@@ -50,7 +50,7 @@ def test_a_trace_holds_every_call_and_changes_nothing(tiny: Path, tmp_path: Path
 
 
 def test_a_prompt_of_one_token_is_a_prompt(tiny: Path, tmp_path: Path) -> None:
-    with open_tiny(tiny, experts=16) as engine, engine.trace(tmp_path / "a", guesses=False):
+    with open_tiny(tiny, expert_slots=16) as engine, engine.trace(tmp_path / "a", guesses=False):
         engine.generate([5], max_new_tokens=3)
         engine.generate([6], max_new_tokens=1)
     trace = read_trace(tmp_path / "a")

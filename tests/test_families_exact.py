@@ -57,7 +57,7 @@ def test_offloaded_equals_eager(name: str, layout: Layout, tmp_path: Path, measu
     num_experts = sum(len(module.get_parameter("down_proj")) for _, module in experts_modules(model))
 
     slots = max(_top_k(model), num_experts // 4)
-    with offmoe.load(str(tmp_path), ram="4GiB", experts=slots, **serving(name, layout)) as engine:
+    with offmoe.load(str(tmp_path), ram="4GiB", expert_slots=slots, **serving(name, layout)) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         measured(name, layout, got, expected)

@@ -89,12 +89,12 @@ def test_more_experts_a_token_than_the_model_was_made_for(tmp_path: Path, top_k:
     """https://github.com/LostRuins/koboldcpp/issues/1865 fails above 22 of 128 experts, textgen#6607 cannot set it."""
     folder = save_qwen(tmp_path / "model")
     edit_json(folder / "config.json", num_experts_per_tok=top_k)
-    same_logits(folder, experts=8)
+    same_logits(folder, expert_slots=8)
 
 
 def test_an_odd_number_of_experts(tmp_path: Path) -> None:
     """https://github.com/arcee-ai/mergekit/issues/113: not possible in llama.cpp."""
-    same_logits(save_qwen(tmp_path / "model", num_experts=3, num_experts_per_tok=2), experts=2)
+    same_logits(save_qwen(tmp_path / "model", num_experts=3, num_experts_per_tok=2), expert_slots=2)
 
 
 def test_experts_that_are_all_alike_and_a_router_of_zeros(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from offmoe.generation.chat import Message
 from offmoe.generation.saved_chat import read_messages, save_messages
 
 LETTER = b"Dear Anna, this is not a trace.\n"
-RAM = ("--ram", "4GiB", "--experts", 4)
+RAM = ("--ram", "4GiB", "--expert-slots", 4)
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ def translator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PreTr
     folder = tmp_path_factory.mktemp("translator")
     plain = build_adapted("switch_transformers")
     save_layout(plain, folder, "published")
-    with offmoe.load(folder, ram="4GiB", experts=6) as engine:
+    with offmoe.load(folder, ram="4GiB", expert_slots=6) as engine:
         yield plain, engine
 
 

@@ -48,7 +48,7 @@ def test_a_model_in_such_blocks_has_their_values(kind: Type, tmp_path: Path, mon
     expected, path = make_model("qwen3moe"), tmp_path / "model.gguf"
     save_gguf(path, "qwen3moe", expected, dict.fromkeys(("gate", "up", "down", "dense"), kind))
     ids = torch.randint(3, 100, (1, 12), generator=torch.Generator().manual_seed(1))
-    with offmoe.load(path, ram="4GiB", experts=4) as engine, torch.no_grad():
+    with offmoe.load(path, ram="4GiB", expert_slots=4) as engine, torch.no_grad():
         got = engine.model(input_ids=ids).logits
         wanted = expected(input_ids=ids).logits
     assert torch.allclose(got, wanted, atol=2e-4, rtol=0), float((got - wanted).abs().max())

@@ -30,7 +30,7 @@ def test_logits_and_ids_are_those_of_the_converted_model(
     expected, path = make(name), tmp_path / "model.gguf"
     write(path, name, expected)
     ids = torch.randint(3, 100, (1, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
-    with offmoe.load(path, ram="4GiB", experts=6) as engine:
+    with offmoe.load(path, ram="4GiB", expert_slots=6) as engine:
         reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True).token_ids
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
@@ -52,7 +52,7 @@ def test_grok_1_is_that_of_its_numpy_reference(tmp_path: Path, monkeypatch: pyte
     ids = torch.randint(3, 96, (NUM_PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
     doubles = {key: tensor.double().numpy() for key, tensor in tensors.items()}
     wanted = torch.from_numpy(grok1_logits(ids, doubles, CONFIG)).float()
-    with offmoe.load(path, ram="4GiB", experts=6) as engine, torch.no_grad():
+    with offmoe.load(path, ram="4GiB", expert_slots=6) as engine, torch.no_grad():
         got = engine.model(input_ids=torch.tensor([ids])).logits[0]
     assert torch.allclose(got, wanted, atol=2e-3, rtol=0), float((got - wanted).abs().max())
 

@@ -40,7 +40,7 @@ def llama3_factors(rope: dict[str, Any], head: int) -> list[float]:
 
 def logits_far_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     monkeypatch.setattr("offmoe.models.build._gguf_dtype", lambda index: torch.float32, raising=False)
-    with offmoe.load(path, ram="4GiB", experts=8) as engine, torch.no_grad():
+    with offmoe.load(path, ram="4GiB", expert_slots=8) as engine, torch.no_grad():
         return engine.model(input_ids=ids(), position_ids=positions()).logits
 
 

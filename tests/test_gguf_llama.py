@@ -46,7 +46,7 @@ def test_greedy_ids_are_those_of_llama_cpp(kind: Type, tmp_path: Path, monkeypat
         path, "qwen3moe", model, dict.fromkeys(("gate", "up", "down", "dense"), kind), tokenizer=demo_model_folder()
     )
     prompt: list[int] = AutoTokenizer.from_pretrained(demo_model_folder())(PROMPT)["input_ids"]
-    with offmoe.load(path, ram="2GiB", experts=40) as engine:
+    with offmoe.load(path, ram="2GiB", expert_slots=40) as engine:
         reply = engine.generate(prompt, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
         with torch.no_grad():
             logits = engine.model(input_ids=torch.tensor([[*prompt, *reply.token_ids]])).logits[0, len(prompt) - 1 :]

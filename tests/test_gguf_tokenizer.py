@@ -42,7 +42,7 @@ def test_every_architecture_runs_with_a_vocabulary(
 ) -> None:
     vocabulary = byte_pairs(MERGES, pre="deepseek-llm", **KEYS) if kind == "gpt2" else pairs_by_score(WORDS, **KEYS)
     path = save_model(tmp_path / "model.gguf", name, vocabulary, monkeypatch)
-    with offmoe.load(path, ram="4GiB", experts=4) as engine:
+    with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:
         ids = encode(path, TEXT)
         by_text = engine.generate(TEXT, max_new_tokens=4, temperature=0, ignore_end=True)
         by_ids = engine.generate(ids, max_new_tokens=4, temperature=0, ignore_end=True)
@@ -52,7 +52,7 @@ def test_every_architecture_runs_with_a_vocabulary(
 
 def test_commands_run_where_transformers_knows_no_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_model(tmp_path / "model.gguf", "deepseek2", byte_pairs(MERGES, pre="deepseek-v3"), monkeypatch)
-    room = ("--ram", "4GiB", "--experts", "4", "--max-new-tokens", "4")
+    room = ("--ram", "4GiB", "--expert-slots", "4", "--max-new-tokens", "4")
     assert last_json(succeed("generate", path, "--prompt", TEXT, *room, "--json").output)["stats"]["prompt_tokens"] > 4
     assert "cached output equals uncached output" in succeed("verify", path, "--prompt", TEXT, *room).output
     succeed("chat", path, *room, stdin="hi\n")
@@ -152,12 +152,12 @@ def test_html_is_no_end_and_a_reply_ends_at_every_end_token(tmp_path: Path, monk
     merges = [*MERGES, "< /", "</ s", "</s >"]
     made = byte_pairs(merges, pre="qwen2", controls=("<|im_end|>", "<|endoftext|>"), users=())
     path = save_model(tmp_path / "model.gguf", "qwen3moe", made, monkeypatch)
-    with offmoe.load(path, ram="4GiB", experts=4) as engine:
+    with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:
         assert engine.model.generation_config is not None
         assert engine.model.generation_config.eos_token_id == [269, 270]
         replied = engine.generate("in", max_new_tokens=8, temperature=0, ignore_end=True).token_ids
     made = byte_pairs(merges, pre="qwen2", controls=("<|im_end|>", "<|endoftext|>"), users=(), eot_token_id=replied[3])
     path = save_model(tmp_path / "other.gguf", "qwen3moe", made, monkeypatch)
-    with offmoe.load(path, ram="4GiB", experts=4) as engine:
+    with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:
         reply = engine.generate("in", max_new_tokens=8, temperature=0)
     assert (reply.finish_reason, len(reply.token_ids)) == ("stop", replied.index(replied[3]))

@@ -79,7 +79,7 @@ def test_logits_equal_the_numpy_reference(tmp_path: Path, measured: Measured) ->
     greedy = list(ids)
     for _ in range(12):
         greedy.append(int(grok1_logits(greedy, tensors, CONFIG)[-1].argmax()))
-    with offmoe.load(str(tmp_path), ram="4GiB", experts=6) as engine:
+    with offmoe.load(str(tmp_path), ram="4GiB", expert_slots=6) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=torch.tensor([ids])).logits[0].double().numpy()
         measured("grok-1", "published", torch.from_numpy(got), torch.from_numpy(expected))
@@ -109,7 +109,7 @@ def reference(tensors: dict[str, torch.Tensor], config: dict[str, Any] = CONFIG)
 @pytest.mark.parametrize("miss", ["stream", "cpu"])
 def test_on_a_device(miss: str, tmp_path: Path, measured: Measured) -> None:
     expected = reference(make_checkpoint(tmp_path))
-    with offmoe.load(tmp_path, ram="4GiB", experts=6, miss=miss, _device=SimulatedDevice(1e9)) as engine:
+    with offmoe.load(tmp_path, ram="4GiB", expert_slots=6, miss=miss, _device=SimulatedDevice(1e9)) as engine:
         measured("grok-1", "device", torch.from_numpy(logits_of(engine)), torch.from_numpy(expected))
         assert engine.stats()["misses"] > 0
 
@@ -119,7 +119,7 @@ def test_in_bfloat16(tmp_path: Path) -> None:
     rounding), and the cache changes no bit. Eight bits of each product are kept.
     """
     expected = reference(make_checkpoint(tmp_path, torch.bfloat16))
-    with offmoe.load(tmp_path, ram="4GiB", experts=6) as engine:
+    with offmoe.load(tmp_path, ram="4GiB", expert_slots=6) as engine:
         got = logits_of(engine)
         with engine._parts.uncached():
             assert np.array_equal(logits_of(engine), got)
@@ -131,9 +131,9 @@ def test_in_bfloat16(tmp_path: Path) -> None:
 def test_quantised(tmp_path: Path, measured: Measured) -> None:
     widths = {"hidden_size": 64, "intermediate_size": 32}
     make_checkpoint(tmp_path / "source", **widths)
-    quantise(tmp_path / "source", tmp_path / "int4", QuantiseOptions(experts="int4"), lambda *_: None)
+    quantise(tmp_path / "source", tmp_path / "int4", QuantiseOptions(expert_format="int4"), lambda *_: None)
     expected = reference(decompressed_tensors(tmp_path / "int4", Scheme(bits=4, group=32)), CONFIG | widths)
-    with offmoe.load(tmp_path / "int4", ram="4GiB", experts=6) as engine:
+    with offmoe.load(tmp_path / "int4", ram="4GiB", expert_slots=6) as engine:
         measured("grok-1", "int4", torch.from_numpy(logits_of(engine)), torch.from_numpy(expected))
 
 

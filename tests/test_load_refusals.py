@@ -166,7 +166,7 @@ def test_code_in_the_folder_is_run_when_asked(folder: Path, tmp_path: Path) -> N
         ("ram", "lots", ('write it like "6GiB"',)), ("ram", 1.5, ("1.5",)), ("ram", -1, ("negative",)),
         ("context_length", 999, ("999", "made for 256", "--context-length 256")),
         ("context_length", 0, ("whole number of at least 1",)), ("context_length", "long", ("whole number",)),
-        ("experts", 2.5, ("whole number",)), ("prefill_chunk", -4, ("whole number",)),
+        ("expert_slots", 2.5, ("whole number",)), ("prefill_chunk", -4, ("whole number",)),
         ("policy", "random", ("known: auto, lru",)), ("io", "fast", ("known: auto, direct, buffered",)),
         ("device", "abacus", ("known: auto, cpu, cuda, cuda:N",)), ("trust_remote_code", "yes", ("True or False",)),
     ],
@@ -183,8 +183,8 @@ def test_direct_reads_where_there_are_none(good: Path, monkeypatch: pytest.Monke
 
 
 def test_fewer_slots_than_one_token_needs(good: Path) -> None:
-    refuse(good, BudgetError, "experts is 1", "needs 2", "--experts 2", experts=1)
-    with open_tiny(good, experts=2) as engine:
+    refuse(good, BudgetError, "expert_slots is 1", "needs 2", "--expert-slots 2", expert_slots=1)
+    with open_tiny(good, expert_slots=2) as engine:
         assert engine.generate([5, 6, 7], max_new_tokens=2).token_ids
 
 
@@ -200,25 +200,25 @@ def test_the_budget_that_is_advised_works(good: Path, ram: int | str, context_le
     text = refuse(good, BudgetError, "this model needs", "resident weights", ram=ram, **options)
     enough = advised(text, "--ram")
     assert f"needs {enough} MiB" in text
-    with open_tiny(good, experts=None, ram=f"{enough}MiB", **options) as engine:
+    with open_tiny(good, expert_slots=None, ram=f"{enough}MiB", **options) as engine:
         assert engine.generate([5, 6, 7], max_new_tokens=3).token_ids
         assert engine.plan.total_bytes <= enough << 20
     refuse(good, BudgetError, ram=f"{enough - 48}MiB", **options)
 
 
 def test_the_number_of_experts_that_is_advised_works(tmp_path: Path) -> None:
-    """Experts of 2 MiB, so that a few of them matter: for `--experts` beyond the budget both ways out are named."""
+    """Experts of 2 MiB, so that a few matter: for `--expert-slots` beyond the budget both ways out are named."""
     config = transformers.MixtralConfig(
         hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
         vocab_size=64, num_local_experts=16, max_position_embeddings=64,
     )  # fmt: skip
     transformers.MixtralForCausalLM._from_config(config).save_pretrained(tmp_path)
     need = advised(refuse(tmp_path, BudgetError, ram="0MiB"), "--ram")
-    text = refuse(tmp_path, BudgetError, "--experts 32 needs", "room for", ram=f"{need + 16}MiB", experts=32)
-    fitting, enough = advised(text, "--experts 32 needs"), advised(text, "or --ram")
+    text = refuse(tmp_path, BudgetError, "--expert-slots 32 needs", "room for", ram=f"{need + 16}MiB", expert_slots=32)
+    fitting, enough = advised(text, "--expert-slots 32 needs"), advised(text, "or --ram")
     assert fitting == enough > need
-    with offmoe.load(tmp_path, ram=f"{enough}MiB", experts=32) as engine:
+    with offmoe.load(tmp_path, ram=f"{enough}MiB", expert_slots=32) as engine:
         assert engine.plan.num_slots == 32
-    slots = advised(text.partition("use ")[2], "--experts")
-    with offmoe.load(tmp_path, ram=f"{need + 16}MiB", experts=slots - 2) as engine:
+    slots = advised(text.partition("use ")[2], "--expert-slots")
+    with offmoe.load(tmp_path, ram=f"{need + 16}MiB", expert_slots=slots - 2) as engine:
         assert 2 <= engine.plan.num_slots == slots - 2

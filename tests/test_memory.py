@@ -146,7 +146,7 @@ def test_quantised_experts_are_never_unpacked_whole(form: str, checkpoint: Path,
     if form == "gguf":
         convert(checkpoint, source, type_name="q4_0")
     elif form == "int4":
-        command = [sys.executable, "-m", "offmoe", "quantize", str(checkpoint), str(source), "--experts", "int4"]
+        command = [sys.executable, "-m", "offmoe", "quantize", str(checkpoint), str(source), "--expert-format", "int4"]
         subprocess.run(command, capture_output=True, check=True)
     elif form == "mxfp4":
         source.mkdir()

@@ -63,7 +63,7 @@ def test_a_gguf_file_in_float16_has_the_range_of_llama_cpp(tmp_path: Path) -> No
         states = model(input_ids=IDS, output_hidden_states=True).hidden_states
     assert max(state.abs().max().item() for state in states) > 65504
     wanted = model.generate(IDS, max_new_tokens=16, do_sample=False)[0, IDS.shape[1] :].tolist()
-    with offmoe.load(path, ram="4GiB", experts=4) as engine:
+    with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:
         assert torch.isfinite(logits_of(engine.model)).all()
         reply = engine.generate(IDS[0].tolist(), max_new_tokens=16, temperature=0, ignore_end=True)
         assert list(reply.token_ids) == wanted
@@ -78,7 +78,7 @@ def test_float16_that_was_bfloat16_is_read_without_loss(tmp_path: Path) -> None:
     path, model = tmp_path / "model.gguf", make_model("qwen3moe").bfloat16().float()
     save_gguf(path, "qwen3moe", model, ALL_F16)
     exact = logits_of(model)
-    with offmoe.load(path, ram="4GiB", experts=4) as engine:
+    with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:
         ours = relative(logits_of(engine.model), exact)
         norms = {"model.norm.weight", "model.layers.0.mlp.gate.weight"}
         for name, param in engine.model.named_parameters():

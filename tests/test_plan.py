@@ -146,7 +146,7 @@ def test_the_loader_divides_the_same(name: str, tmp_path: Path) -> None:
         loaded, sizes = engine.plan, read_facts(folder, direct=engine.stats()["io"] == "direct").sizes
         here = Facts(has_device=False, longest_context=256, ram_bytes=8 * GIB)
         found = memory(plan(read_facts(folder, direct=engine.stats()["io"] == "direct"), here, context_length=128,
-                            ram="4GiB", experts=4))  # fmt: skip
+                            ram="4GiB", expert_slots=4))  # fmt: skip
     assert (sizes.slot_bytes, sizes.num_experts) == (loaded.slot_bytes, loaded.num_experts)
     assert found.kv_bytes == loaded.kv_bytes
     assert found.workspace_bytes == loaded.workspace_bytes
@@ -180,14 +180,24 @@ def test_what_is_set_stays_or_is_refused() -> None:
 
 
 def test_experts_of_no_kind_are_refused() -> None:
-    result = CliRunner().invoke(main, ["plan", "--experts", "int3"], catch_exceptions=False)
+    result = CliRunner().invoke(main, ["plan", "--expert-format", "int3"], catch_exceptions=False)
     assert result.exit_code == 2
-    assert result.stderr == "error: experts is 'int3'; use a whole number of at least 1, auto, int4 or int8\n"
+    assert "'--expert-format': 'int3' is not one of 'int4', 'int8'" in result.stderr
+
+
+def test_the_old_flag_of_experts_still_works_and_says_so(folders: Path) -> None:
+    """--experts was a number of slots or a format, by its value."""
+    asked = ("plan", str(folders / "qwen3-30b-a3b"), "--for", "rtx 4060 laptop", "--json")
+    for value, name in (("int4", "expert-format"), ("300", "expert-slots")):
+        old = CliRunner().invoke(main, [*asked, "--experts", value], catch_exceptions=False)
+        new = CliRunner().invoke(main, [*asked, f"--{name}", value], catch_exceptions=False)
+        assert (old.exit_code, old.stdout) == (0, new.stdout) and new.stderr == ""
+        assert old.stderr == f"--experts is called --{name} now; the next release drops the old name\n"
 
 
 def test_another_machine(folders: Path) -> None:
     asked = [str(folders / "qwen3-30b-a3b"), "--for", "rtx 4060 laptop", "--json"]
-    found = json.loads(run("plan", *asked, "--experts", "int4"))
+    found = json.loads(run("plan", *asked, "--expert-format", "int4"))
     assert found["fits"] and found["machine"]["name"] == "RTX 4060 laptop"
     assert found["memory"]["device"]["total_bytes"] <= 8 * GIB - 512 * MIB
     assert found["memory"]["device"]["context_bytes"] == CUDA_CONTEXT_BYTES

@@ -136,7 +136,7 @@ def probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MachineRecord:
 
 def test_load_says_the_plan_and_what_came_of_it(probed: MachineRecord, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
-    with offmoe.load(experts=48, device="cpu", context_length=128, tell=said.append) as engine:
+    with offmoe.load(expert_slots=48, device="cpu", context_length=128, tell=said.append) as engine:
         (line,) = said
         assert line.startswith("plan: 48 of 192 experts in RAM") and " tok/s, first token of" in line
         engine.generate([3, 4, 5, 6], max_new_tokens=3, ignore_end=True)
@@ -145,11 +145,11 @@ def test_load_says_the_plan_and_what_came_of_it(probed: MachineRecord, capsys: p
     foreseen = totals["predicted"]
     assert said[1].startswith(f"plan: predicted {foreseen['decode_tok_per_s']:.1f} tok/s, measured ")
     assert f"{totals['decode_tok_per_s']:.1f};" in said[1] and "hits " in said[1] and "; peak " in said[1]
-    with offmoe.load(experts=48, device="cpu", context_length=128):
+    with offmoe.load(expert_slots=48, device="cpu", context_length=128):
         pass  # nothing was decoded: there is nothing to hold the plan to
     printed = capsys.readouterr()
     assert printed.err.count("plan: ") == 1 and not printed.out
-    with offmoe.load(experts=48, device="cpu", context_length=128, tell=None):
+    with offmoe.load(expert_slots=48, device="cpu", context_length=128, tell=None):
         pass
     assert not capsys.readouterr().err
 
@@ -170,7 +170,7 @@ def test_what_the_device_held_is_said_beside_its_plan() -> None:
 def test_a_machine_that_was_not_probed_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OFFMOE_CACHE", str(tmp_path))
     said: list[str] = []
-    with offmoe.load(experts=48, device="cpu", context_length=128, tell=said.append) as engine:
+    with offmoe.load(expert_slots=48, device="cpu", context_length=128, tell=said.append) as engine:
         engine.generate([3, 4, 5, 6], max_new_tokens=2, ignore_end=True)
         assert "predicted" not in engine.stats() and against_plan(engine.stats()) is None
     assert not said

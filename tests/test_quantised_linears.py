@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("quantised")
     widths: dict[str, object] = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96}
     save_layout(build("qwen3_moe", overrides=widths), base / "plain", "published")
-    quantise(base / "plain", base / "int4", QuantiseOptions(experts="int4", dense="int4"), lambda *_: None)
+    quantise(base / "plain", base / "int4", QuantiseOptions(expert_format="int4", dense="int4"), lambda *_: None)
     return base / "int4"
 
 

@@ -68,7 +68,7 @@ def _equals(
     with torch.no_grad():
         wanted = expected(input_ids=ids).logits
     wanted_ids = expected.generate(ids[:1], max_new_tokens=num_new, do_sample=False)[0, NUM_PROMPT:].tolist()
-    with offmoe.load(folder, ram="4GiB", experts=4, **options) as engine:
+    with offmoe.load(folder, ram="4GiB", expert_slots=4, **options) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         measured(got, wanted)
@@ -143,7 +143,7 @@ def test_resident_weights_are_transformers_to_the_bit(scales: torch.dtype, dtype
 
     edit(tmp_path, store_as)
     expected = dequantised_model(tmp_path, dtype)
-    with offmoe.load(tmp_path, ram="4GiB", experts=4) as engine:
+    with offmoe.load(tmp_path, ram="4GiB", expert_slots=4) as engine:
         for name, param in engine.model.named_parameters():
             wanted = expected.get_parameter(name)
             assert param.dtype == wanted.dtype, name
@@ -153,7 +153,7 @@ def test_resident_weights_are_transformers_to_the_bit(scales: torch.dtype, dtype
 
 def test_weights_only_quantisation_needs_no_note(tmp_path: Path) -> None:
     save_mxfp4(tmp_path)
-    with offmoe.load(tmp_path, ram="4GiB", experts=4) as engine:
+    with offmoe.load(tmp_path, ram="4GiB", expert_slots=4) as engine:
         assert not any("activations" in note for note in engine.stats().get("notes", ()))
 
 
@@ -164,7 +164,7 @@ def test_cached_equals_uncached_in_bfloat16(direct: str, tmp_path: Path) -> None
     ids = torch.randint(3, 100, (1, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
     found = []
     for slots in (4, 24):
-        with offmoe.load(tmp_path, ram="4GiB", experts=slots, io=direct) as engine, torch.no_grad():
+        with offmoe.load(tmp_path, ram="4GiB", expert_slots=slots, io=direct) as engine, torch.no_grad():
             found.append(engine.model(input_ids=ids).logits)
             with engine._parts.uncached():
                 found.append(engine.model(input_ids=ids).logits)
@@ -192,7 +192,7 @@ def test_stacked_fp8_is_what_its_experts_are(tmp_path: Path) -> None:
     found = []
     for change in (lambda *_: None, stack):
         edit(tmp_path, change)
-        with offmoe.load(tmp_path, ram="4GiB", experts=4) as engine, torch.no_grad():
+        with offmoe.load(tmp_path, ram="4GiB", expert_slots=4) as engine, torch.no_grad():
             found.append(engine.model(input_ids=ids).logits)
             assert all(layer.is_quantised for layer in engine._parts.experts.layers)
     assert torch.allclose(found[0], found[1], rtol=0, atol=1e-5)

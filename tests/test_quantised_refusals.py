@@ -133,7 +133,7 @@ def _groups(**weights: Any) -> dict[str, Any]:
 
 
 CONFIGS: list[tuple[dict[str, Any], type[OffmoeError], tuple[str, ...]]] = [
-    ({"quant_method": "gptq"}, UnsupportedModelError, ("'gptq'", "offmoe quantize SOURCE TARGET --experts int4")),
+    ({"quant_method": "gptq"}, UnsupportedModelError, ("'gptq'", "offmoe quantize SOURCE TARGET --expert-format int4")),
     ({"quant_method": "awq"}, UnsupportedModelError, ("'awq'", "offmoe quantize")),
     ({"quant_method": "bitsandbytes"}, UnsupportedModelError, ("bitsandbytes", "bfloat16")),
     ({"quant_method": "\x1b[2Jwhat"}, UnsupportedModelError, ("what", "not read yet")),

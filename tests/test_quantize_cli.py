@@ -26,7 +26,7 @@ from offmoe.report.perplexity import perplexity
 
 DEMO = demo_model_folder()
 TEXT = "def read_lines(path):\n    with open(path) as file:\n        return file.read().splitlines()\n" * 4
-INT4 = ("--experts", "int4")
+INT4 = ("--expert-format", "int4")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_sizes_and_perplexity_before_and_after(tmp_path: Path) -> None:
 
 def test_json(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
-    args = ("--experts", "int8", "--dense", "int4", "--group", 64, "--eval", tmp_path / "text.txt", "--json")
+    args = ("--expert-format", "int8", "--dense", "int4", "--group", 64, "--eval", tmp_path / "text.txt", "--json")
     record = last_json(succeed("quantize", DEMO, tmp_path / "out", *args).stdout)
     assert record["num_experts"] == 192 and record["num_dense"] == 24 and record["resumed"] == 0
     assert record["written_bytes"] < record["source_bytes"] and record["target"] == str(tmp_path / "out")
@@ -92,8 +92,8 @@ def test_perplexity_predicts_each_token_once(monkeypatch: pytest.MonkeyPatch, tm
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ((), ("missing option '--experts'", "int4")),
-        (("--experts", "int3"), ("--experts", "'int3'", "'int4', 'int8'")),
+        ((), ("missing option '--expert-format'", "int4")),
+        (("--expert-format", "int3"), ("--expert-format", "'int3'", "'int4', 'int8'")),
         ((*INT4, "--group", "48"), ("--group", "'48'", "'32', '64', '128'")),
         ((*INT4, "--group", "128"), ("does not divide the 192 columns", "use --group 32 or 64")),
         ((*INT4, "--eval", "no-such-file"), ("--eval no-such-file cannot be read",)),

@@ -26,7 +26,7 @@ from offmoe.formats.quantised import QuantMatrix
 from offmoe.models.quantise import QuantiseOptions, QuantiseResult, quantise
 
 WIDTHS: dict[str, object] = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96}
-INT4 = QuantiseOptions(experts="int4")
+INT4 = QuantiseOptions(expert_format="int4")
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 
 
@@ -88,7 +88,7 @@ def test_transformers_and_offmoe_read_the_same_model(name: str, layout: str, tmp
 @pytest.mark.parametrize(("experts", "dense"), [("int4", "int4"), ("int4", "int8"), ("int8", "int4"), ("int8", None)])
 def test_other_linear_layers(experts: str, dense: str | None, tmp_path: Path) -> None:
     source = save(tmp_path / "source", "deepseek_v3")
-    options = QuantiseOptions(experts=experts, dense=dense)  # type: ignore[arg-type]
+    options = QuantiseOptions(expert_format=experts, dense=dense)  # type: ignore[arg-type]
     result = run(source, tmp_path / "target", options)
     theirs = check_equal(tmp_path / "target")
     whole = plain_model(source).state_dict()
@@ -107,7 +107,7 @@ def test_other_linear_layers(experts: str, dense: str | None, tmp_path: Path) ->
 @pytest.mark.parametrize(("dense", "head"), [(None, "int8"), ("int8", "int8"), ("int4", "int4")])
 def test_the_output_head(dense: str | None, head: str, tmp_path: Path) -> None:
     source = save(tmp_path / "source", "mixtral")
-    run(source, tmp_path / "target", QuantiseOptions(experts="int4", dense=dense, head=head))  # type: ignore[arg-type]
+    run(source, tmp_path / "target", QuantiseOptions(expert_format="int4", dense=dense, head=head))  # type: ignore[arg-type]
     theirs = check_equal(tmp_path / "target")
     whole = plain_model(source).state_dict()
     assert not torch.equal(theirs.state_dict()["lm_head.weight"], whole["lm_head.weight"])
@@ -118,18 +118,19 @@ def test_the_output_head(dense: str | None, head: str, tmp_path: Path) -> None:
 
 def test_a_head_of_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="dense is int8 and head is int4; transformers reads one format"):
-        run(save(tmp_path / "source"), tmp_path / "target", QuantiseOptions(experts="int4", dense="int8", head="int4"))
+        options = QuantiseOptions(expert_format="int4", dense="int8", head="int4")
+        run(save(tmp_path / "source"), tmp_path / "target", options)
 
 
 def test_a_head_that_is_the_embeddings_stays(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="output head is its embeddings, which stay; leave out --head"):
-        run(demo_model_folder(), tmp_path / "target", QuantiseOptions(experts="int4", head="int8"))
+        run(demo_model_folder(), tmp_path / "target", QuantiseOptions(expert_format="int4", head="int8"))
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_a_bfloat16_model_has_the_same_weights_everywhere(kind: str, tmp_path: Path) -> None:
     source = save(tmp_path / "source", dtype=torch.bfloat16)
-    run(source, tmp_path / "target", QuantiseOptions(experts=kind))  # type: ignore[arg-type]
+    run(source, tmp_path / "target", QuantiseOptions(expert_format=kind))  # type: ignore[arg-type]
     theirs = in_transformers(tmp_path / "target", dtype=torch.bfloat16)
     params = dict(theirs.named_parameters())
     index, experts = open_index(tmp_path / "target")
@@ -173,7 +174,7 @@ def test_an_expert_is_one_read(layout: str, tmp_path: Path) -> None:
 
 
 def test_config_says_what_was_done(tmp_path: Path) -> None:
-    run(save(tmp_path / "source"), tmp_path / "target", QuantiseOptions(experts="int4", dense="int8", group=32))
+    run(save(tmp_path / "source"), tmp_path / "target", QuantiseOptions(expert_format="int4", dense="int8", group=32))
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     plain = json.loads((tmp_path / "source" / "config.json").read_text())
     quantisation = config.pop("quantization_config")
@@ -187,7 +188,7 @@ def test_config_says_what_was_done(tmp_path: Path) -> None:
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     source = save(tmp_path / "source")
-    options = QuantiseOptions(experts="int4", shard_bytes=20_000)
+    options = QuantiseOptions(expert_format="int4", shard_bytes=20_000)
     whole = run(source, tmp_path / "whole", options)
     assert whole.num_shards > 4
 
@@ -211,7 +212,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
 
 def test_a_model_of_one_shard_goes_on_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save(tmp_path / "source")
-    options = QuantiseOptions(experts="int4")
+    options = QuantiseOptions(expert_format="int4")
     whole = run(source, tmp_path / "whole", options)
     assert whole.num_shards == 1
 
@@ -246,7 +247,7 @@ def test_a_run_is_not_gone_on_with_from_another_source(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quantise(source, tmp_path / "target", INT4, stop)
     with pytest.raises(UsageError, match="unfinished run with another experts"):
-        run(source, tmp_path / "target", QuantiseOptions(experts="int8"))
+        run(source, tmp_path / "target", QuantiseOptions(expert_format="int8"))
     path = source / "model.safetensors"
     save_file(load_file(path), path, metadata={"format": "pt"})
     with pytest.raises(UsageError, match="unfinished run with another source"):
@@ -278,7 +279,7 @@ def save_family(folder: Path, name: str) -> Path:
 def test_a_group_that_does_not_divide(tmp_path: Path) -> None:
     source = save(tmp_path / "source")
     with pytest.raises(UsageError) as caught:
-        run(source, tmp_path / "target", QuantiseOptions(experts="int4", group=64))
+        run(source, tmp_path / "target", QuantiseOptions(expert_format="int4", group=64))
     assert one_line(caught) == (
         "--group 64 does not divide the 32 columns of 'model.layers.0.mlp.experts.0.down_proj'; use --group 32"
     )

@@ -109,21 +109,21 @@ def save(folder: Path, form: Form, name: str = "qwen3_moe") -> Path:
 def test_logits_are_those_of_the_same_values(case: str, tmp_path: Path) -> None:
     form = FORMS[case]
     plain = save(tmp_path / "published", form)
-    done = succeed("quantize", tmp_path / "published", tmp_path / "out", "--experts", f"int{form.bits}", "--json")
+    done = succeed("quantize", tmp_path / "published", tmp_path / "out", "--expert-format", f"int{form.bits}", "--json")
     result = last_json(done.stdout)
     assert result["repacked"] == 3 * 4 + 3 + 2 * 3 * 8  # attention, one dense layer, experts of two
     ids = torch.randint(3, 100, (1, 12), generator=torch.Generator().manual_seed(1))
     expected: Any = AutoModelForCausalLM.from_pretrained(plain, attn_implementation="eager")
     with torch.no_grad():
         wanted = expected(input_ids=ids).logits
-    with offmoe.load(tmp_path / "out", ram="4GiB", experts=4) as engine, torch.no_grad():
+    with offmoe.load(tmp_path / "out", ram="4GiB", expert_slots=4) as engine, torch.no_grad():
         got = engine.model(input_ids=ids).logits
     assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
 
 
 def test_a_run_that_was_cut_off_goes_on_within_its_shard(tmp_path: Path) -> None:
     save(tmp_path / "published", FORMS["awq"])
-    options = QuantiseOptions(experts="int4")
+    options = QuantiseOptions(expert_format="int4")
     quantise(tmp_path / "published", tmp_path / "whole", options, lambda *_: None)
 
     def stop(stage: str, done: int, total: int) -> None:
@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "3 bits": ({"bits": 3}, "GPTQ of 3 bits, format 'gptq' (known: 4 or 8 bits; gptq, gptq_v2)"),
     "marlin": ({"checkpoint_format": "marlin"}, "format 'marlin'"),
     "no number": ({"bits": "four"}, "says 'four' bits"),
-    "other bits": ({}, "is gptq of 4 bits and keeps its values; use --experts int4"),
+    "other bits": ({}, "is gptq of 4 bits and keeps its values; use --expert-format int4"),
 }
 
 
@@ -187,7 +187,7 @@ def test_what_is_not_read_is_refused_and_leaves_nothing(case: str, tmp_path: Pat
     config["quantization_config"] |= changes
     path.write_text(json.dumps(config))
     bits = "int8" if case == "other bits" else "int4"
-    assert message in fail("quantize", tmp_path / "published", tmp_path / "out", "--experts", bits)
+    assert message in fail("quantize", tmp_path / "published", tmp_path / "out", "--expert-format", bits)
     assert not (tmp_path / "out").exists()
 
 
@@ -197,5 +197,5 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
     tensors = load_file(path)
     del tensors["model.layers.0.mlp.experts.3.up_proj.scales"]
     save_file(tensors, path)
-    line = fail("quantize", tmp_path / "published", tmp_path / "out", "--experts", "int4")
+    line = fail("quantize", tmp_path / "published", tmp_path / "out", "--expert-format", "int4")
     assert "model.layers.0.mlp.experts.3.up_proj.qweight has no scales" in line

@@ -34,7 +34,7 @@ def test_the_engine_counts_what_its_replay_counts(
 ) -> None:
     # The tokens on which the fused step is compared are computed twice; the trace has them once.
     monkeypatch.setenv("OFFMOE_DECODE", "eager")
-    options = {"experts": num_slots, "policy": policy, "prefetch": "off", "prefill_chunk": 4}
+    options = {"expert_slots": num_slots, "policy": policy, "prefetch": "off", "prefill_chunk": 4}
     with open_tiny(tiny, **options) as engine, engine.trace(tmp_path / "a", guesses=False):
         go_through(engine)
         stats = engine.stats()

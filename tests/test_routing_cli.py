@@ -19,7 +19,7 @@ from offmoe.base.trace_reader import read_trace
 from offmoe.checkpoint.identity import model_hash
 
 RAM = ("--ram", "4GiB")
-SMALL = ("--experts", 6)
+SMALL = ("--expert-slots", 6)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_ctrl_c_keeps_what_was_recorded(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_replay_needs_no_model(tiny: Path, recorded: Path, tmp_path: Path) -> None:
-    result = succeed("replay", recorded, "--experts", 6, "--plot", tmp_path / "a.svg")
+    result = succeed("replay", recorded, "--expert-slots", 6, "--plot", tmp_path / "a.svg")
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"{tiny.name}: 16 experts of ") and lines[0].endswith(", 59 decoded tokens")
     assert lines[1].split()[:2] == ["slots", "memory"] and "tok/s" not in lines[1]
@@ -163,15 +163,15 @@ def test_tune_saves_flags_that_the_other_commands_use(tiny: Path, tmp_path: Path
     assert re.search(r"[\d.]+% hits, [\d.]+ tok/s; bound [\d.]+%$", chosen)
     entry = json.loads(saved(tmp_path).read_text())["models"][model_hash(tiny)]
     policy = entry["flags"]["policy"]
-    assert entry["flags"] == {"experts": 6, "policy": policy}
-    flags = f"--experts 6 --policy {policy} from {saved(tmp_path)} (--config off ignores it)"
+    assert entry["flags"] == {"expert_slots": 6, "policy": policy}
+    flags = f"--expert-slots 6 --policy {policy} from {saved(tmp_path)} (--config off ignores it)"
     assert lines[-1] == f"written: {flags}"
 
     bench = ("bench", tiny, "--prefill", 4, "--decode", 4)
     used = succeed(*bench)
     assert f"flags: {flags}" in used.stderr.splitlines()
     assert last_json(used.stdout)["experts_cached"] == 6 and last_json(used.stdout)["settings"]["policy"] == policy
-    for given, slots in ((("--experts", 9), 9), (RAM, 16), (("--config", "off"), 16)):
+    for given, slots in ((("--expert-slots", 9), 9), (RAM, 16), (("--config", "off"), 16)):
         record = last_json(succeed(*bench, *given).stdout)
         assert record["experts_cached"] == slots, given
         assert record["settings"]["policy"] == ("auto" if "off" in given else policy)
@@ -184,7 +184,7 @@ def test_tune_chooses_a_budget_at_the_knee_and_takes_a_trace(tiny: Path, recorde
     flags = ("--trace", recorded, "--choose", "knee", "--config", file, "--context-length", 64, "--json")
     record = last_json(succeed("tune", tiny, *SMALL, *flags).stdout)
     assert record["config"] == str(file) and record["flags"] == {
-        "experts": min(6, record["curves"]["knee"]), "policy": record["curves"]["adopted"],
+        "expert_slots": min(6, record["curves"]["knee"]), "policy": record["curves"]["adopted"],
     }  # fmt: skip
     assert record["curves"]["num_tokens"] == 59 and record["costs"]["fixed_s"] > 0
     assert not saved(tmp_path).exists()

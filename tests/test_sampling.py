@@ -56,7 +56,7 @@ def test_a_seed_repeats_at_every_cache_size(folder: Path, engine: offmoe.Engine)
     assert sample(engine, temperature=1.0, seed=11) == first
     assert sample(engine, temperature=1.0, seed=12) != first
     for slots in (2, TINY_EXPERTS):
-        with open_tiny(folder, experts=slots) as other:
+        with open_tiny(folder, expert_slots=slots) as other:
             assert sample(other, temperature=1.0, seed=11) == first
 
 

@@ -68,7 +68,7 @@ def test_text_becomes_transformers_text(
         expected_ids = model.generate(source, forced_bos_token_id=target, **options)[0, 1:]
     expected = tokenizer.decode(expected_ids, skip_special_tokens=True)
     assert len(set(expected_ids.tolist())) > 2 and expected
-    with offmoe.load(tmp_path, ram="4GiB", experts=6) as engine:
+    with offmoe.load(tmp_path, ram="4GiB", expert_slots=6) as engine:
         engine.model.generation_config.forced_bos_token_id = target
         reply = engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
         assert (list(reply.token_ids), reply.text) == (expected_ids.tolist(), expected)

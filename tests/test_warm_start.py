@@ -122,7 +122,7 @@ def test_the_folder_of_the_user(monkeypatch: pytest.MonkeyPatch, value: str, exp
 
 def test_an_engine_leaves_counts_and_the_next_one_takes_them_up() -> None:
     for run in (1, 2):
-        with offmoe.load(experts=60, policy="lfru") as engine:
+        with offmoe.load(expert_slots=60, policy="lfru") as engine:
             warm = engine._parts.serving.warm
             assert warm is not None
             found = warm.load()
@@ -133,7 +133,7 @@ def test_an_engine_leaves_counts_and_the_next_one_takes_them_up() -> None:
 
 
 def test_no_warm_start_leaves_nothing() -> None:
-    with offmoe.load(experts=60, warm_start=False) as engine:
+    with offmoe.load(expert_slots=60, warm_start=False) as engine:
         engine.generate("import", max_new_tokens=2)
     assert not cache_folder().exists()
 
@@ -143,6 +143,6 @@ def test_an_unwritable_cache_folder_does_no_harm(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with offmoe.load(experts=60) as engine:
+        with offmoe.load(expert_slots=60) as engine:
             assert engine.generate("import", max_new_tokens=2).token_ids
     assert len([warning for warning in caught if "earlier runs" in str(warning.message)]) == 1

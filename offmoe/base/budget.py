@@ -158,10 +158,10 @@ def allowed_vram(vram_bytes: int | None, most_bytes: int) -> int:
 
 def plan_memory(
     *, ram_bytes: int, runtime_bytes: int, resident_bytes: int, kv_bytes: int, workspace_bytes: int, slot_bytes: int,
-    num_experts: int, top_k: int, experts: int | None, prefill_chunk: int, staging_bytes: int = 0, load_bytes: int = 0,
-    device: DevicePlan | None = None,
+    num_experts: int, top_k: int, expert_slots: int | None, prefill_chunk: int, staging_bytes: int = 0,
+    load_bytes: int = 0, device: DevicePlan | None = None,
 ) -> MemoryPlan:  # fmt: skip
-    """Slots for what the fixed parts leave of `ram_bytes`, or exactly `experts` slots when the user asked for them.
+    """Slots for what the fixed parts leave of `ram_bytes`, or exactly `expert_slots` when the user asked for them.
 
     Raises BudgetError, with the smallest budget that works, when fewer than `top_k` slots (one layer's experts for one
     token) fit.
@@ -179,8 +179,8 @@ def plan_memory(
             f"use --ram {need}MiB"
         )
     num_slots = _count_slots(
-        "ram", ram_bytes, parts, slot_bytes=slot_bytes, num_experts=num_experts, top_k=top_k, experts=experts,
-        most_bytes=None, otherwise=" or a lower --context-length" if device is None else "",
+        "ram", ram_bytes, parts, slot_bytes=slot_bytes, num_experts=num_experts, top_k=top_k,
+        expert_slots=expert_slots, most_bytes=None, otherwise=" or a lower --context-length" if device is None else "",
     )  # fmt: skip
     return MemoryPlan(
         ram_bytes=ram_bytes, runtime_bytes=runtime_bytes, resident_bytes=resident_bytes, kv_bytes=kv_bytes,
@@ -191,7 +191,7 @@ def plan_memory(
 
 def plan_device(
     *, vram_bytes: int | None, free_bytes: int, context_bytes: int, resident_bytes: int, kv_bytes: int,
-    workspace_bytes: int, slack_bytes: int, slot_bytes: int, num_experts: int, top_k: int, experts: int | None,
+    workspace_bytes: int, slack_bytes: int, slot_bytes: int, num_experts: int, top_k: int, expert_slots: int | None,
 ) -> DevicePlan:  # fmt: skip
     """As `plan_memory`, for a device with `free_bytes` free beside the context that the driver has taken already.
 
@@ -205,8 +205,8 @@ def plan_device(
         ("workspace", workspace_bytes + slack_bytes),
     ]  # fmt: skip
     num_slots = _count_slots(
-        "vram", allowed, parts, slot_bytes=slot_bytes, num_experts=num_experts, top_k=top_k, experts=experts,
-        most_bytes=most_bytes, otherwise=", a lower --context-length or --device cpu",
+        "vram", allowed, parts, slot_bytes=slot_bytes, num_experts=num_experts, top_k=top_k,
+        expert_slots=expert_slots, most_bytes=most_bytes, otherwise=", a lower --context-length or --device cpu",
     )  # fmt: skip
     return DevicePlan(
         vram_bytes=allowed, context_bytes=context_bytes, resident_bytes=resident_bytes, kv_bytes=kv_bytes,
@@ -216,12 +216,14 @@ def plan_device(
 
 
 def _count_slots(
-    name: str, budget_bytes: int, parts: _Parts, *, slot_bytes: int, num_experts: int, top_k: int, experts: int | None,
-    most_bytes: int | None, otherwise: str,
+    name: str, budget_bytes: int, parts: _Parts, *, slot_bytes: int, num_experts: int, top_k: int,
+    expert_slots: int | None, most_bytes: int | None, otherwise: str,
 ) -> int:  # fmt: skip
     """Slots beside `parts`. A refusal advises a budget of at most `most_bytes`, and `otherwise`."""
-    if experts is not None and experts < top_k:
-        raise BudgetError(f"experts is {experts}, one token needs {top_k} in a layer; use --experts {top_k} or more")
+    if expert_slots is not None and expert_slots < top_k:
+        raise BudgetError(
+            f"expert_slots is {expert_slots}, one token needs {top_k} in a layer; use --expert-slots {top_k} or more"
+        )
     fixed = _total(parts)
     room = (budget_bytes - fixed) // slot_bytes
     listed = ", ".join(f"{part} {format_bytes(size)}" for part, size in parts if size)
@@ -232,14 +234,14 @@ def _count_slots(
             f"{name} is {format_bytes(budget_bytes)}, this model needs {smallest} MiB: {listed}, and {top_k} experts "
             f"of {format_bytes(slot_bytes)}; {advice}"
         )
-    if experts is not None and min(experts, num_experts) > room:
-        need = suggested_mib(fixed + min(experts, num_experts) * slot_bytes)
+    if expert_slots is not None and min(expert_slots, num_experts) > room:
+        need = suggested_mib(fixed + min(expert_slots, num_experts) * slot_bytes)
         fits = most_bytes is None or need << 20 <= most_bytes
         raise BudgetError(
-            f"--experts {experts} needs {need} MiB ({listed}), {name} is {format_bytes(budget_bytes)} with room for "
-            f"{room}; use --experts {room}" + (f" or --{name} {need}MiB" if fits else "")
+            f"--expert-slots {expert_slots} needs {need} MiB ({listed}), {name} is {format_bytes(budget_bytes)} with "
+            f"room for {room}; use --expert-slots {room}" + (f" or --{name} {need}MiB" if fits else "")
         )
-    return min(num_experts if experts is None else experts, num_experts, room)
+    return min(num_experts if expert_slots is None else expert_slots, num_experts, room)
 
 
 def _advice(name: str, need_mib: int, most_bytes: int | None, otherwise: str) -> str:

@@ -20,7 +20,7 @@ class EngineConfig:
                         resident weights, KV cache and workspace
     vram                bytes of the device: resident weights, KV cache, workspace, expert slots there
     context_length      tokens of prompt plus reply that memory is set aside for
-    experts             expert slots where experts are computed, instead of what `vram` (or `ram`) leaves room for
+    expert_slots        expert slots where experts are computed, instead of what `vram` (or `ram`) leaves room for
     prefill_chunk       prompt tokens that go through the model at once
     policy              who is evicted: "auto", "lru", "lfru" or "decayed"
     warm_start          count experts' uses from run to run, in a small file in the user's cache folder
@@ -37,7 +37,7 @@ class EngineConfig:
     ram: int | None = None
     vram: int | None = None
     context_length: int | None = None
-    experts: int | None = None
+    expert_slots: int | None = None
     prefill_chunk: int | None = None
     policy: str = "auto"
     warm_start: bool = True
@@ -57,7 +57,7 @@ class EngineConfig:
 OPTION_NAMES = tuple(field.name for field in fields(EngineConfig))
 MAX_PREFETCH_DISTANCE = 3
 _SIZES = ("ram", "vram")
-_COUNTS = ("context_length", "experts", "prefill_chunk")
+_COUNTS = ("context_length", "expert_slots", "prefill_chunk")
 _SWITCHES = ("warm_start", "placement_invariant", "trust_remote_code")
 _CHOICES = {
     "policy": ("auto", "lru", "lfru", "decayed"), "io": ("auto", "direct", "buffered"),

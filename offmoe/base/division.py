@@ -107,7 +107,7 @@ class Division:
             ram_bytes=machine.ram_bytes, runtime_bytes=machine.runtime_bytes,
             resident_bytes=sizes.resident_bytes if in_ram else 0, kv_bytes=self.kv_bytes if in_ram else 0,
             workspace_bytes=workspace, slot_bytes=sizes.slot_bytes, num_experts=sizes.num_experts, top_k=sizes.top_k,
-            experts=self.config.experts if in_ram else None, prefill_chunk=chunk,
+            expert_slots=self.config.expert_slots if in_ram else None, prefill_chunk=chunk,
             staging_bytes=0 if in_ram else STAGING_BYTES, load_bytes=0 if in_ram else sizes.load_bytes, device=device,
         )  # fmt: skip
 
@@ -124,7 +124,7 @@ class Division:
             resident_bytes=sizes.resident_bytes, kv_bytes=self.kv_bytes,
             workspace_bytes=self._workspace(chunk, on_device=True), slack_bytes=machine.slack_bytes,
             slot_bytes=sizes.device_slot_bytes, num_experts=sizes.num_experts, top_k=sizes.top_k,
-            experts=self.config.experts,
+            expert_slots=self.config.expert_slots,
         )  # fmt: skip
 
     def _workspace(self, chunk: int, *, on_device: bool) -> int:
@@ -139,7 +139,7 @@ class Division:
     def _room_bytes(self) -> int:
         """Bytes left, where the model computes, for a prefill chunk's workspace and more slots than the fewest."""
         sizes, machine = self.sizes, self.machine
-        slots = min(self.config.experts or sizes.top_k, sizes.num_experts)
+        slots = min(self.config.expert_slots or sizes.top_k, sizes.num_experts)
         taken = sizes.resident_bytes + self.kv_bytes
         if machine.vram_free_bytes is None:
             return machine.ram_bytes - machine.runtime_bytes - SLACK_BYTES - taken - slots * sizes.slot_bytes

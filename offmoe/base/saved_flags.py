@@ -2,7 +2,7 @@
 
     {"models": {HASH: {"model": NAME, "flags": {"ram": "900MiB", "policy": "lru"}}}}
 
-Flags that the user gives win. Where the user bounds memory (`ram`, `vram`, `experts`), no saved bound applies.
+Flags that the user gives win. Where the user bounds memory (`ram`, `vram`, `expert_slots`), no saved bound applies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from offmoe.base.folders import config_folder
 
 FILE_NAME = "models.json"
 MAX_BYTES = 16 << 20
-_MEMORY = frozenset({"ram", "vram", "experts"})
+_RENAMED = {"experts": "expert_slots"}  # files that are older than the new name
+_MEMORY = frozenset({"ram", "vram", "expert_slots"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ def read_flags(path: Path, model_hash: str, given: dict[str, Any]) -> SavedFlags
     entry = _models(path).get(model_hash)
     if not isinstance(entry, dict) or not isinstance(entry.get("flags"), dict):
         return None
-    flags = {name: value for name, value in entry["flags"].items() if name not in given}
+    saved = {_RENAMED.get(name, name): value for name, value in entry["flags"].items()}
+    flags = {name: value for name, value in saved.items() if name not in given}
     unknown = [name for name in flags if name not in OPTION_NAMES]
     if unknown:
         why = f"has the flag {unknown[0]!r}, which is none" if (left := gone(unknown[0])) is None else f"says: {left}"

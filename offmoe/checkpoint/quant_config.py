@@ -62,7 +62,7 @@ def read_quantisation(config: dict[str, Any]) -> Quantisation | None:
         case "gptq" | "awq":
             raise UnsupportedModelError(
                 f"the checkpoint is quantised by {method!r}, whose matrices are turned; write it anew once, with "
-                f"the same values: offmoe quantize SOURCE TARGET --experts int{found.get('bits', 4)}"
+                f"the same values: offmoe quantize SOURCE TARGET --expert-format int{found.get('bits', 4)}"
             )
         case "bitsandbytes":
             raise UnsupportedModelError(

@@ -19,7 +19,7 @@ def run_demo(prompt: str, *, max_new_tokens: int, seed: int, quiet: bool) -> dic
     found = survey(demo_model_folder())
     total = found.num_moe_layers * found.experts_per_layer
     slots = max(found.top_k, round(total * CACHED_SHARE))
-    with open_engine(None, {"experts": slots}, quiet=quiet) as engine:
+    with open_engine(None, {"expert_slots": slots}, quiet=quiet) as engine:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0.7, "top_p": 0.95, "seed": seed}
         if quiet:
             reply = engine.generate(prompt, **options)

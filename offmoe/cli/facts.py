@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from offmoe.cli.options import engine_options, json_option, print_json, split_engine_options, user_errors
+from offmoe.base.config import make_config
+from offmoe.cli.options import (
+    EXPERT_FORMATS,
+    engine_options,
+    json_option,
+    print_json,
+    split_engine_options,
+    user_errors,
+)
 
 DOES_NOT_FIT = 1  # the exit code of a plan that is one; 2 is for what cannot be planned
 
@@ -55,6 +63,7 @@ def probe(model: str | None, path: Path | None, refresh: bool, as_json: bool) ->
 @click.argument("model", required=False)
 @click.option("--for", "machine", metavar="MACHINE", help='Another machine than this one, e.g. "RTX 4060 laptop".')
 @click.option("--trace", type=click.Path(path_type=Path), help="Hit rates from this trace of the model.")
+@click.option("--expert-format", type=click.Choice(EXPERT_FORMATS), help="Plan for experts as quantize writes them.")
 @click.option("--prompt-tokens", type=click.IntRange(1), metavar="N", help="The prompt whose time is predicted.")
 @engine_options
 @json_option
@@ -64,19 +73,20 @@ def plan(
 ) -> None:
     """What goes where and how fast it will be, from config and headers, before anything is loaded.
 
-    A hub id needs no download of weights. --experts int4 or int8 plans for experts as `offmoe quantize` writes them.
-    The exit code is 1 for a model that does not fit, where "fits" is false in JSON.
+    A hub id needs no download of weights. The exit code is 1 for a model that does not fit, where "fits" is false in
+    JSON.
     """
     from offmoe.planner.foresee import run_plan
     from offmoe.report.plan_table import plan_tables
     from offmoe.report.progress import ProgressReporter
     from offmoe.report.tables import print_pairs
 
-    engine_given, _ = split_engine_options(options)
+    engine_given, others = split_engine_options(options)
     with ProgressReporter(quiet=as_json) as progress:
         found = run_plan(
-            model, engine_given, machine=machine, trace=trace, prompt_tokens=prompt_tokens, progress=progress
-        )
+            model, make_config(**engine_given), machine=machine, trace=trace, prompt_tokens=prompt_tokens,
+            progress=progress, **others,
+        )  # fmt: skip
     if as_json:
         print_json(found.as_dict())
     else:

@@ -18,6 +18,7 @@ from offmoe.base.machine import rss_bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _CONFIG_KEY = "offmoe.config"
+EXPERT_FORMATS = ("int4", "int8")
 
 
 def _keep_config(context: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -36,7 +37,7 @@ _ENGINE_FLAGS = [
         "--context-length", "--context", "context_length", metavar="N",
         help="Tokens of prompt plus reply to set memory aside for.",
     ),
-    click.option("--experts", metavar="N", help="Expert slots, instead of what --vram or --ram leaves room for."),
+    click.option("--expert-slots", metavar="N", help="Expert slots, instead of what --vram or --ram leaves room for."),
     click.option("--prefill-chunk", metavar="N", help="Prompt tokens that go through the model at once."),
     click.option("--policy", metavar="auto|lru|lfru|decayed", help="Which experts are evicted."),
     click.option(
@@ -55,6 +56,7 @@ _ENGINE_FLAGS = [
     ),
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model."),
 ]  # fmt: skip
+_OLD_FLAG = click.option("--experts", hidden=True)
 _CONFIG_FLAG = click.option(
     "--config", metavar="FILE|off", expose_value=False, callback=_keep_config,
     help="Flags that offmoe tune has chosen; by default in the user's folder of settings.",
@@ -84,7 +86,7 @@ _CHOICE_FLAGS = [
 
 def engine_options(command: Command) -> Command:
     """The cache flags, and where flags that were saved for a model are read from."""
-    return functools.reduce(lambda f, option: option(f), reversed([*_ENGINE_FLAGS, _CONFIG_FLAG]), command)
+    return functools.reduce(lambda f, option: option(f), reversed([*_ENGINE_FLAGS, _OLD_FLAG, _CONFIG_FLAG]), command)
 
 
 def named_config() -> str | None:
@@ -115,8 +117,17 @@ def json_option(command: Command) -> Command:
 def split_engine_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(engine options, the others), leaving out what was not given."""
     given = {name: value for name, value in options.items() if value is not None}
+    if (old := given.pop("experts", None)) is not None:
+        given.setdefault(say_renamed(old), old)
     engine = {name: value for name, value in given.items() if name in OPTION_NAMES}
     return engine, {name: value for name, value in given.items() if name not in OPTION_NAMES}
+
+
+def say_renamed(value: str) -> str:
+    """Return the option that --experts with this value became in 0.1.0, and print that it was renamed."""
+    name = "expert_format" if value in EXPERT_FORMATS else "expert_slots"
+    click.echo(f"--experts is called --{name.replace('_', '-')} now; the next release drops the old name", err=True)
+    return name
 
 
 def user_errors(command: Command) -> Command:

@@ -36,8 +36,8 @@ def run_quantize(
     record = {"target": str(target), **result.as_dict()}
     if not quiet:
         what = f"{result.repacked} matrices repacked, with the same values" if result.repacked else (
-            f"{result.num_experts} experts in {options['experts']}, groups of {options['group']}; {result.num_dense} "
-            "other linear layers quantised"
+            f"{result.num_experts} experts in {options['expert_format']}, groups of {options['group']}; "
+            f"{result.num_dense} other linear layers quantised"
         )  # fmt: skip
         click.echo(
             f"{target}: {format_bytes(result.source_bytes)} -> {format_bytes(result.written_bytes)} "

@@ -15,6 +15,7 @@ from offmoe.cli.options import (
     json_option,
     named_config,
     print_json,
+    say_renamed,
     split_engine_options,
     user_errors,
 )
@@ -76,13 +77,20 @@ def trace(
 
 @click.command()
 @click.argument("trace_file", metavar="TRACE", type=_FILE)
-@click.option("--experts", "fit", type=click.IntRange(1), metavar="N", help="Expert slots to mark.")
+@click.option("--expert-slots", "fit", type=click.IntRange(1), metavar="N", help="Expert slots to mark.")
+@click.option("--experts", "old_name", type=click.IntRange(1), hidden=True)
 @_shown_options
 @user_errors
-def replay(trace_file: Path, fit: int | None, plot: Path | None, no_color: bool, force: bool, as_json: bool) -> None:
+def replay(
+    trace_file: Path, fit: int | None, old_name: int | None, plot: Path | None, no_color: bool, force: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Hit rates that a trace would have had at every cache size; no model is needed."""
     from offmoe.cli.tune import Shown, run_replay
 
+    if old_name is not None:
+        say_renamed(str(old_name))
+        fit = fit or old_name
     record = run_replay(trace_file, Shown(as_json=as_json, plot=plot, no_color=no_color, force=force), fit=fit)
     if as_json:
         print_json(record)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import click
 
-from offmoe.cli.options import Command, json_option, print_json, user_errors
-
-KINDS = ("int4", "int8")
+from offmoe.cli.options import EXPERT_FORMATS as KINDS
+from offmoe.cli.options import Command, json_option, print_json, say_renamed, user_errors
 
 
 def _kind_or_keep(name: str, what: str) -> Callable[[Command], Command]:
@@ -19,7 +18,8 @@ def _kind_or_keep(name: str, what: str) -> Callable[[Command], Command]:
 @click.command()
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--experts", type=click.Choice(KINDS), required=True, help="What the routed experts become.")
+@click.option("--expert-format", type=click.Choice(KINDS), help="What the routed experts become. Required.")
+@click.option("--experts", "old_name", type=click.Choice(KINDS), hidden=True)
 @_kind_or_keep("--dense", "What other linear layers become. Routers, norms and embeddings always stay.")
 @_kind_or_keep("--head", "What the output head becomes: it is read for every token.")
 @click.option(
@@ -36,8 +36,8 @@ def _kind_or_keep(name: str, what: str) -> Callable[[Command], Command]:
 @json_option
 @user_errors
 def quantize(
-    source: str, target: Path, experts: str, dense: str, head: str, group: str, text_file: Path | None,
-    trust_remote_code: bool, as_json: bool,
+    source: str, target: Path, expert_format: str | None, old_name: str | None, dense: str, head: str, group: str,
+    text_file: Path | None, trust_remote_code: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write SOURCE to the new folder TARGET with integers for its experts, as compressed-tensors does.
 
@@ -45,8 +45,13 @@ def quantize(
     """
     from offmoe.cli.quantize import run_quantize
 
+    if expert_format is None and old_name is not None:
+        say_renamed(old_name)
+        expert_format = old_name
+    if expert_format is None:
+        raise click.UsageError(f"Missing option '--expert-format'. Choose from: {', '.join(KINDS)}")
     options = {
-        "experts": experts, "dense": None if dense == "keep" else dense,
+        "expert_format": expert_format, "dense": None if dense == "keep" else dense,
         "head": None if head == "keep" else head, "group": int(group),
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip

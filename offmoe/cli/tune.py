@@ -107,7 +107,7 @@ def run_tune(
     memory = plan if plan.device is None else plan.device
     name, allowed = ("ram", plan.ram_bytes) if plan.device is None else ("vram", plan.device.vram_bytes)
     need = min(suggested_mib(memory.fixed_bytes + slots * memory.slot_bytes), allowed >> 20)
-    bound = {"experts": slots} if "experts" in engine_given else {name: f"{need}MiB"}
+    bound = {"expert_slots": slots} if "expert_slots" in engine_given else {name: f"{need}MiB"}
     flags = {**bound, "policy": curves.adopted}
     shown.show(curves, _title(trace, curves))
     if not shown.as_json:

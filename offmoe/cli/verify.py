@@ -26,7 +26,7 @@ def run_verify(model: str | None, options: dict[str, Any], prompt: str, num_new:
         if slots is None:
             return open_engine(model, options, quiet=True)
         # The libraries are here already, and what the engine before has left is not this one's: count from now.
-        return open_engine(model, {**options, "experts": slots}, quiet=True, baseline_bytes=rss_bytes())
+        return open_engine(model, {**options, "expert_slots": slots}, quiet=True, baseline_bytes=rss_bytes())
 
     def choose_ids(engine: Engine) -> list[int]:
         if engine.tokenizer is None:

@@ -41,7 +41,7 @@ def record_trace(
     if isinstance(loaded.serving.executor, ResidentExecutor):
         raise UsageError(
             f"all {loaded.plan.num_experts} experts are on the device, where routers are not listened to; "
-            f"use experts={loaded.plan.num_experts - 1} (--experts) to trace this model"
+            f"use expert_slots={loaded.plan.num_experts - 1} (--expert-slots) to trace this model"
         )
     if recorder.sink is not None:
         raise EngineBusyError("a trace is being recorded already; end that one first")

@@ -106,9 +106,9 @@ class CallBudget:
         """Advice: a larger `ram` alone would become expert slots."""
         slots = self._plan.num_slots - -(-lacking_bytes // self._plan.slot_bytes)
         if slots >= max(1, self._plan.num_slots // 4):
-            return f"load with experts={slots} slots instead of {self._plan.num_slots}"
+            return f"load with expert_slots={slots} instead of {self._plan.num_slots}"
         more = -(-(self._plan.ram_bytes + lacking_bytes) // MIB)
-        return f"load with ram={more}MiB and experts={self._plan.num_slots}"
+        return f"load with ram={more}MiB and expert_slots={self._plan.num_slots}"
 
     def _need_bytes(self, batch: int, tokens: int, kwargs: dict[str, Any]) -> int:
         # Logits in the model's type; with labels once more in float32, and their probabilities.

@@ -40,11 +40,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantiseOptions:
-    """`experts`, `dense` (other linear layers) and `head` (the output head) are formats, None for what stays; `group`
-    columns share a scale.
+    """`expert_format`, `dense` (other linear layers) and `head` (the output head) are formats, None for what stays;
+    `group` columns share a scale.
     """
 
-    experts: Kind
+    expert_format: Kind
     dense: Kind | None = None
     head: Kind | None = None
     group: int = 32
@@ -104,7 +104,7 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
         targets = mapping.targets(index.tensors)
         experts, expert_keys = map_experts(model, index, mapping, targets)
         plan = make_plan(
-            model, index, mapping, targets, experts, expert_keys, kind=options.experts, dense=options.dense,
+            model, index, mapping, targets, experts, expert_keys, kind=options.expert_format, dense=options.dense,
             head=options.head, group=options.group, shard_bytes=options.shard_bytes,
         )  # fmt: skip
         writer = CheckpointWriter(target, [shard.planned for shard in plan.shards], _identity(index, options))
@@ -124,9 +124,10 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
 def _repacked(
     source: Path, target: Path, scheme: Scheme, options: QuantiseOptions, progress: Progress
 ) -> QuantiseResult:
-    if _BITS[options.experts] != scheme.bits:
+    if _BITS[options.expert_format] != scheme.bits:
         raise UsageError(
-            f"{source} is {scheme.packing} of {scheme.bits} bits and keeps its values; use --experts int{scheme.bits}"
+            f"{source} is {scheme.packing} of {scheme.bits} bits and keeps its values; "
+            f"use --expert-format int{scheme.bits}"
         )
     with explained(None):
         found = repack_checkpoint(source, target, scheme, progress)
@@ -138,9 +139,9 @@ def _repacked(
 
 def quantization_config(plan: QuantisePlan, options: QuantiseOptions) -> dict[str, Any]:
     """What config.json says to compressed-tensors: weights only, one group of layers or two, and what stays."""
-    other = options.dense or options.head or options.experts
-    given = {r"re:.*\.experts\.\d+\..*": options.experts, "Linear": other}
-    if other == options.experts:
+    other = options.dense or options.head or options.expert_format
+    given = {r"re:.*\.experts\.\d+\..*": options.expert_format, "Linear": other}
+    if other == options.expert_format:
         given = {"Linear": other}
     groups = {
         f"group_{idx}": {
@@ -163,7 +164,7 @@ def quantization_config(plan: QuantisePlan, options: QuantiseOptions) -> dict[st
 def _identity(index: CheckpointIndex, options: QuantiseOptions) -> dict[str, Any]:
     """What two runs must have in common for one to go on where the other stopped."""
     return {
-        "source": source_identity(index), "experts": options.experts, "dense": options.dense,
+        "source": source_identity(index), "experts": options.expert_format, "dense": options.dense,
         "head": options.head, "group": options.group, "encoder": 1,
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from offmoe.base.auto import Facts
-from offmoe.base.config import EngineConfig, make_config
+from offmoe.base.config import EngineConfig
 from offmoe.base.errors import OffmoeError, UsageError
 from offmoe.base.machine import available_ram_bytes, free_vram_bytes, total_ram_bytes, total_vram_bytes
 from offmoe.base.machine_record import DriveSpeed, MachineRecord, read_record
@@ -19,7 +19,7 @@ from offmoe.checkpoint.remote import locate_headers
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.planner.hit_rates import published_curve, traced_curve
 from offmoe.planner.machines import find_machine
-from offmoe.planner.model_facts import QUANTISED_BYTES, read_facts
+from offmoe.planner.model_facts import read_facts
 from offmoe.planner.plan import Plan, make_plan
 
 # What libraries took where it was not measured (`offmoe probe` does): torch without CUDA on Linux.
@@ -28,21 +28,17 @@ LIBRARIES_BYTES = 440 * MIB
 
 def run_plan(
     model: str | None,
-    options: dict[str, Any],
+    config: EngineConfig,
     *,
-    machine: str | None,
-    trace: Path | None,
-    prompt_tokens: int | None,
+    machine: str | None = None,
+    trace: Path | None = None,
+    prompt_tokens: int | None = None,
+    expert_format: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Plan:
-    """The plan of `model` on this machine, or on the one called `machine`. Raises OffmoeError subclasses."""
-    kind = options.pop("experts", None)
-    if isinstance(kind, str) and kind in QUANTISED_BYTES:
-        config = make_config(**options)
-    elif isinstance(kind, str) and kind != "auto" and not kind.lstrip("-").isdigit():
-        raise UsageError(f"experts is {kind!r}; use a whole number of at least 1, auto, {' or '.join(QUANTISED_BYTES)}")
-    else:
-        config, kind = make_config(**options, experts=kind), None
+    """The plan of `model` on this machine, or on the one called `machine`. `expert_format`: experts as
+    `offmoe quantize` writes them. Raises OffmoeError subclasses.
+    """
     other = None if machine is None else find_machine(machine)
     with locate_headers(model, progress) as folder:
         direct = config.io != "buffered" and (other is not None or has_direct_reads(folder))
@@ -50,8 +46,8 @@ def run_plan(
         curve = None
         if trace is not None:
             curve = traced_curve(read_trace(trace, model_hash=model_hash(folder)), facts.expert_bytes)
-    if kind is not None:
-        facts = facts.with_experts_as(kind)
+    if expert_format is not None:
+        facts = facts.with_experts_as(expert_format)
     record = other or read_record()
     known = _known(config.device, other, direct=direct, longest=facts.longest_context)
     _refuse_absent_device(config, known, machine)
@@ -65,12 +61,12 @@ def run_plan(
     )  # fmt: skip
 
 
-def foresee(folder: Path, options: dict[str, Any]) -> Plan | None:
+def foresee(folder: Path, config: EngineConfig) -> Plan | None:
     """The plan before loading, on a machine that was probed; None elsewhere, and for what the loader will refuse."""
     if read_record() is None:
         return None
     try:
-        return run_plan(str(folder), dict(options), machine=None, trace=None, prompt_tokens=None)
+        return run_plan(str(folder), config)
     except OffmoeError:
         return None
 

@@ -146,7 +146,7 @@ def _with_slots(num_slots: int, memories: dict[str, torch.Tensor | None]) -> dic
     """A token's seconds and hit rate for each of `memories`. Without what is tried out in the first few hundred tokens,
     and costs a token then, not a layer: prefetching, and other policies than the plain one.
     """
-    with _demo(0, experts=num_slots, policy="lru") as engine:
+    with _demo(0, expert_slots=num_slots, policy="lru") as engine:
         _decode(engine)
         return {name: _decode(engine, cold) for name, cold in memories.items()}
 

@@ -85,7 +85,7 @@ def verify(
         if engine.model.config.is_encoder_decoder:
             raise UsageError(
                 f"verify goes on from a prompt that the decoder itself reads; {engine.model.config.model_type} is an "
-                "encoder-decoder model, whose prompt the encoder reads; compare generate at two --experts instead"
+                "encoder-decoder model, whose prompt the encoder reads; compare generate at two --expert-slots instead"
             )
         ids = choose_ids(engine)
         sizes = cache_sizes(engine)

@@ -45,7 +45,7 @@ def check_exact(
     got: dict[float, tuple[int, ...]] = {}
     for share in shares:
         slots = max(1, round(share * total))
-        options: dict[str, Any] = {"experts": slots, "placement_invariant": True, **place.options()}
+        options: dict[str, Any] = {"expert_slots": slots, "placement_invariant": True, **place.options()}
         with offmoe.load(folder, **options) as engine:
             got[share] = _greedy(engine, ids, num_new)
         release_device()

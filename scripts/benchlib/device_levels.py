@@ -137,7 +137,7 @@ def _open(bench: Bench, level: Level, name: str, vram_bytes: int) -> OffmoeSyste
     context = max(bench.work.prompts) + bench.work.decode_block + 8
     options = {"compile": "off", **bench.options, **SETTINGS[name]}
     system = OffmoeSystem(
-        name, level.model, bench.place, vram=vram_bytes, experts=level.slots, context_length=context,
+        name, level.model, bench.place, vram=vram_bytes, expert_slots=level.slots, context_length=context,
         ram=level.model.all_experts_bytes * 21 // 20 + RAM_BESIDE_BYTES, **options,
     )  # fmt: skip
     bench.ledger.add("loaded", **level.keys, setting=name, vram_bytes=vram_bytes, load_s=system.load_s)

@@ -69,7 +69,7 @@ def _offmoe(name: str, options: Options) -> list[System]:
     if name != "offmoe":
         folder, weights, bits = folder.with_name(folder.name + "-int4"), "int4, group 32", 4.5
         if not folder.exists():
-            raise ScriptError(f"{name} needs {folder}: offmoe quantize {options.model} {folder} --experts int4")
+            raise ScriptError(f"{name} needs {folder}: offmoe quantize {options.model} {folder} --expert-format int4")
     command = [sys.executable, "-m", "offmoe", "bench", str(folder), "--ids", str(options.ids)]
     command += ["--prefill", str(options.prefill), "--json", *(["--warm"] if options.warm else [])]
     systems = []

@@ -53,7 +53,7 @@ def test_logits_are_those_of_transformers(family: str, folders: dict[str, Path],
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
         expected = plain_model(folders[family])(input_ids=ids).logits
-    with load_on_device(folders[family], experts=quarter(folders[family])) as engine, torch.no_grad():
+    with load_on_device(folders[family], expert_slots=quarter(folders[family])) as engine, torch.no_grad():
         got = engine.model(input_ids=ids.to(engine.model.device)).logits.cpu()
     assert float((got - expected).abs().max() / expected.abs().max()) < 1e-4
 
@@ -63,7 +63,7 @@ def test_ids_are_those_of_the_cpu(setting: str, folders: dict[str, Path], load_o
     folder = folders["qwen3_moe"]
     with offmoe.load(folder, device="cpu", ram="4GiB") as engine:
         expected = greedy(engine, PROMPT)
-    with load_on_device(folder, experts=quarter(folder), **SETTINGS[setting]) as engine:
+    with load_on_device(folder, expert_slots=quarter(folder), **SETTINGS[setting]) as engine:
         assert greedy(engine, PROMPT) == expected
         assert greedy(engine, PROMPT) == expected  # with slots, queues and predictors as the first run left them
         engine._parts.cache.settle()  # admitted experts may be on their way still: nobody waits for them
@@ -74,7 +74,7 @@ def test_ids_in_one_place_do_not_depend_on_the_slots(load_on_device: Load) -> No
     """The bundled model in its own bfloat16: whatever was cached, the same rounding."""
     outputs = []
     for slots in (4, 48, 192):
-        with load_on_device(None, experts=slots, placement_invariant=True) as engine:
+        with load_on_device(None, expert_slots=slots, placement_invariant=True) as engine:
             outputs.append(greedy(engine, list(range(20, 44))))
     assert outputs[0] == outputs[1] == outputs[2]
 
@@ -112,15 +112,15 @@ def test_what_is_on_the_device_is_not_copied_again(load_on_device: Load) -> None
 
 
 def test_a_layer_waits_for_the_device_once_at_most(load_on_device: Load) -> None:
-    with load_on_device(None, experts=48, compile="off") as engine:
+    with load_on_device(None, expert_slots=48, compile="off") as engine:
         decode = engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True).stats.decode
         assert decode.syncs <= decode.layer_calls
 
 
 def test_two_engines_do_not_meet(folders: dict[str, Path], load_on_device: Load) -> None:
     with (
-        load_on_device(folders["qwen3_moe"], experts=4) as first,
-        load_on_device(folders["mixtral"], experts=4) as second,
+        load_on_device(folders["qwen3_moe"], expert_slots=4) as first,
+        load_on_device(folders["mixtral"], expert_slots=4) as second,
     ):
         alone = greedy(first, PROMPT), greedy(second, PROMPT)
         assert (greedy(first, PROMPT), greedy(second, PROMPT)) == alone
@@ -128,7 +128,7 @@ def test_two_engines_do_not_meet(folders: dict[str, Path], load_on_device: Load)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_closing_gives_the_memory_back(folders: dict[str, Path], load_on_device: Load) -> None:
-    with load_on_device(folders["qwen3_moe"], experts=4) as engine:
+    with load_on_device(folders["qwen3_moe"], expert_slots=4) as engine:
         greedy(engine, PROMPT, 2)  # what libraries keep for good is kept by now
     gc.collect()
     before = torch.cuda.memory_allocated()
