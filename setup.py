@@ -2,7 +2,7 @@
 
 Compiled are the instruction sets that this processor has; all of them with OFFMOE_LEVELS=all, for a folder that other
 machines use too. The library is optional. Without a compiler, or where the compiler knows no AVX-512, offmoe is
-installed without it (or without that level) and computes with torch; `offmoe plan` and the kernels' loader say so.
+installed without it (or without that set) and computes with torch; `offmoe plan` and the kernels' loader say so.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
-from kernels_build import LEVELS, compile_order, flags_of, level_of, native_levels
-
-SOURCES = Path("offmoe/kernels/cpu/src")
+from kernels_build import FOLDER, ISAS, LIBRARY, SOURCES, defines_of, flags_of, isa_of, native_isas, sources_of
 
 
 class BuildKernels(build_ext):
-    """Compiles each level with its own flags; a level that does not compile is left out."""
+    """Compiles each instruction set with its own flags; one that does not compile is left out."""
 
     def build_extension(self, ext: Extension) -> None:
         """A shared library under the extension's file name; it is loaded with ctypes and is no Python module."""
@@ -38,45 +36,50 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(objects, str(target), target_lang="c++", extra_postargs=["-pthread"])
 
     def _compile_all(self, pool: ThreadPoolExecutor) -> list[str]:
-        """Every source with the flags of its level, several at once, a line as each is done."""
+        """Every source with the flags of its instruction set, several at once, a line as each is done."""
         is_x86 = platform.machine() in ("x86_64", "AMD64")
         native = not is_x86 or os.environ.get("OFFMOE_LEVELS") != "all"
-        levels = ["portable", *(native_levels() if native else LEVELS)]
-        stems = [path.stem for path in SOURCES.glob("*.cpp") if level_of(path.stem) in (None, *levels)]
-        stems.remove("library")  # says which levels there are
-        compiling = {pool.submit(self._compile, stem): stem for stem in compile_order(stems)}
+        isas = native_isas() if native else list(ISAS)
+        compiling = {pool.submit(self._compile, name): name for name in sources_of(*isas) if name != LIBRARY}
         for done, future in enumerate(as_completed(compiling), 1):
             if future.exception() is None:
                 seconds = future.result()[1]
-                self._say(f"compiled {compiling[future]}.cpp in {seconds:.1f} s ({done} of {len(compiling) + 1})")
-        missing = self._missing_levels(compiling)
-        defines = [f"-DOFFMOE_HAS_{level.upper()}" for level in levels if level not in ("portable", *missing)]
-        kept = [future for future, stem in compiling.items() if level_of(stem) not in missing]
-        return [*(name for future in kept for name in future.result()[0]), *self._compile("library", defines)[0]]
+                self._say(f"compiled {compiling[future]} in {seconds:.1f} s ({done} of {len(compiling) + 1})")
+        missing = self._missing_isas(compiling)
+        defines = defines_of([isa for isa in isas if isa not in missing])
+        kept = [future for future, name in compiling.items() if isa_of(name) not in missing]
+        return [*(name for future in kept for name in future.result()[0]), *self._compile(LIBRARY, defines)[0]]
 
-    def _missing_levels(self, compiling: dict[Future[tuple[list[str], float]], str]) -> set[str]:
-        """Levels that this compiler does not know. Raises what it says where it cannot compile the rest."""
+    def _missing_isas(self, compiling: dict[Future[tuple[list[str], float]], str]) -> set[str]:
+        """Instruction sets that this compiler does not know. Raises its error where it cannot compile the rest."""
         missing = set()
-        for future, stem in compiling.items():
-            level = level_of(stem)
+        for future, name in compiling.items():
+            isa = isa_of(name)
             if (error := future.exception()) is None:
                 continue
-            if level not in LEVELS:
+            if isa not in ISAS:
                 raise error
-            if level not in missing:
-                self.warn(f"CPU kernels are built without {level}: {error}")
-            missing.add(level)
+            if isa not in missing:
+                self.warn(f"CPU kernels are built without {isa}: {error}")
+            missing.add(isa)
         return missing
 
-    def _compile(self, stem: str, more: list[str] | None = None) -> tuple[list[str], float]:
+    def _compile(self, source: str, more: list[str] | None = None) -> tuple[list[str], float]:
         """Names of the objects, and seconds."""
         begin = time.monotonic()
-        source, flags = str(SOURCES / f"{stem}.cpp"), [*flags_of(stem), *(more or [])]
-        objects: list[str] = self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        objects: list[str] = self.compiler.compile(
+            [f"{FOLDER}/{source}"], output_dir=self.build_temp, include_dirs=[FOLDER],
+            extra_postargs=[*flags_of(source), *(more or [])],
+        )  # fmt: skip
         return objects, time.monotonic() - begin
 
     def _say(self, line: str) -> None:
         self.announce(line, level=logging.INFO)
+
+
+def found(pattern: str) -> list[str]:
+    """Files among the sources, relative to this one."""
+    return [f"{FOLDER}/{path.relative_to(SOURCES).as_posix()}" for path in sorted(SOURCES.rglob(pattern))]
 
 
 # "0": without the library, for scripts/wheels.py, which compiles it for other platforms.
@@ -86,8 +89,8 @@ setup(
     ext_modules=[
         Extension(
             "offmoe.kernels.cpu._kernels",
-            sources=[str(path) for path in sorted(SOURCES.glob("*.cpp"))],
-            depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
+            sources=found("*.cpp"),
+            depends=found("*.h"),
             language="c++",
             optional=True,
         )

@@ -19,7 +19,7 @@ with_beat() {
   wait "$beat" 2>/dev/null || true
   return "$status"
 }
-kernels="$(cat setup.py scripts/kernels_build.py offmoe/kernels/cpu/src/* | cksum)"
+kernels="$(find setup.py scripts/kernels_build.py offmoe/kernels/cpu/src -type f | LC_ALL=C sort | xargs cat | cksum)"
 if [ "$(cat "$venv/.stamp" 2>/dev/null || true)" != "$stamp" ]; then
   python="${PYTHON:-python3}"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {

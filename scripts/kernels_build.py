@@ -1,6 +1,6 @@
 """Sources and compiler flags of the CPU kernels' library, for setup.py and the scripts that compile it.
 
-`level_NAME.cpp` and `level_NAME_*.cpp` are compiled for the instruction set NAME; all others for any processor.
+Sources are found by folder: those in `isa/NAME` are compiled for the instruction set NAME, the rest for any processor.
 """
 
 from __future__ import annotations
@@ -8,9 +8,13 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+FOLDER = "offmoe/kernels/cpu/src"  # includes are written relative to it
+SOURCES = Path(__file__).parents[1] / FOLDER
+# The source that says which instruction sets there are: compiled with -DOFFMOE_HAS_NAME for each.
+LIBRARY = "ops/library.cpp"
 FLAGS = ("-O3", "-g0", "-std=c++17", "-fPIC", "-Wno-psabi", "-Wno-uninitialized", "-fno-math-errno", "-pthread")
 # Instruction sets besides the portable one. Without those that a compiler does not know the library does with less.
-LEVELS = {
+ISAS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": (
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512bf16", "-mavx512vnni", "-mfma",
@@ -19,34 +23,57 @@ LEVELS = {
 }  # fmt: skip
 
 
-def native_levels() -> list[str]:
+def native_isas() -> list[str]:
     """Instruction sets of this processor; all where the system does not say."""
     cpu_info = Path("/proc/cpuinfo")
     if platform.machine() not in ("x86_64", "AMD64"):
         return []
     if not cpu_info.exists():
-        return list(LEVELS)
+        return list(ISAS)
     has = set(cpu_info.read_text(encoding="utf-8").replace("_", "").split())
-    return [level for level, flags in LEVELS.items() if has >= {flag[2:] for flag in flags}]
+    return [isa for isa, flags in ISAS.items() if has >= {flag[2:] for flag in flags}]
 
 
-def level_of(stem: str) -> str | None:
-    """The instruction set of a source; None for one that is compiled for any processor and calls the levels."""
-    return stem.split("_")[1] if stem.startswith("level_") else None
+def sources_of(*isas: str) -> list[str]:
+    """Sources for any processor, for the portable instruction set and for `isas`; the longest to compile first."""
+    names = (path.relative_to(SOURCES).as_posix() for path in SOURCES.rglob("*.cpp"))
+    return compile_order([name for name in names if isa_of(name) in (None, "portable", *isas)])
 
 
-def flags_of(stem: str) -> list[str]:
+def isa_of(source: str) -> str | None:
+    """The instruction set of a source; None for one that is compiled for any processor and calls all of them."""
+    room, *folders = source.split("/")
+    return folders[0] if room == "isa" else None
+
+
+def object_of(source: str) -> str:
+    """A file name for the object of a source, which no other has."""
+    return source.removesuffix(".cpp").replace("/", "-") + ".o"
+
+
+def flags_of(source: str) -> list[str]:
     """The flags of one source but for its includes and defines."""
-    flags = [*FLAGS, *LEVELS.get(level_of(stem) or "", ())]
-    if stem.endswith("_quantise"):  # as PyTorch computes: no product is fused with a sum
+    flags = [*FLAGS, *ISAS.get(isa_of(source) or "", ())]
+    if isa_of(source) and source.endswith("/quantise.cpp"):  # as PyTorch computes: no product is fused with a sum
         flags.append("-ffp-contract=off")
     return flags
 
 
+def defines_of(isas: list[str]) -> list[str]:
+    """The flags that tell LIBRARY which instruction sets are linked."""
+    return [f"-DOFFMOE_HAS_{isa.upper()}" for isa in isas]
+
+
 # The sources that compile longest, first: one that is begun last is waited for.
-_LONGEST = ("level_avx512", "level_portable", "level_avx512_floats", "level_avx2", "level_avx2_int16")
+_LONGEST = (
+    "isa/avx512/avx512.cpp",
+    "isa/portable/portable.cpp",
+    "isa/avx512/floats.cpp",
+    "isa/avx2/avx2.cpp",
+    "isa/avx2/int16.cpp",
+)
 
 
-def compile_order(stems: list[str]) -> list[str]:
-    """All of `stems`, the longest to compile first."""
-    return sorted(stems, key=lambda stem: (_LONGEST.index(stem) if stem in _LONGEST else len(_LONGEST), stem))
+def compile_order(sources: list[str]) -> list[str]:
+    """All of `sources`, the longest to compile first."""
+    return sorted(sources, key=lambda name: (_LONGEST.index(name) if name in _LONGEST else len(_LONGEST), name))

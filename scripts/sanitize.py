@@ -20,7 +20,7 @@ from pathlib import Path
 import kernels_build
 
 ROOT = Path(__file__).parents[1]
-KERNELS, DRIVER = ROOT / "offmoe" / "kernels" / "cpu" / "src", ROOT / "tests" / "cpp"
+DRIVER = ROOT / "tests" / "cpp"
 # Frame pointers, and no optimisation that would hide a fault or move it.
 COMMON = [
     "-std=c++17",
@@ -51,48 +51,47 @@ def main() -> int:
         "--quick", action="store_true", help="one case of 60, and no AVX-512, which compiles for minutes"
     )
     options = parser.parse_args()
-    levels = level_flags()
-    if options.quick:
-        levels.pop("avx512", None)
+    isas = kernels_build.native_isas()
+    if options.quick and "avx512" in isas:
+        isas.remove("avx512")
     share = 60 if options.quick else options.share
-    return max(run(name, levels, share) for name in options.sanitizers or SANITIZERS)
+    return max(run(name, isas, share) for name in options.sanitizers or SANITIZERS)
 
 
-def run(sanitizer: str, levels: dict[str, list[str]], share: int) -> int:
+def run(sanitizer: str, isas: list[str], share: int) -> int:
     """Build and run the driver; its exit code."""
-    driver = build(sanitizer, levels)
+    driver = build(sanitizer, isas)
     return subprocess.run([driver, str(share)], env=os.environ | OPTIONS, check=False).returncode
 
 
-def build(sanitizer: str, levels: dict[str, list[str]]) -> Path:
+def build(sanitizer: str, isas: list[str]) -> Path:
     """The driver's program, made as far as it is not there."""
-    folder = ROOT / "build" / "sanitize" / "-".join([sanitizer, *levels])
+    folder = ROOT / "build" / "sanitize" / "-".join([sanitizer, *isas])
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{sanitizer} sanitizer; instruction sets: {', '.join(['portable', *levels])}", flush=True)
-    defines = [f"-DOFFMOE_HAS_{level.upper()}" for level in levels]
-    objects: list[Path] = []
-    jobs: list[tuple[Path, Path, list[str]]] = []
-    for source in [*KERNELS.glob("*.cpp"), *DRIVER.glob("*.cpp")]:
-        level = source.stem.removeprefix("level_").split("_")[0] if source.stem.startswith("level_") else ""
-        if level not in ("", "portable", *levels):
-            continue
-        objects.append(folder / f"{source.stem}.o")
-        if is_old(objects[-1]):
-            jobs.append((source, objects[-1], levels.get(level, defines)))
-    jobs.sort(key=lambda job: not job[0].stem.startswith("level_"))  # the long ones first
+    print(f"{sanitizer} sanitizer; instruction sets: {', '.join(['portable', *isas])}", flush=True)
+    jobs = [
+        (kernels_build.SOURCES / name, folder / kernels_build.object_of(name), flags_of(name, isas))
+        for name in kernels_build.sources_of(*isas)
+    ]
+    jobs += [(source, folder / f"{source.stem}.o", []) for source in sorted(DRIVER.glob("*.cpp"))]
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        list(threads.map(lambda job: compile_one(job[0], job[1], job[2], SANITIZERS[sanitizer]), jobs))
-    program = folder / "driver"
+        old = [job for job in jobs if is_old(job[1])]
+        list(threads.map(lambda job: compile_one(*job, SANITIZERS[sanitizer]), old))
+    program, objects = folder / "driver", [made for _, made, _ in jobs]
     subprocess.run([compiler(), *SANITIZERS[sanitizer], *objects, "-o", program, "-pthread"], check=True)
     return program
 
 
+def flags_of(name: str, isas: list[str]) -> list[str]:
+    """The flags of a source besides COMMON: of its instruction set, or which ones there are."""
+    return list(kernels_build.ISAS.get(kernels_build.isa_of(name) or "", kernels_build.defines_of(isas)))
+
+
 def compile_one(source: Path, target: Path, flags: list[str], sanitizer: list[str]) -> None:
     """One object. Raises CalledProcessError."""
-    subprocess.run(
-        [compiler(), *COMMON, *sanitizer, *flags, f"-I{KERNELS}", f"-I{DRIVER}", "-MMD", "-c", source, "-o", target],
-        check=True,
-    )
+    includes = [f"-I{kernels_build.SOURCES}", f"-I{DRIVER}"]
+    command = [compiler(), *COMMON, *sanitizer, *flags, *includes, "-MMD", "-c", source, "-o", target]
+    subprocess.run(command, check=True)
 
 
 def is_old(target: Path) -> bool:
@@ -108,16 +107,6 @@ def is_old(target: Path) -> bool:
 def compiler() -> str:
     """Name of the compiler, as build tools have it: CXX, or g++."""
     return os.environ.get("CXX", "g++")
-
-
-def level_flags() -> dict[str, list[str]]:
-    """Instruction sets of this processor and their compiler flags."""
-    return {level: known_levels()[level] for level in kernels_build.native_levels()}
-
-
-def known_levels() -> dict[str, list[str]]:
-    """All instruction sets and their compiler flags."""
-    return {level: list(flags) for level, flags in kernels_build.LEVELS.items()}
 
 
 if __name__ == "__main__":

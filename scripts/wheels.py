@@ -26,7 +26,7 @@ from pathlib import Path
 import kernels_build
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ROOT / "offmoe" / "kernels" / "cpu" / "src"
+SOURCES = kernels_build.SOURCES
 LIBRARY_FOLDER = "offmoe/kernels/cpu"
 GLIBC = (2, 17)
 
@@ -41,9 +41,9 @@ class Platform:
     system_libraries: str  # a pattern
 
     @property
-    def levels(self) -> tuple[str, ...]:
+    def isas(self) -> list[str]:
         """Instruction sets besides the portable one."""
-        return tuple(kernels_build.LEVELS) if self.target.startswith("x86_64") else ()
+        return list(kernels_build.ISAS) if self.target.startswith("x86_64") else []
 
 
 _LINUX = r"(libc|libm|libpthread|libdl|librt)\.so\.\d+|ld-linux-[\w-]+\.so\.\d"
@@ -110,21 +110,20 @@ def build_library(name: str, folder: Path) -> Path:
     """Compile and link for one platform, a line as each source is done. Objects newer than all sources are kept."""
     platform = PLATFORMS[name]
     folder.mkdir(parents=True, exist_ok=True)
-    levels = (None, "portable", *platform.levels)
-    stems = [path.stem for path in SOURCES.glob("*.cpp") if kernels_build.level_of(path.stem) in levels]
-    defines = [f"-DOFFMOE_HAS_{level.upper()}" for level in platform.levels]
-    newest = max(path.stat().st_mtime for path in [*SOURCES.iterdir(), Path(kernels_build.__file__)])
+    defines = kernels_build.defines_of(platform.isas)
+    newest = max(path.stat().st_mtime for path in [*SOURCES.rglob("*.*"), Path(kernels_build.__file__)])
 
-    def compile_one(stem: str) -> Path:
-        made = folder / f"{stem}.o"
+    def compile_one(source: str) -> Path:
+        made = folder / kernels_build.object_of(source)
         if not made.exists() or made.stat().st_mtime < newest:
             begin = time.monotonic()
-            _compile(platform, [*kernels_build.flags_of(stem), *defines, "-c", SOURCES / f"{stem}.cpp", "-o", made])
-            print(f"{name}: compiled {stem}.cpp in {time.monotonic() - begin:.1f} s", flush=True)
+            flags = [*kernels_build.flags_of(source), f"-I{SOURCES}", *defines]
+            _compile(platform, [*flags, "-c", SOURCES / source, "-o", made])
+            print(f"{name}: compiled {source} in {time.monotonic() - begin:.1f} s", flush=True)
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        objects = list(threads.map(compile_one, kernels_build.compile_order(stems)))
+        objects = list(threads.map(compile_one, kernels_build.sources_of(*platform.isas)))
     library = folder / platform.file_name
     more = ["-Wl,-install_name,@rpath/_kernels.dylib"] if "macos" in platform.target else []
     _compile(platform, ["-shared", "-s", *more, *objects, "-o", library])
@@ -160,7 +159,7 @@ def check_library(library: Path, platform: Platform) -> str:
 
 def wanted_functions() -> set[str]:
     """All that library.cpp and layout.cpp export."""
-    sources = "".join((SOURCES / name).read_text(encoding="utf-8") for name in ("library.cpp", "layout.cpp"))
+    sources = "".join((SOURCES / "ops" / name).read_text(encoding="utf-8") for name in ("library.cpp", "layout.cpp"))
     return set(re.findall(r"^[\w* ]*\b(offmoe_\w+)\(", sources, re.MULTILINE))
 
 

@@ -22,7 +22,7 @@ from engines import PROMPT, open_tiny
 from offmoe.base.errors import BudgetError
 from offmoe.kernels.cpu import loader
 
-_KEPT = ("offmoe_close", "offmoe_level", "offmoe_abi_version")
+_KEPT = ("offmoe_close", "offmoe_isa", "offmoe_abi_version")
 
 
 class Watched:

@@ -6,16 +6,17 @@ import os
 import re
 from pathlib import Path
 
+import kernels_build
 import sanitize
 
 from offmoe.kernels.cpu import structs
 
 ROOT = Path(__file__).parents[1]
-KERNELS, DRIVER = ROOT / "offmoe/kernels/cpu/src", ROOT / "tests/cpp"
+DRIVER = ROOT / "tests/cpp"
 
 
 def test_every_exported_function_is_called() -> None:
-    exported = set(re.findall(r"\b(offmoe_\w+)\(", (KERNELS / "library.cpp").read_text()))
+    exported = set(re.findall(r"\b(offmoe_\w+)\(", (kernels_build.SOURCES / kernels_build.LIBRARY).read_text()))
     sources = "".join(path.read_text() for path in DRIVER.glob("*.cpp")) + (DRIVER / "calls.h").read_text()
     calls = [name for name in exported if len(re.findall(rf"\b{name}\(", sources)) >= 2]  # declared and called
     assert sorted(exported) == sorted(calls)
@@ -28,10 +29,10 @@ def test_every_kind_of_weights_has_a_line_in_the_table() -> None:
 
 
 def test_flags_are_those_of_the_build() -> None:
-    known = sanitize.known_levels()
-    assert set(known) >= {"avx2", "avx512"}
-    assert "-mavx2" in known["avx2"]
-    assert set(sanitize.level_flags()) <= set(known)
+    assert set(kernels_build.ISAS) >= {"avx2", "avx512"}
+    assert "-mavx2" in sanitize.flags_of("isa/avx2/avx2.cpp", ["avx2"])
+    assert sanitize.flags_of(kernels_build.LIBRARY, ["avx2"]) == ["-DOFFMOE_HAS_AVX2"]
+    assert set(kernels_build.native_isas()) <= set(kernels_build.ISAS)
 
 
 def test_an_object_is_made_again_when_a_header_has_changed(tmp_path: Path) -> None:

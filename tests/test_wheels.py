@@ -61,7 +61,7 @@ def test_the_loader_finds_a_wheels_library(tmp_path: Path, monkeypatch: pytest.M
 
 def test_functions_looked_for_are_those_that_python_calls() -> None:
     wanted = wheels.wanted_functions()
-    assert {"offmoe_abi_version", "offmoe_level", "offmoe_open", "offmoe_encode", "offmoe_layout"} <= wanted
+    assert {"offmoe_abi_version", "offmoe_isa", "offmoe_open", "offmoe_encode", "offmoe_layout"} <= wanted
     assert all(name.startswith("offmoe_") for name in wanted)
 
 
@@ -80,10 +80,13 @@ def test_only_libraries_of_the_system_are_taken() -> None:
 
 
 def test_every_source_is_compiled_for_some_platform_and_the_longest_first() -> None:
-    stems = [path.stem for path in wheels.SOURCES.glob("*.cpp")]
-    assert {kernels_build.level_of(stem) for stem in stems} == {None, "portable", *kernels_build.LEVELS}
-    order = kernels_build.compile_order(stems)
-    assert sorted(order) == sorted(stems) and order[0].startswith("level_")
-    assert "-ffp-contract=off" in kernels_build.flags_of("level_avx2_quantise")
-    assert "-mavx2" in kernels_build.flags_of("level_avx2_quantise")
-    assert "-mavx2" not in kernels_build.flags_of("library")
+    sources = {path.relative_to(wheels.SOURCES).as_posix() for path in wheels.SOURCES.rglob("*.cpp")}
+    assert {kernels_build.isa_of(name) for name in sources} == {None, "portable", *kernels_build.ISAS}
+    compiled = [kernels_build.sources_of(*platform.isas) for platform in wheels.PLATFORMS.values()]
+    assert {name for some in compiled for name in some} == sources
+    assert all(some[0].startswith("isa/") for some in compiled)
+    assert len({kernels_build.object_of(name) for name in sources}) == len(sources)
+    assert "-ffp-contract=off" in kernels_build.flags_of("isa/avx2/quantise.cpp")
+    assert "-mavx2" in kernels_build.flags_of("isa/avx2/quantise.cpp")
+    assert "-ffp-contract=off" not in kernels_build.flags_of("ops/quantise.cpp")
+    assert "-mavx2" not in kernels_build.flags_of(kernels_build.LIBRARY)

@@ -4,8 +4,8 @@
 
 extern "C" {
 int32_t offmoe_abi_version();
-const char* offmoe_level(int32_t idx, int32_t* usable);
-void* offmoe_open(int32_t level_idx, int32_t num_threads, int32_t spin_us);
+const char* offmoe_isa(int32_t idx, int32_t* usable);
+void* offmoe_open(int32_t isa_idx, int32_t num_threads, int32_t spin_us);
 void offmoe_close(void* handle);
 int32_t offmoe_experts(void* handle, const offmoe::Call* call);
 int32_t offmoe_linear(void* handle, const offmoe::Linear* call);
@@ -28,7 +28,7 @@ inline void require(bool holds, const char* what, const char* name, int64_t a, i
 }
 
 struct Handles {
-    explicit Handles(int32_t level_idx) : alone(offmoe_open(level_idx, 1, 0)), few(offmoe_open(level_idx, 2, 20)), many(offmoe_open(level_idx, 7, 0)) {}
+    explicit Handles(int32_t isa_idx) : alone(offmoe_open(isa_idx, 1, 0)), few(offmoe_open(isa_idx, 2, 20)), many(offmoe_open(isa_idx, 7, 0)) {}
     ~Handles() {
         for (void* handle : {alone, few, many}) offmoe_close(handle);
     }
@@ -40,7 +40,7 @@ struct Handles {
     void *alone, *few, *many;
 };
 
-// All calls of one kind at one level; each returns how many were made. `share`: one case of so many is taken.
+// All calls of one kind of one instruction set; each returns how many were made. `share`: one case of so many is taken.
 int64_t try_linears(const Handles& handles, int64_t share);
 int64_t try_experts(const Handles& handles, int64_t share);
 int64_t try_norms(const Handles& handles);
@@ -49,6 +49,6 @@ int64_t try_latent(const Handles& handles, int64_t share);
 int64_t try_routes();
 int64_t try_layers(const Handles& handles);
 int64_t try_encodes(const Handles& handles);
-int64_t try_threads(int32_t level_idx);
+int64_t try_threads(int32_t isa_idx);
 
 }  // namespace made

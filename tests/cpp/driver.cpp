@@ -1,5 +1,5 @@
 // Calls everything that the library of CPU kernels exports, at every instruction set that this processor has, under a
-// sanitizer: scripts/check --sanitize builds and runs it. Says what it did in one line a level; an exit code of 1, or the
+// sanitizer: scripts/check --sanitize builds and runs it. Says what it did in one line an instruction set; an exit code of 1, or the
 // sanitizer's own, means a fault.
 //
 //     driver [share]    one case of `share` is taken (default 1: all cases)
@@ -12,15 +12,15 @@
 namespace made {
 
 // Threads that share a handle, that use handles of their own, and that open and close them.
-int64_t try_threads(int32_t level_idx) {
+int64_t try_threads(int32_t isa_idx) {
     std::atomic<int64_t> made{0};
-    void* shared = offmoe_open(level_idx, 3, 10);
+    void* shared = offmoe_open(isa_idx, 3, 10);
     const auto use = [&](uint64_t seed, bool own) {
         Random random(seed);
         Weights weights(random, kFormats[4], Variant{32, BF16, 0, 1, false, false, 0}, 64, 64);
         const Buffer x = random_numbers(random, F32, 64), y(4 * 64);
         for (int32_t turn = 0; turn < 40; ++turn, ++made) {
-            void* handle = own ? offmoe_open(level_idx, 1 + turn % 4, turn % 2 ? 0 : 50) : shared;
+            void* handle = own ? offmoe_open(isa_idx, 1 + turn % 4, turn % 2 ? 0 : 50) : shared;
             Linear call = {&weights.matrix, nullptr, x.at(), y.at(), 4 * 64, 4 * 64, 1, F32, F32};
             require(offmoe_linear(handle, &call) == 0, "a linear of a thread", "", turn, own, 0);
             if (own) offmoe_close(handle);
@@ -63,9 +63,9 @@ int main(int argc, char** argv) {
     const int64_t share = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
     std::printf("ABI %d, %lld routes\n", offmoe_abi_version(), static_cast<long long>(try_routes()));
     int32_t usable = 0;
-    for (int32_t idx = 0; const char* level = offmoe_level(idx, &usable); ++idx) {
+    for (int32_t idx = 0; const char* isa = offmoe_isa(idx, &usable); ++idx) {
         if (!usable) {
-            std::printf("%s: not on this processor\n", level);
+            std::printf("%s: not on this processor\n", isa);
             continue;
         }
         const auto begin = std::chrono::steady_clock::now();
@@ -81,7 +81,7 @@ int main(int argc, char** argv) {
         made[7] = try_encodes(handles);
         const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
         std::printf("%s: %lld linears, %lld layers of experts, %lld norms, %lld attentions, %lld latent attentions, %lld layers and runs, %lld calls of several threads, %lld encodings; %.1f s\n",
-                    level, (long long)made[0], (long long)made[1], (long long)made[2], (long long)made[3], (long long)made[4], (long long)made[5], (long long)made[6], (long long)made[7], seconds);
+                    isa, (long long)made[0], (long long)made[1], (long long)made[2], (long long)made[3], (long long)made[4], (long long)made[5], (long long)made[6], (long long)made[7], seconds);
         std::fflush(stdout);
     }
     return 0;

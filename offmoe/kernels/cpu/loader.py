@@ -67,7 +67,7 @@ def _levels(library: ctypes.CDLL) -> list[tuple[str, bool]]:
     """(name, whether this processor has it), best first."""
     levels: list[tuple[str, bool]] = []
     usable = ctypes.c_int32()
-    while (name := library.offmoe_level(len(levels), ctypes.byref(usable))) is not None:
+    while (name := library.offmoe_isa(len(levels), ctypes.byref(usable))) is not None:
         levels.append((name.decode(), bool(usable.value)))
     return levels
 
@@ -93,8 +93,8 @@ def _library() -> ctypes.CDLL:
     if version != ABI_VERSION:
         raise OSError(f"the CPU kernels are of version {version}, offmoe needs {ABI_VERSION}; install offmoe again")
     check_structs(library)
-    library.offmoe_level.restype = ctypes.c_char_p
-    library.offmoe_level.argtypes = (ctypes.c_int32, ctypes.POINTER(ctypes.c_int32))
+    library.offmoe_isa.restype = ctypes.c_char_p
+    library.offmoe_isa.argtypes = (ctypes.c_int32, ctypes.POINTER(ctypes.c_int32))
     library.offmoe_open.restype = ctypes.c_void_p
     library.offmoe_open.argtypes = (ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
     library.offmoe_close.restype = None

@@ -1,5 +1,0 @@
-#include "quantise.h"
-
-namespace offmoe {
-bool encode_portable(const Encode& call, int64_t begin, int64_t end) { return encode_groups(call, begin, end); }
-}  // namespace offmoe
