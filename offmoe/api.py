@@ -2,66 +2,116 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offmoe.base.config import make_config
+from offmoe.base.config import (
+    CompileMode,
+    Count,
+    EngineConfig,
+    EvictionPolicy,
+    IoMode,
+    MissMode,
+    PrefetchDistance,
+    Size,
+    make_config,
+)
 from offmoe.base.machine import rss_bytes
-from offmoe.models.fetch import fetch_model
+from offmoe.models.fetch import Progress, fetch_model
 
 if TYPE_CHECKING:
     from offmoe.generation.engine import Engine
     from offmoe.tiers.device import Device
 
-
-def _to_stderr(line: str) -> None:
-    if sys.stderr is not None:  # a program without a console has none
-        sys.stderr.write(f"{line}\n")
+_log = logging.getLogger("offmoe")
 
 
 def load(
-    model: str | os.PathLike[str] | None = None, *,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    tell: Callable[[str], None] | None = _to_stderr, _baseline_bytes: int | None = None,
-    _device: Device | None = None, **options: Any,
-) -> Engine:  # fmt: skip
-    """Load a model: a folder, a hub id, or None for the bundled demo model.
+    model: str | os.PathLike[str] | None = None,
+    *,
+    ram: Size | None = None,
+    vram: Size | None = None,
+    context_length: Count | None = None,
+    expert_slots: Count | None = None,
+    prefill_chunk: Count | None = None,
+    policy: EvictionPolicy = "auto",
+    warm_start: bool = True,
+    io: IoMode = "auto",
+    device: str = "auto",
+    miss: MissMode = "auto",
+    prefetch: PrefetchDistance = "auto",
+    compile: CompileMode = "auto",  # noqa: A002
+    placement_invariant: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    progress: Progress = lambda stage, done, total: None,
+    tell: Callable[[str], None] | None = None,
+    experts: Count | None = None,
+) -> Engine:
+    """Load a Mixture-of-Experts model and return its engine. Use it in a `with` statement, or close it.
 
-    Options (each may be "auto"): ram="16GiB" (what the process may grow by from here, libraries included),
-    vram="6GiB", context_length=4096, expert_slots=N (instead of what vram or ram leaves room for), prefill_chunk=N,
-    policy="lru", io="direct"|"buffered", device="cpu"|"cuda"|"cuda:N", miss="stream"|"cpu", prefetch="off"|1..3,
-    compile="off"|"on", placement_invariant=False, trust_remote_code=False. What each does: offmoe.base.config.
-    `progress(stage, done_bytes, total_bytes)`.
+    model                a folder, a GGUF file, a name on the hub ("owner/name"), or None: the bundled demo model
+    ram                  "16GiB" or bytes that the process may grow by, with libraries; default: most of what is free
+    vram                 "6GiB" or bytes of the device, with the driver's; default: most of what is free there
+    context_length       tokens of prompt plus reply to set memory aside for; default: 4096, at most the model's limit
+    expert_slots         experts to keep where they are computed; default: as many as ram or vram has room for
+    prefill_chunk        prompt tokens that go through the model at once; default: what memory allows
+    policy               eviction: "lru", "lfru", "decayed"; default "auto": what would read least
+    warm_start           count uses of experts from run to run, in the user's cache folder; default True
+    io                   "direct" reads or reads through the page cache ("buffered"); default "auto": direct if possible
+    device               "cpu", "cuda" or "cuda:N"; default "auto": a CUDA device if there is one
+    miss                 a missing expert is copied to the device ("stream") or computed in RAM ("cpu"); default "auto"
+    prefetch             layers ahead that experts are fetched, 1 to 3, or "off"; default "auto": while it saves time
+    compile              compile the model's resident part: "on", "off"; default "auto": on a CUDA device
+    placement_invariant  compute all experts in one place: rounding does not depend on the cache; default False
+    trust_remote_code    run Python code that comes with the model; default False
+    revision             branch, tag or commit of the model on the hub; default: its main branch
+    token                access token for the hub, False: none; default: HF_TOKEN or that of `hf auth login`
+    progress             called with (stage, done, total) in bytes while the model is fetched and read
+    tell                 called with a line about plan and outcome on a probed machine; default: logged as INFO
+    experts              former name of expert_slots; the next release drops it
 
-    On a machine that was probed (`offmoe probe`), `tell` is given the plan in a line before anything is loaded, and
-    when the engine is closed what was predicted beside what was measured; by default they go to stderr, None is
-    silence. `engine.stats()["predicted"]` has the figures.
-
-    `_baseline_bytes` is for the command line: resident memory that the budget counts from, instead of what is resident
-    now. `_device` is for tests: used instead of the one that `device` names, and closed with the engine.
-
-    Raises OffmoeError subclasses: see offmoe.base.errors.
+    The plan is told before loading, predicted beside measured values when the engine is closed.
+    Raises OffmoeError subclasses in one line each; all are exported from `offmoe`.
     """
-    if (slots := options.pop("experts", None)) is not None:
+    baseline_bytes = rss_bytes()
+    if experts is not None:
         line = "load(experts=...) is expert_slots= now; the next release drops the old name"
         warnings.warn(line, DeprecationWarning, stacklevel=2)
-        options.setdefault("expert_slots", slots)
-    config = make_config(**options)
-    baseline_bytes = rss_bytes() if _baseline_bytes is None else _baseline_bytes
-    folder = fetch_model(model, config, progress)
+    config = make_config(
+        ram=ram, vram=vram, context_length=context_length,
+        expert_slots=experts if expert_slots is None else expert_slots, prefill_chunk=prefill_chunk, policy=policy,
+        warm_start=warm_start, io=io, device=device, miss=miss, prefetch=prefetch, compile=compile,
+        placement_invariant=placement_invariant, trust_remote_code=trust_remote_code, revision=revision,
+    )  # fmt: skip
+    folder = fetch_model(model, config, progress, token=token)
+    return load_engine(folder, config, baseline_bytes=baseline_bytes, progress=progress, tell=tell or _log.info)
+
+
+def load_engine(
+    folder: Path, config: EngineConfig, *, baseline_bytes: int, tell: Callable[[str], None],
+    progress: Progress = lambda stage, done, total: None, device: Device | None = None,
+) -> Engine:  # fmt: skip
+    """Load the model in `folder`, or that GGUF file: `load` for the command line and for tests.
+
+    `baseline_bytes`: resident memory that the budget counts from. `device`: used instead of the one that `config`
+    names, and closed with the engine. Arguments else as of `load`.
+    """
     from offmoe.planner.foresee import against_plan, foresee
 
-    foreseen = None if _device is not None else foresee(folder, config)
-    if foreseen is not None and tell is not None:
+    foreseen = None if device is not None else foresee(folder, config)
+    if foreseen is not None:
         tell(f"plan: {foreseen.line()}")
     from offmoe.generation.engine import Engine
 
-    engine = Engine(folder, config, baseline_bytes=baseline_bytes, progress=progress, device=_device)
+    engine = Engine(folder, config, baseline_bytes=baseline_bytes, progress=progress, device=device)
     engine.predicted = None if foreseen is None else foreseen.predicted()
-    if engine.predicted is not None and tell is not None:
+    if engine.predicted is not None:
 
         def check(totals: dict[str, Any]) -> None:
             if (line := against_plan(totals)) is not None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchlib.device_systems import Place
 from benchlib.ledger import Ledger, TimeIsUpError
 
 import offmoe
@@ -204,8 +205,8 @@ def _copier_copies(
 
 def load_demo(*, simulate: bool, **options: Any) -> offmoe.Engine:
     """The bundled model with some of its experts on the device, not compiled."""
-    where = {"_device": SimulatedDevice(bytes_per_s=4e9)} if simulate else {"device": "cuda"}
-    return offmoe.load(None, ram="4GiB", compile="off", tell=None, **{**where, "expert_slots": DEMO_SLOTS, **options})
+    place = Place(simulated_bytes_per_s=4e9 if simulate else None)
+    return place.load(None, **{"ram": "4GiB", "compile": "off", "expert_slots": DEMO_SLOTS, **options})
 
 
 def measure_token(ledger: Ledger, *, simulate: bool) -> None:

@@ -16,7 +16,12 @@ from families import build, save_layout
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offmoe
+from offmoe.api import load_engine
+from offmoe.base.config import make_config
+from offmoe.base.machine import rss_bytes
 from offmoe.checkpoint.locate import demo_model_folder
+from offmoe.models.fetch import fetch_model
+from offmoe.tiers.device import Device
 
 # The tiny Qwen3-MoE: a dense layer, then two of eight experts, top-2; a quarter of its experts.
 TINY_EXPERTS, QUARTER = 16, 4
@@ -40,9 +45,19 @@ def save_speaking(folder: Path) -> Path:
     return folder
 
 
+def load(folder: Path | str | None = None, *, simulated: Device | None = None, **options: Any) -> offmoe.Engine:
+    """As `offmoe.load`; on the device `simulated`, which the engine closes, where there is one."""
+    if simulated is None:
+        return offmoe.load(folder, **options)
+    beside = {"progress": options.pop("progress")} if "progress" in options else {}
+    config, baseline_bytes = make_config(**options), rss_bytes()
+    found = fetch_model(folder, config)
+    return load_engine(found, config, baseline_bytes=baseline_bytes, tell=print, device=simulated, **beside)
+
+
 def open_tiny(folder: Path, **options: Any) -> offmoe.Engine:
     """With room for a quarter of the experts, unless `options` say otherwise."""
-    return offmoe.load(folder, **{"ram": "4GiB", "expert_slots": QUARTER, **options})
+    return load(folder, **{"ram": "4GiB", "expert_slots": QUARTER, **options})
 
 
 def plain_model(folder: Path) -> PreTrainedModel:

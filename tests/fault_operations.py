@@ -70,7 +70,7 @@ class Case:
         """An engine with room for a quarter of the experts."""
         device = SimulatedDevice(1e12, capacity_bytes=4 * GIB) if self.on_device else None
         options = {"miss": "stream", **self.options} if self.on_device else self.options
-        return open_tiny(self.model, _device=device, **options)
+        return open_tiny(self.model, simulated=device, **options)
 
     def root(self, seam: Seam) -> Path:
         """Files below it are those whose calls fail."""

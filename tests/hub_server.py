@@ -32,6 +32,7 @@ class FakeHub:
 
     folder: Path
     hub_id: str = "someone/tiny"
+    revision: str = "main"
     former_id: str | None = None
     token: str | None = None  # needed where it is set
     refusal: str = "GatedRepo"
@@ -87,15 +88,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(307, {"Location": self.path.replace(hub.former_id, hub.hub_id)})
         elif hub.token is not None and token != f"Bearer {hub.token}":
             self._answer(401 if token is None else 403, {"X-Error-Code": hub.refusal})
-        elif path == f"/api/models/{hub.hub_id}/revision/main":
+        elif path == f"/api/models/{hub.hub_id}/revision/{hub.revision}":
             self._answer(200, {"Content-Type": "application/json"}, json.dumps(hub.listing()).encode())
+        elif path.startswith(f"/api/models/{hub.hub_id}/revision/"):
+            self._answer(404, {"X-Error-Code": "RevisionNotFound"})
         else:
             self._file(path)
 
     do_HEAD = do_GET
 
     def _file(self, path: str) -> None:
-        for revision in ("main", COMMIT):
+        for revision in (self.hub.revision, COMMIT):
             prefix = f"/{self.hub.hub_id}/resolve/{revision}/"
             if path.startswith(prefix):
                 file = self.hub.folder / path.removeprefix(prefix)

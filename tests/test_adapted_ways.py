@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from adapted_families import ADAPTED, ENCODER_DECODERS, build_adapted, nllb_as_published
+from engines import load
 from families import save_layout
 from makers import Measured
 from quant_makers import Scheme, decompressed_model
@@ -66,7 +67,7 @@ def check_equal(
 ) -> None:  # fmt: skip
     """offmoe's logits within 1e-5, the same greedy ids, experts that came and went."""
     ids_T, wanted = inputs(name)["input_ids"][0], logits_of(expected, name)
-    with offmoe.load(folder, ram="4GiB", expert_slots=NUM_SLOTS, **options) as engine:
+    with load(folder, ram="4GiB", expert_slots=NUM_SLOTS, **options) as engine:
         measured(logits_of(engine.model, name), wanted)
         reply = engine.generate(ids_T.tolist(), max_new_tokens=8, temperature=0, ignore_end=True)
         assert list(reply.token_ids) == greedy(expected, ids_T, name)
@@ -79,7 +80,7 @@ def test_on_a_device(name: str, tmp_path: Path, measured: Measured) -> None:
     model = build_adapted(name)
     save_layout(model, tmp_path, "published")
     miss = MISSES[list(ADAPTED).index(name) % len(MISSES)]
-    check_equal(tmp_path, model, name, partial(measured, name, "device"), miss=miss, _device=SimulatedDevice(1e9))
+    check_equal(tmp_path, model, name, partial(measured, name, "device"), miss=miss, simulated=SimulatedDevice(1e9))
 
 
 @pytest.mark.parametrize("name", ADAPTED)

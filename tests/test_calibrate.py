@@ -113,7 +113,7 @@ def test_costs_are_of_the_kernels_that_serve_misses(tmp_path: Path, monkeypatch:
         compute(self, layer_idx, math, experts, x_TD, y_SD)
 
     monkeypatch.setattr(CpuRows, "compute", counted)
-    with open_tiny(save_tiny(tmp_path), miss="auto", _device=SimulatedDevice(1e9)) as engine:
+    with open_tiny(save_tiny(tmp_path), miss="auto", simulated=SimulatedDevice(1e9)) as engine:
         assert set(served) == {1, NUM_ROWS}
         assert engine.stats()["ram_hits"] == 0, "look-ups of the measurement are no tokens'"
         assert_at_rest(engine)

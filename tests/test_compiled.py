@@ -24,7 +24,7 @@ from patience import PATIENCE_S
 from transformers.models.qwen3_moe.modeling_qwen3_moe import repeat_kv
 
 import offmoe
-from offmoe.base.errors import DiskReadError, EngineBusyError
+from offmoe.base.errors import DiskReadError, EngineClosedError
 from offmoe.decode import compile_thread, compiled
 from offmoe.decode.compile_thread import CompileThread
 from offmoe.decode.compiled import DecodeCompiler
@@ -194,7 +194,7 @@ def test_resident_experts_are_part_of_the_graph(
     """Nothing cuts the step on a device whose kernels look slots up, and every choice is still counted."""
     graphs = noted(monkeypatch)
     monkeypatch.setattr(TorchSlotKernels, "looks_up", lambda kernels, layer_idx: True)
-    with open_tiny(tiny_moe, expert_slots="auto", compile="on", _device=SimulatedDevice(1e12)) as engine:
+    with open_tiny(tiny_moe, expert_slots="auto", compile="on", simulated=SimulatedDevice(1e12)) as engine:
         assert ids_of(engine) == expected
         (code,) = graphs
         assert "offmoe.resident_experts" in code and "offmoe.experts" not in code
@@ -325,15 +325,15 @@ def test_a_closed_engine_says_so(tiny_moe: Path, quick: None) -> None:
             next(pieces)
         assert experts(x_TD, ids_TK, weights_TK, handle).shape == (1, 48)
         engine.close()
-        with pytest.raises(EngineBusyError, match="closed"):
+        with pytest.raises(EngineClosedError, match="closed"):
             next(pieces)
-        with pytest.raises(EngineBusyError, match="closed"):
+        with pytest.raises(EngineClosedError, match="closed"):
             experts(x_TD, ids_TK, weights_TK, handle)
 
 
 def test_a_handle_without_a_model_says_so() -> None:
     define_experts_operators()
-    with pytest.raises(EngineBusyError, match="closed"):
+    with pytest.raises(EngineClosedError, match="closed"):
         torch.ops.offmoe.experts(torch.zeros(1, 4), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2), 10**9)
 
 

@@ -19,7 +19,7 @@ from families import build
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import offmoe
-from offmoe.base.errors import EngineBusyError
+from offmoe.base.errors import EngineClosedError
 from offmoe.decode import compiled
 from offmoe.decode.compiled import DecodeCompiler
 from offmoe.models.routing import map_routing
@@ -127,7 +127,7 @@ def test_a_closed_engine_is_told_nothing_and_not_kept(tmp_path: Path, captured: 
     assert told == [0]
     model, ahead = weakref.ref(engine.model), weakref.ref(binding.observer)
     engine.close()
-    with pytest.raises(EngineBusyError, match="closed"):
+    with pytest.raises(EngineClosedError, match="closed"):
         experts(*call, torch.zeros(1, 48))
     assert told == [0]
     captured.clear()

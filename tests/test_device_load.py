@@ -15,7 +15,7 @@ from makers import one_line
 
 import offmoe
 from offmoe.base.budget import CUDA_CONTEXT_BYTES, DevicePlan, plan_device
-from offmoe.base.errors import BudgetError, DeviceError, EngineBusyError, OffmoeError, UsageError
+from offmoe.base.errors import BudgetError, DeviceError, EngineClosedError, OffmoeError, UsageError
 from offmoe.base.units import GIB, MIB, parse_size
 from offmoe.models import load as load_module
 from offmoe.models import resident
@@ -50,7 +50,7 @@ class Device(SimulatedDevice):
 
 def open_on(folder: Path, device: Device, **options: Any) -> offmoe.Engine:
     """Misses are copied: nothing depends on how fast this machine is."""
-    return open_tiny(folder, **{"miss": "stream", "_device": device, **options})
+    return open_tiny(folder, **{"miss": "stream", "simulated": device, **options})
 
 
 def generate(engine: offmoe.Engine, prompt: list[int] = PROMPT) -> tuple[int, ...]:
@@ -88,7 +88,7 @@ def test_sampling_is_that_of_the_cpu(folder: Path, sampling: dict[str, Any]) -> 
 
 def refuse(folder: Path, device: Device, error: type[OffmoeError] = BudgetError, **options: Any) -> str:
     with pytest.raises(error) as caught:
-        open_tiny(folder, _device=device, **options)
+        open_tiny(folder, simulated=device, **options)
     assert device.closed
     return one_line(caught)
 
@@ -308,7 +308,7 @@ def test_a_lost_device_closes_the_engine(folder: Path, error: Exception) -> None
     message = one_line(caught)
     assert "failed while" in message and "start again" in message and "CUDA kernel errors" not in message
     assert device.closed and repr(engine).endswith("[closed]>")
-    with pytest.raises(EngineBusyError, match="closed"):
+    with pytest.raises(EngineClosedError, match="closed"):
         generate(engine)
     engine.close()
 

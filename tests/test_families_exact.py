@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import load
 from families import FAMILIES, LAYOUTS, MULTIMODAL, Layout, build, save_layout
 from makers import Measured
 
@@ -30,7 +31,7 @@ def serving(name: str, layout: Layout) -> dict[str, Any]:
     if layout == "published":
         return {"prefetch": 1}
     if layout == "stacked":
-        return {"prefetch": 1, "miss": "cpu" if len(name) % 2 else "stream", "_device": SimulatedDevice(1e9)}
+        return {"prefetch": 1, "miss": "cpu" if len(name) % 2 else "stream", "simulated": SimulatedDevice(1e9)}
     return {"prefetch": "off"}
 
 
@@ -57,7 +58,7 @@ def test_offloaded_equals_eager(name: str, layout: Layout, tmp_path: Path, measu
     num_experts = sum(len(module.get_parameter("down_proj")) for _, module in experts_modules(model))
 
     slots = max(_top_k(model), num_experts // 4)
-    with offmoe.load(str(tmp_path), ram="4GiB", expert_slots=slots, **serving(name, layout)) as engine:
+    with load(str(tmp_path), ram="4GiB", expert_slots=slots, **serving(name, layout)) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         measured(name, layout, got, expected)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import load
 from gguf import GGMLQuantizationType as Type
 from gguf_makers import MODELS, make_model, save_gguf
 from gguf_parts import split_gguf
@@ -47,8 +48,8 @@ CASES: dict[str, tuple[str, dict[str, Type]]] = {
 # Where experts are computed, beside the default.
 PLACES: dict[str, Callable[[], dict[str, Any]]] = {
     "in RAM": dict,
-    "on a device": lambda: {"miss": "stream", "_device": SimulatedDevice(1e9)},
-    "beside a device": lambda: {"miss": "cpu", "_device": SimulatedDevice(1e9)},
+    "on a device": lambda: {"miss": "stream", "simulated": SimulatedDevice(1e9)},
+    "beside a device": lambda: {"miss": "cpu", "simulated": SimulatedDevice(1e9)},
 }
 ON_A_DEVICE = ("qwen3moe, q4_k and q6_k", "gpt-oss, mxfp4", "deepseek2, q8_0")
 
@@ -68,7 +69,7 @@ def test_logits_and_ids_are_those_of_the_same_values(
     with torch.no_grad():
         wanted = expected(input_ids=ids).logits
     wanted_ids = expected.generate(ids[:1], max_new_tokens=NUM_NEW, do_sample=False)[0, NUM_PROMPT:].tolist()
-    with offmoe.load(path, ram="4GiB", expert_slots=4, **PLACES[place]()) as engine:
+    with load(path, ram="4GiB", expert_slots=4, **PLACES[place]()) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         measured(MODELS[name].family, "GGUF", got, wanted)
@@ -95,7 +96,7 @@ def test_the_advice_on_sampling_comes_from_the_file(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     advice = {"temp": 0.5, "top_k": 7, "top_p": 0.75, "min_p": 0.125, "penalty_repeat": 1.25}
     save_gguf(path, "qwen3moe", make_model("qwen3moe"), {}, sampling=advice)
-    with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:
+    with load(path, ram="4GiB", expert_slots=4) as engine:
         config = engine.model.generation_config
         assert config is not None
         found = resolve_sampling(config)
@@ -149,7 +150,7 @@ def test_it_computes_in_the_type_that_most_weights_have(
 ) -> None:
     path = tmp_path / "model.gguf"
     save_gguf(path, "qwen3moe", make_model("qwen3moe"), kinds)
-    with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:
+    with load(path, ram="4GiB", expert_slots=4) as engine:
         assert engine.model.dtype == dtype
 
 
@@ -160,7 +161,7 @@ def test_parts_of_a_split_file_are_one_model(tmp_path: Path) -> None:
     prompt = [5, 6, 7]
     replies = []
     for path in (whole, first):
-        with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:
+        with load(path, ram="4GiB", expert_slots=4) as engine:
             replies.append(engine.generate(prompt, max_new_tokens=8, temperature=0, ignore_end=True).token_ids)
     assert replies[0] == replies[1]
     (tmp_path / "parts-00002-of-00003.gguf").unlink()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import load
 from grok1_reference import grok1_logits
 from makers import Measured
 from quant_makers import Scheme, decompressed_tensors
@@ -109,7 +110,7 @@ def reference(tensors: dict[str, torch.Tensor], config: dict[str, Any] = CONFIG)
 @pytest.mark.parametrize("miss", ["stream", "cpu"])
 def test_on_a_device(miss: str, tmp_path: Path, measured: Measured) -> None:
     expected = reference(make_checkpoint(tmp_path))
-    with offmoe.load(tmp_path, ram="4GiB", expert_slots=6, miss=miss, _device=SimulatedDevice(1e9)) as engine:
+    with load(tmp_path, ram="4GiB", expert_slots=6, miss=miss, simulated=SimulatedDevice(1e9)) as engine:
         measured("grok-1", "device", torch.from_numpy(logits_of(engine)), torch.from_numpy(expected))
         assert engine.stats()["misses"] > 0
 

@@ -18,7 +18,7 @@ from gguf_makers import make_model, save_gguf
 from hub_server import COMMIT, FakeHub, digest, serve
 
 import offmoe
-from offmoe.base.errors import ModelNotFoundError, OutputError, UnsupportedModelError
+from offmoe.base.errors import ModelNotFoundError, OutputError, UnsupportedModelError, UsageError
 from offmoe.checkpoint import download
 from offmoe.checkpoint.index import INDEX_NAME, QUANT_CONFIG_NAME
 from offmoe.checkpoint.locate import locate_model
@@ -226,6 +226,41 @@ def test_the_token_goes_to_the_hub_alone(
     locate_model(NAME)
     assert {request.token for request in hub.requests if request.host == "hub"} == {"Bearer hf_secret"}
     assert {request.token for request in hub.requests if request.host == "store"} == {None}
+
+
+def test_a_revision_is_a_model_of_its_own(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.revision = "v1.0"
+    assert last_json(succeed("inspect", NAME, "--revision", "v1.0", "--json").stdout)["model_type"] == "qwen3_moe"
+    with offmoe.load(NAME, ram="4GiB", revision="v1.0") as engine:
+        assert engine.folder.name == COMMIT and engine.config.revision == "v1.0"
+    refs = tmp_path / "cache" / "models--someone--tiny" / "refs"
+    assert {path.name: path.read_text() for path in refs.iterdir()} == {"v1.0": COMMIT}
+    with pytest.raises(ModelNotFoundError, match=r"someone/tiny has no revision 'main' on the hub \(HTTP 404\)"):
+        offmoe.load(NAME)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert locate_model(NAME, revision="v1.0").name == locate_model(NAME, revision=COMMIT).name == COMMIT
+    assert f"HF_HUB_OFFLINE is set and {NAME} is not in the local cache" in fail("plan", NAME)
+    assert last_json(succeed("plan", NAME, "--revision", "v1.0", "--json").stdout)["fits"]
+
+
+@pytest.mark.parametrize("value", ["../up", "", "a b", "-x", 7])
+def test_a_revision_that_is_none(value: Any, hub: FakeHub, whole: Path) -> None:
+    with pytest.raises(UsageError, match="use a branch, tag or commit of the model on the hub"):
+        offmoe.load(NAME, revision=value)
+    with pytest.raises(UsageError, match="which is no name on the hub; leave revision out"):
+        offmoe.load(whole, revision="main")
+    assert not hub.requests
+
+
+def test_a_token_that_is_given_goes_to_the_hub_alone(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.token = "hf_mine"
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    with offmoe.load(NAME, ram="4GiB", token="hf_mine") as engine:
+        assert "hf_mine" not in str(engine.config.as_dict())
+    assert {request.token for request in hub.requests if request.host == "hub"} == {"Bearer hf_mine"}
+    assert {request.token for request in hub.requests if request.host == "store"} == {None}
+    with pytest.raises(ModelNotFoundError, match=r"is gated \(HTTP 401\)"):
+        offmoe.load(NAME, token=False)
 
 
 @pytest.mark.parametrize("command", [("plan", NAME), ("inspect", NAME), ("generate", NAME, "--prompt", "x")])

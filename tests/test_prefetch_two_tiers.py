@@ -171,7 +171,7 @@ def test_an_engine_whose_ram_lacks_experts_reads_ahead_and_says_the_same(
         with open_tiny(folder, prefetch="off") as engine:
             expected = ids(engine)
         monkeypatch.setattr(load_module, "_make_device_pool", with_little_ram)
-        options = {"miss": miss, "warm_start": False, "_device": SimulatedDevice(1e12)}
+        options = {"miss": miss, "warm_start": False, "simulated": SimulatedDevice(1e12)}
         with open_tiny(folder, prefetch="auto", **options) as engine:
             ahead = engine._parts.serving.ahead
             assert ahead is not None and isinstance(ahead.prefetcher, TwoTierPrefetcher)

@@ -11,7 +11,7 @@ from families import build, save_layout
 from torch import nn
 
 import offmoe
-from offmoe.base.errors import EngineBusyError
+from offmoe.base.errors import EngineClosedError
 from offmoe.kernels.cpu.loader import usable_levels
 from offmoe.models.quantise import QuantiseOptions, quantise
 
@@ -62,5 +62,5 @@ def test_without_kernels_they_are_values_and_the_ids_are_the_same(
 def test_a_closed_engines_linears_say_so(folder: Path) -> None:
     with open_tiny(folder, compile="off") as engine:
         linear = kept(engine)[0]
-    with torch.inference_mode(), pytest.raises(EngineBusyError, match="closed"):
+    with torch.inference_mode(), pytest.raises(EngineClosedError, match="closed"):
         linear(torch.randn(1, linear.in_features))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import load
 from makers import Measured
 from quant_makers import (
     Scheme,
@@ -55,8 +56,8 @@ def form_of(scheme: Scheme) -> str:
 SERVING: dict[str, Callable[[], dict[str, Any]]] = {
     "ram": dict,
     "ahead": lambda: {"prefetch": 1},
-    "device": lambda: {"miss": "stream", "_device": SimulatedDevice(1e9)},
-    "beside a device": lambda: {"miss": "cpu", "_device": SimulatedDevice(1e9)},
+    "device": lambda: {"miss": "stream", "simulated": SimulatedDevice(1e9)},
+    "beside a device": lambda: {"miss": "cpu", "simulated": SimulatedDevice(1e9)},
 }
 
 
@@ -68,7 +69,7 @@ def _equals(
     with torch.no_grad():
         wanted = expected(input_ids=ids).logits
     wanted_ids = expected.generate(ids[:1], max_new_tokens=num_new, do_sample=False)[0, NUM_PROMPT:].tolist()
-    with offmoe.load(folder, ram="4GiB", expert_slots=4, **options) as engine:
+    with load(folder, ram="4GiB", expert_slots=4, **options) as engine:
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         measured(got, wanted)

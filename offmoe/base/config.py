@@ -6,10 +6,18 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from offmoe.base.errors import UsageError
 from offmoe.base.units import MIB, parse_size
+
+Size: TypeAlias = str | int  # "6GiB" or bytes; "auto"
+Count: TypeAlias = int | Literal["auto"]
+EvictionPolicy: TypeAlias = Literal["auto", "lru", "lfru", "decayed"]
+IoMode: TypeAlias = Literal["auto", "direct", "buffered"]
+MissMode: TypeAlias = Literal["auto", "stream", "cpu"]
+PrefetchDistance: TypeAlias = Literal["auto", "off", 1, 2, 3]
+CompileMode: TypeAlias = Literal["auto", "off", "on"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +40,7 @@ class EngineConfig:
     compile             compile the model's resident part: "auto", "off" or "on"
     placement_invariant compute every expert in one place, so that rounding does not depend on what was cached where
     trust_remote_code   run model code that comes with the checkpoint
+    revision            branch, tag or commit of a model on the hub, instead of its main branch
     """
 
     ram: int | None = None
@@ -39,15 +48,16 @@ class EngineConfig:
     context_length: int | None = None
     expert_slots: int | None = None
     prefill_chunk: int | None = None
-    policy: str = "auto"
+    policy: EvictionPolicy = "auto"
     warm_start: bool = True
-    io: str = "auto"
+    io: IoMode = "auto"
     device: str = "auto"
-    miss: str = "auto"
-    prefetch: str | int = "auto"
-    compile: str = "auto"
+    miss: MissMode = "auto"
+    prefetch: PrefetchDistance = "auto"
+    compile: CompileMode = "auto"
     placement_invariant: bool = False
     trust_remote_code: bool = False
+    revision: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Name to value, for JSON."""
@@ -59,11 +69,11 @@ MAX_PREFETCH_DISTANCE = 3
 _SIZES = ("ram", "vram")
 _COUNTS = ("context_length", "expert_slots", "prefill_chunk")
 _SWITCHES = ("warm_start", "placement_invariant", "trust_remote_code")
-_CHOICES = {
-    "policy": ("auto", "lru", "lfru", "decayed"), "io": ("auto", "direct", "buffered"),
-    "miss": ("auto", "stream", "cpu"),
-    "compile": ("auto", "off", "on"),
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "policy": get_args(EvictionPolicy), "io": get_args(IoMode), "miss": get_args(MissMode),
+    "compile": get_args(CompileMode),
 }  # fmt: skip
+_REVISION = re.compile(r"[\w.][\w./-]{0,199}")
 # Options and choices of earlier versions, and what to do without them.
 _GONE = {
     "fast_activations": "it was not faster; leave it out, products are exact",
@@ -95,6 +105,8 @@ def make_config(**options: Any) -> EngineConfig:
             raise UsageError(f"{name} is {values[name]!r}; use True or False")
     if "prefetch" in values:
         values["prefetch"] = _distance(values["prefetch"])
+    if (revision := values.get("revision")) is not None and not _is_revision(revision):
+        raise UsageError(f"revision is {revision!r}; use a branch, tag or commit of the model on the hub")
     _check_device(values)
     return EngineConfig(**values)
 
@@ -105,6 +117,10 @@ def _size(name: str, value: Any) -> int:
     if 0 < num_bytes < MIB and (isinstance(value, int) or value.strip().isdigit()):
         raise UsageError(f'{name} is {num_bytes} bytes, which nothing fits in; write a unit: "{num_bytes}GiB"')
     return num_bytes
+
+
+def _is_revision(value: Any) -> bool:
+    return isinstance(value, str) and _REVISION.fullmatch(value) is not None and ".." not in value
 
 
 def _distance(value: Any) -> str | int:

@@ -12,7 +12,8 @@ OffmoeError                     a user can mend it: one line and exit code 2 in 
 |-- OutputError                 a file cannot be written (no space, no permission)
 |-- TraceError                  a routing trace is empty, damaged, or of another model
 |-- NonFiniteError              the model computes NaN or infinite numbers
-|-- EngineBusyError             a second call while one is running, or a call on a closed engine
+|-- EngineBusyError             a second call while one is running
+|-- EngineClosedError           a call on an engine that was closed
 `-- CheckpointError             the files are damaged or contradict each other
     |-- DiskReadError           the operating system failed a read
     `-- CheckpointChangedError  a file changed under a running engine
@@ -81,7 +82,11 @@ class NonFiniteError(OffmoeError):
 
 
 class EngineBusyError(OffmoeError):
-    """The engine is already generating, or is closed."""
+    """The engine is generating already, or was loaded by the process that this one is a fork of."""
+
+
+class EngineClosedError(OffmoeError):
+    """The engine was closed before the call, or during it."""
 
 
 class CheckpointError(OffmoeError):

@@ -40,9 +40,10 @@ class Download:
     """
 
     def __init__(self, hub: Hub, listing: Listing, *, code: bool, gguf: str | None) -> None:
-        self._hub, self._listing, self._code, self._gguf = Hub(listing.hub_id, listing.commit), listing, code, gguf
+        self._hub = Hub(listing.hub_id, listing.commit, token=hub.token)
+        self._listing, self._code, self._gguf = listing, code, gguf
         self.hub_id = listing.hub_id
-        self._cached, self._asked = CachedModel(listing.hub_id), CachedModel(hub.hub_id)
+        self._cached, self._asked = CachedModel(listing.hub_id, hub.revision), CachedModel(hub.hub_id, hub.revision)
         self.folder = self._cached.snapshot(listing.commit)
         self._stop = threading.Event()
         self._done_bytes, self._lock = 0, threading.Lock()
@@ -130,18 +131,19 @@ class Download:
                 self._name_commit(cached)
 
     def _name_commit(self, cached: CachedModel) -> None:
-        """`refs/main`, last of all: until then an older commit that is whole can be loaded. A model that has another
-        name now is found under the old one, too.
+        """`refs/REVISION`, last of all: until then an older commit that is whole can be loaded. A model that has
+        another name now is found under the old one, too.
         """
-        ref = cached.root / "refs" / "main"
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(self._listing.commit, encoding="utf-8")
+        ref = cached.ref
+        if cached.revision != self._listing.commit:
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(self._listing.commit, encoding="utf-8")
         if cached != self._cached and not (snapshot := cached.snapshot(self._listing.commit)).exists():
             snapshot.parent.mkdir(parents=True, exist_ok=True)
             try:
                 snapshot.symlink_to(self.folder.resolve(), target_is_directory=True)
             except OSError:  # a file system without links: found under its new name alone
-                ref.unlink()
+                ref.unlink(missing_ok=True)
 
     def _missing_bytes(self, file: RemoteFile) -> int:
         if (self.folder / file.name).is_file() or self._blob(file).is_file():

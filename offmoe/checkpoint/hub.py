@@ -25,13 +25,14 @@ from offmoe.checkpoint.header import MAX_HEADER_BYTES
 from offmoe.checkpoint.json_file import MAX_JSON_BYTES
 from offmoe.checkpoint.shard_file import ShardFile
 
+MAIN = "main"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 30
 # Most headers are within this; a longer one takes more requests.
 _FIRST_BYTES = 1 << 20
 # A GGUF header has the tokenizer in it and does not say its length.
 _MOST_GGUF_HEADER_BYTES = 256 << 20
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _BLOB = re.compile(r"[\w.-]{1,200}")
 
 
@@ -55,20 +56,23 @@ class Listing:
 
 
 class Hub:
-    """Requests about the model `hub_id`. The user's token goes to the hub's own host and to no other.
+    """Requests about the model `hub_id` at `revision`: a branch, tag or commit. The user's token goes to the hub's own
+    host and to no other; `token` is used in its place, False is none.
 
     Every method raises ModelNotFoundError in one line where the hub refuses, HubUnreachableError where it is not heard.
     """
 
-    def __init__(self, hub_id: str, revision: str = "main") -> None:
-        self.hub_id, self.revision = hub_id, revision
+    def __init__(self, hub_id: str, revision: str = MAIN, *, token: str | bool | None = None) -> None:
+        self.hub_id, self.revision, self.token = hub_id, revision, token
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self._opener = urllib.request.build_opener(_OneHostOnly)
         self._no_redirects = urllib.request.build_opener(_NoRedirects)
 
     @cached_property
     def _token(self) -> str | None:
-        if os.environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in TRUE:
+        if isinstance(self.token, str):
+            return self.token
+        if self.token is False or os.environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in TRUE:
             return None
         from huggingface_hub import get_token
 
@@ -76,13 +80,13 @@ class Hub:
 
     def listing(self) -> Listing:
         """The model's files, its commit and its present name."""
-        url = f"{self.endpoint}/api/models/{quote(self.hub_id)}/revision/{quote(self.revision)}?blobs=true"
+        url = f"{self.endpoint}/api/models/{quote(self.hub_id)}/revision/{quote(self.revision, safe='')}?blobs=true"
         try:
             with self._open(url, {}, "") as answer:
                 found = json.loads(self._read_whole(answer, MAX_JSON_BYTES))
             entries = {entry["rfilename"]: entry for entry in found["siblings"]}
             hub_id, commit = found.get("id") or self.hub_id, found["sha"]
-            if not _COMMIT.fullmatch(commit) or not all(_is_plain(name) for name in entries):
+            if not COMMIT.fullmatch(commit) or not all(_is_plain(name) for name in entries):
                 raise ValueError("an odd commit or file name")
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.endpoint} answers about {self.hub_id} in another way: {error}") from None
@@ -150,7 +154,7 @@ class Hub:
             data += more
 
     def _url(self, name: str) -> str:
-        return f"{self.endpoint}/{quote(self.hub_id)}/resolve/{self.revision}/{quote(name)}"
+        return f"{self.endpoint}/{quote(self.hub_id)}/resolve/{quote(self.revision, safe='')}/{quote(name)}"
 
     def _range(self, name: str, begin: int, num_bytes: int) -> tuple[bytes, int]:
         """Bytes from `begin`, at most `num_bytes`, and how many the whole file has."""
@@ -214,6 +218,8 @@ class Hub:
         if kind == "EntryNotFound" or (code == 404 and name and not kind):
             return ModelNotFoundError(f"{name} of {self.hub_id} is not on the hub: HTTP {code}")
         login = "" if self._token else "; a private one needs `hf auth login`, or HF_TOKEN"
+        if kind == "RevisionNotFound":
+            return ModelNotFoundError(f"{self.hub_id} has no revision {self.revision!r} on the hub (HTTP {code})")
         return ModelNotFoundError(
             f"no folder {self.hub_id}, and no such model on the hub (HTTP {code}); check the name{login}"
         )

@@ -1,7 +1,8 @@
 """The hub's local cache of models, in the layout that every program of the hub shares.
 
 A model's folder is `models--OWNER--NAME`, with `blobs/` (a file for each content, named by its hash),
-`snapshots/COMMIT/` (a model folder whose files are links to blobs) and `refs/main` (the commit that was fetched last).
+`snapshots/COMMIT/` (a model folder whose files are links to blobs) and `refs/main` (the commit that was fetched last;
+another branch or tag has a file beside it).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from offmoe.base.errors import OffmoeError
 from offmoe.base.folders import expand
 from offmoe.checkpoint.gguf_file import split_paths
-from offmoe.checkpoint.hub import TRUE
+from offmoe.checkpoint.hub import COMMIT, MAIN, TRUE
 from offmoe.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from offmoe.checkpoint.json_file import read_json
 
@@ -36,9 +37,10 @@ def is_offline() -> bool:
 
 @dataclass(frozen=True)
 class CachedModel:
-    """The model `hub_id` in the local cache, or its place there."""
+    """The model `hub_id` at a revision in the local cache, or its place there."""
 
     hub_id: str
+    revision: str = MAIN
 
     @property
     def root(self) -> Path:
@@ -46,10 +48,17 @@ class CachedModel:
         return cache_root() / f"models--{self.hub_id.replace('/', '--')}"
 
     @property
+    def ref(self) -> Path:
+        """The file that has the revision's commit."""
+        return self.root / "refs" / self.revision
+
+    @property
     def commit(self) -> str | None:
-        """The commit that `main` was when it was fetched last."""
+        """The commit that the revision is, or was when it was fetched last."""
+        if COMMIT.fullmatch(self.revision):
+            return self.revision
         try:
-            return (self.root / "refs" / "main").read_text(encoding="utf-8").strip() or None
+            return self.ref.read_text(encoding="utf-8").strip() or None
         except (OSError, ValueError):
             return None
 

@@ -10,11 +10,11 @@ from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from offmoe.base.errors import HubUnreachableError, ModelNotFoundError
+from offmoe.base.errors import HubUnreachableError, ModelNotFoundError, UsageError
 from offmoe.base.folders import expand
 from offmoe.checkpoint.download import Download, Progress
 from offmoe.checkpoint.gguf_file import is_gguf, no_model, only_model, why_not_gguf
-from offmoe.checkpoint.hub import Hub
+from offmoe.checkpoint.hub import MAIN, Hub
 from offmoe.checkpoint.hub_cache import CachedModel, cache_root, is_offline, missing_weights
 
 # A model, or a GGUF file of one.
@@ -36,25 +36,29 @@ def demo_model_folder() -> Path:
 
 def locate_model(
     model: str | os.PathLike[str] | None, *, code: bool = False, check: Check = lambda model, has_headers: None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None, revision: str | None = None, token: str | bool | None = None,
 ) -> Path:  # fmt: skip
-    """The folder of `model`, or its GGUF file; the demo model for None. A hub id that is not here whole is fetched.
+    """The folder of `model`, or its GGUF file; the demo model for None. A hub id that is not here whole is fetched, at
+    `revision` (None: its main branch) and with `token` (as of `Hub`).
 
     `check` is asked before any weight is fetched and refuses by raising; `code`: the model's Python files are wanted.
     Raises ModelNotFoundError saying what was tried, and OutputError where the disk has no room.
     """
-    if model is None:
-        return demo_model_folder()
-    name = os.fspath(model)
-    if is_hub_id(name):
-        return _fetch(name, code=code, check=check, progress=progress)
-    return _local(name)
+    if model is not None and is_hub_id(name := os.fspath(model)):
+        return _fetch(name, code=code, check=check, progress=progress, revision=revision, token=token)
+    if revision is not None:
+        where = "the bundled model" if model is None else f"{os.fspath(model)}, which is no name on the hub"
+        raise UsageError(f"revision is {revision!r} and the model is {where}; leave revision out")
+    return demo_model_folder() if model is None else _local(os.fspath(model))
 
 
-def locate_cached(model: str | os.PathLike[str]) -> Path | None:
+def locate_cached(model: str | os.PathLike[str], revision: str | None = None) -> Path | None:
     """A model that is here: `locate_model` without requests; None for a hub id that is not in the cache whole."""
     name = os.fspath(model)
-    return CachedModel(hub_name(name)[0]).find(hub_name(name)[1]) if is_hub_id(name) else _local(name)
+    if not is_hub_id(name):
+        return _local(name)
+    hub_id, gguf = hub_name(name)
+    return CachedModel(hub_id, revision or MAIN).find(gguf)
 
 
 def hub_name(name: str) -> tuple[str, str | None]:
@@ -64,22 +68,24 @@ def hub_name(name: str) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-def begin_download(name: str, *, code: bool) -> Download:
+def begin_download(
+    name: str, *, code: bool, revision: str | None = None, token: str | bool | None = None
+) -> Download:  # fmt: skip
     """Ask the hub for the files of `name`. Warns of a model that has another name now."""
     hub_id, gguf = hub_name(name)
-    hub = Hub(hub_id)
+    hub = Hub(hub_id, revision or MAIN, token=token)
     listing = hub.listing()
     if listing.hub_id != hub_id:
         warnings.warn(f"{hub_id} is called {listing.hub_id} on the hub now", stacklevel=2)
     return Download(hub, listing, code=code, gguf=gguf)
 
 
-def refuse_offline(name: str) -> None:
+def refuse_offline(name: str, revision: str | None = None) -> None:
     """Raise HubUnreachableError, with how much of `name` is here, where the user forbids requests."""
     if not is_offline():
         return
     hub_id, gguf = hub_name(name)
-    cached = CachedModel(hub_id)
+    cached = CachedModel(hub_id, revision or MAIN)
     folder = None if cached.commit is None else cached.snapshot(cached.commit)
     how_much = f"{name} is not in the local cache {cache_root()}"
     if gguf is None and folder is not None and (folder / "config.json").is_file():
@@ -88,14 +94,16 @@ def refuse_offline(name: str) -> None:
     raise HubUnreachableError(f"HF_HUB_OFFLINE is set and {how_much}; unset it, or give a folder")
 
 
-def _fetch(name: str, *, code: bool, check: Check, progress: Progress) -> Path:
-    if is_offline() and (cached := locate_cached(name)) is not None:
+def _fetch(
+    name: str, *, code: bool, check: Check, progress: Progress, revision: str | None, token: str | bool | None
+) -> Path:
+    if is_offline() and (cached := locate_cached(name, revision)) is not None:
         return cached
-    refuse_offline(name)
+    refuse_offline(name, revision)
     try:
-        download = begin_download(name, code=code)
+        download = begin_download(name, code=code, revision=revision, token=token)
     except HubUnreachableError:
-        cached = locate_cached(name)
+        cached = locate_cached(name, revision)
         if cached is None:
             raise
         return cached

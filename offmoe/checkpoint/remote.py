@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from offmoe.base.errors import CheckpointError, HubUnreachableError, ModelNotFoundError
 from offmoe.checkpoint.download import Progress, fetch_headers
-from offmoe.checkpoint.hub import Hub
+from offmoe.checkpoint.hub import MAIN, Hub
 from offmoe.checkpoint.hub_files import gguf_parts, weight_names
 from offmoe.checkpoint.index import (
     INDEX_NAME,
@@ -31,26 +31,27 @@ from offmoe.checkpoint.quant_config import read_quantisation
 
 @contextmanager
 def locate_headers(
-    model: str | os.PathLike[str] | None, progress: Progress = lambda stage, done, total: None
-) -> Iterator[Path]:
-    """The folder or file of `model`; for a hub id that is not in the cache one with its config and headers, which is
-    gone afterwards.
+    model: str | os.PathLike[str] | None, progress: Progress = lambda stage, done, total: None,
+    revision: str | None = None,
+) -> Iterator[Path]:  # fmt: skip
+    """The folder or file of `model` at `revision`; for a hub id that is not in the cache one with its config
+    and headers, which is gone afterwards.
 
     Raises ModelNotFoundError or CheckpointError.
     """
     if model is None or not is_hub_id(os.fspath(model)):
-        yield locate_model(model)
+        yield locate_model(model, revision=revision)
         return
     name = os.fspath(model)
-    if (cached := locate_cached(name)) is not None:
+    if (cached := locate_cached(name, revision)) is not None:
         yield cached
         return
-    refuse_offline(name)
+    refuse_offline(name, revision)
     hub_id, gguf = hub_name(name)
     with TemporaryDirectory(prefix="offmoe-headers-") as root:
         folder = Path(root) / hub_id.rpartition("/")[2]
         folder.mkdir()
-        yield _fetch_model(Hub(hub_id), folder, gguf, progress)
+        yield _fetch_model(Hub(hub_id, revision or MAIN), folder, gguf, progress)
 
 
 def _fetch_model(hub: Hub, folder: Path, gguf: str | None, progress: Progress) -> Path:

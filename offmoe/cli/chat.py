@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offmoe.base.errors import ContextLengthError, EngineBusyError, OffmoeError, UsageError
+from offmoe.base.errors import ContextLengthError, EngineBusyError, EngineClosedError, OffmoeError, UsageError
 from offmoe.cli.chat_commands import COMMAND_NAMES, Leave, SlashCommands
 from offmoe.cli.chat_input import make_reader
 from offmoe.cli.interrupt import StopRequest
@@ -102,7 +102,7 @@ class _Chat:
             except Leave:
                 break
             except (OffmoeError, OSError) as error:
-                if isinstance(error, EngineBusyError):
+                if isinstance(error, (EngineBusyError, EngineClosedError)):
                     raise
                 if not self.interactive and (line is None or isinstance(error, OSError)):
                     raise  # nothing more can be read, or written

@@ -11,6 +11,7 @@ import click
 from offmoe.base.config import make_config
 from offmoe.cli.options import (
     EXPERT_FORMATS,
+    REVISION_HELP,
     engine_options,
     json_option,
     print_json,
@@ -23,16 +24,18 @@ DOES_NOT_FIT = 1  # the exit code of a plan that is one; 2 is for what cannot be
 
 @click.command()
 @click.argument("model", required=False)
+@click.option("--revision", metavar="NAME", help=REVISION_HELP)
 @json_option
 @user_errors
-def inspect(model: str | None, as_json: bool) -> None:
+def inspect(model: str | None, revision: str | None, as_json: bool) -> None:
     """Layers, experts and sizes of a checkpoint, from its headers alone: nothing else of a hub id is fetched."""
     from offmoe.checkpoint.remote import locate_headers
     from offmoe.planner.survey import survey
     from offmoe.report.progress import ProgressReporter
     from offmoe.report.tables import print_pairs, survey_rows
 
-    with ProgressReporter(quiet=as_json) as progress, locate_headers(model, progress) as folder:
+    known = make_config(revision=revision).revision
+    with ProgressReporter(quiet=as_json) as progress, locate_headers(model, progress, known) as folder:
         found = survey(folder)
     if as_json:
         print_json(found.as_dict())

@@ -19,6 +19,7 @@ from offmoe.base.machine import rss_bytes
 Command = TypeVar("Command", bound=Callable[..., Any])
 _CONFIG_KEY = "offmoe.config"
 EXPERT_FORMATS = ("int4", "int8")
+REVISION_HELP = "Branch, tag or commit of a model on the hub. Default: its main branch."
 
 
 def _keep_config(context: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -55,6 +56,7 @@ _ENGINE_FLAGS = [
         help="Compute every expert in one place: the same rounding whatever is cached where.",
     ),
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model."),
+    click.option("--revision", metavar="NAME", help=REVISION_HELP),
 ]  # fmt: skip
 _OLD_FLAG = click.option("--experts", hidden=True)
 _CONFIG_FLAG = click.option(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,7 @@ def open_engine(
     `offmoe tune` chose for this model, where `options` leave them open; which ones is said. A `prompt` without room in
     the context is refused before weights are read.
     """
-    from offmoe.api import load
+    from offmoe.api import load_engine
 
     baseline = process_baseline_bytes() if baseline_bytes is None else baseline_bytes
     folder = check_request(model, options, quiet=quiet)
@@ -54,9 +53,13 @@ def open_engine(
     hush_libraries()
     if prompt is not None:
         refuse_long_prompt(folder, make_config(**options), prompt)
-    tell = None if quiet else partial(click.echo, err=True)
+
+    def tell(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=True)
+
     with ProgressReporter(quiet=quiet) as progress:
-        engine = load(folder, progress=progress, tell=tell, _baseline_bytes=baseline, **options)
+        engine = load_engine(folder, make_config(**options), baseline_bytes=baseline, progress=progress, tell=tell)
     if not quiet:
         click.echo(f"{engine.folder.name}: {engine.plan.line()}", err=True)
         for note in engine.stats().get("notes", ()):

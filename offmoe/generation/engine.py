@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from offmoe.base.budget import MemoryPlan
 from offmoe.base.config import EngineConfig, refuse_unknown
-from offmoe.base.errors import DeviceError, EngineBusyError, OffmoeError, UsageError
+from offmoe.base.errors import DeviceError, EngineBusyError, EngineClosedError, OffmoeError, UsageError
 from offmoe.base.forks import OneProcess
 from offmoe.base.trace import TraceEvent
 from offmoe.base.trace_file import TraceWriter
@@ -135,7 +135,7 @@ class Engine:
     @property
     def _parts(self) -> LoadedModel:
         if self._loaded is None:
-            raise EngineBusyError("the engine is closed; load the model again")
+            raise EngineClosedError("the engine is closed; load the model again")
         self._process.check()
         return self._loaded
 
@@ -283,7 +283,7 @@ class Engine:
             yield from begin()
         except Exception as error:
             if self._loaded is None:  # whatever a close in another thread broke off, the user should hear of the close
-                raise EngineBusyError("the engine was closed while it was generating; load the model again") from None
+                raise EngineClosedError("the engine was closed while it was generating; load the model again") from None
             better = error if isinstance(error, DeviceError) else explain(error, device)
             if better is None:
                 raise

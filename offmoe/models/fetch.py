@@ -16,8 +16,9 @@ Progress = Callable[[str, int, int], None]
 
 
 def fetch_model(
-    model: str | os.PathLike[str] | None, config: EngineConfig, progress: Progress = lambda stage, done, total: None
-) -> Path:
+    model: str | os.PathLike[str] | None, config: EngineConfig, progress: Progress = lambda stage, done, total: None,
+    *, token: str | bool | None = None,
+) -> Path:  # fmt: skip
     """The folder of `model`, or its GGUF file, as `locate_model`. Imports torch only where weights must be fetched.
 
     Raises OffmoeError subclasses: those of `locate_model`, and what the loader refuses before it reads weights.
@@ -33,4 +34,6 @@ def fetch_model(
 
             read_model_config(found, trust_remote_code=config.trust_remote_code)
 
-    return locate_model(model, code=config.trust_remote_code, check=check, progress=progress)
+    return locate_model(
+        model, code=config.trust_remote_code, check=check, progress=progress, revision=config.revision, token=token
+    )

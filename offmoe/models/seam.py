@@ -22,7 +22,7 @@ import torch
 from torch import library as operators
 from torch import nn
 
-from offmoe.base.errors import EngineBusyError, UsageError
+from offmoe.base.errors import EngineClosedError, UsageError
 from offmoe.kernels.reference import ExpertMath
 from offmoe.models.transformers_internals import register_experts_function
 
@@ -137,8 +137,8 @@ class ClosedExecutor:
         self, layer_idx: int, math: ExpertMath, num_experts: int,
         x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """Raises EngineBusyError."""
-        raise EngineBusyError("the engine is closed; load the model again")
+        """Raises EngineClosedError."""
+        raise EngineClosedError("the engine is closed; load the model again")
 
 
 def bind(module: torch.nn.Module, binding: LayerBinding) -> None:
@@ -257,10 +257,10 @@ def define_experts_operators() -> None:
 
 
 def binding_of_handle(handle: int) -> LayerBinding:
-    """The binding that a graph names. Raises EngineBusyError when its model is gone."""
+    """The binding that a graph names. Raises EngineClosedError when its model is gone."""
     binding = _binding_of_handle.get(handle)
     if binding is None:
-        raise EngineBusyError("the engine is closed; load the model again")
+        raise EngineClosedError("the engine is closed; load the model again")
     return binding
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def run_plan(
     `offmoe quantize` writes them. Raises OffmoeError subclasses.
     """
     other = None if machine is None else find_machine(machine)
-    with locate_headers(model, progress) as folder:
+    with locate_headers(model, progress, config.revision) as folder:
         direct = config.io != "buffered" and (other is not None or has_direct_reads(folder))
         facts = read_facts(folder, direct=direct)
         curve = None
@@ -66,7 +67,7 @@ def foresee(folder: Path, config: EngineConfig) -> Plan | None:
     if read_record() is None:
         return None
     try:
-        return run_plan(str(folder), config)
+        return run_plan(str(folder), replace(config, revision=None))
     except OffmoeError:
         return None
 

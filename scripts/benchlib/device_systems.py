@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import offmoe
 from benchlib.device_checkpoint import MadeModel
+from offmoe.api import load_engine
+from offmoe.base.config import make_config
+from offmoe.base.machine import rss_bytes
+from offmoe.models.fetch import fetch_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +72,17 @@ class Place:
         """Of the model's weights."""
         return torch.device("cuda" if self.simulated_bytes_per_s is None else "cpu")
 
-    def options(self) -> dict[str, Any]:
-        """For `offmoe.load`. A simulated device is made anew for each engine, which closes it."""
+    def load(self, folder: Path | None, **options: Any) -> offmoe.Engine:
+        """As `offmoe.load`, here. A simulated device is made anew for each engine, which closes it."""
         if self.simulated_bytes_per_s is None:
-            return {"device": "cuda"}
+            return offmoe.load(folder, device="cuda", **options)
         from offmoe.tiers.device import SimulatedDevice
 
-        return {"_device": SimulatedDevice(bytes_per_s=self.simulated_bytes_per_s)}
+        config = make_config(**options)
+        return load_engine(
+            fetch_model(folder, config), config, baseline_bytes=rss_bytes(), tell=lambda line: None,
+            device=SimulatedDevice(bytes_per_s=self.simulated_bytes_per_s),
+        )  # fmt: skip
 
 
 class OffmoeSystem:
@@ -82,7 +91,7 @@ class OffmoeSystem:
     def __init__(self, name: str, model: MadeModel, place: Place, **options: Any) -> None:
         self.name = name
         begin = time.perf_counter()
-        self.engine = offmoe.load(model.folder, **place.options(), **options)
+        self.engine = place.load(model.folder, **options)
         self.load_s = time.perf_counter() - begin
 
     def run(self, ids: Sequence[int], *, num_prompt: int) -> Timed:

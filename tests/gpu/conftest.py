@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import load as load_engine
 
 import offmoe
 
@@ -42,7 +43,7 @@ def load_on_device() -> Load:
             return offmoe.load(folder, **{"device": "cuda", **options})
         from offmoe.tiers.device import SimulatedDevice
 
-        return offmoe.load(folder, _device=SimulatedDevice(bytes_per_s=4e9), **options)
+        return load_engine(folder, simulated=SimulatedDevice(bytes_per_s=4e9), **options)
 
     return load
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offmoe.base.errors import EngineBusyError, ResourceError
+from offmoe.base.errors import EngineClosedError, ResourceError
 from offmoe.formats.dense import ExpertWeights
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.activations import Activation, find_activation
@@ -92,7 +92,7 @@ class _Closed:
     """In the library's place."""
 
     def __getattr__(self, name: str) -> Callable[..., int]:
-        raise EngineBusyError("the engine is closed; load the model again")
+        raise EngineClosedError("the engine is closed; load the model again")
 
 
 class CpuKernels:
@@ -119,7 +119,7 @@ class CpuKernels:
         return self.level == "avx2"
 
     def close(self) -> None:
-        """End the threads. No call is running; one that follows raises EngineBusyError."""
+        """End the threads. No call is running; one that follows raises EngineClosedError."""
         self._library = _Closed()
         self._finish()
 

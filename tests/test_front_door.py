@@ -1,0 +1,77 @@
+"""The public signatures: an option has one name, one type and one default in Python, config and command line."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import typing
+from dataclasses import fields
+from typing import Literal, get_args, get_origin
+
+import click
+import pytest
+
+import offmoe
+from offmoe.base import config, errors
+from offmoe.base.config import OPTION_NAMES, EngineConfig
+from offmoe.cli.main import main
+
+LOAD = dict(inspect.signature(offmoe.load).parameters)
+# Not settings of an engine: which model, with whose rights, who is told; and the former name of `expert_slots`.
+BESIDE = ("model", "token", "progress", "tell", "experts")
+WIDER = (config.Size | None, config.Count | None)  # "6GiB" and "auto" become a number, or None
+
+
+def test_load_has_the_fields_of_the_config_with_their_types_and_defaults() -> None:
+    kinds = {parameter.kind for name, parameter in LOAD.items() if name != "model"}
+    assert kinds == {inspect.Parameter.KEYWORD_ONLY} and not any(name.startswith("_") for name in LOAD)
+    assert [name for name in LOAD if name not in BESIDE] == list(OPTION_NAMES)
+    types = typing.get_type_hints(EngineConfig)
+    for field in fields(EngineConfig):
+        assert LOAD[field.name].default == field.default, field.name
+        given, stored = eval(LOAD[field.name].annotation, vars(config)), types[field.name]
+        assert given == stored or (given in WIDER and stored == int | None), field.name
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "plan", "bench", "verify", "trace", "tune"])
+def test_commands_have_a_flag_for_every_option_and_leave_defaults_to_the_config(command: str) -> None:
+    flags = {param.name: param for param in main.commands[command].params if isinstance(param, click.Option)}
+    assert list(OPTION_NAMES) == [name for name in flags if name in OPTION_NAMES]
+    types = typing.get_type_hints(EngineConfig)
+    for name in OPTION_NAMES:
+        flag = flags[name]
+        assert f"--{name.replace('_', '-')}" in flag.opts and not flag.required and flag.help
+        assert not isinstance(flag.default, (str, int)), "what was not given comes from the config"
+        if get_origin(types[name]) is Literal and name != "prefetch":
+            assert flag.metavar == "|".join(get_args(types[name]))
+
+
+def test_help_has_a_line_for_every_option() -> None:
+    text = pydoc.plain(pydoc.render_doc(offmoe.load))
+    assert "options" not in LOAD and "Any" not in text.splitlines()[2]
+    for name, parameter in LOAD.items():
+        (line,) = [line for line in text.splitlines() if line.strip().startswith(f"{name}  ")]
+        assert len(line.strip()) > len(name) + 20, line
+        if isinstance(parameter.default, (str, bool)):
+            shown = f'"{parameter.default}"' if isinstance(parameter.default, str) else str(parameter.default)
+            assert shown in line, line
+
+
+def test_a_wrong_name_is_refused_by_python_itself() -> None:
+    with pytest.raises(TypeError, match="polcy"):
+        offmoe.load(polcy="lru")  # type: ignore[call-arg]
+
+
+def test_every_error_is_exported_and_in_the_tree() -> None:
+    tree = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+    assert len(tree) > 15
+    for name, kind in tree.items():
+        assert issubclass(kind, errors.OffmoeError) and getattr(offmoe, name) is kind
+        assert name in offmoe.__all__ and name in str(errors.__doc__)
+
+
+def test_everything_that_is_exported_is_there() -> None:
+    for name in offmoe.__all__:
+        assert getattr(offmoe, name) is not None and name in dir(offmoe)
+    with pytest.raises(AttributeError, match="'offmoe' has no attribute 'laod'"):
+        offmoe.laod  # type: ignore[attr-defined] # noqa: B018
