@@ -8,40 +8,40 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from offmoe.api import load as load
-    from offmoe.base.errors import BudgetError as BudgetError
-    from offmoe.base.errors import CheckpointChangedError as CheckpointChangedError
-    from offmoe.base.errors import CheckpointError as CheckpointError
-    from offmoe.base.errors import ContextLengthError as ContextLengthError
-    from offmoe.base.errors import DeviceError as DeviceError
-    from offmoe.base.errors import DiskReadError as DiskReadError
-    from offmoe.base.errors import EngineBusyError as EngineBusyError
-    from offmoe.base.errors import EngineClosedError as EngineClosedError
-    from offmoe.base.errors import HubUnreachableError as HubUnreachableError
-    from offmoe.base.errors import ModelNotFoundError as ModelNotFoundError
-    from offmoe.base.errors import NonFiniteError as NonFiniteError
-    from offmoe.base.errors import OffmoeError as OffmoeError
-    from offmoe.base.errors import OutputError as OutputError
-    from offmoe.base.errors import ResourceError as ResourceError
-    from offmoe.base.errors import TraceError as TraceError
-    from offmoe.base.errors import UnsupportedModelError as UnsupportedModelError
-    from offmoe.base.errors import UsageError as UsageError
-    from offmoe.generation.conversation import Conversation as Conversation
-    from offmoe.generation.engine import Engine as Engine
-    from offmoe.generation.reply import Reply as Reply
-    from offmoe.generation.stream import Piece as Piece
+    from offmoe.core.errors import BudgetError as BudgetError
+    from offmoe.core.errors import CheckpointChangedError as CheckpointChangedError
+    from offmoe.core.errors import CheckpointError as CheckpointError
+    from offmoe.core.errors import ContextLengthError as ContextLengthError
+    from offmoe.core.errors import DeviceError as DeviceError
+    from offmoe.core.errors import DiskReadError as DiskReadError
+    from offmoe.core.errors import EngineBusyError as EngineBusyError
+    from offmoe.core.errors import EngineClosedError as EngineClosedError
+    from offmoe.core.errors import HubUnreachableError as HubUnreachableError
+    from offmoe.core.errors import ModelNotFoundError as ModelNotFoundError
+    from offmoe.core.errors import NonFiniteError as NonFiniteError
+    from offmoe.core.errors import OffmoeError as OffmoeError
+    from offmoe.core.errors import OutputError as OutputError
+    from offmoe.core.errors import ResourceError as ResourceError
+    from offmoe.core.errors import TraceError as TraceError
+    from offmoe.core.errors import UnsupportedModelError as UnsupportedModelError
+    from offmoe.core.errors import UsageError as UsageError
+    from offmoe.engine.conversation import Conversation as Conversation
+    from offmoe.engine.engine import Engine as Engine
+    from offmoe.engine.reply import Reply as Reply
+    from offmoe.engine.stream import Piece as Piece
 
 _NAMES = {
     "offmoe.api": ("load",),
-    "offmoe.base.errors": (
+    "offmoe.core.errors": (
         "BudgetError", "CheckpointChangedError", "CheckpointError", "ContextLengthError", "DeviceError",
         "DiskReadError", "EngineBusyError", "EngineClosedError", "HubUnreachableError", "ModelNotFoundError",
         "NonFiniteError", "OffmoeError", "OutputError", "ResourceError", "TraceError", "UnsupportedModelError",
         "UsageError",
     ),
-    "offmoe.generation.conversation": ("Conversation",),
-    "offmoe.generation.engine": ("Engine",),
-    "offmoe.generation.reply": ("Reply",),
-    "offmoe.generation.stream": ("Piece",),
+    "offmoe.engine.conversation": ("Conversation",),
+    "offmoe.engine.engine": ("Engine",),
+    "offmoe.engine.reply": ("Reply",),
+    "offmoe.engine.stream": ("Piece",),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = ["__version__", *_MODULES]  # noqa: PLE0604

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offmoe.base.config import (
+from offmoe.core.config import (
     CompileMode,
     Count,
     EngineConfig,
@@ -20,11 +20,11 @@ from offmoe.base.config import (
     Size,
     make_config,
 )
-from offmoe.base.machine import rss_bytes
-from offmoe.models.fetch import Progress, fetch_model
+from offmoe.loader.fetch import Progress, fetch_model
+from offmoe.machine.memory import rss_bytes
 
 if TYPE_CHECKING:
-    from offmoe.generation.engine import Engine
+    from offmoe.engine.engine import Engine
     from offmoe.tiers.device import Device
 
 _log = logging.getLogger("offmoe")
@@ -102,12 +102,12 @@ def load_engine(
     `baseline_bytes`: resident memory that the budget counts from. `device`: used instead of the one that `config`
     names, and closed with the engine. Arguments else as of `load`.
     """
-    from offmoe.planner.foresee import against_plan, foresee
+    from offmoe.planner.make_plan import against_plan, foresee
 
     foreseen = None if device is not None else foresee(folder, config)
     if foreseen is not None:
         tell(f"plan: {foreseen.line()}")
-    from offmoe.generation.engine import Engine
+    from offmoe.engine.engine import Engine
 
     engine = Engine(folder, config, baseline_bytes=baseline_bytes, progress=progress, device=device)
     engine.predicted = None if foreseen is None else foreseen.predicted()

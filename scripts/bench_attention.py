@@ -109,7 +109,7 @@ def compare(kernels: CpuKernels, shape: Shape, num_tokens: int, rounds: int) -> 
         return attention.attend(query, keys[idx][0], values[idx][0])
 
     def torchs(idx: int) -> torch.Tensor:
-        if shape.is_latent:  # as models/latent_attention.py asks for it
+        if shape.is_latent:  # as attention/latent.py asks for it
             return functional.scaled_dot_product_attention(query.transpose(1, 2), keys[idx], keys[idx], scale=scale)
         return functional.scaled_dot_product_attention(query, keys[idx], values[idx], scale=scale, enable_gqa=True)
 

@@ -24,8 +24,8 @@ from benchlib.machine import describe_machine, describe_versions
 
 import offmoe
 from offmoe.decode.compiled import DecodeCompiler
-from offmoe.generation.step import Forward
-from offmoe.models.transformers_internals import experts_modules
+from offmoe.engine.step import Forward
+from offmoe.hf.internals import experts_modules
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -27,7 +27,7 @@ from benchlib.far_slots import make_far_slab, number_slots
 from benchlib.ledger import Ledger, TimeIsUpError
 
 if TYPE_CHECKING:
-    from offmoe.kernels.triton_launch import LayerKernels
+    from offmoe.kernels.triton.launch import LayerKernels
 
 MISSING = (1, 8, 64)
 CALLS = 12
@@ -96,7 +96,7 @@ def main() -> int:
     elif not torch.cuda.is_available():
         print("error: no CUDA device; --simulate tries the script without one", file=sys.stderr)
         return 2
-    from offmoe.kernels.triton_slots import tiling_of
+    from offmoe.kernels.triton.slots import tiling_of
 
     device = torch.device("cpu" if args.simulate else "cuda:0")
     ledger = Ledger(args.partial, limit_s=args.seconds)

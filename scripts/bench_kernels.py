@@ -34,11 +34,11 @@ import torch
 from benchlib.machine import describe_machine, describe_versions
 from benchlib.report import without_folders
 
-from offmoe.base.errors import OffmoeError
 from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat, QuantKind
-from offmoe.executor.sample_experts import EXPERTS_A_CALL, SampleExperts
-from offmoe.executor.speeds import FORMATS as PROBED
+from offmoe.core.errors import OffmoeError
 from offmoe.kernels.cpu import CpuKernels, load_cpu_kernels
+from offmoe.probe.sample_experts import EXPERTS_A_CALL, SampleExperts
+from offmoe.probe.speeds import FORMATS as PROBED
 from offmoe.tiers.huge_pages import in_huge_pages
 
 ROOT = Path(__file__).parents[1]

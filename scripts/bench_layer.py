@@ -31,7 +31,7 @@ from benchlib.report import without_folders
 from benchlib.sizes import parse_bytes
 
 import offmoe
-from offmoe.base.errors import OffmoeError
+from offmoe.core.errors import OffmoeError
 from offmoe.decode.paths import DecodePaths
 
 ROOT = Path(__file__).parents[1]

@@ -30,17 +30,17 @@ from typing import Any
 from benchlib.machine import describe_machine, describe_versions
 from benchlib.report import without_folders
 
-from offmoe.base.config import make_config
-from offmoe.base.machine_record import DriveSpeed, MachineRecord, read_record
 from offmoe.checkpoint.locate import locate_model
-from offmoe.executor.sample_experts import SampleExperts
-from offmoe.executor.speeds import drive_speed
+from offmoe.core.config import make_config
 from offmoe.kernels.cpu.loader import load_cpu_kernels
-from offmoe.planner.foresee import run_plan
+from offmoe.machine.record import DriveSpeed, MachineRecord, read_record
 from offmoe.planner.hit_rates import HitCurve
+from offmoe.planner.make_plan import run_plan
 from offmoe.planner.model_facts import ModelFacts, read_facts
 from offmoe.planner.predict import predict
-from offmoe.report.probe import largest_file
+from offmoe.probe.probe import largest_file
+from offmoe.probe.sample_experts import SampleExperts
+from offmoe.probe.speeds import drive_speed
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("model", "slots", "peak predicted GiB", "measured GiB", "ratio", "hits", "tok/s predicted", "measured",

@@ -19,13 +19,13 @@ from typing import Any
 from benchlib.machine import describe_machine
 from benchlib.traces import deeper, record_generated, record_given, token_calls
 
-from offmoe.base.trace_file import TraceHeader
-from offmoe.base.trace_reader import read_trace
-from offmoe.base.units import format_percent
 from offmoe.cache.auto import AutoPolicy, choose_policy
-from offmoe.cache.ghost import ShadowCache
 from offmoe.cache.policy import POLICY_NAMES, needs_quota
 from offmoe.cache.replay import LayerCall, layer_calls, replay_belady
+from offmoe.cache.shadow import ShadowCache
+from offmoe.core.units import format_percent
+from offmoe.trace.file import TraceHeader
+from offmoe.trace.reader import read_trace
 
 
 def replay(calls: Sequence[LayerCall], header: TraceHeader, num_slots: int, name: str) -> dict[str, Any]:

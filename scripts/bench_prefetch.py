@@ -24,7 +24,7 @@ from benchlib.given_ids import GivenIds, compared, take_turns
 from benchlib.machine import describe_machine, describe_model, describe_versions
 
 import offmoe
-from offmoe.base.units import format_bytes
+from offmoe.core.units import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -38,7 +38,7 @@ from offmoe.kernels.random_weights import fill_at_random
 from offmoe.kernels.reference import ExpertMath
 
 if TYPE_CHECKING:
-    from offmoe.kernels.triton_launch import LayerKernels
+    from offmoe.kernels.triton.launch import LayerKernels
 
 COPY_BYTES = 1 << 30
 CALLS_A_GRAPH = 12
@@ -72,7 +72,7 @@ class Bench:
 
     def kernels(self, tiling: Tiling | None = None) -> LayerKernels:
         """The layer's launches with these block sizes."""
-        from offmoe.kernels.triton_launch import LayerKernels
+        from offmoe.kernels.triton.launch import LayerKernels
 
         math = ExpertMath(
             activate=torch.nn.functional.silu, up_bias_EF=None, down_bias_ED=None, post_norm=None, transposed=False,
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: no CUDA device; --simulate tries the script without one", file=sys.stderr)
         return 2
     try:
-        from offmoe.kernels.triton_slots import tiling_of
+        from offmoe.kernels.triton.slots import tiling_of
     except ImportError as error:
         print(f"error: triton cannot be imported: {error}", file=sys.stderr)
         return 2

@@ -22,9 +22,9 @@ from benchlib.machine import describe_machine, describe_versions
 from benchlib.report import without_folders
 
 import offmoe
-from offmoe.base.trace_reader import read_trace
-from offmoe.generation.trace_run import record_prompts
+from offmoe.engine.trace_run import record_prompts
 from offmoe.planner.tuning import Curves, TokenCosts, make_curves, measured_costs
+from offmoe.trace.reader import read_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -32,10 +32,10 @@ from demo_eval import windows
 from torch import nn
 
 import offmoe
-from offmoe.base.errors import OffmoeError
-from offmoe.models.predictor import ids_given_to_experts
-from offmoe.models.routing import RoutingMap, map_routing
-from offmoe.models.transformers_internals import experts_modules
+from offmoe.core.errors import OffmoeError
+from offmoe.hf.internals import experts_modules
+from offmoe.routers.predictor import ids_given_to_experts
+from offmoe.routers.routing import RoutingMap, map_routing
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "offmoe" / "demo_model"

@@ -74,8 +74,8 @@ def make_table(found: Found) -> str:
 
 def _way(model_type: str) -> str:
     """The decode path of the family on a CPU."""
-    from offmoe.decode.families import FAMILIES
-    from offmoe.decode.left_out import LEFT_OUT
+    from offmoe.decode.families.common import FAMILIES
+    from offmoe.decode.families.left_out import LEFT_OUT
 
     return "fused" if model_type in FAMILIES else f"modules: {LEFT_OUT[model_type]}"
 

@@ -26,7 +26,7 @@ from demo_corpus import KINDS, Document, load_documents
 from demo_eval import windows
 
 import offmoe
-from offmoe.models.quantise import QuantiseOptions, quantise
+from offmoe.quantize.write import QuantiseOptions, quantise
 from offmoe.report.perplexity import Perplexity, perplexity
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -39,8 +39,8 @@ from benchlib.machine import describe_machine  # noqa: E402
 from engines import assert_at_rest, save_speaking, save_tiny  # noqa: E402
 
 import offmoe  # noqa: E402
-from offmoe.base.errors import OffmoeError  # noqa: E402
-from offmoe.generation.conversation import Conversation  # noqa: E402
+from offmoe.core.errors import OffmoeError  # noqa: E402
+from offmoe.engine.conversation import Conversation  # noqa: E402
 
 # Of 32 experts.
 HOME_SLOTS = 10

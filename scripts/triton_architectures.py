@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 # Bytes a thread that are spilled without harm: two registers, out and in.
 SPILLED_BYTES = 16
-WHOLE_CAPABILITY = 80  # as offmoe/kernels/triton_slots.py: below it no bfloat16, and no tiles
+WHOLE_CAPABILITY = 80  # as offmoe/kernels/triton/slots.py: below it no bfloat16, and no tiles
 PLAIN = ("bf16 published", "bf16 transposed", "fp16 published", "fp32 published")
 QUANTISED = ("int4 zeros", "int8", "mxfp4", "fp8", "q4_k", "q6_k", "q8_0")
 LEFT_TO_TORCH = "no bfloat16: left to torch"

@@ -14,7 +14,7 @@ from makers import one_line
 from safetensors.torch import load_file, save_file
 
 import offmoe
-from offmoe.base.errors import OffmoeError
+from offmoe.core.errors import OffmoeError
 
 Change = Callable[[Path], None]
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offmoe
 from offmoe.api import load_engine
-from offmoe.base.config import make_config
-from offmoe.base.machine import rss_bytes
 from offmoe.checkpoint.locate import demo_model_folder
-from offmoe.models.fetch import fetch_model
+from offmoe.core.config import make_config
+from offmoe.loader.fetch import fetch_model
+from offmoe.machine.memory import rss_bytes
 from offmoe.tiers.device import Device
 
 # The tiny Qwen3-MoE: a dense layer, then two of eight experts, top-2; a quarter of its experts.

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from makers import NUM_EXPERTS, NUM_LAYERS, TOP_K, WIDTH_D, RecordingDisk, TinyExperts
 
-from offmoe.base.keys import ExpertKey
 from offmoe.checkpoint.expert_index import ReadPlan
+from offmoe.core.keys import ExpertKey
 from offmoe.kernels.reference import ExpertMath
 from offmoe.tiers.copier import Ticket
 
 if TYPE_CHECKING:
-    from offmoe.models.seam import ExpertsExecutor
+    from offmoe.hf.seam import ExpertsExecutor
 
 PADDING = NUM_EXPERTS
 

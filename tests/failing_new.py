@@ -19,7 +19,7 @@ from typing import Any
 
 from engines import PROMPT, open_tiny
 
-from offmoe.base.errors import BudgetError
+from offmoe.core.errors import BudgetError
 from offmoe.kernels.cpu import loader
 
 _KEPT = ("offmoe_close", "offmoe_isa", "offmoe_abi_version")

@@ -19,11 +19,11 @@ from engines import PROMPT, assert_at_rest, leaves_nothing, open_tiny
 from faults import WRITES, Outcome, Seam, check_refusal, each_nth, holdings
 
 import offmoe
-from offmoe.base.trace_reader import read_trace
-from offmoe.base.units import GIB
-from offmoe.generation.conversation import Conversation
-from offmoe.models.quantise import QuantiseOptions, quantise
+from offmoe.core.units import GIB
+from offmoe.engine.conversation import Conversation
+from offmoe.quantize.write import QuantiseOptions, quantise
 from offmoe.tiers.device import SimulatedDevice
+from offmoe.trace.reader import read_trace
 
 NUM_NEW = 4
 GREEDY: dict[str, Any] = {"max_new_tokens": NUM_NEW, "temperature": 0, "ignore_end": True}

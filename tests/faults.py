@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offmoe.base.errors import OffmoeError
+from offmoe.core.errors import OffmoeError
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.tiers import throttled
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from offmoe.base.counters import Counters
-from offmoe.base.errors import DiskReadError
-from offmoe.base.keys import ExpertKey
+from offmoe.cache.backing_store import DiskSource
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.policy import make_policy
-from offmoe.cache.sources import DiskSource
 from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part, ReadPlan, Span, plan_read
 from offmoe.checkpoint.index import INDEX_NAME, CheckpointIndex
 from offmoe.checkpoint.shard_file import ShardFile
+from offmoe.core.counters import Counters
+from offmoe.core.errors import DiskReadError
+from offmoe.core.keys import ExpertKey
 from offmoe.tiers.copier import Ticket
 from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from virtual_machine import CancelledJobError, Job, VirtualMachine
 
-from offmoe.base.counters import Counters
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.policy import LruPolicy
 from offmoe.cache.slots import SlotState, SlotTable
+from offmoe.core.counters import Counters
+from offmoe.core.keys import ExpertKey
 from offmoe.prefetch.controller import PrefetchController
 
 EXPERT_BYTES = 1_000_000

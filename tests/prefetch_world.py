@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from prefetch_fakes import Coming, FakeCache
 from virtual_machine import Speeds, VirtualMachine
 
-from offmoe.base.keys import ExpertKey
+from offmoe.core.keys import ExpertKey
 from offmoe.prefetch.controller import PrefetchController
 
 CHUNK_BYTES = 500_000

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from transformers.models.nllb_moe import modeling_nllb_moe
 
 import offmoe
-from offmoe.base.errors import UnsupportedModelError
-from offmoe.models.quantise import QuantiseOptions, quantise
+from offmoe.core.errors import UnsupportedModelError
+from offmoe.quantize.write import QuantiseOptions, quantise
 from offmoe.tiers.device import SimulatedDevice
 
 NUM_SLOTS = 6

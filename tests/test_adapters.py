@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers.models.nllb_moe import modeling_nllb_moe
 
 import offmoe
-from offmoe.base.errors import UsageError
-from offmoe.models.adapters.base import AdaptedExperts
-from offmoe.planner.survey import survey
+from offmoe.core.errors import UsageError
+from offmoe.hf.adapters.base import AdaptedExperts
+from offmoe.planner.inspect import survey
 from offmoe.report.verify import verify
 
 NUM_PROMPT, NUM_NEW = 12, 32

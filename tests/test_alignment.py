@@ -9,8 +9,8 @@ import torch
 from families import build, save_layout
 
 import offmoe
-from offmoe.base.keys import ExpertKey
-from offmoe.cache.sources import LINE_BYTES
+from offmoe.cache.backing_store import LINE_BYTES
+from offmoe.core.keys import ExpertKey
 
 IDS = list(range(3, 60))
 

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 import offmoe
-from offmoe.models.attention import absorb_latents, save_memory
-from offmoe.models.kv_cache import make_kv_cache
+from offmoe.attention.sdpa import absorb_latents, save_memory
+from offmoe.kv.cache import make_kv_cache
 
 LATENT = DeepseekV3Config(
     vocab_size=128, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,

@@ -10,12 +10,12 @@ from executor_cases import Call
 from makers import NUM_LAYERS, TinyExperts, open_cache
 
 import offmoe
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.auto import AutoPolicy, choose_policy, policy_facts
-from offmoe.cache.ghost import ShadowCache
 from offmoe.cache.policy import POLICY_NAMES, KeepAllPolicy, LruPolicy, make_policy, needs_quota
 from offmoe.cache.race import BURST, GAP, WATCHED_FIRST, Race
-from offmoe.executor.executor import Executor
+from offmoe.cache.shadow import ShadowCache
+from offmoe.core.keys import ExpertKey
+from offmoe.moe.executor import Executor
 
 LAYERS, EXPERTS, TOP_K, SLOTS = 4, 32, 4, 32
 Routing = Callable[[random.Random, int], list[int]]

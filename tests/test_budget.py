@@ -10,7 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from makers import one_line
 
-from offmoe.base.budget import (
+from offmoe.core.errors import BudgetError
+from offmoe.core.units import GIB, MIB, format_bytes, parse_size
+from offmoe.memory.budget import (
     MIN_RESERVE_BYTES,
     MIN_VRAM_RESERVE_BYTES,
     SLACK_BYTES,
@@ -21,8 +23,6 @@ from offmoe.base.budget import (
     plan_device,
     plan_memory,
 )
-from offmoe.base.errors import BudgetError
-from offmoe.base.units import GIB, MIB, format_bytes, parse_size
 
 # A model of 256 experts, 8 a token: 1.5 GiB of fixed parts and 4 MiB an expert.
 MODEL: dict[str, Any] = {

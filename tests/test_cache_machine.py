@@ -20,12 +20,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from makers import NUM_EXPERTS, NUM_LAYERS, RecordingDisk, TinyExperts, make_tiny_experts, open_cache
 from two_tiers import open_two_tiers
 
-from offmoe.base.errors import DiskReadError
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.checkpoint.expert_index import ReadPlan
-from offmoe.executor.cpu_experts import CpuExperts
-from offmoe.executor.executor import Executor
+from offmoe.core.errors import DiskReadError
+from offmoe.core.keys import ExpertKey
+from offmoe.moe.cpu_experts import CpuExperts
+from offmoe.moe.executor import Executor
 from offmoe.prefetch.ahead import AheadOfTime
 from offmoe.prefetch.controller import PrefetchController
 from offmoe.tiers.copier import CancelledMoveError, Ticket

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from inline_copier import InlineCopier
 from virtual_machine import Job, Speeds, VirtualMachine
 
-from offmoe.executor.calibrate import measure
-from offmoe.executor.cpu_rows import CpuRows
-from offmoe.executor.measured import NUM_ROWS
+from offmoe.loader.costs import NUM_ROWS
+from offmoe.moe.cpu_backend import CpuRows
+from offmoe.placement.calibrate import measure
 from offmoe.tiers.copier import Part, count_bytes
 from offmoe.tiers.device import SimulatedDevice
 

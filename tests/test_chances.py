@@ -8,9 +8,9 @@ import pytest
 from prefetch_fakes import EXPERT_BYTES, FakeCache, check_ledger, fates
 from virtual_machine import Speeds, VirtualMachine
 
-from offmoe.base.keys import ExpertKey
-from offmoe.base.trial import Trial
-from offmoe.prefetch.chances import COMMON_TRIES, HALVE_AFTER, PRIOR_CHANCE, Chances, is_worth
+from offmoe.core.keys import ExpertKey
+from offmoe.online.ab_test import Trial
+from offmoe.prefetch.confidence import COMMON_TRIES, HALVE_AFTER, PRIOR_CHANCE, Chances, is_worth
 from offmoe.prefetch.controller import PrefetchController
 
 

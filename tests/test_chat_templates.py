@@ -14,12 +14,12 @@ from makers import one_line
 from small_tokenizers import CHATML, INST, byte_level, sentencepiece
 from transformers import PreTrainedTokenizerFast
 
-from offmoe.base.errors import UsageError
-from offmoe.generation import render_time
-from offmoe.generation.chat import chat_ids
-from offmoe.generation.chat_template import MOST_CHARACTERS, thinking_arguments
-from offmoe.generation.control_tokens import HiddenTokens
-from offmoe.models.tokenizer import load_tokenizer
+from offmoe.chat import render_time
+from offmoe.chat.control_tokens import HiddenTokens
+from offmoe.chat.messages import chat_ids
+from offmoe.chat.template import MOST_CHARACTERS, thinking_arguments
+from offmoe.core.errors import UsageError
+from offmoe.hf.tokenizer import load_tokenizer
 
 PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'text' %}"

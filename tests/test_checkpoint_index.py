@@ -12,11 +12,11 @@ import torch
 from makers import one_line, safetensors_bytes, write_shards
 from safetensors.torch import load, save_file
 
-from offmoe.base.errors import CheckpointError, ModelNotFoundError, OffmoeError, UnsupportedModelError
 from offmoe.checkpoint import index as index_module
 from offmoe.checkpoint.index import INDEX_NAME, SINGLE_NAME, CheckpointIndex
 from offmoe.checkpoint.json_file import read_json
 from offmoe.checkpoint.shard_file import ShardFile
+from offmoe.core.errors import CheckpointError, ModelNotFoundError, OffmoeError, UnsupportedModelError
 
 A = {"a": torch.arange(6, dtype=torch.float32).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 C = {"c": torch.tensor(7.0), "d": torch.zeros(0, 5)}

@@ -14,7 +14,7 @@ from commands import COMMANDS, fail, invoke, last_json, succeed
 from engines import leaves_nothing, save_tiny
 
 import offmoe
-from offmoe.planner.survey import survey
+from offmoe.planner.inspect import survey
 from offmoe.tiers.disk import DiskTier
 
 RAM = ("--ram", "4GiB")
@@ -156,7 +156,7 @@ def test_bench_ends_with_one_json_object(as_json: tuple[str, ...]) -> None:
 
 def test_bench_goes_through_the_ids_that_are_given(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Teacher-forced: the model sees the ids of the file, whatever it would have said."""
-    from offmoe.generation import step
+    from offmoe.engine import step
 
     seen: list[int] = []
     forward = step.Forward.__call__
@@ -222,7 +222,7 @@ def test_plain_text_when_piped(tiny: Path) -> None:
 
 def test_a_failed_read_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*args: Any, **options: Any) -> None:
-        raise offmoe.base.errors.DiskReadError("reading model.safetensors at byte 0 failed: Input/output error")
+        raise offmoe.core.errors.DiskReadError("reading model.safetensors at byte 0 failed: Input/output error")
 
     monkeypatch.setattr(DiskTier, "_read_piece", failing)
     assert "model.safetensors" in fail("bench", tiny, "--prefill", 4, "--decode", 2, *RAM)

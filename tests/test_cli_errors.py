@@ -175,7 +175,7 @@ def test_ctrl_c_while_loading_is_one_line(tiny: Path, monkeypatch: pytest.Monkey
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("offmoe.models.load.load_resident", interrupt)
+    monkeypatch.setattr("offmoe.loader.load.load_resident", interrupt)
     result = invoke("bench", tiny, "--prefill", 4, "--decode", 2)
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "stopped\n")
 

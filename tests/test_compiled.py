@@ -24,16 +24,16 @@ from patience import PATIENCE_S
 from transformers.models.qwen3_moe.modeling_qwen3_moe import repeat_kv
 
 import offmoe
-from offmoe.base.errors import DiskReadError, EngineClosedError
+from offmoe.attention.grouped import attend, group_attention
+from offmoe.core.errors import DiskReadError, EngineClosedError
 from offmoe.decode import compile_thread, compiled
 from offmoe.decode.compile_thread import CompileThread
 from offmoe.decode.compiled import DecodeCompiler
 from offmoe.decode.compiled_step import CompiledStep
-from offmoe.decode.grouped_attention import attend, group_attention
+from offmoe.hf.seam import define_experts_operators
 from offmoe.kernels.slot_kernels import TorchSlotKernels
-from offmoe.models.kv_cache import make_kv_cache
-from offmoe.models.seam import define_experts_operators
-from offmoe.models.static_cache import StaticKv
+from offmoe.kv.cache import make_kv_cache
+from offmoe.kv.static_cache import StaticKv
 from offmoe.tiers.device import SimulatedDevice
 
 NUM_NEW = 32

@@ -19,12 +19,12 @@ from families import build
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import offmoe
-from offmoe.base.errors import EngineClosedError
+from offmoe.core.errors import EngineClosedError
 from offmoe.decode import compiled
 from offmoe.decode.compiled import DecodeCompiler
-from offmoe.models.routing import map_routing
-from offmoe.models.seam import LayerBinding, define_experts_operators
+from offmoe.hf.seam import LayerBinding, define_experts_operators
 from offmoe.prefetch.lookahead import Prediction
+from offmoe.routers.routing import map_routing
 
 NUM_NEW = 24
 Graphs = list[torch.fx.GraphModule]

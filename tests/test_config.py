@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from makers import one_line
 
 import offmoe
-from offmoe.base.config import OPTION_NAMES, EngineConfig, make_config
-from offmoe.base.errors import UsageError
 from offmoe.cache.policy import POLICY_NAMES
+from offmoe.core.config import OPTION_NAMES, EngineConfig, make_config
+from offmoe.core.errors import UsageError
 from offmoe.tiers.disk import IO_MODES
 
 COUNTS = ("context_length", "expert_slots", "prefill_chunk")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from offmoe.base import machine
-from offmoe.base.control_groups import is_in_group, memory_groups, processor_quota
-from offmoe.base.reservations import Outstanding
+from offmoe.machine import memory as machine
+from offmoe.machine.control_groups import is_in_group, memory_groups, processor_quota
+from offmoe.machine.reservations import Outstanding
 
 GIB = 1 << 30
 V1_NO_LIMIT = "9223372036854771712"

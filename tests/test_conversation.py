@@ -13,11 +13,11 @@ from makers import one_line
 from transformers import AddedToken
 
 import offmoe
-from offmoe.base.errors import OutputError, UsageError
-from offmoe.generation.chat import chat_ids
-from offmoe.generation.conversation import Conversation
-from offmoe.generation.reasoning import ChannelSplitter, Splitter, TagSplitter, split_reasoning
-from offmoe.generation.stream import Piece
+from offmoe.chat.messages import chat_ids
+from offmoe.core.errors import OutputError, UsageError
+from offmoe.engine.conversation import Conversation
+from offmoe.engine.reasoning import ChannelSplitter, Splitter, TagSplitter, split_reasoning
+from offmoe.engine.stream import Piece
 
 SHORT: dict[str, Any] = {"max_new_tokens": 6, "ignore_end": True}
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from virtual_machine import Speeds, VirtualMachine
 
-from offmoe.base.costs import Costs
+from offmoe.machine.costs import Costs
 
 GB = 1e9
 

@@ -13,7 +13,7 @@ import torch
 from cpu_cases import linear, needs_library, open_kernels
 from slot_cases import clamped_gate, gelu_gate, gelu_tanh_gate, relu_squared, silu_gate
 
-from offmoe.base.errors import UsageError
+from offmoe.core.errors import UsageError
 from offmoe.formats.dense import ExpertWeights
 from offmoe.kernels.cpu import CpuKernels, ExpertRows, load_cpu_kernels, structs
 from offmoe.kernels.cpu.decode import CpuTokenExperts

@@ -9,11 +9,11 @@ import torch
 from executor_cases import Call, make_math
 from makers import NUM_EXPERTS, TOP_K, TinyExperts, open_cache
 
-from offmoe.executor.cpu_rows import CpuRows
-from offmoe.executor.executor import Executor
-from offmoe.executor.uncached import UncachedExecutor
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels, usable_levels
+from offmoe.moe.cpu_backend import CpuRows
+from offmoe.moe.executor import Executor
+from offmoe.moe.uncached import UncachedExecutor
 
 pytestmark = pytest.mark.skipif(not usable_levels(), reason="the CPU kernels were not built")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from cpu_cases import LEVELS, linear, needs_library, open_kernels
 
-from offmoe.executor import cpu_rows
 from offmoe.formats.dense import ExpertWeights
 from offmoe.kernels import products
 from offmoe.kernels.cpu import CpuKernels
+from offmoe.moe import cpu_backend as cpu_rows
 
 pytestmark = needs_library
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from makers import one_line
 
-from offmoe.base.errors import DeviceError
+from offmoe.core.errors import DeviceError
 from offmoe.tiers.cuda import CudaDevice, CudaLink
 from offmoe.tiers.device import open_device
 

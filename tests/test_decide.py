@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from virtual_machine import Speeds, VirtualMachine
 
-from offmoe.base.costs import Costs
-from offmoe.executor.decide import GIVE_UP_SHARE, Miss, Mode, Placement, Where, decide, makespan_s
+from offmoe.machine.costs import Costs
+from offmoe.placement.choose import GIVE_UP_SHARE, Miss, Mode, Placement, Where, decide, makespan_s
 
 GB = 10**9
 FETCH, CPU = Placement.FETCH, Placement.CPU

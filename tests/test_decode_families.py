@@ -15,12 +15,12 @@ from families import FAMILIES, build, save_layout
 from test_grok1 import make_checkpoint
 
 import offmoe
-from offmoe.base.errors import NonFiniteError
-from offmoe.decode import families as specs
-from offmoe.decode.families import spec_of
-from offmoe.decode.left_out import LEFT_OUT
+from offmoe.core.errors import NonFiniteError
+from offmoe.decode.families import common as specs
+from offmoe.decode.families.common import spec_of
+from offmoe.decode.families.left_out import LEFT_OUT
 from offmoe.decode.spec import DecoderSpec, NoSpecError
-from offmoe.generation.sampling import greedy
+from offmoe.engine.sampling import greedy
 
 NUM_NEW = 12
 VOCABULARY = 96  # the smallest

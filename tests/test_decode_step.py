@@ -14,7 +14,7 @@ from test_decode_families import logits
 from torch import nn
 
 import offmoe
-from offmoe.models.seam import ObserverHook
+from offmoe.hf.seam import ObserverHook
 
 pytestmark = needs_library
 

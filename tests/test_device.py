@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from inline_copier import InlineCopier
 from makers import one_line
 
-from offmoe.base.errors import BudgetError, DeviceError, UsageError
+from offmoe.core.errors import BudgetError, DeviceError, UsageError
 from offmoe.tiers.cuda import why_no_cuda
 from offmoe.tiers.cuda_events import as_device_error
 from offmoe.tiers.device import SLOT_ALIGN_BYTES, DevicePool, SimulatedDevice, open_device

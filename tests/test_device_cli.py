@@ -9,8 +9,8 @@ import pytest
 from commands import last_json, succeed
 from engines import leaves_nothing, save_tiny
 
-from offmoe.base.counters import Counters
-from offmoe.generation.stats import GenerationStats
+from offmoe.core.counters import Counters
+from offmoe.engine.stats import GenerationStats
 from offmoe.tiers import device as device_module
 from offmoe.tiers.device import Device, SimulatedDevice
 

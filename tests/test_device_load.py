@@ -14,12 +14,12 @@ from engines import PROMPT, QUARTER, TINY_EXPERTS, assert_at_rest, leaves_nothin
 from makers import one_line
 
 import offmoe
-from offmoe.base.budget import CUDA_CONTEXT_BYTES, DevicePlan, plan_device
-from offmoe.base.errors import BudgetError, DeviceError, EngineClosedError, OffmoeError, UsageError
-from offmoe.base.units import GIB, MIB, parse_size
-from offmoe.models import load as load_module
-from offmoe.models import resident
-from offmoe.models.transformers_internals import experts_modules
+from offmoe.core.errors import BudgetError, DeviceError, EngineClosedError, OffmoeError, UsageError
+from offmoe.core.units import GIB, MIB, parse_size
+from offmoe.hf.internals import experts_modules
+from offmoe.loader import load as load_module
+from offmoe.loader import resident
+from offmoe.memory.budget import CUDA_CONTEXT_BYTES, DevicePlan, plan_device
 from offmoe.tiers import cuda as cuda_module
 from offmoe.tiers.device import SimulatedDevice
 

@@ -19,9 +19,9 @@ from stream_clocks import Stream, World
 
 import offmoe
 from offmoe.checkpoint.shard_file import ShardFile
-from offmoe.executor.executor import Executor
-from offmoe.executor.resident import ResidentExecutor
 from offmoe.kernels.slot_kernels import TorchSlotKernels, make_slot_kernels
+from offmoe.moe.executor import Executor
+from offmoe.moe.resident import ResidentExecutor
 from offmoe.tiers.device import DevicePool
 from offmoe.tiers.host import HostPool
 from offmoe.tiers.ring import RingCopier
@@ -63,9 +63,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
         real_read = ShardFile.read_into
         monkeypatch.setattr(ShardFile, "read_into", read_into)
-        monkeypatch.setattr("offmoe.models.load.HostPool", make_host_pool)
+        monkeypatch.setattr("offmoe.loader.load.HostPool", make_host_pool)
         monkeypatch.setattr("offmoe.tiers.cuda.DevicePool", make_device_pool)
-        monkeypatch.setattr("offmoe.models.serving.make_slot_kernels", partial(make_slot_kernels, backend="torch"))
+        monkeypatch.setattr("offmoe.loader.serving.make_slot_kernels", partial(make_slot_kernels, backend="torch"))
         monkeypatch.setattr(TorchSlotKernels, "looks_up", lambda kernels, layer_idx: True)  # as Triton's do
         for name in ("rows_forward", "tokens_forward", "lookup_forward"):
             real = getattr(TorchSlotKernels, name)

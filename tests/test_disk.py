@@ -13,16 +13,16 @@ import pytest
 from makers import one_line
 from patience import PATIENCE_S
 
-from offmoe.base.counters import Counters
-from offmoe.base.errors import (
+from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, ReadPlan, Span, plan_read
+from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES, ShardFile
+from offmoe.core.counters import Counters
+from offmoe.core.errors import (
     CheckpointChangedError,
     CheckpointError,
     DiskReadError,
     ModelNotFoundError,
     UsageError,
 )
-from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, ReadPlan, Span, plan_read
-from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES, ShardFile
 from offmoe.tiers import disk as disk_module
 from offmoe.tiers.copier import CancelledMoveError, Ticket
 from offmoe.tiers.disk import DiskTier

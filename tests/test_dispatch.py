@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmoe.executor.dispatch import Assignment, dispatch
+from offmoe.moe.dispatch import Assignment, dispatch
 
 NUM_EXPERTS = 6
 choices = st.integers(1, 4).flatmap(

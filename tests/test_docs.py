@@ -140,5 +140,5 @@ def test_the_example_adapter_is_the_real_one() -> None:
     page = text_of(ROOT / "docs" / "adding-a-family.md")
     example = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert example is not None
-    real = re.sub(r" +# .*", "", text_of(ROOT / "offmoe/models/adapters/dbrx.py"))
+    real = re.sub(r" +# .*", "", text_of(ROOT / "offmoe/hf/adapters/dbrx.py"))
     assert re.sub(r" +# .*", "", example[1]).strip() in real

@@ -15,7 +15,7 @@ from makers import one_line
 from patience import PATIENCE_S
 
 import offmoe
-from offmoe.base.errors import ContextLengthError, EngineBusyError, EngineClosedError, UsageError
+from offmoe.core.errors import ContextLengthError, EngineBusyError, EngineClosedError, UsageError
 
 TEXT = "def read_lines(path):\n    "
 

@@ -19,8 +19,8 @@ from makers import one_line
 from patience import PATIENCE_S
 
 import offmoe
-from offmoe.base.errors import CheckpointChangedError, CheckpointError, DiskReadError
 from offmoe.checkpoint.shard_file import ShardFile
+from offmoe.core.errors import CheckpointChangedError, CheckpointError, DiskReadError
 
 NUM_NEW = 6
 

@@ -14,7 +14,7 @@ from makers import one_line
 from transformers import PreTrainedModel
 
 import offmoe
-from offmoe.base.errors import BudgetError, EngineBusyError, UsageError
+from offmoe.core.errors import BudgetError, EngineBusyError, UsageError
 
 PADDED = torch.tensor([PROMPT, [0, 0, 0, 0, *PROMPT[2:8]]])
 MASK = torch.tensor([[1] * 10, [0] * 4 + [1] * 6])

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from engines import PROMPT, open_tiny, save_tiny
 
-from offmoe.base.errors import EngineBusyError
-from offmoe.base.trace_reader import read_trace
 from offmoe.checkpoint.identity import model_hash
+from offmoe.core.errors import EngineBusyError
+from offmoe.trace.reader import read_trace
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import NUM_EXPERTS, NUM_LAYERS, Opened, TinyExperts, make_tiny_experts, open_cache
 
-from offmoe.executor.executor import Executor
-from offmoe.executor.uncached import UncachedExecutor
 from offmoe.kernels.reference import COMBINE_TOKENS, ExpertMath
+from offmoe.moe.executor import Executor
+from offmoe.moe.uncached import UncachedExecutor
 
 
 @pytest.fixture

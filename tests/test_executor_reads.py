@@ -9,11 +9,11 @@ import torch
 from executor_cases import PADDING, Call, LateDisk, LateTicket, gated, make_math
 from makers import Opened, RecordingDisk, TinyExperts, failing_reads, open_cache
 
-from offmoe.base.errors import DiskReadError
-from offmoe.base.keys import ExpertKey
 from offmoe.checkpoint.expert_index import ReadPlan
-from offmoe.executor import layer_call
-from offmoe.executor.executor import Executor
+from offmoe.core.errors import DiskReadError
+from offmoe.core.keys import ExpertKey
+from offmoe.moe import layer_call
+from offmoe.moe.executor import Executor
 from offmoe.tiers.copier import Ticket
 
 

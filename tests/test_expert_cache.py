@@ -20,11 +20,11 @@ from makers import (
     open_cache,
 )
 
-from offmoe.base.errors import BudgetError, CheckpointError, DiskReadError
-from offmoe.base.keys import ExpertKey
-from offmoe.cache import sources
+from offmoe.cache import backing_store as sources
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.checkpoint.expert_index import ReadPlan
+from offmoe.core.errors import BudgetError, CheckpointError, DiskReadError
+from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import ExpertWeights, torch_dtype
 from offmoe.tiers.copier import Ticket
 from offmoe.tiers.host import HostPool

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from makers import NUM_EXPERTS, NUM_LAYERS, TOP_K, TinyExperts, index_experts, make_tiny_experts
 
-from offmoe.base.keys import ExpertKey
 from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, ReadPlan, Run, Span, plan_read
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES
+from offmoe.core.keys import ExpertKey
 
 FILE_BYTES = 3 * DIRECT_ALIGN_BYTES + 77
 FILES = [random.Random(seed).randbytes(FILE_BYTES) for seed in range(3)]

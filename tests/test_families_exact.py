@@ -18,8 +18,8 @@ from families import FAMILIES, LAYOUTS, MULTIMODAL, Layout, build, save_layout
 from makers import Measured
 
 import offmoe
-from offmoe.models.transformers_internals import experts_modules
-from offmoe.planner.survey import survey
+from offmoe.hf.internals import experts_modules
+from offmoe.planner.inspect import survey
 from offmoe.tiers.device import SimulatedDevice
 
 NUM_PROMPT, NUM_NEW = 12, 32

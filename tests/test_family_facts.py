@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from offmoe.base.errors import CheckpointError
-from offmoe.base.family_facts import FAMILIES, TOP_K_NAMES, experts_per_token, facts_of_family
-from offmoe.base.shape import largest_number, shape_of
+from offmoe.core.errors import CheckpointError
+from offmoe.memory.family_facts import FAMILIES, TOP_K_NAMES, experts_per_token, facts_of_family
+from offmoe.memory.shape import largest_number, shape_of
 
 # As the models' own config.json on the hub has it.
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {

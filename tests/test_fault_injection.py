@@ -16,8 +16,8 @@ from families import build, save_layout
 from fault_operations import OPERATIONS, Case, Tally
 from faults import COPIES, KERNELS, MAPS, READS, TENSORS, THREADS, WRITES, Gate, Seam, each_nth
 
-from offmoe.base.errors import DiskReadError, ResourceError
-from offmoe.models.device_failures import explain
+from offmoe.core.errors import DiskReadError, ResourceError
+from offmoe.hf.device_failures import explain
 from offmoe.tiers.work_queue import WorkQueue
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads what a process holds from /proc")

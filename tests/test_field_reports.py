@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import offmoe
-from offmoe.base.errors import OffmoeError
+from offmoe.core.errors import OffmoeError
 
 IDS = torch.tensor([PROMPT])
 FINE = {"rtol": 2e-5, "atol": 2e-5}

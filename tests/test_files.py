@@ -11,12 +11,12 @@ import pytest
 from commands import fail, last_json, succeed
 from engines import PROMPT, open_tiny, save_tiny
 
-from offmoe.base.errors import OutputError, UsageError
-from offmoe.base.files import PendingFile, check_output, read_bounded, write_whole
-from offmoe.base.saved_flags import read_flags, write_flags
-from offmoe.base.trace_reader import read_trace
-from offmoe.generation.chat import Message
-from offmoe.generation.saved_chat import read_messages, save_messages
+from offmoe.chat.messages import Message
+from offmoe.chat.saved import read_messages, save_messages
+from offmoe.core.errors import OutputError, UsageError
+from offmoe.core.files import PendingFile, check_output, read_bounded, write_whole
+from offmoe.core.saved_flags import read_flags, write_flags
+from offmoe.trace.reader import read_trace
 
 LETTER = b"Dear Anna, this is not a trace.\n"
 RAM = ("--ram", "4GiB", "--expert-slots", 4)

@@ -10,10 +10,10 @@ import pytest
 from commands import fail, invoke, succeed
 from engines import PROMPT, open_tiny, save_tiny
 
-from offmoe.base import reservations
-from offmoe.base.folders import NO_HOME, cache_folder, config_folder, expand, home_folder
-from offmoe.base.machine_record import read_record, record_path
 from offmoe.cache.warm_start import WarmStart
+from offmoe.core.folders import NO_HOME, cache_folder, config_folder, expand, home_folder
+from offmoe.machine import reservations
+from offmoe.machine.record import read_record, record_path
 
 pwd = pytest.importorskip("pwd", reason="users of Windows always have a home")
 

@@ -12,9 +12,9 @@ import click
 import pytest
 
 import offmoe
-from offmoe.base import config, errors
-from offmoe.base.config import OPTION_NAMES, EngineConfig
 from offmoe.cli.main import main
+from offmoe.core import config, errors
+from offmoe.core.config import OPTION_NAMES, EngineConfig
 
 LOAD = dict(inspect.signature(offmoe.load).parameters)
 # Not settings of an engine: which model, with whose rights, who is told; and the former name of `expert_slots`.

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import one_line
 
-from offmoe.base.errors import CheckpointError, OffmoeError
-from offmoe.models.tokenizing import tokenizing
+from offmoe.core.errors import CheckpointError, OffmoeError
+from offmoe.hf.tokenizing import tokenizing
 
 SEEDS = [(target.name, path.name) for target in TARGETS.values() for path in target.seeds()]
 

@@ -15,9 +15,9 @@ from test_field_reports import always, byte_tokenizer, edit_json
 from transformers import GenerationConfig, PreTrainedModel
 
 import offmoe
-from offmoe.base.errors import UsageError
-from offmoe.generation.processors import not_followed, reply_length
-from offmoe.generation.sampling import make_chooser, resolve_sampling
+from offmoe.core.errors import UsageError
+from offmoe.engine.processors import not_followed, reply_length
+from offmoe.engine.sampling import make_chooser, resolve_sampling
 
 NUM_NEW = 14
 

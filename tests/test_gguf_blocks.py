@@ -44,7 +44,7 @@ def test_values_are_those_of_the_gguf_package(kind: QuantKind) -> None:
 
 @pytest.mark.parametrize("kind", [Type.TQ1_0, Type.TQ2_0])
 def test_a_model_in_such_blocks_has_their_values(kind: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offmoe.models.build._gguf_dtype", lambda index: torch.float32)
+    monkeypatch.setattr("offmoe.loader.build._gguf_dtype", lambda index: torch.float32)
     expected, path = make_model("qwen3moe"), tmp_path / "model.gguf"
     save_gguf(path, "qwen3moe", expected, dict.fromkeys(("gate", "up", "down", "dense"), kind))
     ids = torch.randint(3, 100, (1, 12), generator=torch.Generator().manual_seed(1))

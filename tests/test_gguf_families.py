@@ -13,10 +13,10 @@ from makers import one_line
 from test_grok1 import CONFIG, make_checkpoint
 
 import offmoe
-from offmoe.base.errors import UnsupportedModelError
-from offmoe.checkpoint.gguf import GgufHeader
-from offmoe.checkpoint.gguf_architectures import ARCHITECTURES, REFUSED
-from offmoe.checkpoint.gguf_config import gguf_config
+from offmoe.checkpoint.gguf.architectures import ARCHITECTURES, REFUSED
+from offmoe.checkpoint.gguf.config import gguf_config
+from offmoe.checkpoint.gguf.header import GgufHeader
+from offmoe.core.errors import UnsupportedModelError
 
 NUM_PROMPT, NUM_NEW = 12, 6
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "gguf.md"
@@ -26,7 +26,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "gguf.md"
 def test_logits_and_ids_are_those_of_the_converted_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offmoe.models.build._gguf_dtype", lambda index: torch.float32)
+    monkeypatch.setattr("offmoe.loader.build._gguf_dtype", lambda index: torch.float32)
     expected, path = make(name), tmp_path / "model.gguf"
     write(path, name, expected)
     ids = torch.randint(3, 100, (1, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
@@ -46,7 +46,7 @@ def test_logits_and_ids_are_those_of_the_converted_model(
 
 
 def test_grok_1_is_that_of_its_numpy_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offmoe.models.build._gguf_dtype", lambda index: torch.float32)
+    monkeypatch.setattr("offmoe.loader.build._gguf_dtype", lambda index: torch.float32)
     tensors, path = make_checkpoint(tmp_path / "published"), tmp_path / "model.gguf"
     write_grok(path, tensors)
     ids = torch.randint(3, 96, (NUM_PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()

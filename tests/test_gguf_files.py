@@ -16,10 +16,10 @@ from makers import one_line
 from numpy.typing import NDArray
 
 import offmoe
-from offmoe.base.errors import CheckpointError, ModelNotFoundError, OffmoeError, UnsupportedModelError
 from offmoe.checkpoint.index import read_config
 from offmoe.checkpoint.locate import locate_model
-from offmoe.planner.survey import survey
+from offmoe.core.errors import CheckpointError, ModelNotFoundError, OffmoeError, UnsupportedModelError
+from offmoe.planner.inspect import survey
 
 Data = NDArray[Any]
 KINDS = {"gate": Type.Q8_0, "up": Type.Q8_0, "down": Type.Q4_0}

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import one_line
 
-from offmoe.base.errors import CheckpointError, OffmoeError, UnsupportedModelError
-from offmoe.checkpoint.gguf import GgufHeader, read_gguf_header
+from offmoe.checkpoint.gguf.header import GgufHeader, read_gguf_header
 from offmoe.checkpoint.index import read_config
 from offmoe.checkpoint.locate import locate_model
 from offmoe.checkpoint.shard_file import ShardFile
-from offmoe.models.build import read_model_config
+from offmoe.core.errors import CheckpointError, OffmoeError, UnsupportedModelError
+from offmoe.loader.build import read_model_config
 
 U32, F32, TEXT, LIST, U64 = 4, 6, 8, 9, 10
 NO_ITEMS, MANY_ITEMS = struct.pack("<IQ", U32, 0), struct.pack("<IQ", U32, 1 << 60)

@@ -16,8 +16,8 @@ from gguf_makers import WIDTHS, make_model, save_gguf
 from makers import one_line
 
 import offmoe
-from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.checkpoint.index import read_config
+from offmoe.core.errors import CheckpointError, UnsupportedModelError
 
 FAR = 999
 LLAMA3 = {
@@ -39,7 +39,7 @@ def llama3_factors(rope: dict[str, Any], head: int) -> list[float]:
 
 
 def logits_far_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    monkeypatch.setattr("offmoe.models.build._gguf_dtype", lambda index: torch.float32, raising=False)
+    monkeypatch.setattr("offmoe.loader.build._gguf_dtype", lambda index: torch.float32, raising=False)
     with offmoe.load(path, ram="4GiB", expert_slots=8) as engine, torch.no_grad():
         return engine.model(input_ids=ids(), position_ids=positions()).logits
 

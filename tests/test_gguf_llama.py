@@ -39,7 +39,7 @@ def llama_python() -> str:
 
 @pytest.mark.parametrize("kind", [Type.F16, Type.Q8_0, Type.Q4_0, Type.MXFP4])
 def test_greedy_ids_are_those_of_llama_cpp(kind: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offmoe.models.build._gguf_dtype", lambda index: torch.float32)
+    monkeypatch.setattr("offmoe.loader.build._gguf_dtype", lambda index: torch.float32)
     python, path = llama_python(), tmp_path / "model.gguf"
     model = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.float32)
     save_gguf(

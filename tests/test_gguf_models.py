@@ -17,13 +17,13 @@ from makers import Measured, one_line
 from transformers import AutoTokenizer
 
 import offmoe
-from offmoe.base.errors import CheckpointError
-from offmoe.checkpoint.gguf import GgufHeader
-from offmoe.checkpoint.gguf_config import gguf_sampling
+from offmoe.checkpoint.gguf.config import gguf_sampling
+from offmoe.checkpoint.gguf.header import GgufHeader
 from offmoe.checkpoint.locate import demo_model_folder
-from offmoe.generation.sampling import Sampling, resolve_sampling
-from offmoe.models.tokenizer import load_tokenizer
-from offmoe.planner.survey import survey
+from offmoe.core.errors import CheckpointError
+from offmoe.engine.sampling import Sampling, resolve_sampling
+from offmoe.hf.tokenizer import load_tokenizer
+from offmoe.planner.inspect import survey
 from offmoe.tiers.device import SimulatedDevice
 
 NUM_PROMPT, NUM_NEW = 12, 24
@@ -61,7 +61,7 @@ ON_A_DEVICE = ("qwen3moe, q4_k and q6_k", "gpt-oss, mxfp4", "deepseek2, q8_0")
 def test_logits_and_ids_are_those_of_the_same_values(
     case: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
 ) -> None:
-    monkeypatch.setattr("offmoe.models.build._gguf_dtype", lambda index: torch.float32)
+    monkeypatch.setattr("offmoe.loader.build._gguf_dtype", lambda index: torch.float32)
     name, kinds = CASES[case]
     expected, path = make_model(name), tmp_path / "model.gguf"
     save_gguf(path, name, expected, kinds)

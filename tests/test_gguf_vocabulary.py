@@ -13,10 +13,10 @@ from gguf_parts import split_gguf
 from gguf_vocabularies import byte_pairs, pairs_by_score
 from makers import one_line
 
-from offmoe.base.errors import CheckpointError
-from offmoe.checkpoint.gguf import MAX_KEPT_ITEMS
-from offmoe.checkpoint.gguf_vocabulary import read_vocabulary
-from offmoe.models.tokenizer import load_tokenizer
+from offmoe.checkpoint.gguf.header import MAX_KEPT_ITEMS
+from offmoe.checkpoint.gguf.vocabulary import read_vocabulary
+from offmoe.core.errors import CheckpointError
+from offmoe.hf.tokenizer import load_tokenizer
 
 # Three letters each, so that a merge is two letters and one: more than a header keeps.
 PAIRS = [f"{first} {second}" for first in "abcdefghijklmnopqrstuvwxyz" for second in "abcdefghijklmnopqrstuvwxyz"]

@@ -13,11 +13,11 @@ import pytest
 from executor_cases import Call
 from makers import NUM_EXPERTS, NUM_LAYERS, TinyExperts, open_cache
 
-from offmoe.base.keys import ExpertKey
-from offmoe.cache.ghost import ShadowCache
 from offmoe.cache.policy import POLICY_NAMES, make_policy
 from offmoe.cache.race import Race
-from offmoe.executor.executor import Executor
+from offmoe.cache.shadow import ShadowCache
+from offmoe.core.keys import ExpertKey
+from offmoe.moe.executor import Executor
 
 KEYS = [ExpertKey(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
 

@@ -17,9 +17,9 @@ from quant_makers import Scheme, decompressed_tensors
 from safetensors.torch import save_file
 
 import offmoe
-from offmoe.models.grok1.configuration import Grok1Config
-from offmoe.models.quantise import QuantiseOptions, quantise
-from offmoe.planner.survey import survey
+from offmoe.hf.grok1.configuration import Grok1Config
+from offmoe.planner.inspect import survey
+from offmoe.quantize.write import QuantiseOptions, quantise
 from offmoe.tiers.device import SimulatedDevice
 
 # Four heads over two; logits reach beyond the cap of 30, and the constants are the published ones.

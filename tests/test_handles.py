@@ -16,9 +16,9 @@ from commands import TIMEOUT_S, environment
 from engines import PROMPT, open_tiny, save_tiny
 from safetensors.torch import load_file, save_file
 
-from offmoe.base.errors import DiskReadError
 from offmoe.checkpoint.handles import Handles
 from offmoe.checkpoint.shard_file import ShardFile
+from offmoe.core.errors import DiskReadError
 
 DATA = bytes(range(256)) * 40  # two whole blocks and a half
 FEW_FILES = """

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from makers import one_line, safetensors_bytes
 
-from offmoe.base.errors import CheckpointError
 from offmoe.checkpoint.header import MAX_HEADER_BYTES, read_header
 from offmoe.checkpoint.tensor_entry import ITEM_BITS, TensorEntry
+from offmoe.core.errors import CheckpointError
 
 
 def read(raw: bytes) -> dict[str, TensorEntry]:

@@ -18,10 +18,10 @@ from gguf_makers import make_model, save_gguf
 from hub_server import COMMIT, FakeHub, digest, serve
 
 import offmoe
-from offmoe.base.errors import ModelNotFoundError, OutputError, UnsupportedModelError, UsageError
-from offmoe.checkpoint import download
+from offmoe.checkpoint.hub import download
 from offmoe.checkpoint.index import INDEX_NAME, QUANT_CONFIG_NAME
 from offmoe.checkpoint.locate import locate_model
+from offmoe.core.errors import ModelNotFoundError, OutputError, UnsupportedModelError, UsageError
 
 NAME = "someone/tiny"
 # Copies of the weights in other forms, and files that no run needs.

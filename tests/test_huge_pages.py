@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from offmoe.base.machine import rss_bytes
+from offmoe.machine.memory import rss_bytes
 from offmoe.tiers.host import HostPool
 from offmoe.tiers.huge_pages import fault_in
 

@@ -15,7 +15,7 @@ import pytest
 from engines import save_tiny
 from patience import PATIENCE_S
 
-from offmoe.base.errors import ResourceError
+from offmoe.core.errors import ResourceError
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import usable_levels
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from families import build
 
-from offmoe.base.kv import estimate_kv
-from offmoe.models.probe import probe_model
+from offmoe.kv.probe import probe_model
+from offmoe.memory.kv_bytes import estimate_kv
 
 CONTEXT = 200
 # Heads of a group, windows, latents, states beside attention: what estimate_kv says it knows.

@@ -7,9 +7,9 @@ import torch
 from families import build
 from transformers import PreTrainedModel
 
-from offmoe.generation.step import Forward
-from offmoe.models.kv_cache import make_kv_cache
-from offmoe.models.transformers_internals import experts_modules
+from offmoe.engine.step import Forward
+from offmoe.hf.internals import experts_modules
+from offmoe.kv.cache import make_kv_cache
 
 # Full attention, sliding windows, running states, short convolutions, indexers, compressed and mixed layers.
 FAMILIES = [

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from makers import WIDTH_D, WIDTH_F, TinyExperts, index_experts
 
-from offmoe.base.keys import ExpertKey
 from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part, Span
 from offmoe.checkpoint.index import CheckpointIndex
+from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import view_expert
 from offmoe.formats.layout import SLOT_ALIGN_BYTES, device_slot_bytes, layout_of
 

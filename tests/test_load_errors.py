@@ -12,8 +12,8 @@ from _pytest.mark import ParameterSet
 from damage import Change, edit_file, refuse, remove, set_config, set_tensors, write
 from engines import open_tiny, save_tiny
 
-from offmoe.base.errors import CheckpointError, ModelNotFoundError, OffmoeError
 from offmoe.checkpoint.index import INDEX_NAME
+from offmoe.core.errors import CheckpointError, ModelNotFoundError, OffmoeError
 
 UP = "model.layers.0.mlp.experts.3.up_proj.weight"
 NO_WORDS = '{"tokenizer_class": "Qwen2Tokenizer"}'

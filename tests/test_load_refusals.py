@@ -14,7 +14,7 @@ from damage import refuse, set_config
 from engines import open_tiny, save_tiny
 
 import offmoe
-from offmoe.base.errors import (
+from offmoe.core.errors import (
     BudgetError,
     CheckpointError,
     HubUnreachableError,
@@ -100,7 +100,7 @@ def test_a_model_that_writes_no_text(tmp_path: Path) -> None:
 
 
 def test_experts_that_nothing_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offmoe.models.build.adapt_experts", lambda model: None)
+    monkeypatch.setattr("offmoe.loader.build.adapt_experts", lambda model: None)
     dbrx = transformers.DbrxConfig(
         d_model=32, n_heads=2, n_layers=2, vocab_size=64, attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
         ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},

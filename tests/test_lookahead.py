@@ -14,9 +14,9 @@ from families import build
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmoe.models.routing import map_routing
-from offmoe.models.transformers_internals import experts_modules
+from offmoe.hf.internals import experts_modules
 from offmoe.prefetch.lookahead import Lookahead, Prediction, Predictor, rank_experts
+from offmoe.routers.routing import map_routing
 
 NUM_LAYERS, NUM_EXPERTS = 4, 10
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from offmoe.decode.families import spec_of
+from offmoe.decode.families.common import spec_of
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 FAMILIES = ["deepseek-v2-lite", "gpt-oss-20b", "mixtral-8x7b", "olmoe", "qwen3-30b-a3b"]

@@ -30,7 +30,7 @@ NUM_EXPERTS = 4 * 64
 SCRIPT = """
 import json, sys
 import offmoe
-from offmoe.base.machine import peak_rss_bytes, rss_bytes
+from offmoe.machine.memory import peak_rss_bytes, rss_bytes
 base = rss_bytes()
 with offmoe.load(sys.argv[1], ram=sys.argv[2], context_length=2 * int(sys.argv[3])) as engine:
     ids = [(7 * position + 3) % 8000 for position in range(int(sys.argv[3]))]

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offmoe
-from offmoe.models.resident import resident_bytes
-from offmoe.models.transformers_internals import experts_modules
+from offmoe.hf.internals import experts_modules
+from offmoe.loader.resident import resident_bytes
 from offmoe.planner.model_facts import read_facts
 
 IDS = torch.randint(3, 100, (1, 12), generator=torch.Generator().manual_seed(1))

@@ -13,9 +13,9 @@ from families import build, save_layout
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from offmoe.hf.replace import NativeModule, NativeModules, find_norm
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels, usable_levels
-from offmoe.models.native import NativeModule, NativeModules, find_norm
 
 NUM_NEW = 12
 
@@ -165,7 +165,7 @@ def test_depthwise_convolutions_in_16_bits_are_computed_in_float32(
     kernels: CpuKernels, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rounding of torch, called as a module or through its weight, as transformers' mixers do it."""
-    monkeypatch.setattr("offmoe.models.native.float32_is_faster", lambda asked: asked == dtype)
+    monkeypatch.setattr("offmoe.hf.replace.float32_is_faster", lambda asked: asked == dtype)
     model = nn.Sequential(
         nn.Conv1d(24, 24, 4, groups=24, padding=3), nn.Conv1d(24, 24, 4, groups=12), nn.Conv1d(24, 24, 4, groups=24)
     ).to(dtype)
@@ -191,7 +191,7 @@ def test_a_mixers_prompt_does_not_change_by_the_convolutions_type(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt and tokens in bfloat16, on the fused path and on transformers' modules."""
-    monkeypatch.setattr("offmoe.models.native.float32_is_faster", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr("offmoe.hf.replace.float32_is_faster", lambda dtype: dtype == torch.bfloat16)
     folder = tmp_path / "model"
     save_layout(build(name).to(torch.bfloat16), folder, "published")
     logits = {}

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 import offmoe
-from offmoe.base.errors import NonFiniteError, UsageError
-from offmoe.generation.finite import is_finite
-from offmoe.generation.sampling import make_chooser, resolve_sampling
+from offmoe.core.errors import NonFiniteError, UsageError
+from offmoe.engine.finite import is_finite
+from offmoe.engine.sampling import make_chooser, resolve_sampling
 from offmoe.report.perplexity import perplexity
 
 

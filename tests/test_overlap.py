@@ -20,8 +20,8 @@ from makers import TinyExperts, make_tiny_experts
 from two_tiers import open_two_tiers
 from virtual_device import DEVICE_SPEED, EXPERT_BYTES, Engine, Machine, Pass, make_pass, open_engine
 
-from offmoe.executor.decide import Mode
-from offmoe.executor.executor import Executor
+from offmoe.moe.executor import Executor
+from offmoe.placement.choose import Mode
 from offmoe.prefetch.controller import Mode as PrefetchMode
 
 NUM_EXPERTS, TOP_K = 16, 4

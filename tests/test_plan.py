@@ -19,13 +19,13 @@ from engines import open_tiny, save_tiny
 from makers import one_line
 from published import GPT_OSS_120B, TOTAL_BYTES, write_published
 
-from offmoe.base.auto import Facts, complete_config
-from offmoe.base.budget import CUDA_CONTEXT_BYTES, DevicePlan, MemoryPlan
-from offmoe.base.config import make_config
-from offmoe.base.errors import CheckpointError, ModelNotFoundError, UsageError
-from offmoe.base.units import GIB, MIB
-from offmoe.checkpoint.remote import locate_headers
+from offmoe.checkpoint.hub.headers import locate_headers
 from offmoe.cli.main import main
+from offmoe.core.config import make_config
+from offmoe.core.errors import CheckpointError, ModelNotFoundError, UsageError
+from offmoe.core.units import GIB, MIB
+from offmoe.memory.auto import Facts, complete_config
+from offmoe.memory.budget import CUDA_CONTEXT_BYTES, DevicePlan, MemoryPlan
 from offmoe.planner.hit_rates import published_curve
 from offmoe.planner.machines import NAMES, find_machine
 from offmoe.planner.model_facts import ModelFacts, read_facts

@@ -13,10 +13,10 @@ from engines import open_tiny, save_tiny
 from makers import one_line
 
 import offmoe
-from offmoe.base.config import make_config
-from offmoe.base.errors import ContextLengthError, UsageError
-from offmoe.base.machine_record import MachineRecord
-from offmoe.planner import foresee
+from offmoe.core.config import make_config
+from offmoe.core.errors import ContextLengthError, UsageError
+from offmoe.machine.record import MachineRecord
+from offmoe.planner import make_plan as foresee
 from offmoe.planner.machines import find_machine
 from offmoe.report.plan_table import plan_tables
 
@@ -99,10 +99,10 @@ def test_figures_taken_on_a_busy_machine_are_marked(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("OFFMOE_CACHE", str(tmp_path))
     monkeypatch.setattr("psutil.cpu_percent", lambda interval: 80.0)
     record: MachineRecord = find_machine("laptop without GPU, 16 GB")
-    monkeypatch.setattr("offmoe.report.probe.run_probe", lambda *args, **options: record)
+    monkeypatch.setattr("offmoe.probe.probe.run_probe", lambda *args, **options: record)
     with pytest.warns(UserWarning, match=r"other programs use 80.0% of the processors"):
         found = last_json(succeed("probe", "--json").stdout)
     assert found["busy_share"] == 0.8
-    monkeypatch.setattr("offmoe.base.machine_record.fingerprint", lambda: "x")
+    monkeypatch.setattr("offmoe.machine.record.fingerprint", lambda: "x")
     title = plan_tables(foresee.run_plan(None, make_config(device="cpu")))[-1][0]
     assert title.startswith("settings") or "80.0% of the processors" in title

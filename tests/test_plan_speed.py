@@ -10,14 +10,14 @@ import pytest
 from families import FAMILIES, build
 
 import offmoe
-from offmoe.base.budget import MemoryPlan
-from offmoe.base.machine_record import DriveSpeed, LayerCosts, MachineRecord, drive_key, write_record
 from offmoe.checkpoint.locate import demo_model_folder
-from offmoe.decode.families import spec_of
+from offmoe.decode.families.common import spec_of
 from offmoe.decode.spec import NoSpecError
-from offmoe.planner.foresee import against_plan
+from offmoe.machine.record import DriveSpeed, LayerCosts, MachineRecord, drive_key, write_record
+from offmoe.memory.budget import MemoryPlan
 from offmoe.planner.hit_rates import HitCurve
 from offmoe.planner.layer_costs import WHOLE, latent_work, layer_cost
+from offmoe.planner.make_plan import against_plan
 from offmoe.planner.model_facts import ModelFacts, read_facts
 from offmoe.planner.predict import Prediction, Step, predict
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from makers import one_line
 
-from offmoe.base.errors import UsageError
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.policy import POLICY_NAMES, LruPolicy, Policy, make_policy
+from offmoe.core.errors import UsageError
+from offmoe.core.keys import ExpertKey
 
 A, B, C, D = (ExpertKey(0, idx) for idx in range(4))
 KEYS = [ExpertKey(layer, expert) for layer in range(3) for expert in range(3)]

@@ -9,7 +9,7 @@ from prefetch_fakes import EXPERT_BYTES, FakeCache, check_ledger, fates
 from prefetch_world import Shape, World
 from virtual_machine import Speeds, VirtualMachine
 
-from offmoe.base.keys import ExpertKey
+from offmoe.core.keys import ExpertKey
 from offmoe.prefetch.controller import Mode, PrefetchController
 
 EXPERT_S = 1e-3  # one expert over the link

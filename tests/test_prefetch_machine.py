@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from prefetch_fakes import EXPERT_BYTES, FakeCache, check_ledger
 from virtual_machine import Speeds, VirtualMachine
 
-from offmoe.base.keys import ExpertKey
+from offmoe.core.keys import ExpertKey
 from offmoe.prefetch.controller import PrefetchController
 
 NUM_LAYERS, NUM_EXPERTS = 3, 6

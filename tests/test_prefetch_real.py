@@ -14,13 +14,15 @@ from prefetch_fakes import EXPERT_BYTES, check_ledger
 from prefetch_world import Shape, World
 
 import offmoe
-from offmoe.base.errors import DiskReadError
-from offmoe.base.keys import ExpertKey
+from offmoe.core.errors import DiskReadError
+from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import ExpertWeights
 from offmoe.prefetch.controller import Mode, PrefetchController
 
 PACKAGE = Path(offmoe.__file__).parent
-INTERRUPTED_FILES = {str(PACKAGE / name) for name in ("prefetch/controller.py", "prefetch/chances.py", "base/trial.py")}
+INTERRUPTED_FILES = {
+    str(PACKAGE / name) for name in ("prefetch/controller.py", "prefetch/confidence.py", "online/ab_test.py")
+}
 A, B, C = (ExpertKey(0, expert) for expert in range(3))
 
 

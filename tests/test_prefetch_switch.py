@@ -8,7 +8,7 @@ import pytest
 from prefetch_fakes import EXPERT_BYTES, fates
 from prefetch_world import Shape, World
 
-from offmoe.base.trial import Trial
+from offmoe.online.ab_test import Trial
 from offmoe.prefetch.controller import Mode, PrefetchController
 
 BUDGET = 8 * EXPERT_BYTES

@@ -14,8 +14,8 @@ from makers import make_tiny_experts
 from two_tiers import TwoTiers, open_two_tiers
 
 import offmoe
-from offmoe.base.keys import ExpertKey
-from offmoe.models import load as load_module
+from offmoe.core.keys import ExpertKey
+from offmoe.loader import load as load_module
 from offmoe.prefetch.controller import PrefetchController
 from offmoe.prefetch.two_tiers import BelowDevice, TwoTierPrefetcher
 from offmoe.tiers.device import SimulatedDevice
@@ -32,7 +32,7 @@ def tiers(tmp_path: Path) -> Iterator[TwoTiers]:
 
 
 def attach(tiers: TwoTiers, *, link: int | str = "off", disk: int | str = 3) -> TwoTierPrefetcher:
-    """Both prefetchers as models/look_ahead.py makes them, with fixed settings."""
+    """Both prefetchers as loader/look_ahead.py makes them, with fixed settings."""
     budget_bytes = 1 << 30
     over_link = PrefetchController(tiers.cache, budget_bytes=budget_bytes, mode=link)  # type: ignore[arg-type]
     from_disk = PrefetchController(

@@ -14,9 +14,14 @@ import torch
 from click.testing import CliRunner
 from inline_copier import InlineCopier
 
-from offmoe.base.errors import UsageError
-from offmoe.base.files import PendingFile
-from offmoe.base.machine_record import (
+from offmoe.checkpoint.index import CheckpointIndex
+from offmoe.checkpoint.locate import demo_model_folder
+from offmoe.cli.main import main
+from offmoe.cli.probe import probe_machine
+from offmoe.core.errors import UsageError
+from offmoe.core.files import PendingFile
+from offmoe.kernels.cpu.loader import load_cpu_kernels
+from offmoe.machine.record import (
     DriveSpeed,
     LayerCosts,
     MachineRecord,
@@ -25,16 +30,11 @@ from offmoe.base.machine_record import (
     record_path,
     write_record,
 )  # fmt: skip
-from offmoe.checkpoint.index import CheckpointIndex
-from offmoe.checkpoint.locate import demo_model_folder
-from offmoe.cli.main import main
-from offmoe.cli.probe import probe_machine
-from offmoe.executor import sample_experts, speeds
-from offmoe.executor.sample_experts import MOST_S, REPEATS, SampleExperts, usual_s
-from offmoe.executor.speeds import FORMATS, TURNED, TURNED_OFF_LINES, drive_speed, link_costs
-from offmoe.kernels.cpu.loader import load_cpu_kernels
-from offmoe.report import probe_layers
-from offmoe.report.probe import measure_drive, run_probe
+from offmoe.probe import layers as probe_layers
+from offmoe.probe import sample_experts, speeds
+from offmoe.probe.probe import measure_drive, run_probe
+from offmoe.probe.sample_experts import MOST_S, REPEATS, SampleExperts, usual_s
+from offmoe.probe.speeds import FORMATS, TURNED, TURNED_OFF_LINES, drive_speed, link_costs
 
 COSTS = LayerCosts(whole_s=1e-4, whole_token_s=1e-3, modules_s=5e-4, token_s=2e-3, watched_s=0.0, fetch_s=1e-4)
 RECORD = MachineRecord(
@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_written(own_cache: Path, monkeypatch: pytest.Mo
     own_cache.write_text("a file where the folder should be")
     write_why = write_record(RECORD)
     assert write_why is not None and str(own_cache) in write_why
-    monkeypatch.setattr("offmoe.report.probe.run_probe", lambda *_, **__: RECORD)
+    monkeypatch.setattr("offmoe.probe.probe.run_probe", lambda *_, **__: RECORD)
     monkeypatch.setattr("offmoe.cli.probe.process_baseline_bytes", lambda: 0)
     with pytest.warns(UserWarning, match="the figures are not kept") as caught:
         assert probe_machine(None, None, refresh=False, quiet=True) == RECORD
@@ -104,7 +104,7 @@ def test_a_full_drive(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pending.file.close()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("offmoe.report.probe.run_probe", lambda *_, **__: RECORD)
+    monkeypatch.setattr("offmoe.probe.probe.run_probe", lambda *_, **__: RECORD)
     monkeypatch.setattr("offmoe.cli.probe.process_baseline_bytes", lambda: 0)
     monkeypatch.setattr(PendingFile, "commit", commit)
     with pytest.warns(UserWarning, match="not kept: .*No space left on device; set OFFMOE_CACHE") as caught:

@@ -13,7 +13,7 @@ from engines import PROMPT, open_tiny, plain_model, save_tiny
 from makers import one_line
 from test_field_reports import byte_tokenizer, edit_json
 
-from offmoe.base.errors import UnsupportedModelError, UsageError
+from offmoe.core.errors import UnsupportedModelError, UsageError
 
 IDS = torch.tensor([PROMPT])
 KIMI = {

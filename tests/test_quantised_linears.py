@@ -11,9 +11,9 @@ from families import build, save_layout
 from torch import nn
 
 import offmoe
-from offmoe.base.errors import EngineClosedError
+from offmoe.core.errors import EngineClosedError
 from offmoe.kernels.cpu.loader import usable_levels
-from offmoe.models.quantise import QuantiseOptions, quantise
+from offmoe.quantize.write import QuantiseOptions, quantise
 
 pytestmark = pytest.mark.skipif(not usable_levels(), reason="the CPU kernels were not built")
 

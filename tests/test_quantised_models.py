@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 import offmoe
 from offmoe.checkpoint.expert_index import QuantPart
-from offmoe.planner.survey import survey
+from offmoe.planner.inspect import survey
 from offmoe.tiers.device import SimulatedDevice
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

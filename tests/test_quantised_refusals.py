@@ -13,11 +13,11 @@ from makers import one_line
 from quant_makers import edit, save_fp8, save_mxfp4
 
 import offmoe
-from offmoe.base.errors import CheckpointError, OffmoeError, UnsupportedModelError
 from offmoe.checkpoint.quant_config import Quantisation, read_quantisation
 from offmoe.checkpoint.quantised import QuantEntry, join_quantised
 from offmoe.checkpoint.tensor_entry import ITEM_BITS, TensorEntry
 from offmoe.cli.main import main
+from offmoe.core.errors import CheckpointError, OffmoeError, UnsupportedModelError
 
 INT4 = Quantisation(method="compressed-tensors", num_bits=frozenset({4}), groups=frozenset({32}))
 MIXED = Quantisation(method="compressed-tensors", num_bits=frozenset({4, 8}), groups=frozenset({32, -1}))

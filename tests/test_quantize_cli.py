@@ -19,8 +19,8 @@ from commands import TIMEOUT_S, command_line, environment, fail, last_json, run,
 from engines import leaves_nothing, save_tiny
 
 import offmoe
-from offmoe.base.errors import UsageError
 from offmoe.checkpoint.locate import demo_model_folder
+from offmoe.core.errors import UsageError
 from offmoe.report import perplexity as module
 from offmoe.report.perplexity import perplexity
 

@@ -11,7 +11,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from makers import one_line
 
-from offmoe.base.errors import CheckpointError
+from offmoe.core.errors import CheckpointError
 from offmoe.formats import encode as encoder
 from offmoe.formats.encode import encode, integer_format
 from offmoe.formats.quantised import QuantMatrix

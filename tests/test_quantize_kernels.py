@@ -10,12 +10,12 @@ import pytest
 import torch
 from cpu_cases import LEVELS, open_kernels
 
-from offmoe.base.errors import CheckpointError
 from offmoe.checkpoint.background import BackgroundIterator
+from offmoe.core.errors import CheckpointError
 from offmoe.formats import encode as reference
 from offmoe.kernels.cpu import CpuKernels
 from offmoe.kernels.cpu.quantise import encode
-from offmoe.models.quantise_plan import GROUPS
+from offmoe.quantize.plan import GROUPS
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # PyTorch adds in another order on other processors, and both are then right (kernels/cpu/quantise.py).

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from offmoe.base.errors import CheckpointError, OffmoeError, UnsupportedModelError, UsageError
 from offmoe.checkpoint.expert_index import ExpertIndex, QuantPart, plan_read
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.checkpoint.shard_file import ShardFile
+from offmoe.core.errors import CheckpointError, OffmoeError, UnsupportedModelError, UsageError
 from offmoe.formats.dense import view_expert, writable_bytes
 from offmoe.formats.quantised import QuantMatrix
-from offmoe.models.quantise import QuantiseOptions, QuantiseResult, quantise
+from offmoe.quantize.write import QuantiseOptions, QuantiseResult, quantise
 
 WIDTHS: dict[str, object] = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96}
 INT4 = QuantiseOptions(expert_format="int4")
@@ -150,9 +150,9 @@ def test_a_bfloat16_model_has_the_same_weights_everywhere(kind: str, tmp_path: P
 
 def open_index(folder: Path) -> tuple[CheckpointIndex, ExpertIndex]:
     """As the engine opens it."""
-    from offmoe.models.build import build_on_meta, read_model_config
-    from offmoe.models.expert_map import map_experts
-    from offmoe.models.transformers_internals import KeyMapping
+    from offmoe.hf.expert_map import map_experts
+    from offmoe.hf.internals import KeyMapping
+    from offmoe.loader.build import build_on_meta, read_model_config
 
     config, quantisation = read_model_config(folder, trust_remote_code=False)
     index = CheckpointIndex.open(folder, quantisation)

@@ -14,9 +14,9 @@ import torch
 from makers import one_line
 from safetensors.torch import load_file
 
-from offmoe.base.errors import OffmoeError, OutputError, UsageError
 from offmoe.checkpoint.index import INDEX_NAME, CheckpointIndex
 from offmoe.checkpoint.writer import CONFIG_NAME, RECORD_NAME, CheckpointWriter, PlannedShard, PlannedTensor
+from offmoe.core.errors import OffmoeError, OutputError, UsageError
 
 SHARDS = tuple(
     PlannedShard(

@@ -14,17 +14,17 @@ from interrupts import Interrupt, Line
 from makers import Opened, TinyExperts, failing_reads, open_cache
 
 import offmoe
-from offmoe.base.errors import DiskReadError
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.slots import SlotTable
-from offmoe.executor.executor import Executor
-from offmoe.executor.recovering import RecoveringExecutor
+from offmoe.core.errors import DiskReadError
+from offmoe.core.keys import ExpertKey
+from offmoe.moe.executor import Executor
+from offmoe.moe.interrupt_safe import RecoveringExecutor
 
 PACKAGE = Path(offmoe.__file__).parent
 INTERRUPTED_FILES = {
     str(PACKAGE / name)
     for name in (
-        "cache/expert_cache.py", "cache/slots.py", "cache/ranking.py", "executor/executor.py", "executor/dispatch.py",
+        "cache/expert_cache.py", "cache/slots.py", "cache/ranking.py", "moe/executor.py", "moe/dispatch.py",
         "tiers/work_queue.py", "kernels/reference.py", "formats/dense.py",
     )
 }  # fmt: skip

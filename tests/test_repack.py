@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import offmoe
-from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.core.errors import CheckpointError, UnsupportedModelError
 from offmoe.formats.repack import repack
-from offmoe.models.quantise import QuantiseOptions, quantise
+from offmoe.quantize.write import QuantiseOptions, quantise
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmoe.base.trace import PADDING, TraceEvent
 from offmoe.cache.replay import LayerCall, ReplayResult, layer_calls, lru_curve, replay_belady
+from offmoe.trace.recorder import PADDING, TraceEvent
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 EXPERTS, SIZES = (NUM_EXPERTS,) * NUM_LAYERS, (10, 7)

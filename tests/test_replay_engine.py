@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_replay import SIZES, calls_of
 
-from offmoe.base.trace_reader import read_trace
 from offmoe.cache.policy import POLICY_NAMES
 from offmoe.cache.replay import LayerCall, layer_calls, replay, replay_belady
-from offmoe.generation.engine import Engine
+from offmoe.engine.engine import Engine
+from offmoe.trace.reader import read_trace
 
 
 @pytest.fixture(scope="module")

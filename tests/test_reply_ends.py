@@ -17,9 +17,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import offmoe
-from offmoe.base.errors import UsageError
-from offmoe.generation.ends import end_ids
-from offmoe.generation.prompt import stop_rules
+from offmoe.core.errors import UsageError
+from offmoe.engine.ends import end_ids
+from offmoe.engine.prompt import stop_rules
 
 HARMONY = ("<|endoftext|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>")
 

@@ -14,15 +14,15 @@ import psutil
 import pytest
 from engines import open_tiny, save_tiny
 
-from offmoe.base import reservations
-from offmoe.base.machine import rss_bytes
-from offmoe.base.reservations import FOLDER_VARIABLE, Reservation, one_at_a_time, outstanding
+from offmoe.machine import reservations
+from offmoe.machine.memory import rss_bytes
+from offmoe.machine.reservations import FOLDER_VARIABLE, Reservation, one_at_a_time, outstanding
 
 MIB = 1 << 20
 OTHER = """
 import sys
-from offmoe.base.machine import rss_bytes
-from offmoe.base.reservations import Reservation
+from offmoe.machine.memory import rss_bytes
+from offmoe.machine.reservations import Reservation
 held = Reservation(rss_bytes())
 held.reserve(500 << 20)
 taken = bytearray(100 << 20)

@@ -15,9 +15,9 @@ from engines import PROMPT, open_tiny, save_tiny
 from families import build
 
 import offmoe
-from offmoe.base.errors import DiskReadError
-from offmoe.models.kv_prefix import longest_with_same_angles
-from offmoe.models.transformers_internals import experts_modules
+from offmoe.core.errors import DiskReadError
+from offmoe.hf.internals import experts_modules
+from offmoe.kv.prefix import longest_with_same_angles
 
 NUM_NEW = 12
 MORE = [17, 90, 4, 55, 23, 71, 38]

@@ -19,12 +19,12 @@ from families import FAMILIES, MULTIMODAL, build
 from torch import nn
 from transformers import PreTrainedModel
 
-from offmoe.models import routing
-from offmoe.models.call_trace import Call, LayerTrace
-from offmoe.models.predictor import ids_given_to_experts
-from offmoe.models.routing import NOT_FOUND, NOT_REACHED, RoutingMap, map_routing
-from offmoe.models.seam import LayerBinding, bind
-from offmoe.models.transformers_internals import SEAM_NAME, experts_modules
+from offmoe.hf.call_trace import Call, LayerTrace
+from offmoe.hf.internals import SEAM_NAME, experts_modules
+from offmoe.hf.seam import LayerBinding, bind
+from offmoe.routers import routing
+from offmoe.routers.predictor import ids_given_to_experts
+from offmoe.routers.routing import NOT_FOUND, NOT_REACHED, RoutingMap, map_routing
 
 ALL = (*FAMILIES, *MULTIMODAL)
 # Experts of pictures: no text comes to them.

@@ -15,8 +15,8 @@ from commands import command_line, environment, fail, invoke, last_json, succeed
 from engines import leaves_nothing, open_tiny, save_tiny
 from patience import PATIENCE_S
 
-from offmoe.base.trace_reader import read_trace
 from offmoe.checkpoint.identity import model_hash
+from offmoe.trace.reader import read_trace
 
 RAM = ("--ram", "4GiB")
 SMALL = ("--expert-slots", 6)

@@ -13,8 +13,8 @@ from makers import one_line
 from transformers import GenerationConfig, PreTrainedModel
 
 import offmoe
-from offmoe.base.errors import UsageError
-from offmoe.generation.sampling import Sampling, resolve_sampling
+from offmoe.core.errors import UsageError
+from offmoe.engine.sampling import Sampling, resolve_sampling
 
 NUM_NEW = 24
 

@@ -9,9 +9,9 @@ from functools import cache
 import pytest
 from virtual_machine import Speeds, VirtualMachine
 
-from offmoe.base.costs import Costs
-from offmoe.executor.decide import Miss, Mode, Placement
-from offmoe.executor.scheduler import MissScheduler
+from offmoe.machine.costs import Costs
+from offmoe.placement.choose import Miss, Mode, Placement
+from offmoe.placement.scheduler import MissScheduler
 
 EXPERT_BYTES = 9_000_000
 NUM_LAYERS, TOP_K, NUM_PASSES = 6, 8, 1000

@@ -14,11 +14,11 @@ from engines import open_tiny, save_tiny
 from largest import Largest
 from transformers import AttentionInterface, PreTrainedModel
 
-from offmoe.base.family_facts import facts_of_family
-from offmoe.models import sinks
-from offmoe.models.budgets import model_shape
-from offmoe.models.kv_cache import make_kv_cache
-from offmoe.models.sinks import EAGER, SINKS, fuse_sinks
+from offmoe.attention import sinks
+from offmoe.attention.sinks import EAGER, SINKS, fuse_sinks
+from offmoe.kv.cache import make_kv_cache
+from offmoe.loader.budgets import model_shape
+from offmoe.memory.family_facts import facts_of_family
 
 FUSED = ["deepseek_v4", "flint", "gpt_oss", "granitemoe_swa", "mimo_v2_flash"]
 # Sparse attention that asks for the function's name; sinks made for each token.

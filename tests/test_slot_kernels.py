@@ -9,13 +9,13 @@ import pytest
 import slot_cases as cases
 import torch
 
-from offmoe.executor.dispatch import Assignment, dispatch
-from offmoe.executor.rows import Computed, KernelRows, ReferenceRows
 from offmoe.formats.dense import ExpertWeights, view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation, find_activation
 from offmoe.kernels.reference import combine_rows, experts_forward, one_token_forward
 from offmoe.kernels.slot_kernels import TorchSlotKernels, make_slot_kernels
+from offmoe.moe.backends import Computed, KernelRows, ReferenceRows
+from offmoe.moe.dispatch import Assignment, dispatch
 
 CPU = torch.device("cpu")
 
@@ -233,7 +233,7 @@ def test_bfloat16_on_a_device_without_it_is_left_to_torch_by_name(
     capability: tuple[int, int] | None, refused: bool
 ) -> None:
     pytest.importorskip("triton", reason="triton has no wheel for this platform")
-    from offmoe.kernels.triton_slots import _obstacle
+    from offmoe.kernels.triton.slots import _obstacle
 
     case = make(dtype=torch.bfloat16)
     reason = _obstacle(case.layer, case.math, capability)

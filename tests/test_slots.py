@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.slots import SlotState, SlotTable
+from offmoe.core.keys import ExpertKey
 
 KEYS = [ExpertKey(layer, expert) for layer in range(2) for expert in range(4)]
 keys = st.sampled_from(KEYS)

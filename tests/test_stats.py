@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from engines import PROMPT, open_tiny, save_tiny
 
-from offmoe.base.counters import Counters
-from offmoe.generation.stats import GenerationStats, Totals, stats_line
+from offmoe.core.counters import Counters
+from offmoe.engine.stats import GenerationStats, Totals, stats_line
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from commands import TIMEOUT_S, command_line, environment
 from terminal import Screened
 
-from offmoe.base.trace_reader import read_trace
+from offmoe.trace.reader import read_trace
 
 if sys.platform != "linux":
     pytest.skip("closes descriptors and writes to /dev/full as Linux has them", allow_module_level=True)

@@ -13,9 +13,9 @@ from engines import save_tiny
 from makers import one_line, write_shards
 from safetensors.torch import load_file, save_file
 
-from offmoe.base.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from offmoe.core.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from offmoe.planner.inspect import Survey, survey
 from offmoe.planner.model_facts import read_facts
-from offmoe.planner.survey import Survey, survey
 
 CONFIG: dict[str, Any] = {
     "model_type": "tinymoe", "architectures": ["TinyMoeForCausalLM"], "num_hidden_layers": 3, "num_experts": 4,

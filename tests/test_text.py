@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import offmoe
-from offmoe.base.errors import UsageError
 from offmoe.checkpoint.locate import demo_model_folder
-from offmoe.generation.text import StopMatcher, TextDecoder
+from offmoe.core.errors import UsageError
+from offmoe.engine.text import StopMatcher, TextDecoder
 
 TEXT = "Grüße aus 東京 — naïve ☃ and 🦜🦜, then plain words until the end of it all."
 

@@ -10,10 +10,10 @@ import torch
 from engines import open_tiny, save_tiny
 from torch.nn import functional
 
+from offmoe.attention.token import TokenAttention
 from offmoe.kernels.cpu.decode import CpuAttention
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels, usable_levels
-from offmoe.models.token_attention import TokenAttention
 
 pytestmark = pytest.mark.skipif(not usable_levels(), reason="the CPU kernels were not built")
 

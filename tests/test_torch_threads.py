@@ -11,8 +11,8 @@ import pytest
 import torch
 from engines import open_tiny, save_tiny
 
-from offmoe.models import torch_threads
-from offmoe.models.torch_threads import TorchThreads
+from offmoe.hf import torch_threads
+from offmoe.hf.torch_threads import TorchThreads
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from makers import one_line
 
-from offmoe.base.errors import OutputError, TraceError
-from offmoe.base.trace import PADDING, Recorder, TraceEvent, flat_ids
-from offmoe.base.trace_file import FRAME, MAGIC, PREFIX, TraceHeader, TraceWriter, frame_check, pack_event
-from offmoe.base.trace_reader import read_trace
+from offmoe.core.errors import OutputError, TraceError
+from offmoe.trace.file import FRAME, MAGIC, PREFIX, TraceHeader, TraceWriter, frame_check, pack_event
+from offmoe.trace.reader import read_trace
+from offmoe.trace.recorder import PADDING, Recorder, TraceEvent, flat_ids
 
 HEADER = TraceHeader(
     model="tiny", model_hash="ab" * 32, experts_per_layer=(8, 300), top_k=2, expert_bytes=(100, 200),

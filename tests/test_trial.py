@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offmoe.base.trial import PATIENCE, Trial, Turns
+from offmoe.online.ab_test import PATIENCE, Trial, Turns
 
 Cost = Callable[[str, int], float]
 

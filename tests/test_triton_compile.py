@@ -128,9 +128,9 @@ def compile_all(
     shared_bytes: int = SHARED_BYTES, tiles: tuple[int, ...] = (16, 128),
 ) -> dict[str, Compiled]:  # fmt: skip
     """Every kernel of a layer as it is launched for one token, and for tiles of so many rows."""
-    from offmoe.kernels import triton_experts
     from offmoe.kernels.geometry import Tiling, make_tiles
-    from offmoe.kernels.triton_launch import LayerKernels
+    from offmoe.kernels.triton import experts as triton_experts
+    from offmoe.kernels.triton.launch import LayerKernels
 
     compiled = {
         name: Compiled(getattr(triton_experts, name), target) for name in ("choose_rows", "weighted_rows", "tile_rows")

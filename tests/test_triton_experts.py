@@ -38,7 +38,7 @@ def both(case: cases.SlotCase) -> tuple[SlotKernels, SlotKernels, torch.Tensor]:
     missing_L = torch.zeros(1, dtype=torch.int32)
     model = ([case.layer], [case.math], case.slab, case.slot_bytes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("offmoe.kernels.triton_slots.failure_of", lambda *args: None)
+        patch.setattr("offmoe.kernels.triton.slots.failure_of", lambda *args: None)
         fast = make_slot_kernels(*model, slot_of_LE=case.slot_of_E[None], missing_L=missing_L, backend="triton")
     return fast, TorchSlotKernels(*model), missing_L
 
@@ -64,9 +64,9 @@ def test_every_layout(layout: str, biases: bool, dtype: torch.dtype) -> None:
 @interpreted
 def test_a_device_without_tiles_leaves_several_rows_to_torch_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turing: one token goes by Triton's rows, five by torch's products."""
-    monkeypatch.setattr("offmoe.kernels.triton_slots.tiling_of", lambda device: Tiling(has_tiles=False))
+    monkeypatch.setattr("offmoe.kernels.triton.slots.tiling_of", lambda device: Tiling(has_tiles=False))
     monkeypatch.setattr(
-        "offmoe.kernels.triton_launch.LayerKernels.tiles", MagicMock(side_effect=AssertionError("a tile"))
+        "offmoe.kernels.triton.launch.LayerKernels.tiles", MagicMock(side_effect=AssertionError("a tile"))
     )
     case = cases.make_case(layout="published", dtype=torch.float16, width_D=40, width_F=24, activate=cases.silu_gate)
     compare(case)
@@ -216,7 +216,7 @@ def test_states_of_another_type_are_computed_in_the_layers_type() -> None:
 
 @interpreted
 def test_a_kernel_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from offmoe.kernels import triton_slots
+    from offmoe.kernels.triton import slots as triton_slots
 
     case = cases.make_case(
         layout="published", dtype=torch.float32, width_D=24, width_F=16, activate=cases.silu_gate
@@ -230,7 +230,7 @@ def test_a_kernel_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
 @interpreted
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
 def test_a_kernel_that_fails_is_not_used(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    from offmoe.kernels import triton_launch
+    from offmoe.kernels.triton import launch as triton_launch
 
     case = cases.make_case(
         layout="published", dtype=torch.float32, width_D=24, width_F=16, activate=cases.silu_gate
@@ -268,7 +268,7 @@ def test_layers_of_different_shapes_share_a_slab(monkeypatch: pytest.MonkeyPatch
     assert small.slot_bytes < large.slot_bytes
     layers, maths = [small.layer, large.layer, small.layer], [small.math, large.math, small.math]
     model = (layers, maths, large.slab, large.slot_bytes)
-    monkeypatch.setattr("offmoe.kernels.triton_slots.failure_of", lambda *args: None)
+    monkeypatch.setattr("offmoe.kernels.triton.slots.failure_of", lambda *args: None)
     kernels = make_slot_kernels(*model, backend="triton")
     x_TD, ids_TK, weights_TK = small.rows(1, 2)
     for layer_idx in range(3):

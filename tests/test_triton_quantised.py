@@ -49,7 +49,7 @@ def make(name: str, **options: Any) -> cases.SlotCase:
 def test_values_are_those_of_the_format_to_the_bit(name: str) -> None:
     """One input is 1 and the others 0: what comes out is a column of the matrix, by rows and by tiles."""
     from offmoe.kernels.geometry import Tiling, make_tiles
-    from offmoe.kernels.triton_launch import LayerKernels
+    from offmoe.kernels.triton.launch import LayerKernels
 
     width_D = 256 if name in quant_cases.LARGE_BLOCKS else 64
     case = make(name, width_D=width_D, width_F=16, gated=False, num_experts=2, activate=lambda up: up)

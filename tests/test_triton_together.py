@@ -57,7 +57,8 @@ class Compiler:
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
 
-    from offmoe.kernels import triton_check, triton_experts
+    from offmoe.kernels.triton import check as triton_check
+    from offmoe.kernels.triton import experts as triton_experts
 
     driver = MagicMock()
     driver.get_current_device.return_value = driver.get_current_stream.return_value = 0
@@ -74,8 +75,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def compile_with(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[tuple[int, int]]]:
     """The trial of a layer whose kernels `compiler` has compiled, and the progress that was told."""
-    from offmoe.kernels.triton_check import LaunchCheck, compile_together
-    from offmoe.kernels.triton_launch import LayerKernels
+    from offmoe.kernels.triton.check import LaunchCheck, compile_together
+    from offmoe.kernels.triton.launch import LayerKernels
 
     monkeypatch.setattr(triton.compiler, "compile", compiler)
     case = cases.make_case(
@@ -106,7 +107,7 @@ def test_a_layers_kernels_are_compiled_four_at_a_time_and_never_again(
 def test_a_kernel_that_is_refused_is_named_and_the_others_are_compiled(
     pretended_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from offmoe.kernels.triton_check import failure_of
+    from offmoe.kernels.triton.check import failure_of
 
     compiler = Compiler(refused="weighted_rows")
     trial, told = compile_with(compiler, monkeypatch)

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from makers import one_line
 
-from offmoe.base.costs import TokenSample
-from offmoe.base.errors import OutputError, TraceError, UsageError
-from offmoe.base.trace import TraceEvent
-from offmoe.base.trace_file import Trace, TraceHeader
 from offmoe.cache.policy import POLICY_NAMES
 from offmoe.cache.replay import layer_calls, replay, replay_belady
+from offmoe.core.errors import OutputError, TraceError, UsageError
+from offmoe.machine.costs import TokenSample
 from offmoe.planner.tuning import Curves, TokenCosts, curve_sizes, knee, make_curves, measured_costs
 from offmoe.report.curves import chart_lines, table_lines
 from offmoe.report.plot import check_plot, write_plot
+from offmoe.trace.file import Trace, TraceHeader
+from offmoe.trace.recorder import TraceEvent
 
 HEADER = TraceHeader(
     model="made up", model_hash="0" * 64, experts_per_layer=(16, 16), top_k=2, expert_bytes=(1_000_000, 1_000_000),

@@ -15,7 +15,7 @@ follow_imports = skip
 ignore_errors = True
 """
 USE = """
-from offmoe.base.units import format_bytes
+from offmoe.core.units import format_bytes
 
 reveal_type(format_bytes(1))
 format_bytes("1")

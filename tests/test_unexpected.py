@@ -10,7 +10,7 @@ from engines import PROMPT, open_tiny, plain_model, save_tiny
 from makers import one_line
 from safetensors.torch import load_file, save_file
 
-from offmoe.base.errors import CheckpointError
+from offmoe.core.errors import CheckpointError
 from offmoe.planner.model_facts import read_facts
 
 IDS = torch.tensor([PROMPT])

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from makers import one_line
 
-from offmoe.base.errors import UsageError
-from offmoe.base.units import (
+from offmoe.core.errors import UsageError
+from offmoe.core.units import (
     GIB,
     KIB,
     MIB,

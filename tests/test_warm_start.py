@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import offmoe
-from offmoe.base.folders import cache_folder
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.usage import Usage
 from offmoe.cache.warm_start import MAX_COUNT, WarmStart
+from offmoe.core.folders import cache_folder
+from offmoe.core.keys import ExpertKey
 
 HASH = "ab" * 32
 EXPERTS = (3, 2)

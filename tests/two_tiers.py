@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from makers import RecordingDisk, TinyExperts, index_experts
 
-from offmoe.base.counters import Counters
-from offmoe.base.keys import ExpertKey
+from offmoe.cache.backing_store import DiskSource
 from offmoe.cache.expert_cache import ExpertCache
-from offmoe.cache.link import LinkSource
+from offmoe.cache.host_store import LinkSource
 from offmoe.cache.policy import make_policy
-from offmoe.cache.sources import DiskSource
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex
+from offmoe.core.counters import Counters
+from offmoe.core.keys import ExpertKey
 from offmoe.formats.layout import device_slot_bytes, layout_of
 from offmoe.tiers.copier import Copier
 from offmoe.tiers.device import SimulatedDevice

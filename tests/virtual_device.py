@@ -26,18 +26,18 @@ from makers import MATRICES, WIDTH_D, TinyExperts
 from two_tiers import TwoTiers, open_two_tiers
 from virtual_machine import CancelledJobError, Job, Lane, Speeds, VirtualMachine
 
-from offmoe.base.costs import Costs
-from offmoe.base.trial import Turns
-from offmoe.executor.cpu_experts import CpuExperts, Group
-from offmoe.executor.decide import Mode
-from offmoe.executor.executor import Executor
-from offmoe.executor.misses import MissPlacer
-from offmoe.executor.resident import preload
-from offmoe.executor.rows import Computed, ReferenceRows
-from offmoe.executor.scheduler import MissScheduler
-from offmoe.executor.stalls import StreamStalls
 from offmoe.kernels.reference import ExpertMath
-from offmoe.models.look_ahead import most_ahead
+from offmoe.loader.look_ahead import most_ahead
+from offmoe.machine.costs import Costs
+from offmoe.moe.backends import Computed, ReferenceRows
+from offmoe.moe.cpu_experts import CpuExperts, Group
+from offmoe.moe.executor import Executor
+from offmoe.moe.misses import MissPlacer
+from offmoe.moe.resident import preload
+from offmoe.moe.stalls import StreamStalls
+from offmoe.online.ab_test import Turns
+from offmoe.placement.choose import Mode
+from offmoe.placement.scheduler import MissScheduler
 from offmoe.prefetch.ahead import AheadOfTime
 from offmoe.prefetch.controller import Mode as PrefetchMode
 from offmoe.prefetch.controller import PrefetchController
@@ -344,7 +344,7 @@ def open_engine(
 
 
 def _place_misses(engine: Engine, mode: Mode, error: float) -> None:
-    """As models/serving.py does."""
+    """As loader/serving.py does."""
     speeds, two = engine.machine.speeds, engine.two
     assert speeds.link_beside_cpu is not None and speeds.cpu_beside_link is not None
     costs = Costs(
@@ -360,7 +360,7 @@ def _place_misses(engine: Engine, mode: Mode, error: float) -> None:
 
 
 def _fetch_ahead(engine: Engine, mode: PrefetchMode) -> None:
-    """As models/serving.py does."""
+    """As loader/serving.py does."""
     two, num_layers = engine.two, engine.num_layers
     num_ahead = most_ahead(two.cache.num_slots, engine.shape.top_k, from_disk=False)
     prefetcher = PrefetchController(two.cache, budget_bytes=num_ahead * EXPERT_BYTES, mode=mode)

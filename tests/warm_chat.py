@@ -114,7 +114,7 @@ def _serve() -> None:
     import torch
 
     import offmoe.cli.chat
-    import offmoe.generation.engine  # noqa: F401
+    import offmoe.engine.engine  # noqa: F401
 
     torch.set_num_threads(1)
     del prompt_toolkit, rich
@@ -196,8 +196,8 @@ def _say(text: str, pause_s: float) -> None:
     from transformers import AutoTokenizer
 
     from offmoe.checkpoint.locate import demo_model_folder
-    from offmoe.generation import engine as engine_module
-    from offmoe.generation.sampling import Chooser, Sampling
+    from offmoe.engine import engine as engine_module
+    from offmoe.engine.sampling import Chooser, Sampling
 
     parts = itertools.cycle(text.split("\n===\n"))
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.policy import KeepAllPolicy, Policy, hand_over, make_policy, needs_quota
 from offmoe.cache.race import PER_LAYER, Race
 from offmoe.cache.ranking import IsEvictable
 from offmoe.cache.usage import Usage
+from offmoe.core.keys import ExpertKey
 
 
 class AutoPolicy:

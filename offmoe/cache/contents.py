@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.policy import Policy, hand_over
 from offmoe.cache.slots import SlotState, SlotTable
+from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import ExpertWeights
 
 

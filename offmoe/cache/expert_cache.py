@@ -1,6 +1,6 @@
 """Experts in the slots of one tier: find, fetch, hold, evict; on demand and ahead of time.
 
-The same class serves both tiers; a `Source` says where the bytes come from (cache/sources.py).
+The same class serves both tiers; a `Source` says where the bytes come from (cache/backing_store.py).
 
 Concurrency. One thread (the one that runs the model) calls everything here. Bytes arrive on threads or streams of the
 tier below, into slots that are FILLING; a FILLING slot is nobody's until its ticket was waited for, and a READY slot is
@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence, Set
 
-from offmoe.base.counters import Counters
-from offmoe.base.keys import ExpertKey
-from offmoe.cache.ahead_books import AheadBooks
+from offmoe.cache.backing_store import Source
 from offmoe.cache.contents import Contents
 from offmoe.cache.fetch import Fetch, wait_out
 from offmoe.cache.policy import KeepAllPolicy, Policy
-from offmoe.cache.sources import Source
+from offmoe.cache.prefetch_ledger import AheadBooks
+from offmoe.core.counters import Counters
+from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import ExpertWeights
 
 # An expert that is used elsewhere replaces one that was used less than 1 / so many times as often.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offmoe.base.keys import ExpertKey
+from offmoe.core.keys import ExpertKey
 from offmoe.tiers.copier import Ticket
 
 

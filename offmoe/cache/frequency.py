@@ -7,9 +7,9 @@ from collections import OrderedDict
 from heapq import heappop, heappush, heapreplace
 from math import log2
 
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.ranking import IsEvictable, RankingPolicy
 from offmoe.cache.usage import Usage
+from offmoe.core.keys import ExpertKey
 
 # Token passes after which a use counts half in `DecayedPolicy`.
 HALF_LIFE = 100

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.ranking import IsEvictable, Policy
 from offmoe.cache.usage import Usage
+from offmoe.core.keys import ExpertKey
 
 
 def fair_shares(num_slots: int, num_layers: int) -> list[int]:

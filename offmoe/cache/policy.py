@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from offmoe.base.errors import UsageError
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.frequency import DecayedPolicy, LfruPolicy
 from offmoe.cache.per_layer import PerLayerPolicy, fair_shares
 from offmoe.cache.ranking import IsEvictable, LruPolicy, Policy
 from offmoe.cache.usage import Usage
+from offmoe.core.errors import UsageError
+from offmoe.core.keys import ExpertKey
 
 __all__ = ["POLICY_NAMES", "KeepAllPolicy", "LruPolicy", "Policy", "hand_over", "make_policy", "needs_quota"]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from offmoe.base.trace import PADDING
-from offmoe.cache.ghost import ShadowCache
 from offmoe.cache.policy import POLICY_NAMES, make_policy
+from offmoe.cache.shadow import ShadowCache
+from offmoe.trace.recorder import PADDING
 
 # Layers that are watched, and the fewest slots that shadow caches should have: with fewer, rounding decides.
 WATCHED_LAYERS, FEWEST_SLOTS = 4, 32

@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Protocol
 
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.usage import Usage
+from offmoe.core.keys import ExpertKey
 
 IsEvictable = Callable[[ExpertKey], bool]
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
-from offmoe.base.trace import TraceEvent
-from offmoe.cache.ghost import ShadowCache
 from offmoe.cache.policy import make_policy, needs_quota
+from offmoe.cache.shadow import ShadowCache
+from offmoe.trace.recorder import TraceEvent
 
 
 class LayerCall(NamedTuple):

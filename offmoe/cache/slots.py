@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 
-from offmoe.base.keys import ExpertKey
+from offmoe.core.keys import ExpertKey
 
 
 class SlotState(Enum):

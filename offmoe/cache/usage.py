@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from offmoe.base.keys import ExpertKey
+from offmoe.core.keys import ExpertKey
 
 # Counts are halved after so many token passes, so that what mattered for another topic fades.
 HALVE_AFTER = 200

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offmoe.base.folders import cache_folder
-from offmoe.base.keys import ExpertKey
 from offmoe.cache.usage import Usage
+from offmoe.core.folders import cache_folder
+from offmoe.core.keys import ExpertKey
 
 VERSION = 1
 MAX_FILE_BYTES, MAX_COUNT = 16 << 20, 1 << 20

@@ -15,7 +15,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from offmoe.base.errors import ResourceError
+from offmoe.core.errors import ResourceError
 
 T = TypeVar("T")
 

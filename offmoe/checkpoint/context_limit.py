@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from offmoe.base.shape import text_config
+from offmoe.memory.shape import text_config
 
 _SCALINGS = ("yarn", "longrope")
 

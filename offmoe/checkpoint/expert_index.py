@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from offmoe.base.keys import ExpertKey
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES
+from offmoe.core.keys import ExpertKey
 
 # Where the page cache is used, a source still lies in memory as it lies in the file modulo 64 bytes, as it does when
 # read directly: MKL's float32 matrix-vector product gives other last bits at other addresses modulo 16.

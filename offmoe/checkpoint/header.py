@@ -11,8 +11,8 @@ import math
 import reprlib
 from typing import Any, BinaryIO
 
-from offmoe.base.errors import CheckpointError
 from offmoe.checkpoint.tensor_entry import ITEM_BITS, TensorEntry
+from offmoe.core.errors import CheckpointError
 
 # The format's own limit (100 MB) keeps a lying length from being allocated.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the text begins that a clone without LFS has

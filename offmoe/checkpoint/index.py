@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from offmoe.base.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from offmoe.checkpoint.derived import StoredTensor
-from offmoe.checkpoint.gguf import GgufHeader, GgufTensor, read_gguf_header
-from offmoe.checkpoint.gguf_config import gguf_config, gguf_sampling
-from offmoe.checkpoint.gguf_file import check_part, is_gguf, split_paths
-from offmoe.checkpoint.gguf_rope import Frequencies, frequencies
-from offmoe.checkpoint.gguf_tensors import gguf_tensors
+from offmoe.checkpoint.gguf.config import gguf_config, gguf_sampling
+from offmoe.checkpoint.gguf.file import check_part, is_gguf, split_paths
+from offmoe.checkpoint.gguf.header import GgufHeader, GgufTensor, read_gguf_header
+from offmoe.checkpoint.gguf.rope import Frequencies, frequencies
+from offmoe.checkpoint.gguf.tensors import gguf_tensors
 from offmoe.checkpoint.header import read_header
 from offmoe.checkpoint.json_file import read_json
 from offmoe.checkpoint.quant_config import Quantisation
@@ -21,6 +20,7 @@ from offmoe.checkpoint.quantised import join_quantised
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.checkpoint.tokenizer_size import folder_tokenizer_bytes, gguf_tokenizer_bytes
+from offmoe.core.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

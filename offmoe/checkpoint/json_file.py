@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from offmoe.base.errors import CheckpointError, ModelNotFoundError
 from offmoe.checkpoint.shard_file import read_refused
+from offmoe.core.errors import CheckpointError, ModelNotFoundError
 
 MAX_JSON_BYTES = 256 << 20
 # Objects and lists within each other. Published files have five at most.

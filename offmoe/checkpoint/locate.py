@@ -10,12 +10,12 @@ from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from offmoe.base.errors import HubUnreachableError, ModelNotFoundError, UsageError
-from offmoe.base.folders import expand
-from offmoe.checkpoint.download import Download, Progress
-from offmoe.checkpoint.gguf_file import is_gguf, no_model, only_model, why_not_gguf
-from offmoe.checkpoint.hub import MAIN, Hub
-from offmoe.checkpoint.hub_cache import CachedModel, cache_root, is_offline, missing_weights
+from offmoe.checkpoint.gguf.file import is_gguf, no_model, only_model, why_not_gguf
+from offmoe.checkpoint.hub.api import MAIN, Hub
+from offmoe.checkpoint.hub.cache import CachedModel, cache_root, is_offline, missing_weights
+from offmoe.checkpoint.hub.download import Download, Progress
+from offmoe.core.errors import HubUnreachableError, ModelNotFoundError, UsageError
+from offmoe.core.folders import expand
 
 # A model, or a GGUF file of one.
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:/([\w./-]+\.gguf))?")

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from offmoe.base.shape import text_config
 from offmoe.checkpoint.derived import StoredTensor
 from offmoe.checkpoint.tensor_entry import FLOAT_TYPES
+from offmoe.memory.shape import text_config
 
 _BY_NAME = {
     "bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32", "float64": "F64",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.core.errors import CheckpointError, UnsupportedModelError
 
 Method = Literal["compressed-tensors", "fp8", "mxfp4"]
 METHODS: tuple[Method, ...] = ("compressed-tensors", "fp8", "mxfp4")

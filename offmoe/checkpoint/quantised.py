@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from offmoe.base.errors import CheckpointError, UnsupportedModelError
 from offmoe.checkpoint.expert_index import Part, QuantPart
 from offmoe.checkpoint.quant_config import CHANNEL, Quantisation
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.tensor_entry import TensorEntry
+from offmoe.core.errors import CheckpointError, UnsupportedModelError
 
 WORD_BITS = 32
 MXFP4_GROUP = 32

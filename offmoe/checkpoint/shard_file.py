@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from offmoe.base.errors import CheckpointChangedError, DiskReadError, ModelNotFoundError
 from offmoe.checkpoint.handles import Handles, shared_handles
+from offmoe.core.errors import CheckpointChangedError, DiskReadError, ModelNotFoundError
 
 # O_DIRECT wants file offset, length and address aligned to the logical block; 4096 satisfies every common drive.
 DIRECT_ALIGN_BYTES = 4096

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from offmoe.base.errors import OutputError, UsageError
-from offmoe.base.units import format_bytes
 from offmoe.checkpoint.index import INDEX_NAME
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES
 from offmoe.checkpoint.tensor_entry import ITEM_BITS
+from offmoe.core.errors import OutputError, UsageError
+from offmoe.core.units import format_bytes
 
 RECORD_NAME = ".offmoe-quantize.json"
 _FINISHED, _WRITING, _PROGRESS = ".finished", ".writing", ".progress"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from offmoe.base.errors import UsageError
 from offmoe.cli.session import check_request, open_engine
+from offmoe.core.errors import UsageError
 from offmoe.report.progress import ProgressReporter
 
 if TYPE_CHECKING:
-    from offmoe.generation.engine import Engine
+    from offmoe.engine.engine import Engine
 
 DEFAULT_DECODE = 64
 DEFAULT_TEXT = "Return a list of the lines of the file, without their ends. "
@@ -42,7 +42,7 @@ def run_bench_command(
 
 def _text_ids(engine: Engine, prompt: str | None, count: int) -> list[int]:
     """`count` ids of the prompt, repeated when it is short; of the vocabulary for a model without a tokenizer."""
-    from offmoe.generation.prompt import encode
+    from offmoe.engine.prompt import encode
 
     if engine.tokenizer is None and prompt is None:
         return [(7 * position + 3) % engine.vocab_size for position in range(count)]

@@ -8,20 +8,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offmoe.base.errors import ContextLengthError, EngineBusyError, EngineClosedError, OffmoeError, UsageError
 from offmoe.cli.chat_commands import COMMAND_NAMES, Leave, SlashCommands
 from offmoe.cli.chat_input import make_reader
 from offmoe.cli.interrupt import StopRequest
 from offmoe.cli.options import print_json
 from offmoe.cli.say import say
 from offmoe.cli.session import PromptProgress
-from offmoe.generation.stats import stats_line
+from offmoe.core.errors import ContextLengthError, EngineBusyError, EngineClosedError, OffmoeError, UsageError
+from offmoe.engine.stats import stats_line
 from offmoe.report.reply_view import is_smart_terminal, make_view, no_echo
 
 if TYPE_CHECKING:
-    from offmoe.generation.conversation import Conversation
-    from offmoe.generation.engine import Engine
-    from offmoe.generation.stream import Piece
+    from offmoe.engine.conversation import Conversation
+    from offmoe.engine.engine import Engine
+    from offmoe.engine.stream import Piece
 
 _NO_TEMPLATE = (
     "This model has no chat template: the prompt is all messages, each on a line of its own, and the model goes on "

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offmoe.base.errors import UsageError
-from offmoe.base.folders import expand
-from offmoe.base.units import format_percent, format_seconds, format_traffic
 from offmoe.cli.say import say
 from offmoe.cli.session import peak_line
+from offmoe.core.errors import UsageError
+from offmoe.core.folders import expand
+from offmoe.core.units import format_percent, format_seconds, format_traffic
 
 if TYPE_CHECKING:
-    from offmoe.generation.conversation import Conversation
-    from offmoe.generation.engine import Engine
+    from offmoe.engine.conversation import Conversation
+    from offmoe.engine.engine import Engine
 
 _WHOLE = ("max_new_tokens", "top_k", "seed")
 _FRACTIONS = ("temperature", "top_p", "min_p", "repetition_penalty")
@@ -131,7 +131,7 @@ class SlashCommands:
         return ("random" if value is None else str(value)) + ("" if name in self.options else " (the model's default)")
 
     def _sampling(self, options: dict[str, Any]) -> Any:
-        from offmoe.generation.sampling import Sampling, resolve_sampling
+        from offmoe.engine.sampling import Sampling, resolve_sampling
 
         defaults = self._engine.model.generation_config
         assert defaults is not None

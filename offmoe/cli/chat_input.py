@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from offmoe.base.errors import UsageError
-from offmoe.base.folders import home_folder
 from offmoe.cli.say import say
+from offmoe.core.errors import UsageError
+from offmoe.core.folders import home_folder
 from offmoe.report.reply_view import is_smart_terminal
 
 if TYPE_CHECKING:

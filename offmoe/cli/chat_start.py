@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offmoe.base.errors import UsageError
 from offmoe.cli.options import read_stdin, split_engine_options
 from offmoe.cli.session import check_request, open_engine
+from offmoe.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from offmoe.generation.conversation import Conversation
-    from offmoe.generation.engine import Engine
+    from offmoe.engine.conversation import Conversation
+    from offmoe.engine.engine import Engine
 
 DASH = "-"
 
@@ -27,7 +27,7 @@ class TemplateOptions:
 
     def begin(self, engine: Engine, *, system: str | None) -> Conversation:
         """A conversation with these options. Raises UsageError for what the model's template does not have."""
-        from offmoe.generation.chat_template import thinking_arguments
+        from offmoe.chat.template import thinking_arguments
 
         arguments = dict(self.arguments)
         if self.thinking is not None and engine.tokenizer is not None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from offmoe.base.errors import UsageError
-from offmoe.base.files import read_text_bounded
 from offmoe.cli.options import engine_options, json_option, print_json, split_engine_options, user_errors
+from offmoe.core.errors import UsageError
+from offmoe.core.files import read_text_bounded
 
 
 @click.command()

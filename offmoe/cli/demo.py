@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from offmoe.base.units import format_bytes, format_percent, format_traffic
 from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.cli.session import open_engine, peak_line, print_stream
-from offmoe.planner.survey import survey
+from offmoe.core.units import format_bytes, format_percent, format_traffic
+from offmoe.planner.inspect import survey
 
 CACHED_SHARE = 0.25
 

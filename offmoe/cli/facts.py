@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from offmoe.base.config import make_config
 from offmoe.cli.options import (
     EXPERT_FORMATS,
     REVISION_HELP,
@@ -18,6 +17,7 @@ from offmoe.cli.options import (
     split_engine_options,
     user_errors,
 )
+from offmoe.core.config import make_config
 
 DOES_NOT_FIT = 1  # the exit code of a plan that is one; 2 is for what cannot be planned
 
@@ -29,8 +29,8 @@ DOES_NOT_FIT = 1  # the exit code of a plan that is one; 2 is for what cannot be
 @user_errors
 def inspect(model: str | None, revision: str | None, as_json: bool) -> None:
     """Layers, experts and sizes of a checkpoint, from its headers alone: nothing else of a hub id is fetched."""
-    from offmoe.checkpoint.remote import locate_headers
-    from offmoe.planner.survey import survey
+    from offmoe.checkpoint.hub.headers import locate_headers
+    from offmoe.planner.inspect import survey
     from offmoe.report.progress import ProgressReporter
     from offmoe.report.tables import print_pairs, survey_rows
 
@@ -79,7 +79,7 @@ def plan(
     A hub id needs no download of weights. The exit code is 1 for a model that does not fit, where "fits" is false in
     JSON.
     """
-    from offmoe.planner.foresee import run_plan
+    from offmoe.planner.make_plan import run_plan
     from offmoe.report.plan_table import plan_tables
     from offmoe.report.progress import ProgressReporter
     from offmoe.report.tables import print_pairs

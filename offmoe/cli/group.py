@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from offmoe.base.config import gone
-from offmoe.base.errors import OutputError
 from offmoe.cli.streams import Terminated, ended_by_signals, prepare_streams
+from offmoe.core.config import gone
+from offmoe.core.errors import OutputError
 
 
 class OneLineGroup(click.Group):

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import click
 
-from offmoe.base.config import OPTION_NAMES
-from offmoe.base.errors import OffmoeError, UsageError
-from offmoe.base.machine import rss_bytes
+from offmoe.core.config import OPTION_NAMES
+from offmoe.core.errors import OffmoeError, UsageError
+from offmoe.machine.memory import rss_bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _CONFIG_KEY = "offmoe.config"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import psutil
 
-from offmoe.base.errors import UsageError
-from offmoe.base.machine_record import BUSY_SHARE, MachineRecord, drive_key, read_record, write_record
-from offmoe.base.units import format_percent
 from offmoe.checkpoint.locate import demo_model_folder, locate_cached
 from offmoe.cli.options import process_baseline_bytes
+from offmoe.core.errors import UsageError
+from offmoe.core.units import format_percent
+from offmoe.machine.record import BUSY_SHARE, MachineRecord, drive_key, read_record, write_record
 from offmoe.report.progress import ProgressReporter
 
 # How long the processors are watched before anything is measured.
@@ -34,7 +34,7 @@ def probe_machine(model: str | None, path: Path | None, *, refresh: bool, quiet:
     if known is not None and drive_key(where) in known.drives:
         return known
     from offmoe.cli.session import hush_libraries
-    from offmoe.report.probe import measure_drive, run_probe
+    from offmoe.probe.probe import measure_drive, run_probe
 
     hush_libraries()
     busy = psutil.cpu_percent(interval=LOOK_S) / 100

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from offmoe.base.errors import UsageError
-from offmoe.base.files import read_text_bounded
+from offmoe.core.errors import UsageError
+from offmoe.core.files import read_text_bounded
 
 
 def read_prompts(path: Path, *, whole: bool) -> list[str | list[int]]:

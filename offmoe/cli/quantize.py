@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from offmoe.base.config import make_config
-from offmoe.base.errors import UsageError
-from offmoe.base.files import read_text_bounded
-from offmoe.base.machine import rss_bytes
-from offmoe.base.units import format_bytes, format_percent
 from offmoe.checkpoint.writer import refuse_target
 from offmoe.cli.session import hush_libraries, open_engine
-from offmoe.models.fetch import fetch_model
+from offmoe.core.config import make_config
+from offmoe.core.errors import UsageError
+from offmoe.core.files import read_text_bounded
+from offmoe.core.units import format_bytes, format_percent
+from offmoe.loader.fetch import fetch_model
+from offmoe.machine.memory import rss_bytes
 from offmoe.report.progress import ProgressReporter
 
 
@@ -28,7 +28,7 @@ def run_quantize(
     text = None if text_file is None else read_eval_text(text_file)
     if text is not None and not any(folder.glob("tokenizer*")):
         raise UsageError(f"{folder} has no tokenizer, which --eval needs")
-    from offmoe.models.quantise import QuantiseOptions, quantise
+    from offmoe.quantize.write import QuantiseOptions, quantise
 
     hush_libraries()
     with ProgressReporter(quiet=quiet) as progress:
@@ -63,7 +63,7 @@ def _compare(source: Path, target: Path, text: str, *, quiet: bool) -> dict[str,
 
 
 def _perplexity(folder: Path, text: str, *, quiet: bool) -> Any:
-    from offmoe.generation.prompt import encode
+    from offmoe.engine.prompt import encode
     from offmoe.report.perplexity import perplexity
 
     with (

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offmoe.base.config import EngineConfig, make_config
-from offmoe.base.errors import UsageError
-from offmoe.base.saved_flags import SavedFlags, default_path, read_flags
-from offmoe.base.units import format_bytes, format_traffic
 from offmoe.checkpoint.identity import model_hash
 from offmoe.cli.options import named_config, process_baseline_bytes
-from offmoe.models.fetch import fetch_model
+from offmoe.core.config import EngineConfig, make_config
+from offmoe.core.errors import UsageError
+from offmoe.core.saved_flags import SavedFlags, default_path, read_flags
+from offmoe.core.units import format_bytes, format_traffic
+from offmoe.loader.fetch import fetch_model
 from offmoe.report.progress import ProgressReporter
 
 if TYPE_CHECKING:
-    from offmoe.generation.engine import Engine
-    from offmoe.generation.stream import Piece
+    from offmoe.engine.engine import Engine
+    from offmoe.engine.stream import Piece
 
 
 def check_request(model: str | None, options: dict[str, Any], *, quiet: bool = False) -> Path:
@@ -72,11 +72,11 @@ def refuse_long_prompt(folder: Path, config: EngineConfig, prompt: str) -> None:
 
     A text of fewer bytes than the context has tokens is not looked at: no tokenizer makes more of it.
     """
-    from offmoe.base.auto import DEFAULT_CONTEXT_LENGTH
     from offmoe.checkpoint.context_limit import context_limit
     from offmoe.checkpoint.index import read_config
-    from offmoe.generation.prompt import check_room, encode
-    from offmoe.models.tokenizer import load_tokenizer
+    from offmoe.engine.prompt import check_room, encode
+    from offmoe.hf.tokenizer import load_tokenizer
+    from offmoe.memory.auto import DEFAULT_CONTEXT_LENGTH
 
     longest = context_limit(read_config(folder))
     context = config.context_length or min(DEFAULT_CONTEXT_LENGTH, longest or DEFAULT_CONTEXT_LENGTH)

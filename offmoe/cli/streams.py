@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from offmoe.base.errors import OutputError
+from offmoe.core.errors import OutputError
 
 
 class Terminated(SystemExit):

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from offmoe.base.saved_flags import refuse_unwritable
-from offmoe.base.trace_file import check_trace_output
-from offmoe.base.trace_reader import read_trace
-from offmoe.base.units import format_bytes
 from offmoe.cli.prompts_file import read_prompts
 from offmoe.cli.session import check_request, open_engine
+from offmoe.core.saved_flags import refuse_unwritable
+from offmoe.core.units import format_bytes
 from offmoe.report.progress import ProgressReporter
+from offmoe.trace.file import check_trace_output
+from offmoe.trace.reader import read_trace
 
 
 def run_trace(
@@ -25,7 +25,7 @@ def run_trace(
     prompts = read_prompts(prompts_file, whole=whole)
     refuse_unwritable(output, "the trace")
     check_trace_output(output, overwrite=force)
-    from offmoe.generation.trace_run import encode_all, record_prompts
+    from offmoe.engine.trace_run import encode_all, record_prompts
 
     with open_engine(model, engine_given, quiet=quiet) as engine:
         ids = encode_all(engine, prompts)

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offmoe.base.budget import suggested_mib
-from offmoe.base.saved_flags import SavedFlags, default_path, refuse_unwritable, write_flags
-from offmoe.base.trace_file import Trace
-from offmoe.base.trace_reader import read_trace
-from offmoe.base.units import format_bandwidth, format_bytes, format_percent, format_seconds
 from offmoe.checkpoint.identity import model_hash
 from offmoe.cli.prompts_file import read_prompts
 from offmoe.cli.session import check_request, open_engine
+from offmoe.core.saved_flags import SavedFlags, default_path, refuse_unwritable, write_flags
+from offmoe.core.units import format_bandwidth, format_bytes, format_percent, format_seconds
+from offmoe.memory.budget import suggested_mib
 from offmoe.planner.tuning import Curves, TokenCosts, make_curves, measured_costs
 from offmoe.report.curves import chart_lines, table_lines
 from offmoe.report.plot import check_plot, write_plot
 from offmoe.report.progress import ProgressReporter
+from offmoe.trace.file import Trace
+from offmoe.trace.reader import read_trace
 
 if TYPE_CHECKING:
-    from offmoe.generation.engine import Engine
+    from offmoe.engine.engine import Engine
 
 # Of a model with a tokenizer, where the user names no prompts: prose, code, dialogue, a list.
 PROMPTS = (
@@ -138,7 +138,7 @@ def _measure(
     engine: Engine, prompts: list[Any], trace: Trace | None, max_new_tokens: int, *, quiet: bool
 ) -> tuple[Trace, TokenCosts | None]:
     """A trace, made now unless there is one, and what a token costs, from the same run or a short one."""
-    from offmoe.generation.trace_run import encode_all, record_prompts
+    from offmoe.engine.trace_run import encode_all, record_prompts
 
     if engine.tokenizer is None and prompts == list(PROMPTS):
         prompts = [[(7 * place + 13 * start) % engine.vocab_size for place in range(NUM_IDS)] for start in range(4)]

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offmoe.base.machine import rss_bytes
-from offmoe.base.units import format_percent
 from offmoe.cli.options import print_json
 from offmoe.cli.session import check_request, open_engine
+from offmoe.core.units import format_percent
+from offmoe.machine.memory import rss_bytes
 from offmoe.report.progress import ProgressReporter
 
 if TYPE_CHECKING:
-    from offmoe.generation.engine import Engine
+    from offmoe.engine.engine import Engine
 
 
 def run_verify(model: str | None, options: dict[str, Any], prompt: str, num_new: int, *, as_json: bool) -> int:
     """Exit code 0 when every size agrees with the oracle, 1 when one does not."""
     check_request(model, options, quiet=as_json)
-    from offmoe.generation.prompt import encode
+    from offmoe.engine.prompt import encode
     from offmoe.report.verify import verify
 
     def engine_with(slots: int | None) -> Engine:

@@ -14,10 +14,10 @@ from torch import nn
 
 from offmoe.decode.spec import NoSpecError, Router, part_of
 from offmoe.decode.steps import Steps
-from offmoe.executor.recovering import JoinedExperts
+from offmoe.hf.seam import LayerBinding, find_binding
 from offmoe.kernels.cpu.decode import CpuLinear
 from offmoe.kernels.cpu.layer import CpuRoute
-from offmoe.models.seam import LayerBinding, find_binding
+from offmoe.moe.interrupt_safe import JoinedExperts
 
 Route = tuple[CpuLinear, CpuRoute]
 

@@ -29,13 +29,13 @@ from typing import Protocol
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from offmoe.base.config import EngineConfig
-from offmoe.base.errors import OffmoeError
+from offmoe.core.config import EngineConfig
+from offmoe.core.errors import OffmoeError
 from offmoe.decode.compare import allowed_difference, difference
 from offmoe.decode.compile_thread import CompileThread, is_compiling
 from offmoe.decode.compiled_step import CompiledStep, Lowering, lower_with_inductor
-from offmoe.models.kv_cache import make_kv_cache
-from offmoe.models.static_cache import StaticKv, UnsupportedCacheError
+from offmoe.kv.cache import make_kv_cache
+from offmoe.kv.static_cache import StaticKv, UnsupportedCacheError
 
 # Tokens that an engine decodes before it compiles in the background: short questions and their answers never need it.
 TOKENS_BEFORE = 128

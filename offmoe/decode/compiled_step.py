@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from offmoe.attention.grouped import group_attention
 from offmoe.decode.compile_thread import interruptible
-from offmoe.decode.grouped_attention import group_attention
 from offmoe.decode.process_state import ProcessState
-from offmoe.executor.resident import ResidentExecutor
-from offmoe.models.seam import LayerBinding, binding_of_handle, define_experts_operators, is_observed
-from offmoe.models.static_cache import StaticKv
-from offmoe.models.transformers_internals import cache_name
+from offmoe.hf.internals import cache_name
+from offmoe.hf.seam import LayerBinding, binding_of_handle, define_experts_operators, is_observed
+from offmoe.kv.static_cache import StaticKv
+from offmoe.moe.resident import ResidentExecutor
 
 # A lowering takes a graph and example inputs and returns what runs it: a torch.compile backend.
 Lowering = Callable[[torch.fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]

@@ -25,10 +25,10 @@ from offmoe.decode.attends import Angles
 from offmoe.decode.layers import FusedLayer, LayerWriter
 from offmoe.decode.spec import AngleForm, DecoderSpec, part_of
 from offmoe.decode.steps import Steps
-from offmoe.executor.recovering import JoinedExperts, RecoveringExecutor
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.program import CpuProgram
-from offmoe.models.kv_cache import PreallocatedLayer, SlidingLayer
+from offmoe.kv.cache import PreallocatedLayer, SlidingLayer
+from offmoe.moe.interrupt_safe import JoinedExperts, RecoveringExecutor
 
 # Name of a rotary module, and the layer type that it is asked for.
 Kind = tuple[str, str]

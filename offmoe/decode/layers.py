@@ -14,8 +14,8 @@ from offmoe.decode.attends import Move, Place, attend, place_heads
 from offmoe.decode.blocks import FusedMoe, Route, choose, moe_block, per_layer
 from offmoe.decode.spec import Attention, Heads, Latents, part_of
 from offmoe.decode.steps import Steps
-from offmoe.executor.recovering import JoinedExperts
 from offmoe.kernels.cpu.layer import CpuTokenLayer
+from offmoe.moe.interrupt_safe import JoinedExperts
 
 
 @dataclass(kw_only=True)

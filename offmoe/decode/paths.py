@@ -18,14 +18,14 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 
 from offmoe.decode.compare import allowed_difference, difference
-from offmoe.decode.families import spec_of
+from offmoe.decode.families.common import spec_of
 from offmoe.decode.fused import FusedStep
 from offmoe.decode.spec import DecoderSpec, NoSpecError
-from offmoe.executor.recovering import RecoveringExecutor
-from offmoe.models.kv_rewind import remember
-from offmoe.models.loaded import LoadedModel
-from offmoe.models.seam import ObserverHook, find_binding
-from offmoe.models.transformers_internals import experts_modules
+from offmoe.hf.internals import experts_modules
+from offmoe.hf.seam import ObserverHook, find_binding
+from offmoe.kv.rewind import remember
+from offmoe.loader.loaded import LoadedModel
+from offmoe.moe.interrupt_safe import RecoveringExecutor
 
 Path = Literal["fused", "eager"]
 # Tokens that are computed both ways; and those of them that may differ by more than rounding, as a router does that

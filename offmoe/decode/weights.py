@@ -14,6 +14,8 @@ from torch import nn
 
 from offmoe.decode.spec import DecoderSpec, Heads, NoSpecError, Router, ShortConv, part_of
 from offmoe.formats.dense import ExpertWeights
+from offmoe.hf.replace import KernelLinear, make_linear
+from offmoe.hf.seam import find_binding
 from offmoe.kernels.activations import Activation, find_activation
 from offmoe.kernels.cpu.decode import AttentionShape, CpuAttention, CpuLinear, CpuNorm
 from offmoe.kernels.cpu.delta import CpuDelta, DeltaShape
@@ -26,8 +28,6 @@ from offmoe.kernels.cpu.matrices import unreadable
 from offmoe.kernels.cpu.mlp import CpuMlp
 from offmoe.kernels.cpu.short_conv import MOST_TAPS, CpuShortConv
 from offmoe.kernels.reference import ExpertMath
-from offmoe.models.native import KernelLinear, make_linear
-from offmoe.models.seam import find_binding
 
 _EPS = ("variance_epsilon", "eps", "epsilon")
 _WEIGHTS = ("weight", "scale")

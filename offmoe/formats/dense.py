@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from offmoe.base.errors import CheckpointError
 from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart
+from offmoe.core.errors import CheckpointError
 from offmoe.formats.quantised import QuantMatrix
 
 TORCH_DTYPES: dict[str, torch.dtype] = {

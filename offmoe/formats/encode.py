@@ -16,8 +16,8 @@ from collections.abc import Iterator
 
 import torch
 
-from offmoe.base.errors import CheckpointError
 from offmoe.checkpoint.quant_format import QuantFormat
+from offmoe.core.errors import CheckpointError
 from offmoe.formats.dense import TORCH_DTYPES
 from offmoe.formats.quantised import QuantMatrix
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from offmoe.base.errors import CheckpointError, UnsupportedModelError
+from offmoe.core.errors import CheckpointError, UnsupportedModelError
 
 WORD_BITS = 32
 # AWQ: nibble i of a word is output 8 j + _AWQ_ORDER[i].

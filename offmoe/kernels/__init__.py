@@ -1,0 +1,1 @@
+"""Products and activations, with a reference for each. Knows tensors and slots, no cache and no model."""

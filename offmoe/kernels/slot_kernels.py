@@ -83,7 +83,7 @@ def make_slot_kernels(
         fallback.reasons = dict.fromkeys(range(len(layers)), f"computed by torch on {slab.device.type}")
         return fallback
     try:
-        from offmoe.kernels.triton_slots import make_triton_kernels
+        from offmoe.kernels.triton.slots import make_triton_kernels
     except ImportError as error:
         fallback.reasons = dict.fromkeys(range(len(layers)), f"triton cannot be imported: {error}")
         return fallback

@@ -1,0 +1,1 @@
+"""Predictions before anything is loaded: what fits, and how fast. Knows headers and costs, never an engine."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from offmoe.base.family_facts import FAMILIES, facts_of_family
-from offmoe.base.trace_file import Trace
 from offmoe.cache.replay import layer_calls, lru_curve
+from offmoe.memory.family_facts import FAMILIES, facts_of_family
+from offmoe.trace.file import Trace
 
 _SHARES = (0.0, 0.125, 0.25, 0.375, 1.0)
 DEFAULT = "olmoe"

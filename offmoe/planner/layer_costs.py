@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from offmoe.base.machine_record import LayerCosts
-from offmoe.base.shape import text_config
-from offmoe.planner.survey import num_hidden_layers
+from offmoe.machine.record import LayerCosts
+from offmoe.memory.shape import text_config
+from offmoe.planner.inspect import num_hidden_layers
 
 WHOLE = frozenset({
     "afmoe", "aria", "aria_text", "axk1", "cohere2_moe", "deepseek_ocr2", "deepseek_v2", "deepseek_v3", "dots1",

@@ -13,9 +13,9 @@ from __future__ import annotations
 import difflib
 from dataclasses import replace
 
-from offmoe.base.errors import UsageError
-from offmoe.base.machine_record import DriveSpeed, LayerCosts, MachineRecord
-from offmoe.base.units import GIB, MIB
+from offmoe.core.errors import UsageError
+from offmoe.core.units import GIB, MIB
+from offmoe.machine.record import DriveSpeed, LayerCosts, MachineRecord
 
 _LIBRARIES_BYTES = 1200 * MIB  # with CUDA's own; without a GPU 430 MiB were measured
 _LIBRARIES_CPU_BYTES = 440 * MIB

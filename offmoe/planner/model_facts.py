@@ -8,10 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from offmoe.base.division import ModelSizes
-from offmoe.base.errors import UnsupportedModelError
-from offmoe.base.family_facts import experts_per_token, facts_of_family
-from offmoe.base.shape import LATENT_MATRIX, largest_number, shape_of, text_config
 from offmoe.checkpoint.context_limit import context_limit
 from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
 from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, Span, common_slot_bytes
@@ -20,8 +16,12 @@ from offmoe.checkpoint.model_dtype import model_dtype
 from offmoe.checkpoint.quant_config import read_quantisation
 from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.checkpoint.tensor_entry import FLOAT_TYPES, ITEM_BITS, TensorEntry
+from offmoe.core.errors import UnsupportedModelError
 from offmoe.formats.layout import aligned
-from offmoe.planner.survey import EMBEDDING, is_tied, layer_of, loaded_tensors, num_hidden_layers
+from offmoe.memory.family_facts import experts_per_token, facts_of_family
+from offmoe.memory.planner import ModelSizes
+from offmoe.memory.shape import LATENT_MATRIX, largest_number, shape_of, text_config
+from offmoe.planner.inspect import EMBEDDING, is_tied, layer_of, loaded_tensors, num_hidden_layers
 
 _KINDS = {"BF16": "bf16", "F16": "bf16", "F32": "f32", "F64": "f32"}
 # Bytes a weight as `offmoe quantize` writes experts in groups of 32, scales in 16 bits.

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from offmoe.base.auto import Complete, Facts, complete_config
-from offmoe.base.budget import CUDA_CONTEXT_BYTES, MemoryPlan
-from offmoe.base.config import EngineConfig
-from offmoe.base.division import Division, Machine
-from offmoe.base.errors import BudgetError, UsageError
-from offmoe.base.kv import KvEstimate, estimate_kv
-from offmoe.base.machine_record import DriveSpeed, MachineRecord
-from offmoe.base.units import format_seconds
+from offmoe.core.config import EngineConfig
+from offmoe.core.errors import BudgetError, UsageError
+from offmoe.core.units import format_seconds
+from offmoe.machine.record import DriveSpeed, MachineRecord
+from offmoe.memory.auto import Complete, Facts, complete_config
+from offmoe.memory.budget import CUDA_CONTEXT_BYTES, MemoryPlan
+from offmoe.memory.kv_bytes import KvEstimate, estimate_kv
+from offmoe.memory.planner import Division, Machine
 from offmoe.planner.hit_rates import HitCurve
 from offmoe.planner.model_facts import ModelFacts
 from offmoe.planner.predict import Prediction, predict

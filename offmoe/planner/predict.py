@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from offmoe.base.budget import MemoryPlan
-from offmoe.base.machine_record import DriveSpeed, LayerCosts, MachineRecord
+from offmoe.machine.record import DriveSpeed, LayerCosts, MachineRecord
+from offmoe.memory.budget import MemoryPlan
 from offmoe.planner.hit_rates import HitCurve
 from offmoe.planner.layer_costs import latent_work, layer_cost
 from offmoe.planner.model_facts import ModelFacts

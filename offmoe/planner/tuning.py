@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from offmoe.base.costs import TokenSample
-from offmoe.base.errors import TraceError
-from offmoe.base.trace_file import Trace
 from offmoe.cache.policy import POLICY_NAMES
 from offmoe.cache.replay import ReplayResult, layer_calls, lru_curve, replay, replay_belady
+from offmoe.core.errors import TraceError
+from offmoe.machine.costs import TokenSample
+from offmoe.trace.file import Trace
 
 # Of all experts: where curves are computed.
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 7 / 16, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)

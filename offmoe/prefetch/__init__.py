@@ -1,0 +1,1 @@
+"""Fetches ahead of time: requests, their confidence, and when they are taken back. Knows keys, no transformers."""

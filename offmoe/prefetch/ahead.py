@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from offmoe.base.trial import Trial
+from offmoe.online.ab_test import Trial
 from offmoe.prefetch.controller import PrefetchController
 from offmoe.prefetch.lookahead import Lookahead
 from offmoe.prefetch.two_tiers import TwoTierPrefetcher

@@ -4,14 +4,14 @@ Lookahead says what a layer will want (`want`); the executor says what it turned
 computations wait for fetches (`demand_begins`, `demand_ends`), and gives time to start things (`pump`). Nothing here
 blocks, moves bytes or knows how predictions are made. Keys and integers only: no torch, no threads; the one thread that
 runs the model calls everything. What was fetched ahead, and how it ended, is in the cache's ledger
-(cache/ahead_books.py).
+(cache/prefetch_ledger.py).
 
 The queue goes nearest layer first, surest expert first. Rules: predictions have never more than `budget_bytes` under
 way; nothing starts while a computation waits for the link; what is READY or coming is not asked for again; what another
 layer wants is not evicted for it. The caller holds what a layer needs before it pumps, so a prefetch cannot evict that
 either.
 
-In "auto" a guess is fetched only where that is worth it: its chance to come true (prefetch/chances.py) times what it
+In "auto" a guess is fetched only where that is worth it: its chance to come true (prefetch/confidence.py) times what it
 would save, against what it costs otherwise. Whether to guess at all is compared on line with doing nothing, by the time
 of token passes.
 """
@@ -21,10 +21,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Literal
 
-from offmoe.base.keys import ExpertKey
-from offmoe.base.trial import Trial
-from offmoe.prefetch.chances import Chances, is_worth
-from offmoe.prefetch.wants import AheadCache, Wanted, WantedKeys
+from offmoe.core.keys import ExpertKey
+from offmoe.online.ab_test import Trial
+from offmoe.prefetch.confidence import Chances, is_worth
+from offmoe.prefetch.requests import AheadCache, Wanted, WantedKeys
 
 Mode = Literal["auto", "off"] | int
 

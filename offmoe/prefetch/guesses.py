@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from offmoe.base.trace import Recorder
+from offmoe.trace.recorder import Recorder
 
 MAX_DISTANCE = 3
 Predictor = Callable[[torch.Tensor], "torch.Tensor | None"]
 
 
 class GuessWriter:
-    """An observer of states (models/routing.py) that asks the next three layers' routers about each token decoded.
+    """An observer of states (routers/routing.py) that asks the next three layers' routers about each token decoded.
 
     On a device each answer makes the host wait: for traces only. `order`: the layers as they run.
     """

@@ -2,7 +2,7 @@
 
 A layer adds little to the residual stream, so the next layer's own router, given this layer's state, names most of the
 experts that it will choose when its turn comes (Eliseev and Mazur, arXiv:2312.17238). Nothing here knows models or
-moves bytes: predictors come from models/routing.py, fetches are the prefetcher's.
+moves bytes: predictors come from routers/routing.py, fetches are the prefetcher's.
 
 Shapes: T tokens, K experts a token, X what a state has besides (D model width, often the only one).
 """

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from offmoe.base.counters import Counters
-from offmoe.base.keys import ExpertKey
-from offmoe.base.trial import Trial
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.slots import SlotTable
+from offmoe.core.counters import Counters
+from offmoe.core.keys import ExpertKey
+from offmoe.online.ab_test import Trial
 from offmoe.prefetch.controller import PrefetchController
 
 

@@ -11,11 +11,11 @@ import torch
 import transformers
 
 import offmoe
-from offmoe.base.errors import ContextLengthError, UsageError
-from offmoe.base.machine import num_cores
-from offmoe.generation.engine import Engine
-from offmoe.generation.prompt import check_ids
-from offmoe.generation.stats import GenerationStats
+from offmoe.core.errors import ContextLengthError, UsageError
+from offmoe.engine.engine import Engine
+from offmoe.engine.prompt import check_ids
+from offmoe.engine.stats import GenerationStats
+from offmoe.machine.memory import num_cores
 
 # In the record where there is a device.
 _DEVICE_TOTALS = ("device", "device_slots", "vram_bytes", "device_planned_bytes", "device_peak_bytes", "link_bytes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from offmoe.base.units import format_bytes, format_percent
+from offmoe.core.units import format_bytes, format_percent
 from offmoe.planner.tuning import BOUND, Curves, Point
 
 MIN_WIDTH, MAX_WIDTH = 30, 100

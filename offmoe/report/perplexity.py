@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from offmoe.base.errors import UsageError
-from offmoe.generation.engine import Engine
-from offmoe.generation.finite import non_finite_error
+from offmoe.core.errors import UsageError
+from offmoe.engine.engine import Engine
+from offmoe.engine.finite import non_finite_error
 
 WINDOW = 512
 # Rows of logits that exist in float32 at once.

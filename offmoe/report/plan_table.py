@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from offmoe.base.budget import EXPECTED_GROWTH_BYTES, DevicePlan, MemoryPlan
-from offmoe.base.machine_record import BUSY_SHARE, MachineRecord
-from offmoe.base.units import (
+from offmoe.core.units import (
     format_bandwidth,
     format_bytes,
     format_percent,
     format_seconds,
     format_traffic,
 )
+from offmoe.machine.record import BUSY_SHARE, MachineRecord
+from offmoe.memory.budget import EXPECTED_GROWTH_BYTES, DevicePlan, MemoryPlan
 from offmoe.planner.plan import Plan
 from offmoe.planner.predict import Prediction, Step
 

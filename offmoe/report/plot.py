@@ -7,9 +7,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from offmoe.base.errors import OutputError, UsageError
-from offmoe.base.files import check_output, write_whole
-from offmoe.base.units import format_bytes
+from offmoe.core.errors import OutputError, UsageError
+from offmoe.core.files import check_output, write_whole
+from offmoe.core.units import format_bytes
 from offmoe.planner.tuning import BOUND, Curves
 from offmoe.report.curves import shown_policies
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from offmoe.base.machine_record import LayerCosts, MachineRecord
-from offmoe.base.units import format_bandwidth, format_bytes
+from offmoe.core.units import format_bandwidth, format_bytes
+from offmoe.machine.record import LayerCosts, MachineRecord
 
 
 def probe_rows(record: MachineRecord) -> list[tuple[str, str]]:

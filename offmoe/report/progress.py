@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
-from offmoe.base.units import format_seconds
+from offmoe.core.units import format_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from offmoe.base.units import format_bytes
-from offmoe.planner.survey import Survey
+from offmoe.core.units import format_bytes
+from offmoe.planner.inspect import Survey
 
 
 def print_pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:

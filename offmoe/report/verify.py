@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from offmoe.base.errors import UsageError
-from offmoe.generation.engine import Engine
-from offmoe.generation.sampling import greedy
+from offmoe.core.errors import UsageError
+from offmoe.engine.engine import Engine
+from offmoe.engine.sampling import greedy
 
 # Largest difference of logits, relative to the largest logit, that counts as equal. The arithmetic is the same
 # instructions on the same bytes, so 0 is expected; the allowance is for a matrix product that splits rows otherwise.

@@ -25,8 +25,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from offmoe.base.budget import CUDA_CONTEXT_BYTES
-from offmoe.base.errors import DeviceError
+from offmoe.core.errors import DeviceError
+from offmoe.memory.budget import CUDA_CONTEXT_BYTES
 from offmoe.tiers.copier import Copier, Part
 from offmoe.tiers.cuda_events import CudaArrival, CudaMark, CudaMoment, EventPool, as_device_error, one_sentence
 from offmoe.tiers.device import DevicePool

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from offmoe.base.errors import DeviceError
+from offmoe.core.errors import DeviceError
 
 
 class EventPool:

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from offmoe.base.errors import BudgetError, UsageError
-from offmoe.base.units import GIB, format_bytes
+from offmoe.core.errors import BudgetError, UsageError
+from offmoe.core.units import GIB, format_bytes
 from offmoe.tiers.copier import Copier
 from offmoe.tiers.throttled import ThrottledCopier
 

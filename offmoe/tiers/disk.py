@@ -12,10 +12,10 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from offmoe.base.counters import Counters
-from offmoe.base.errors import UsageError
 from offmoe.checkpoint.expert_index import BUFFERED_ALIGN_BYTES, ReadPlan, Run
 from offmoe.checkpoint.shard_file import DIRECT_ALIGN_BYTES, ShardFile
+from offmoe.core.counters import Counters
+from offmoe.core.errors import UsageError
 from offmoe.tiers.copier import Ticket
 from offmoe.tiers.work_queue import WorkQueue
 

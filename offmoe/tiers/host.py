@@ -8,8 +8,8 @@ import mmap
 
 import torch
 
-from offmoe.base.errors import BudgetError
-from offmoe.base.units import format_bytes
+from offmoe.core.errors import BudgetError
+from offmoe.core.units import format_bytes
 
 
 class HostPool:

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from offmoe.base.machine import num_cores
+from offmoe.machine.memory import num_cores
 
 HUGE_BYTES = 2 << 20
 # Smaller tensors stay where they are.

@@ -19,8 +19,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
-from offmoe.base.errors import ResourceError
-from offmoe.base.forks import OneProcess
+from offmoe.core.errors import ResourceError
+from offmoe.core.forks import OneProcess
 from offmoe.tiers.copier import CancelledMoveError
 
 Piece = Callable[[], None]

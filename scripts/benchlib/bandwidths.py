@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from benchlib.roofline import Bandwidths
-from offmoe.executor.speeds import host_read
+from offmoe.probe.speeds import host_read
 
 REPEATS = 5
 

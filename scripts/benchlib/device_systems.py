@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import offmoe
 from benchlib.device_checkpoint import MadeModel
 from offmoe.api import load_engine
-from offmoe.base.config import make_config
-from offmoe.base.machine import rss_bytes
-from offmoe.models.fetch import fetch_model
+from offmoe.core.config import make_config
+from offmoe.loader.fetch import fetch_model
+from offmoe.machine.memory import rss_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 import offmoe
-from offmoe.base.counters import Counters
+from offmoe.core.counters import Counters
 
 
 class GivenIds:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import offmoe
-from offmoe.base.trace import TraceEvent
-from offmoe.base.trace_file import TraceHeader
+from offmoe.trace.file import TraceHeader
+from offmoe.trace.recorder import TraceEvent
 
 # Of the demo model's prompts: tokens, and new tokens at least and at most.
 PROMPT_TOKENS, FEWEST_NEW, MOST_NEW = 64, 64, 384

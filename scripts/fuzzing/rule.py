@@ -14,7 +14,7 @@ from types import FrameType
 
 import psutil
 
-from offmoe.base.errors import OffmoeError
+from offmoe.core.errors import OffmoeError
 
 # Of processor time, which a busy machine does not use up.
 MOST_CPU_S = 10.0

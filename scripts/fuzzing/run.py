@@ -23,7 +23,7 @@ from typing import Any
 
 from fuzzing.rule import MOST_CPU_S, try_input
 from fuzzing.targets import TARGETS, Target
-from offmoe.base.errors import OffmoeError
+from offmoe.core.errors import OffmoeError
 
 # Beyond any bound on processor time: native code that does not come back, on a machine that is busy with other things.
 _STUCK_S = 60 * MOST_CPU_S

@@ -118,8 +118,8 @@ def _write_checkpoint(case: dict[str, Any], folder: Path) -> None:
 
 def _describe(path: Path) -> None:
     """Read a checkpoint as `inspect` and `plan` do."""
+    from offmoe.planner.inspect import survey
     from offmoe.planner.model_facts import read_facts
-    from offmoe.planner.survey import survey
 
     survey(path)
     read_facts(path, direct=True)
@@ -141,10 +141,10 @@ def _read_model(data: bytes, folder: Path) -> None:
 
 
 def _build(path: Path) -> None:
-    from offmoe.generation.sampling import resolve_sampling
-    from offmoe.models.build import build_on_meta, read_model_config
-    from offmoe.models.expert_map import map_experts
-    from offmoe.models.transformers_internals import KeyMapping
+    from offmoe.engine.sampling import resolve_sampling
+    from offmoe.hf.expert_map import map_experts
+    from offmoe.hf.internals import KeyMapping
+    from offmoe.loader.build import build_on_meta, read_model_config
 
     config, quantisation = read_model_config(path, trust_remote_code=False)
     index = CheckpointIndex.open(path, quantisation)
@@ -246,9 +246,9 @@ MESSAGES = [
 
 
 def _use_tokenizer(tokenizer: Any) -> None:
-    from offmoe.generation.chat import chat_ids
-    from offmoe.generation.prompt import encode
-    from offmoe.generation.text import TextDecoder
+    from offmoe.chat.messages import chat_ids
+    from offmoe.engine.prompt import encode
+    from offmoe.engine.text import TextDecoder
 
     encode("one 2 three\u00e9 \U0001f600", tokenizer, vocab_size=1 << 20)
     chat_ids(tokenizer, MESSAGES)
@@ -256,7 +256,7 @@ def _use_tokenizer(tokenizer: Any) -> None:
 
 
 def _read_tokenizer(data: bytes, folder: Path) -> None:
-    from offmoe.models.tokenizer import load_tokenizer
+    from offmoe.hf.tokenizer import load_tokenizer
 
     _write_files(_document(data), folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=False)
@@ -265,7 +265,7 @@ def _read_tokenizer(data: bytes, folder: Path) -> None:
 
 
 def _read_gguf_tokenizer(data: bytes, folder: Path) -> None:
-    from offmoe.models.tokenizer import load_tokenizer
+    from offmoe.hf.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(_write_gguf(_document(data), folder), trust_remote_code=False)
     if tokenizer is not None:
@@ -274,13 +274,13 @@ def _read_gguf_tokenizer(data: bytes, folder: Path) -> None:
 
 @functools.cache
 def _demo_tokenizer() -> Any:
-    from offmoe.models.tokenizer import load_tokenizer
+    from offmoe.hf.tokenizer import load_tokenizer
 
     return load_tokenizer(demo_model_folder(), trust_remote_code=False)
 
 
 def _read_template(data: bytes, folder: Path) -> None:
-    from offmoe.generation.chat import chat_ids
+    from offmoe.chat.messages import chat_ids
 
     tokenizer = _demo_tokenizer()
     before = tokenizer.chat_template
@@ -309,7 +309,7 @@ _WORDS = (
 
 
 def _read_saved_chat(data: bytes, folder: Path) -> None:
-    from offmoe.generation.saved_chat import read_messages
+    from offmoe.chat.saved import read_messages
 
     (folder / "chat.json").write_bytes(data)
     read_messages(folder / "chat.json")

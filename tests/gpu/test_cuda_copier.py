@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from offmoe.base.errors import BudgetError, DeviceError
+from offmoe.core.errors import BudgetError, DeviceError
 from offmoe.tiers.copier import CancelledMoveError, Ticket
 from offmoe.tiers.cuda import CudaDevice
 from offmoe.tiers.device import DevicePool, open_device

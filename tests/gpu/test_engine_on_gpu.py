@@ -13,7 +13,7 @@ import torch
 from engines import PROMPT, assert_at_rest, plain_model, save_tiny
 
 import offmoe
-from offmoe.base.errors import BudgetError
+from offmoe.core.errors import BudgetError
 
 Load = Callable[..., offmoe.Engine]
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offmoe.base.errors import EngineClosedError, ResourceError
+from offmoe.core.errors import EngineClosedError, ResourceError
 from offmoe.formats.dense import ExpertWeights
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.activations import Activation, find_activation

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from offmoe.base.errors import UsageError
-from offmoe.base.machine import num_cores
+from offmoe.core.errors import UsageError
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.structs import ABI_VERSION, places
+from offmoe.machine.memory import num_cores
 
 LEVELS = ("avx512", "avx2", "portable")
 CHOICES = ("auto", *LEVELS, "off")

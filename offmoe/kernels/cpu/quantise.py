@@ -10,8 +10,8 @@ import ctypes
 
 import torch
 
-from offmoe.base.errors import CheckpointError
 from offmoe.checkpoint.quant_format import QuantFormat
+from offmoe.core.errors import CheckpointError
 from offmoe.formats import encode as reference
 from offmoe.formats.dense import TORCH_DTYPES
 from offmoe.formats.quantised import QuantMatrix

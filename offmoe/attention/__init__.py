@@ -1,0 +1,1 @@
+"""One function behind transformers' attention door: query, rows, result. Knows no cache of experts."""

@@ -1,0 +1,1 @@
+"""Messages to prompt ids through a model's chat template, and conversations as files. Knows tokenizers, no engine."""

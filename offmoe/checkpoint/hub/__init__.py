@@ -1,0 +1,1 @@
+"""Models on the hub: lists of files, headers, downloads, the local cache. Knows HTTP and files, no model."""

@@ -1,0 +1,74 @@
+"""One call of the engine, from a checked prompt to the pieces of its reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from offmoe.decode.compiled import DecodeCompiler
+from offmoe.decode.paths import DecodePaths
+from offmoe.engine.prefill_chunk import PrefillChunk
+from offmoe.engine.sampling import Chooser
+from offmoe.engine.stats import GenerationStats, Totals
+from offmoe.engine.step import generate_step
+from offmoe.engine.stream import Piece, StopRules, stream_text
+from offmoe.engine.translate import translate_step
+from offmoe.kv.prefix import KeptCache
+from offmoe.loader.loaded import LoadedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What is asked for; the fields as `Engine.stream` says."""
+
+    ids: list[int]
+    tokenizer: PreTrainedTokenizerBase | None
+    rules: StopRules
+    choose: Chooser
+    on_prefill: Callable[[int, int], None]
+    reuse: bool | None
+    own_text: bool
+
+
+def answer(
+    call: Call, parts: LoadedModel, totals: Totals, kept: KeptCache, decode: DecodeCompiler | DecodePaths,
+    halving: PrefillChunk | None,
+) -> Iterator[Piece]:  # fmt: skip
+    """Begin a call. The pieces: the prompt is read where `kept` does not hold it, then comes the reply. `totals` gets
+    what it cost.
+    """
+    recorder = parts.serving.recorder
+    decode.begin(num_held=len(kept.ids))
+    num_reused = kept.begin(call.ids, reuse=call.reuse)
+
+    def on_prefill(done: int, total: int) -> None:
+        recorder.reading_prompt = done < total
+        call.on_prefill(done, total)
+
+    def on_end(stats: GenerationStats) -> None:
+        recorder.reading_prompt = False
+        totals.add(stats)
+
+    recorder.begin_prompt(len(call.ids) - num_reused)
+    recorder.reading_prompt = kept.logits is None
+    steps = generate_step(
+        parts.model, call.ids, call.choose, kept=kept, chunk=halving.size if halving else parts.plan.prefill_chunk,
+        on_prefill=on_prefill, decode=decode,
+        smaller_chunk=halving.halve if halving else None,
+    )  # fmt: skip
+    return stream_text(
+        steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
+        num_reused=num_reused, on_end=on_end, after=() if call.own_text else call.ids,
+        way=lambda: (decode.path, decode.reason),
+    )  # fmt: skip
+
+
+def translate(call: Call, parts: LoadedModel, totals: Totals) -> Iterator[Piece]:
+    """The same of an encoder-decoder model: its encoder reads the prompt, its decoder writes."""
+    steps = translate_step(parts.model, call.ids, call.choose, on_prefill=call.on_prefill)
+    return stream_text(
+        steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
+        on_end=totals.add,
+    )  # fmt: skip

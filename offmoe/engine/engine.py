@@ -1,0 +1,330 @@
+"""The engine: a loaded model, its tokenizer, and the calls a program makes on them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from offmoe.chat.messages import chat_ids
+from offmoe.chat.template import Message
+from offmoe.checkpoint.gguf.file import is_gguf
+from offmoe.checkpoint.index import read_config
+from offmoe.core.config import EngineConfig, refuse_unknown
+from offmoe.core.errors import DeviceError, EngineBusyError, EngineClosedError, OffmoeError, UsageError
+from offmoe.core.forks import OneProcess
+from offmoe.decode.compiled import make_compiler
+from offmoe.decode.paths import DecodePaths
+from offmoe.engine.call import Call, answer, translate
+from offmoe.engine.conversation import Conversation
+from offmoe.engine.ends import end_ids
+from offmoe.engine.engine_stats import engine_stats
+from offmoe.engine.prefill_chunk import PrefillChunk
+from offmoe.engine.processors import Rules, joined_stops, not_followed, publisher_rules, reply_length
+from offmoe.engine.prompt import encode, stop_rules
+from offmoe.engine.reasoning import split_reasoning
+from offmoe.engine.reply import Reply, collect
+from offmoe.engine.sampling import Chooser, Sampling, make_chooser, resolve_sampling
+from offmoe.engine.stats import Totals
+from offmoe.engine.stream import Piece
+from offmoe.engine.tracing import record_trace
+from offmoe.hf.context import longest_context
+from offmoe.hf.device_failures import explain, explained
+from offmoe.kv.cache import make_kv_cache
+from offmoe.kv.prefix import KeptCache
+from offmoe.loader.load import Progress, load_model
+from offmoe.loader.loaded import LoadedModel
+from offmoe.memory.budget import MemoryPlan
+from offmoe.trace.file import TraceWriter
+from offmoe.trace.recorder import TraceEvent
+
+if TYPE_CHECKING:
+    from offmoe.tiers.device import Device
+
+_OPTIONS = (
+    "max_new_tokens",
+    "stop",
+    "on_prefill",
+    "ignore_end",
+    "choose",
+    "reuse",
+    "own_text",
+    *Sampling.__dataclass_fields__,
+)
+_BUSY = "the engine is generating; finish or close that stream first"
+
+
+class Engine:
+    """Generates with a model whose experts come through the cache. Made by `offmoe.load`; close it or use `with`.
+
+    One generation at a time: a second call while one runs raises EngineBusyError.
+    """
+
+    def __init__(
+        self, folder: Path, config: EngineConfig, *, baseline_bytes: int, progress: Progress,
+        device: Device | None = None,
+    ) -> None:  # fmt: skip
+        self.folder = folder
+        # What was predicted before loading, by who knows the machine's speeds: to be held against what is measured.
+        self.predicted: dict[str, float] | None = None
+        # Given the last statistics when the engine is closed by its user.
+        self.at_close: Callable[[dict[str, Any]], None] = lambda totals: None
+        self._baseline_bytes = baseline_bytes
+        with explained(device):  # RAM may run out at any moment of it
+            loaded = load_model(folder, config, baseline_bytes=baseline_bytes, device=device, progress=progress)
+        self._loaded: LoadedModel | None = loaded
+        self.config = loaded.config
+        try:
+            with explained(loaded.device):
+                self._make_parts(loaded, progress)
+        except BaseException:
+            loaded.close()
+            raise
+
+    def _make_parts(self, loaded: LoadedModel, progress: Progress) -> None:
+        """Parts around the loaded model."""
+        self._halving_chunk = (
+            None if loaded.device is None
+            else PrefillChunk(loaded.plan.prefill_chunk, loaded.device, divisible=loaded.chunkable)
+        )  # fmt: skip
+        self.tokenizer = loaded.tokenizer
+        # What a GGUF file says of ends is in the generation config already.
+        stated = {} if is_gguf(self.folder) else read_config(self.folder)
+        self._end_ids = end_ids(loaded.model.generation_config, stated, loaded.tokenizer)
+        has_text = loaded.tokenizer is not None
+        if (note := not_followed(loaded.model.generation_config, has_text=has_text)) is not None:
+            loaded.serving.notes.append(note)
+        self._process = OneProcess()
+        self._running = threading.Lock()
+        self._totals = Totals()
+        compiler = make_compiler(loaded.model, loaded.context_length, self.config, progress)
+        self._decode = compiler or DecodePaths(loaded)
+        self._kept = KeptCache(
+            loaded.model,
+            compiler.empty_cache if compiler else lambda: make_kv_cache(loaded.model, loaded.context_length),
+            divisible=loaded.chunkable,
+        )
+
+    def __repr__(self) -> str:
+        if self._loaded is None:
+            return f"<Engine {self.folder.name} [closed]>"
+        return f"<Engine {self.folder.name} [{self._loaded.cache!r}]>"
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model itself: its forward and `.generate()` go through the cache too."""
+        return self._parts.model
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What goes where."""
+        return self._parts.plan
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt plus reply that memory was set aside for."""
+        return self._parts.context_length
+
+    @property
+    def _parts(self) -> LoadedModel:
+        if self._loaded is None:
+            raise EngineClosedError("the engine is closed; load the model again")
+        self._process.check()
+        return self._loaded
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def top_k(self) -> int:
+        """The most experts that one token uses in one layer."""
+        return self._parts.experts.top_k
+
+    @contextmanager
+    def uncached(self) -> Iterator[None]:
+        """Within: every expert is read from disk for every use and nothing is kept. Slow; the oracle of `verify`."""
+        with self._parts.uncached():
+            yield
+
+    @contextmanager
+    def trace(
+        self, path: str | Path, *, prompts: dict[str, Any] | None = None, guesses: bool = True, overwrite: bool = False
+    ) -> Iterator[TraceWriter]:
+        """Within: what every layer's router chooses is written to `path`, for `offmoe tune` and `offmoe replay`.
+
+        The file is in its place at the end; after Ctrl-C with what there is, marked as incomplete. `prompts` is kept in
+        its header. `guesses`: what the routers would have said one to three layers before, too, which costs time.
+        `overwrite`: over a file that is no trace, too. Raises OutputError, and UsageError for such a file and where all
+        experts are on a device: there nobody sees the choices.
+        """
+        with record_trace(
+            self._parts, self.folder, Path(path), prompts=prompts or {}, guesses=guesses, overwrite=overwrite
+        ) as writer:
+            yield writer
+
+    def recent_routing(self) -> list[TraceEvent]:
+        """The layer calls of the last tokens, the oldest first; kept always. Between two calls of the engine."""
+        return self._parts.serving.recorder.recent()
+
+    def stats(self) -> dict[str, Any]:
+        """Totals since load: every counter, hit rate, slots, and peak memory growth against the budget. What ends in
+        `_per_token`, the prefetch's shares and `decode_...`: means over all tokens decoded (`per_token`).
+
+        With a device also its name, slots and memory; its peak is what torch allocated, None where that is not counted.
+        """
+        totals = engine_stats(
+            self._parts, self._kept, self._totals, self._decode, baseline_bytes=self._baseline_bytes
+        )  # fmt: skip
+        return totals if self.predicted is None else totals | {"predicted": dict(self.predicted)}
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Reply:
+        """The whole reply to `prompt` (text or token ids). Options as in `stream`."""
+        return collect(self.stream(prompt, **options))
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Reply:
+        """The model's next turn, through the tokenizer's chat template. Options as in `stream`."""
+        return collect(self.stream_chat(messages, **options))
+
+    def stream_chat(
+        self, messages: Sequence[Message], *, chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False, **options: Any,
+    ) -> Iterator[Piece]:  # fmt: skip
+        """As `chat`, piece by piece; `piece.reasoning` tells what the model thinks from what it says.
+
+        `chat_template_kwargs` and `allow_control_tokens` as in `chat.chat_ids`.
+        """
+        if self.model.config.is_encoder_decoder:
+            raise UsageError("an encoder-decoder model rewrites a text and holds no conversation; use generate")
+        if self.tokenizer is None:
+            raise UsageError(f"{self.folder} has no tokenizer, which a conversation needs; use generate with token ids")
+        ids = chat_ids(
+            self.tokenizer, messages, vocab_size=self.vocab_size, arguments=chat_template_kwargs,
+            allow_control_tokens=allow_control_tokens,
+        )  # fmt: skip
+        pieces = self.stream(ids, **{"own_text": True, **options})
+        return split_reasoning(pieces, self.tokenizer, ids)
+
+    def conversation(
+        self, *, system: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False,
+    ) -> Conversation:  # fmt: skip
+        """A chat that remembers what was said; options as of `stream_chat`. Raises UsageError without a tokenizer."""
+        return Conversation(
+            self, system=system, chat_template_kwargs=chat_template_kwargs, allow_control_tokens=allow_control_tokens
+        )
+
+    def stream(
+        self, prompt: str | Sequence[int], *, max_new_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None, ignore_end: bool = False, choose: Chooser | None = None,
+        on_prefill: Callable[[int, int], None] = lambda done, total: None,
+        reuse: bool | None = None, own_text: bool = False, **sampling: Any,
+    ) -> Iterator[Piece]:  # fmt: skip
+        """Pieces of the reply as they come; the last one says why it ended and what it cost.
+
+        `prompt` is text or token ids. `max_new_tokens`: the reply's length at most; by default what the model's
+        generation_config says, else 256. `stop`: strings that end the reply and are not part of it. `on_prefill(done,
+        total)` is told of the prompt's progress, in tokens that have to be read. `sampling`: temperature (0 is greedy),
+        top_k, top_p, min_p, repetition_penalty, seed; what is not given comes from the model's generation_config.
+        `ignore_end` goes on after the end token. `choose` replaces sampling by a function (ids, logits) -> id.
+        `own_text`: the reply does not continue the prompt's text, and begins without the space before its first word.
+
+        `reuse`: what the KV cache holds of the prompt from the last call is not read again. True: the longest common
+        prefix. False: nothing. Default: False with placement_invariant; True with `own_text`, as chats are; else when
+        the prompt goes on where the last one ended. It cuts the prompt in other places than a fresh reading does, which
+        in 16 bits rounds differently.
+
+        Raises UsageError (unknown or impossible option), ContextLengthError (the prompt leaves no room for a token) and
+        EngineBusyError at the call. At any step CheckpointError from a failed read and BudgetError from full RAM or a
+        full device, after which the engine is usable, and DeviceError from a lost one, after which it is closed.
+        """
+        parts = self._parts
+        if self._running.locked():
+            raise EngineBusyError(_BUSY)
+        if reuse not in {None, True, False}:
+            raise UsageError(f"reuse is {reuse!r}; use True, False, or leave it out")
+        if reuse is None and (own_text or self.config.placement_invariant):
+            reuse = not self.config.placement_invariant
+        settings = self._sampling(sampling)
+        ids = encode(prompt, self.tokenizer, vocab_size=self.vocab_size)
+        rules = stop_rules(
+            num_prompt=len(ids), context_length=parts.context_length,
+            max_new_tokens=reply_length(max_new_tokens, parts.model.generation_config),
+            stop=joined_stops(stop, parts.model.generation_config, self.tokenizer),
+            end_ids=frozenset() if ignore_end else self._end_ids, tokenizer=self.tokenizer,
+            longest_context=longest_context(parts.model),
+        )  # fmt: skip
+        call = Call(
+            ids=ids, tokenizer=self.tokenizer, rules=rules, on_prefill=on_prefill,
+            choose=choose or make_chooser(settings, parts.model.device, self._rules(len(ids), ignore_end=ignore_end)),
+            reuse=reuse, own_text=own_text,
+        )  # fmt: skip
+        if parts.model.config.is_encoder_decoder:
+            return self._exclusively(partial(translate, call, parts, self._totals))
+        return self._exclusively(
+            partial(answer, call, parts, self._totals, self._kept, self._decode, self._halving_chunk)
+        )
+
+    def _exclusively(self, begin: Callable[[], Iterator[Piece]]) -> Iterator[Piece]:
+        """The pieces of `begin()`, with the engine held from the first to the last, or to the generator's end."""
+        device = self._parts.device  # raises when the engine was closed since the call
+        if not self._running.acquire(blocking=False):
+            raise EngineBusyError(_BUSY)
+        better: OffmoeError | None = None
+        try:
+            yield from begin()
+        except Exception as error:
+            if self._loaded is None:  # whatever a close in another thread broke off, the user should hear of the close
+                raise EngineClosedError("the engine was closed while it was generating; load the model again") from None
+            better = error if isinstance(error, DeviceError) else explain(error, device)
+            if better is None:
+                raise
+        finally:
+            self._running.release()
+        if isinstance(better, DeviceError):
+            self._give_up()
+        if better is not None:  # not in the handler: a traceback that is referred to keeps tensors on the device
+            raise better
+
+    def _rules(self, num_prompt: int, *, ignore_end: bool) -> Rules:
+        """The publisher's rules for a reply to that many tokens."""
+        model, ends = self._parts.model, frozenset[int]() if ignore_end else self._end_ids
+        num_prompt = 1 if model.config.is_encoder_decoder else num_prompt
+        return publisher_rules(model.generation_config, num_prompt=num_prompt, end_ids=ends, device=model.device)
+
+    def _sampling(self, options: dict[str, Any]) -> Sampling:
+        refuse_unknown(options, _OPTIONS)
+        defaults = self.model.generation_config
+        assert defaults is not None
+        return resolve_sampling(defaults, **options)
+
+    def close(self) -> None:
+        """Release threads, files and memory. A second close does nothing; in a forked child the copy is forgotten."""
+        if self._loaded is not None and self._process.is_here:
+            self.at_close(self.stats())
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and self._process.is_here:
+            self._kept.forget()
+            self._decode.close()
+            loaded.close()
+
+    def _give_up(self) -> None:
+        """Close, when the device is lost: whatever is released on it may fail too, and that says nothing new."""
+        with contextlib.suppress(RuntimeError, DeviceError):
+            self.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

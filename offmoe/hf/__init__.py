@@ -1,0 +1,1 @@
+"""transformers' doors: modules, names, tokenizers, adapters. The one room that knows how transformers is made."""

@@ -1,0 +1,285 @@
+"""From a folder to a model that runs: meta build, expert index, resident weights, memory plans, tiers, seam."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from offmoe.attention.sdpa import absorb_latents, attend_by_kernels
+from offmoe.cache.warm_start import WarmStart
+from offmoe.checkpoint.expert_index import ExpertIndex
+from offmoe.checkpoint.identity import model_hash
+from offmoe.checkpoint.index import CheckpointIndex
+from offmoe.checkpoint.quant_config import Quantisation
+from offmoe.core.config import EngineConfig
+from offmoe.core.counters import Counters
+from offmoe.hf.adapters.base import AdaptedExperts
+from offmoe.hf.context import longest_context
+from offmoe.hf.device_failures import explained, release_unused
+from offmoe.hf.expert_map import map_experts, streamed_parameters
+from offmoe.hf.internals import SEAM_NAME, KeyMapping, Target, experts_modules
+from offmoe.hf.quantised_linears import QuantisedLinears
+from offmoe.hf.replace import KernelLinear, NativeModules
+from offmoe.hf.seam import LayerBinding, bind
+from offmoe.hf.tokenizer import load_tokenizer, note_end_tokens
+from offmoe.hf.torch_threads import keep_to_quota, spare_forked_children
+from offmoe.hf.unexpected import LeftOut, sort_out
+from offmoe.kernels.cpu.loader import load_cpu_kernels
+from offmoe.kv.probe import ModelProbe, probe_model
+from offmoe.loader.budgets import Budgets, fit_to_free, shrink
+from offmoe.loader.build import build_on_meta, read_model_config
+from offmoe.loader.calls import CallBudget, guard_calls
+from offmoe.loader.loaded import LoadedModel, attach_all
+from offmoe.loader.resident import load_peak_bytes, load_resident
+from offmoe.loader.serving import Serving, build_serving
+from offmoe.machine.memory import give_back_freed_memory, total_ram_bytes
+from offmoe.machine.reservations import Reservation
+from offmoe.memory.auto import Facts, complete_config
+from offmoe.memory.budget import MemoryPlan
+from offmoe.tiers.disk import DiskTier
+from offmoe.tiers.host import HostPool
+
+if TYPE_CHECKING:
+    from offmoe.tiers.device import Device, DevicePool
+
+Progress = Callable[[str, int, int], None]
+# RAM slots where the device has room for every expert: as many reads as are in flight, and as many copies.
+PASSING_SLOTS = 16
+
+
+def load_model(
+    folder: Path, config: EngineConfig, *, baseline_bytes: int, device: Device | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> LoadedModel:  # fmt: skip
+    """Load `folder` under `config`'s budget, which counts from `baseline_bytes` of resident memory.
+
+    `device` is used instead of the one that `config` names; it is closed with the model. Raises OffmoeError subclasses;
+    whatever was opened or started is closed again on any failure.
+    """
+    spare_forked_children()
+    keep_to_quota()
+    with ExitStack() as opened:
+        device = choose_device(config) if device is None else device
+        if device is not None:
+            opened.callback(device.close)
+        cpu_kernels, why_no_kernels = load_cpu_kernels()
+        built = _build(folder, config, opened, device)
+        config, model, experts = built.config, built.model, built.experts
+        tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+        note_end_tokens(model, tokenizer)
+        kept = None
+        if device is None and cpu_kernels is not None:
+            kept = QuantisedLinears(model, built.index, built.targets, cpu_kernels)
+        with explained(device):
+            reservation = Reservation(baseline_bytes)
+            opened.callback(reservation.close)
+            budgets = _budgets(built, kept, device, reservation, baseline_bytes=baseline_bytes)
+            plan, probe = _read_weights(built, kept, device, budgets, progress)
+            device_pool = None
+            if device is not None:
+                plan, device_pool = _make_device_pool(plan, device, top_k=experts.top_k)
+            native = None
+            if device is None and cpu_kernels is not None:  # before lookahead asks the modules
+                native = NativeModules(cpu_kernels)
+                opened.callback(native.remove)
+                native.replace(model)
+            pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
+            serving = build_serving(
+                model, experts, built.disk, pool, plan, config, built.counters, cpu_kernels=cpu_kernels, device=device,
+                device_pool=device_pool, warm=_warm_start(folder, config, built.index, experts),
+                progress=progress,
+            )  # fmt: skip
+        serving.notes += _notes(built, why_no_kernels)
+        serving.closing.callback(reservation.close)
+        if cpu_kernels is not None:
+            serving.closing.callback(cpu_kernels.close)
+        attach_all(model, serving.executor)
+        if native is not None:
+            _finish_modules(model, native, serving)
+        in_ram = device is None
+        budget = CallBudget(model, plan, built.context_length, baseline_bytes=baseline_bytes) if in_ram else None
+        calls, remove_guard = guard_calls(model, folder, budget)
+        serving.closing.callback(remove_guard)
+        opened.pop_all()
+    return LoadedModel(
+        model=model, tokenizer=tokenizer, index=built.index, experts=experts, disk=built.disk,
+        pools=(pool, device_pool), serving=serving, native=native, calls=calls, device=device, plan=plan, config=config,
+        chunkable=probe.chunkable,
+    )  # fmt: skip
+
+
+def check_headers(folder: Path, config: EngineConfig) -> None:
+    """Raise what `load_model` would raise before it reads a weight; `folder` may have holes in their place."""
+    with ExitStack() as opened:
+        _build(folder, config, opened, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Built:
+    """A model without weights, its files, and what each tensor in them is. `config` is settled but for memory."""
+
+    config: EngineConfig
+    context_length: int
+    quantisation: Quantisation | None
+    index: CheckpointIndex
+    model: PreTrainedModel
+    mapping: KeyMapping
+    targets: dict[str, Target]
+    left_out: LeftOut
+    experts: ExpertIndex
+    expert_keys: set[str]
+    disk: DiskTier
+    counters: Counters
+
+
+def _build(folder: Path, config: EngineConfig, opened: ExitStack, device: Device | None) -> _Built:
+    """Everything that headers tell. What is opened is left to `opened`. `device`: as of `load_model`."""
+    model_config, quantisation = read_model_config(folder, trust_remote_code=config.trust_remote_code)
+    index = CheckpointIndex.open(folder, quantisation)
+    opened.callback(index.close)
+    model = build_on_meta(model_config, index, trust_remote_code=config.trust_remote_code)
+    config = _settled(config, model, device)
+    assert config.context_length is not None, "settled"
+    mapping = KeyMapping(model)
+    targets = mapping.targets(index.tensors)
+    experts, expert_keys = map_experts(model, index, mapping, targets)
+    left_out = sort_out(model, index, mapping, targets, expert_keys)
+    targets = {key: target for key, target in targets.items() if key not in left_out.kinds}
+    counters = Counters()
+    disk = DiskTier(index.files, io=config.io, counters=counters)
+    opened.callback(disk.close)
+    _take_experts_out(model, experts)
+    return _Built(
+        config=config, context_length=config.context_length, quantisation=quantisation, index=index, model=model,
+        mapping=mapping, targets=targets, left_out=left_out, experts=experts, expert_keys=expert_keys, disk=disk,
+        counters=counters,
+    )  # fmt: skip
+
+
+def _budgets(
+    built: _Built, kept: QuantisedLinears | None, device: Device | None, reservation: Reservation, *,
+    baseline_bytes: int,
+) -> Budgets:  # fmt: skip
+    """Budgets, and the memory that the parts of the model take of them."""
+    keys = built.expert_keys if kept is None else built.expert_keys | kept.keys
+    return Budgets(
+        built.model, built.experts, built.config, built.context_length,
+        slot_bytes=built.experts.slot_bytes(direct=built.disk.direct),
+        load_bytes=load_peak_bytes(built.targets, keys, built.index, built.model.dtype), baseline_bytes=baseline_bytes,
+        device=device, reservation=reservation,
+    )  # fmt: skip
+
+
+def _read_weights(
+    built: _Built, kept: QuantisedLinears | None, device: Device | None, budgets: Budgets, progress: Progress
+) -> tuple[MemoryPlan, ModelProbe]:
+    """The resident weights in their places, and the memory that is left divided. `kept` stays as it is stored."""
+    model, index = built.model, built.index
+    keys = built.expert_keys if kept is None else built.expert_keys | kept.keys
+    budgets.refuse_hopeless()
+    if kept is not None:
+        kept.read(index)
+    load_resident(
+        model, index, built.mapping, built.targets, keys,
+        lambda done, total: progress("resident weights", done, total),
+        device=None if device is None else device.torch_device,
+    )  # fmt: skip
+    probe = _probe(model, built.context_length, device)
+    return budgets.plan(probe), probe
+
+
+def _probe(model: PreTrainedModel, context_length: int, device: Device | None) -> ModelProbe:
+    """The model's weights are there: what it does is checked and measured, and leaves no memory behind."""
+    absorb_latents(model)
+    probe = probe_model(model, context_length)
+    release_unused(device)
+    give_back_freed_memory()
+    return probe
+
+
+def _warm_start(
+    folder: Path, config: EngineConfig, index: CheckpointIndex, experts: ExpertIndex
+) -> WarmStart | None:  # fmt: skip
+    if not config.warm_start:
+        return None
+    return WarmStart(model_hash(folder, index.stored), [layer.num_experts for layer in experts.layers])
+
+
+def _notes(built: _Built, why_no_kernels: str) -> list[str]:
+    model, quantisation, left_out = built.model, built.quantisation, built.left_out.note()
+    notes = [] if left_out is None else [left_out]
+    if quantisation is not None and quantisation.quantises_activations:
+        notes.append(
+            f"the checkpoint asks for quantised activations ({quantisation.method}); offmoe reads its weights as "
+            f"they are and computes in {str(model.dtype).removeprefix('torch.')}"
+        )
+    if why_no_kernels:
+        notes.append(f"CPU kernels: {why_no_kernels}")
+    return notes
+
+
+def choose_device(config: EngineConfig) -> Device | None:
+    """The device that `config` names; None for the CPU, which "auto" means where there is no CUDA.
+
+    Raises DeviceError when there is none where one was asked for, by its name or by `vram`.
+    """
+    if config.device == "auto" and config.vram is None and not torch.cuda.is_available():
+        return None
+    from offmoe.tiers.device import open_device
+
+    return open_device("cuda" if config.device == "auto" and config.vram is not None else config.device)
+
+
+def _make_device_pool(plan: MemoryPlan, device: Device, *, top_k: int) -> tuple[MemoryPlan, DevicePool]:
+    """The device pool, and the plan with the slots that it really has: others may take memory until this moment."""
+    assert plan.device is not None
+    fitting = fit_to_free(plan.device, device, top_k=top_k)
+    pool = device.make_pool(fitting.num_slots, fitting.slot_bytes, min_slots=top_k)
+    if pool.num_slots < fitting.num_slots:
+        fitting = shrink(fitting, pool.num_slots)
+    num_slots = plan.num_slots
+    if pool.num_slots >= plan.num_experts:  # RAM is then only passed through
+        num_slots = min(num_slots, PASSING_SLOTS)
+    return dataclasses.replace(plan, device=fitting, num_slots=num_slots), pool
+
+
+def _finish_modules(model: PreTrainedModel, native: NativeModules, serving: Serving) -> None:
+    """Attention of one token by the kernels, too; until the engine is closed."""
+    serving.closing.callback(native.remove)
+    attention = attend_by_kernels(model, native.kernels)
+    if attention is not None:
+        serving.closing.callback(attention.close)
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    if serving.cpu_rows is not None and all(isinstance(module, KernelLinear) for module in linears):
+        native.threads.begin(serving.cpu_rows.reasons, attends=attention is not None)
+
+
+def _take_experts_out(model: PreTrainedModel, experts: ExpertIndex) -> None:
+    """Remove the streamed parameters and bind each experts module to its number."""
+    for layer_idx, (_, module) in enumerate(experts_modules(model)):
+        params = streamed_parameters(module)
+        first = next(iter(params.values()))
+        for name in params:
+            del module._parameters[name]
+        bind(module, LayerBinding(layer_idx, first.shape[0], first.dtype, halves=experts.layers[layer_idx].halves))
+    if not all(isinstance(module, AdaptedExperts) for _, module in experts_modules(model)):
+        model.set_experts_implementation(SEAM_NAME)
+
+
+def _settled(config: EngineConfig, model: PreTrainedModel, device: Device | None) -> EngineConfig:
+    """`config` with everything settled but memory, which is divided when it is known."""
+    # A simulated device would gain nothing by it.
+    may_compile = not model.config.is_encoder_decoder and device is not None and device.torch_device.type == "cuda"
+    facts = Facts(
+        has_device=device is not None, may_compile=may_compile,
+        longest_context=longest_context(model), total_ram_bytes=total_ram_bytes(),
+    )  # fmt: skip
+    return complete_config(config, facts).config

@@ -1,1 +1,0 @@
-"""MoE families whose experts are not behind transformers' door: `base` is the contract, `find` the factory."""

@@ -1,1 +1,0 @@
-"""Grok-1, which transformers has no class for: a config and a model in its idiom."""

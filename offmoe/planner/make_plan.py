@@ -1,0 +1,130 @@
+"""The plan of a model: gathers what is known of it and of the machine. For `offmoe plan`, and before loading."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from offmoe.checkpoint.gguf.file import is_gguf
+from offmoe.checkpoint.hub.download import Progress
+from offmoe.checkpoint.hub.headers import locate_headers
+from offmoe.checkpoint.identity import model_hash
+from offmoe.checkpoint.shard_file import ShardFile
+from offmoe.core.config import EngineConfig
+from offmoe.core.errors import OffmoeError, UsageError
+from offmoe.core.units import MIB, format_bytes, format_percent
+from offmoe.machine.memory import available_ram_bytes, free_vram_bytes, total_ram_bytes, total_vram_bytes
+from offmoe.machine.record import DriveSpeed, MachineRecord, read_record
+from offmoe.memory.auto import Facts
+from offmoe.planner.hit_rates import published_curve, traced_curve
+from offmoe.planner.machines import find_machine
+from offmoe.planner.model_facts import read_facts
+from offmoe.planner.plan import Plan, make_plan
+from offmoe.trace.reader import read_trace
+
+# What libraries took where it was not measured (`offmoe probe` does): torch without CUDA on Linux.
+LIBRARIES_BYTES = 440 * MIB
+
+
+def run_plan(
+    model: str | None,
+    config: EngineConfig,
+    *,
+    machine: str | None = None,
+    trace: Path | None = None,
+    prompt_tokens: int | None = None,
+    expert_format: str | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Plan:
+    """The plan of `model` on this machine, or on the one called `machine`. `expert_format`: experts as
+    `offmoe quantize` writes them. Raises OffmoeError subclasses.
+    """
+    other = None if machine is None else find_machine(machine)
+    with locate_headers(model, progress, config.revision) as folder:
+        direct = config.io != "buffered" and (other is not None or has_direct_reads(folder))
+        facts = read_facts(folder, direct=direct)
+        curve = None
+        if trace is not None:
+            curve = traced_curve(read_trace(trace, model_hash=model_hash(folder)), facts.expert_bytes)
+    if expert_format is not None:
+        facts = facts.with_experts_as(expert_format)
+    record = other or read_record()
+    known = _known(config.device, other, direct=direct, longest=facts.longest_context)
+    _refuse_absent_device(config, known, machine)
+    curve = curve or published_curve(
+        facts.model_type, num_experts=facts.sizes.num_experts, per_token=facts.num_moe_layers * facts.sizes.top_k
+    )
+    return make_plan(
+        facts, config, known, record=record, curve=curve, prompt_tokens=prompt_tokens,
+        libraries_bytes=LIBRARIES_BYTES if record is None else record.libraries_bytes,
+        drive=_drive(record, facts.path),
+    )  # fmt: skip
+
+
+def foresee(folder: Path, config: EngineConfig) -> Plan | None:
+    """The plan before loading, on a machine that was probed; None elsewhere, and for what the loader will refuse."""
+    if read_record() is None:
+        return None
+    try:
+        return run_plan(str(folder), replace(config, revision=None))
+    except OffmoeError:
+        return None
+
+
+def against_plan(totals: dict[str, Any]) -> str | None:
+    """What was predicted beside what `Engine.stats` has; None where nothing was predicted, or nothing decoded."""
+    foreseen = totals.get("predicted")
+    if foreseen is None or not totals["decoded_tokens"]:
+        return None
+    speeds = foreseen["decode_tok_per_s"], totals["decode_tok_per_s"]
+    peaks = foreseen["peak_bytes"], totals["peak_rss_growth_bytes"]
+    hits = foreseen["hit_rate"], totals["decode_hit_rate"]
+    device = ""
+    if totals.get("device_peak_bytes") is not None:
+        planned, measured = totals["device_planned_bytes"], totals["device_peak_bytes"]
+        device = f"; on the device {format_bytes(planned)}, its driver counted, measured {format_bytes(measured)}"
+    return (
+        f"plan: predicted {speeds[0]:.1f} tok/s, measured {speeds[1]:.1f}; hits {format_percent(hits[0])}, measured "
+        f"{format_percent(hits[1])}; peak {format_bytes(peaks[0])}, measured {format_bytes(peaks[1])}{device}"
+    )
+
+
+def _known(device: str, other: MachineRecord | None, *, direct: bool, longest: int | None) -> Facts:
+    if other is not None:
+        return Facts(
+            has_device=other.vram_bytes is not None, longest_context=longest, ram_bytes=other.ram_bytes,
+            vram_bytes=other.vram_bytes, direct_reads=direct, total_ram_bytes=other.ram_bytes,
+            total_vram_bytes=other.vram_bytes,
+        )  # fmt: skip
+    vram = None if device == "cpu" else free_vram_bytes()
+    return Facts(
+        has_device=vram is not None, longest_context=longest, ram_bytes=available_ram_bytes(), vram_bytes=vram,
+        direct_reads=direct, total_ram_bytes=total_ram_bytes(),
+        total_vram_bytes=None if vram is None else total_vram_bytes(),
+    )  # fmt: skip
+
+
+def _refuse_absent_device(config: EngineConfig, known: Facts, machine: str | None) -> None:
+    """Raise UsageError for a plan of a device that the machine does not have."""
+    asked = "vram is set" if config.vram is not None else f"device is {config.device}"
+    if known.has_device or (config.vram is None and not config.device.startswith("cuda")):
+        return
+    where = "nvidia-smi shows no GPU here" if machine is None else f"{machine!r} has no GPU"
+    raise UsageError(f"{asked}, and {where}; leave it out, or plan for another machine with --for")
+
+
+def _drive(record: MachineRecord | None, path: Path | None) -> DriveSpeed | None:
+    return None if record is None else record.drive(path or Path())
+
+
+def has_direct_reads(model: Path) -> bool:
+    """True when the file system that `model` lies on has reads past the page cache."""
+    path = model if is_gguf(model) else next(iter(sorted(model.glob("*.safetensors"))), None)
+    if path is None:
+        return False
+    file = ShardFile(path)
+    try:
+        return file.open_direct()
+    finally:
+        file.close()

@@ -1,0 +1,1 @@
+"""Measurements of this machine for everything that plans. Knows kernels and a small engine, no user's model."""
