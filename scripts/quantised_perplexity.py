@@ -79,7 +79,7 @@ def measure_all(tokens_per_kind: int) -> list[Row]:
     rows = [measure(DEMO_MODEL, "bfloat16, as published", documents, tokens_per_kind)]
     for options in FORMATS:
         dense = f", other linear layers {options.dense}" if options.dense else ""
-        name = f"experts {options.experts}, groups of {options.group}{dense}"
+        name = f"experts {options.expert_format}, groups of {options.group}{dense}"
         with tempfile.TemporaryDirectory() as folder:
             quantise(DEMO_MODEL, Path(folder) / "quantised", options, lambda stage, done, total: None)
             rows.append(measure(Path(folder) / "quantised", name, documents, tokens_per_kind))

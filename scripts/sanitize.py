@@ -69,14 +69,14 @@ def build(sanitizer: str, isas: list[str]) -> Path:
     folder = ROOT / "build" / "sanitize" / "-".join([sanitizer, *isas])
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{sanitizer} sanitizer; instruction sets: {', '.join(['portable', *isas])}", flush=True)
-    jobs = [
+    jobs: list[tuple[Path, Path, list[str]]] = [
         (kernels_build.SOURCES / name, folder / kernels_build.object_of(name), flags_of(name, isas))
         for name in kernels_build.sources_of(*isas)
     ]
     jobs += [(source, folder / f"{source.stem}.o", []) for source in sorted(DRIVER.glob("*.cpp"))]
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         old = [job for job in jobs if is_old(job[1])]
-        list(threads.map(lambda job: compile_one(*job, SANITIZERS[sanitizer]), old))
+        list(threads.map(lambda job: compile_one(job[0], job[1], job[2], SANITIZERS[sanitizer]), old))
     program, objects = folder / "driver", [made for _, made, _ in jobs]
     subprocess.run([compiler(), *SANITIZERS[sanitizer], *objects, "-o", program, "-pthread"], check=True)
     return program
@@ -90,7 +90,7 @@ def flags_of(name: str, isas: list[str]) -> list[str]:
 def compile_one(source: Path, target: Path, flags: list[str], sanitizer: list[str]) -> None:
     """One object. Raises CalledProcessError."""
     includes = [f"-I{kernels_build.SOURCES}", f"-I{DRIVER}"]
-    command = [compiler(), *COMMON, *sanitizer, *flags, *includes, "-MMD", "-c", source, "-o", target]
+    command: list[str | Path] = [compiler(), *COMMON, *sanitizer, *flags, *includes, "-MMD", "-c", source, "-o", target]
     subprocess.run(command, check=True)
 
 
