@@ -60,7 +60,7 @@ def _rewrite(graph: GraphModule, node: Node) -> bool:
 
 
 def _before_repeat(node: Any) -> Any:
-    """What transformers' repeat_kv was given: x[:, :, None].expand(..).reshape(..); `node` itself if it is not that."""
+    """The argument of repeat_kv: x[:, :, None].expand(..).reshape(..); `node` itself if it is not that."""
     reshaped = node
     for target in ("reshape", "expand"):
         if node.op != "call_method" or node.target != target:

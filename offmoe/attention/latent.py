@@ -37,7 +37,7 @@ def find_latent_attention(module: torch.nn.Module) -> LatentAttention | None:
 
 
 class LatentAttention:
-    """How one module attends. B sequences, T queries, S cached tokens, H heads of key width N + R and value width V.
+    """Attention of one module: B sequences, T queries, S cached tokens, H heads of key width N + R and value width V.
 
     Latents (B, 1, S, C), rotated keys (B, 1, S, R), queries (B, H, T, N + R).
     """

@@ -94,7 +94,7 @@ def _attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, **options: Any,
 ) -> Result:  # fmt: skip
-    """As transformers' attention functions: queries (B, H, T, K), keys and values of G shared heads (B, G, S, .)."""
+    """An attention function of transformers: queries (B, H, T, K), keys and values of G shared heads (B, G, S, .)."""
     plain = query.device.type == "cpu" and not options.get("dropout") and not options.get("output_attentions")
     # The fused operation takes masks that are added.
     fitting = attention_mask is None or (attention_mask.dtype == query.dtype and attention_mask.dim() == 4)

@@ -23,7 +23,7 @@ Reference = Callable[[], torch.Tensor]
 
 
 class TokenAttention:
-    """Of one model, until `close`."""
+    """One model's attention of single tokens, until `close`."""
 
     def __init__(self, kernels: CpuKernels) -> None:
         self._kernels: CpuKernels | None = kernels

@@ -41,7 +41,7 @@ class AutoPolicy:
         return self._policy.usage
 
     def inserted(self, key: ExpertKey, *, cold: bool) -> None:
-        """As the leader."""
+        """Passed on to the leader."""
         self._policy.inserted(key, cold=cold)
         if not cold:
             self.race.fetched()
@@ -49,13 +49,13 @@ class AutoPolicy:
                 self._heard[key] = None
 
     def touched(self, key: ExpertKey) -> None:
-        """As the leader."""
+        """Passed on to the leader."""
         self._policy.touched(key)
         if self._listens:
             self._heard[key] = None
 
     def removed(self, key: ExpertKey) -> None:
-        """As the leader."""
+        """Passed on to the leader."""
         self._policy.removed(key)
 
     def token_pass(self) -> None:
@@ -86,15 +86,15 @@ class AutoPolicy:
             self.race.call(layer_idx, sorted(key.expert_idx for key in heard if key.layer_idx == layer_idx))
 
     def victim(self, is_evictable: IsEvictable, layer_idx: int | None = None) -> ExpertKey | None:
-        """As the leader."""
+        """Passed on to the leader."""
         return self._policy.victim(is_evictable, layer_idx)
 
     def drain(self) -> tuple[list[ExpertKey], list[ExpertKey]]:
-        """As the leader."""
+        """Passed on to the leader."""
         return self._policy.drain()
 
     def restored(self, key: ExpertKey, *, cold: bool) -> None:
-        """As the leader."""
+        """Passed on to the leader."""
         self._policy.restored(key, cold=cold)
 
 

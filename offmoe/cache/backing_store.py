@@ -1,4 +1,4 @@
-"""Where a slot's bytes come from: the files, for RAM slots; RAM slots, for device slots.
+"""Backing stores, the sources of a slot's bytes: the files, for RAM slots; RAM slots, for device slots.
 
 A source starts moves and says what a filled slot contains. It is called by the one thread that runs the model.
 """
@@ -106,7 +106,7 @@ class DiskSource:
         return plan
 
     def _arrange(self, key: ExpertKey, slot: int) -> tuple[int, ...]:
-        """Where the expert's sources begin in its slot, after moving it to a cache line's start where that pays.
+        """Offsets of the expert's sources in its slot, after moving it to a cache line's start where that pays.
 
         Files align tensors to 8 bytes, and torch's 16-bit products read weights 10-14% slower off a 64-byte line
         (8 bytes off: 10.1 against 11.5 GB/s up, 9.3 against 10.3 down). A move costs about a millisecond, so it is made

@@ -11,7 +11,7 @@ from offmoe.formats.dense import ExpertWeights
 
 
 class Contents:
-    """What lies where. `policy` knows every key that has a slot, READY or FILLING.
+    """Slots and the experts in them. `policy` knows every key that has a slot, READY or FILLING.
 
     `changes`: the keys whose weights came or went since `take_changes`; no more than there are keys, if nobody asks.
     """
@@ -48,7 +48,7 @@ class Contents:
         return slot is not None and self.slots.state(slot) is SlotState.READY
 
     def victim(self, layer_idx: int, *refused: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        """Who goes for an expert of `layer_idx`: READY, not held, and nobody that one of `refused` names."""
+        """The victim for an expert of `layer_idx`: READY, not held, and nobody that one of `refused` names."""
         is_evictable = self.slots.is_evictable
         if not refused:
             return self.policy.victim(is_evictable, layer_idx)
@@ -61,7 +61,7 @@ class Contents:
         self.changes.add(key)
 
     def fail(self, key: ExpertKey, slot: int) -> None:
-        """What was to fill `slot` did not: it is free."""
+        """Free `slot`: its fetch failed."""
         self.policy.removed(key)
         self.slots.mark_failed(slot)
 

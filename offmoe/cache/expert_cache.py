@@ -250,7 +250,7 @@ class ExpertCache:
             self.books.landed(fetch.key)
 
     def poll(self) -> None:
-        """What was fetched ahead and has arrived becomes READY, or free again when its fetch failed. Never blocks."""
+        """Settle prefetches that have arrived: READY, or free again when its fetch failed. Never blocks."""
         self._source.poll()
         for fetch in [fetch for fetch in self._coming.values() if fetch.ahead and fetch.ticket.done()]:
             self._end_ahead(fetch)

@@ -83,7 +83,7 @@ class LinkSource:
         return self._copier.copy(self.parts(key, slot), urgent=urgent, after=self._last_use[slot])
 
     def parts(self, key: ExpertKey, slot: int) -> list[Part]:
-        """What to copy where, for an expert that is READY and held in RAM."""
+        """Pairs of source and target to copy, for an expert that is READY and held in RAM."""
         offsets = self._layouts[key.layer_idx].offsets
         memory = self._pool.tensor(slot)
         sources = self._host_source.sources(key, self.host.slot_of(key))
@@ -163,7 +163,7 @@ class _Move:
         return self._error is not None or (self._copy is not None and self._copy.done())
 
     def wait(self) -> None:
-        """As Ticket.wait; blocks for the disk, then for the link as its copier says."""
+        """See Ticket.wait; blocks for the disk, then for the link as its copier says."""
         if self._copy is None and self._error is None:
             begin = time.perf_counter_ns()
             self._start_copy()

@@ -31,7 +31,7 @@ class PerLayerPolicy:
 
     @property
     def name(self) -> str:
-        """Of each layer's own."""
+        """The policy's name: the layers' own, with shares."""
         return self._policies[0].name
 
     def __repr__(self) -> str:
@@ -57,7 +57,7 @@ class PerLayerPolicy:
         self.usage.token_pass()
 
     def victim(self, is_evictable: IsEvictable, layer_idx: int | None = None) -> ExpertKey | None:
-        """Of the layer itself where it has its share, else of the one that is furthest above its own."""
+        """A victim of the layer itself where it has its share, else of the one that is furthest above its own."""
         over = [num_keys - share for num_keys, share in zip(self._num_keys, self._shares, strict=True)]
         order = sorted(range(len(over)), key=over.__getitem__, reverse=True)
         if layer_idx is not None and over[layer_idx] >= 0:

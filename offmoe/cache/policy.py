@@ -68,7 +68,7 @@ def make_policy(
 
 
 def needs_quota(num_slots: int, num_layers: int, top_k: int) -> bool:
-    """Where a share for each layer is better than one pool: one token needs more experts than there are slots."""
+    """Whether a share for each layer is better than one pool: one token needs more experts than there are slots."""
     return num_slots < num_layers * top_k
 
 

@@ -9,7 +9,7 @@ from offmoe.core.keys import ExpertKey
 
 
 class AheadBooks:
-    """What was fetched ahead of time into one cache and has not ended: `unused`, of which some is still under way.
+    """Prefetches into one cache and has not ended: `unused`, of which some is still under way.
 
     `guesses` are those of `unused` that were fetched for the next call of their layer: until then they are not evicted
     for others, and then they were right or wrong. What else was fetched ahead is there to stay, like any other expert.

@@ -29,7 +29,7 @@ class Policy(Protocol):
 
     @property
     def name(self) -> str:
-        """As in the settings."""
+        """The policy's name in the settings."""
 
     def inserted(self, key: ExpertKey, *, cold: bool) -> None:
         """`key` was given a slot. `cold`: it serves one use and should be the next to go."""

@@ -1,4 +1,4 @@
-"""What a cache would have done on a trace: any policy, LRU at every size at once, and what no policy can beat.
+"""Replays of a trace through a cache: any policy, LRU at every size at once, and what no policy can beat.
 
 A layer call is one event. All the experts it needs are looked up before any is let in, however many tokens chose them,
 so an expert counts once: a hit if it was there when the call began, else a miss. Phases are told apart: decoding is
@@ -30,7 +30,7 @@ class LayerCall(NamedTuple):
 
 @dataclass(slots=True)
 class Tally:
-    """Of one phase: experts found, experts fetched, the bytes of these, and the calls that had to fetch something."""
+    """Sums of one phase: experts found and fetched, the bytes of these, and the calls that had to fetch something."""
 
     hits: int = 0
     misses: int = 0
@@ -57,7 +57,7 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayResult:
-    """What a cache of `num_slots` experts did."""
+    """Sums of a cache of `num_slots` experts."""
 
     name: str
     num_slots: int
@@ -83,7 +83,7 @@ def layer_calls(events: Iterable[TraceEvent]) -> list[LayerCall]:
 def replay(
     calls: Sequence[LayerCall], policy: str, num_slots: int, *, top_k: int, expert_bytes: Sequence[int]
 ) -> ReplayResult:
-    """What the engine does with `num_slots` slots under `policy` on the calls, from empty, without prefetching."""
+    """Replay the calls as the engine would with `num_slots` slots under `policy`, from empty, without prefetching."""
     num_layers = len(expert_bytes)
     shadow = ShadowCache(make_policy(policy), num_slots, num_layers, quota=needs_quota(num_slots, num_layers, top_k))
     result = ReplayResult(name=policy, num_slots=num_slots)
@@ -95,7 +95,7 @@ def replay(
 
 @dataclass(frozen=True, kw_only=True)
 class _PhaseCurve:
-    """Of one phase: all lookups, their bytes and calls; and at each number of slots how many were hits, their bytes,
+    """A phase's curve: all lookups, their bytes and calls; and at each number of slots how many were hits, their bytes,
     and the calls that found all they needed.
     """
 
@@ -121,7 +121,7 @@ class LruCurve:
     decode: _PhaseCurve
 
     def at(self, num_slots: int) -> ReplayResult:
-        """What `num_slots` slots give; more than there are experts give what room for all of them does."""
+        """Sums at `num_slots` slots; more than there are experts give what room for all of them does."""
         return ReplayResult(
             name="lru", num_slots=num_slots, prefill=self.prefill.at(num_slots), decode=self.decode.at(num_slots)
         )

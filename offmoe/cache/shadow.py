@@ -1,4 +1,4 @@
-"""What an expert cache would do, with keys alone: no slots, no bytes, no waiting, nothing fetched ahead of time."""
+"""A shadow cache: an expert cache with keys alone, no slots, no bytes, no waiting, nothing fetched ahead of time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from offmoe.core.keys import ExpertKey
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """Of one layer call: expert ids found and fetched, and how many experts had to go."""
+    """Result of one layer call: expert ids found and fetched, and how many experts had to go."""
 
     hits: list[int]
     misses: list[int]

@@ -1,4 +1,4 @@
-"""How often and when experts were used. Keys and numbers only."""
+"""Counts and times of experts' uses. Keys and numbers only."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class WarmStart:
         self._model_hash, self._experts_per_layer = model_hash, experts_per_layer
 
     def load(self) -> dict[ExpertKey, int]:
-        """What earlier runs counted; nothing where there is no file, or none that can be used."""
+        """Counts of earlier runs; nothing where there is no file, or none that can be used."""
         try:
             with self.path.open("rb") as file:
                 raw = file.read(MAX_FILE_BYTES + 1)

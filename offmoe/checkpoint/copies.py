@@ -1,4 +1,4 @@
-"""What goes from one checkpoint to another as it is: tensors in pieces, and the small files beside them. No torch."""
+"""Copies from checkpoint to checkpoint: tensors in pieces, and the small files beside them. No torch."""
 
 from __future__ import annotations
 

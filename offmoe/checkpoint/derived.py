@@ -48,7 +48,7 @@ class DerivedEntry:
 
     @property
     def dtype(self) -> str:
-        """How it is stored."""
+        """The stored type."""
         return self.sources[0].dtype
 
 

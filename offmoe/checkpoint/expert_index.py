@@ -1,4 +1,4 @@
-"""Where each routed expert's bytes lie, and how a slot that holds them is cut into matrices. No torch.
+"""The expert index: where each routed expert's bytes lie, and how a slot of them is cut into matrices. No torch.
 
 A layer's experts all have the same matrices. A matrix (`up`: gate and up projection, or up alone; `down`) is a list of
 parts to be concatenated along the output dimension; a part is a strided 2-D view of one *source*, and a source is a
@@ -101,7 +101,7 @@ class MoeLayer:
 
 
 def stored_parts(part: Part | QuantPart) -> tuple[Part, ...]:
-    """What `part` is stored as: itself, or its codes, scales and zero points."""
+    """Stored tensors of `part`: itself, or its codes, scales and zero points."""
     if isinstance(part, Part):
         return (part,)
     return tuple(stored for stored in (part.codes, part.scales, part.zeros) if stored is not None)
@@ -120,7 +120,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """How one expert is read into a slot: the runs, and at which slot offset each source then begins."""
+    """Reads of one expert into a slot: the runs, and at which slot offset each source then begins."""
 
     runs: tuple[Run, ...]
     source_offsets: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""How a checkpoint says that it is quantised: config.json's `quantization_config`, checked. No torch.
+"""A checkpoint's word that it is quantised: config.json's `quantization_config`, checked. No torch.
 
 What cannot be told from the tensors themselves is read here, and what offmoe does not read yet is refused by name.
 Which tensors are quantised, and in groups of how many columns, the tensors' names and shapes say (`quantised.py`):
@@ -24,7 +24,7 @@ _INSTEAD = "use the bfloat16 version, or a compressed-tensors, fp8 or mxfp4 one"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantisation:
-    """What config.json says. `num_bits` of integers and `groups` are all that occur; a group of -1 is a whole row.
+    """Quantisation in config.json: `num_bits` of integers and `groups`, all that occur; a group of -1 is a whole row.
 
     `block` is fp8's (rows, columns) that share a scale, None where none are named. `quantises_activations`: other
     engines would round what goes into a product as well; offmoe does not.

@@ -1,4 +1,4 @@
-"""What the published quantised formats have in common, in one record. No torch.
+"""Common properties of the published quantised formats, in one record. No torch.
 
 N outputs = rows, K inputs = columns; every word is little-endian, and the bytes stay as they are on disk.
 
@@ -53,7 +53,7 @@ BLOCK_KINDS: dict[QuantKind, BlockKind] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantFormat:
-    """How one matrix is quantised. A scale is shared by `group` columns of `group_rows` rows.
+    """Quantisation of one matrix. A scale is shared by `group` columns of `group_rows` rows.
 
     `offset` is what is added to stored integers (int4 8, int8 packed 128, I8 0); `scale_dtype` the safetensors name of
     the scales' type, "U8" for exponents of two (mxfp4).

@@ -17,7 +17,7 @@ FLOAT_TYPES = frozenset({"F16", "BF16", "F32", "F64"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """Where a tensor lies. `start` is the absolute byte in the file, `dtype` the name in the format ("BF16")."""
+    """Place of a tensor. `start` is the absolute byte in the file, `dtype` the name in the format ("BF16")."""
 
     name: str
     dtype: str

@@ -33,7 +33,7 @@ _NEARLY_FULL = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class ChatStyle:
-    """How a chat looks. `markdown` False: text as the model writes it."""
+    """Looks of a chat. `markdown` False: text as the model writes it."""
 
     markdown: bool = True
     color: bool = True
@@ -179,7 +179,7 @@ class _Chat:
         self._conclude(last, texts, stopped=stopped)
 
     def _conclude(self, last: Piece | None, texts: dict[bool, list[str]], *, stopped: bool) -> None:
-        """What is said after a reply."""
+        """Print the lines after a reply."""
         stats = last.stats if last is not None else None
         if self._style.as_json:
             reason = last.finish_reason if last is not None else None

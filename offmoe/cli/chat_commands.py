@@ -1,4 +1,4 @@
-"""What begins with a slash in `offmoe chat`."""
+"""Commands that begin with a slash in `offmoe chat`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a chat's lines come from: an editor with a history on a terminal, plain lines anywhere else."""
+"""Sources of a chat's lines: an editor with a history on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LineReader:
         self._prompt = prompt
 
     def read(self) -> str | None:
-        """As of Reader. Raises UsageError for bytes that are no text."""
+        """See Reader. Raises UsageError for bytes that are no text."""
         lines: list[str] = []
         while not lines or continues(lines[-1]):
             line = self._read_line(self._prompt and (CONTINUED if lines else self._prompt))
@@ -101,7 +101,7 @@ class EditorReader:
         )  # fmt: skip
 
     def read(self) -> str | None:
-        """As of Reader."""
+        """See Reader."""
         try:
             return self._session.prompt(PROMPT)
         except EOFError:

@@ -74,7 +74,7 @@ def probe(model: str | None, path: Path | None, refresh: bool, as_json: bool) ->
 def plan(
     model: str | None, machine: str | None, trace: Path | None, prompt_tokens: int | None, as_json: bool, **options: Any
 ) -> None:
-    """What goes where and how fast it will be, from config and headers, before anything is loaded.
+    """Plan sizes, placement and speed from config and headers, before anything is loaded.
 
     A hub id needs no download of weights. The exit code is 1 for a model that does not fit, where "fits" is false in
     JSON.

@@ -1,4 +1,4 @@
-"""How the command behaves as a whole: one line for a mistake, exit code 2, and no library imported to say so."""
+"""Behaviour of the command as a whole: one line for a mistake, exit code 2, and no library imported to say so."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def engine_options(command: Command) -> Command:
 
 
 def named_config() -> str | None:
-    """What --config was given: a file, "off", or None for the user's own file."""
+    """The value of --config: a file, "off", or None for the user's own file."""
     context = click.get_current_context(silent=True)
     return context.meta.get(_CONFIG_KEY) if context is not None else None
 
@@ -150,7 +150,7 @@ def user_errors(command: Command) -> Command:
 
 
 def begin_process(context: click.Context) -> None:
-    """What is done once, before torch is imported: budgets and peaks count from the memory used at this moment."""
+    """Prepare the process, before torch is imported: budgets and peaks count from the memory used at this moment."""
     context.obj = rss_bytes()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a model's text may hold what a narrow encoding has not

@@ -75,5 +75,5 @@ def _perplexity(folder: Path, text: str, *, quiet: bool) -> Any:
 
 
 def read_eval_text(path: Path) -> str:
-    """What --eval names. Raises UsageError."""
+    """Text that --eval names. Raises UsageError."""
     return read_text_bounded(path, "--eval")

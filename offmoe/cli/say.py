@@ -1,4 +1,4 @@
-"""What a command says beside its output: on standard error, wrapped at words where a terminal shows it."""
+"""Messages of a command beside its output: on standard error, wrapped at words where a terminal shows it."""
 
 from __future__ import annotations
 

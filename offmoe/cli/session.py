@@ -88,7 +88,7 @@ def refuse_long_prompt(folder: Path, config: EngineConfig, prompt: str) -> None:
 
 
 def saved_flags(folder: Path, options: dict[str, Any]) -> SavedFlags | None:
-    """What --config names, or the user's own file, has for the model in `folder`; `options` win.
+    """Flags that --config's file, or the user's own, has for the model in `folder`; `options` win.
 
     An own file that cannot be used is warned of; one that the user named raises UsageError.
     """

@@ -39,7 +39,7 @@ NUM_IDS, COST_TOKENS = 16, 48
 
 
 class Shown:
-    """How results are shown: `plot` a file or None; `colour` None means where the terminal has it."""
+    """Looks of the results: `plot` a file or None; `colour` None means where the terminal has it."""
 
     def __init__(self, *, as_json: bool, plot: Path | None, no_color: bool, force: bool = False) -> None:
         self.as_json, self.plot, self.no_color = as_json, plot, no_color
@@ -68,7 +68,7 @@ class Shown:
 
 
 def run_replay(trace_file: Path, shown: Shown, *, fit: int | None) -> dict[str, Any]:
-    """What each cache size would have done on a trace; no model is needed. `fit`: slots to mark."""
+    """Replay a trace at each cache size; no model is needed. `fit`: slots to mark."""
     trace = read_trace(trace_file)
     _say_note(trace_file, trace)
     with ProgressReporter(quiet=shown.as_json) as progress:

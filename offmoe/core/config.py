@@ -1,4 +1,4 @@
-"""What the user may set, checked. The same names in Python, on the command line and in JSON output."""
+"""Options that the user may set, checked. The same names in Python, on the command line and in JSON output."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Counters:
         return Counters(**{field.name: getattr(self, field.name) for field in fields(self)})
 
     def minus(self, earlier: Counters) -> Counters:
-        """What happened since the snapshot `earlier`."""
+        """Counts since the snapshot `earlier`."""
         return Counters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
 
     def plus(self, other: Counters) -> Counters:

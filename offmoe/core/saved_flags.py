@@ -26,7 +26,7 @@ _MEMORY = frozenset({"ram", "vram", "expert_slots"})
 
 @dataclass(frozen=True, kw_only=True)
 class SavedFlags:
-    """What applies of a file: `flags` by option name, and the `path` they come from."""
+    """Flags of a file that apply: `flags` by option name, and the `path` they come from."""
 
     path: Path
     flags: dict[str, Any]
@@ -43,7 +43,7 @@ def default_path() -> Path:
 
 
 def read_flags(path: Path, model_hash: str, given: dict[str, Any]) -> SavedFlags | None:
-    """What `path` has for the model and `given`, the user's own flags, leave open; None where that is nothing.
+    """Flags that `path` has for the model and `given`, the user's own, leaves open; None where there are none.
 
     Raises UsageError where the file cannot be read or has a flag that is none.
     """

@@ -52,7 +52,7 @@ class _Compiled(Exception):  # noqa: N818 - no error: the end of a call that was
 
 
 class _Backend:
-    """What torch.compile calls with the captured graph. torch keeps it for ever, so it knows no model."""
+    """The backend that torch.compile calls with the captured graph. torch keeps it for ever, so it knows no model."""
 
     def __init__(self, lower: Lowering) -> None:
         self.lower: Lowering | None = lower

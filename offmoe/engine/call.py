@@ -21,7 +21,7 @@ from offmoe.loader.loaded import LoadedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What is asked for; the fields as `Engine.stream` says."""
+    """One request; the fields as `Engine.stream` says."""
 
     ids: list[int]
     tokenizer: PreTrainedTokenizerBase | None

@@ -69,7 +69,7 @@ class Conversation:
         return collect(self.stream(text, **options))
 
     def stream(self, text: str, **options: Any) -> Iterator[Piece]:
-        """As `ask`, piece by piece."""
+        """Stream the reply to `text`, piece by piece; see `ask`."""
         return self._exchange([*self.messages, {"role": "user", "content": text}], options)
 
     def retry(self, **options: Any) -> Iterator[Piece]:
@@ -86,7 +86,7 @@ class Conversation:
         self.messages = self.messages[: 0 if self.system is None else 1]
 
     def num_tokens(self) -> int:
-        """What the next prompt begins with, in tokens; 0 for an empty conversation."""
+        """Length of the next prompt's beginning, in tokens; 0 for an empty conversation."""
         if not self.messages:
             return 0
         arguments, allow = self._template["chat_template_kwargs"], self._template["allow_control_tokens"]

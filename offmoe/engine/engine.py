@@ -124,7 +124,7 @@ class Engine:
 
     @property
     def plan(self) -> MemoryPlan:
-        """What goes where."""
+        """The plan of memory."""
         return self._parts.plan
 
     @property
@@ -198,7 +198,7 @@ class Engine:
         self, messages: Sequence[Message], *, chat_template_kwargs: Mapping[str, Any] | None = None,
         allow_control_tokens: bool = False, **options: Any,
     ) -> Iterator[Piece]:  # fmt: skip
-        """As `chat`, piece by piece; `piece.reasoning` tells what the model thinks from what it says.
+        """Stream the reply of `chat`, piece by piece; `piece.reasoning` tells what the model thinks from what it says.
 
         `chat_template_kwargs` and `allow_control_tokens` as in `chat.chat_ids`.
         """

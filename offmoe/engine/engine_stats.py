@@ -1,4 +1,4 @@
-"""What the engine has done since it was loaded, in one dictionary."""
+"""Statistics of an engine since it was loaded, in one dictionary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from offmoe.machine.memory import peak_rss_bytes
 def engine_stats(
     parts: LoadedModel, kept: KeptCache, decoded: Totals, decode: DecodeCompiler | DecodePaths, *, baseline_bytes: int
 ) -> dict[str, Any]:
-    """As `Engine.stats` says. `baseline_bytes`: what the process held before it grew by the model."""
+    """Statistics for `Engine.stats`. `baseline_bytes`: what the process held before it grew by the model."""
     cache, plan, device = parts.cache, parts.plan, parts.device
     serving = parts.serving.stats()  # first: it reads the stalls that the counters are to have
     totals: dict[str, Any] = {

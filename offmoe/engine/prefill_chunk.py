@@ -1,4 +1,4 @@
-"""How much of a prompt goes through the model at once, when the device turns out to have less memory than planned."""
+"""Length of a prompt's chunks, when the device turns out to have less memory than planned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the user gives as a prompt and as stop strings, checked and turned into ids and rules."""
+"""A user's prompt and stop strings, checked and turned into ids and rules."""
 
 from __future__ import annotations
 

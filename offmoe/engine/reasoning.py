@@ -31,7 +31,7 @@ class Splitter(Protocol):
         """Parts that `text` completes."""
 
     def flush(self) -> list[Part]:
-        """What was held back."""
+        """Parts that were held back."""
 
 
 class TagSplitter:
@@ -44,7 +44,7 @@ class TagSplitter:
         self._held, self._trim = "", True
 
     def add(self, text: str) -> list[Part]:
-        """As of Splitter."""
+        """See Splitter."""
         self._held += text
         parts: list[Part] = []
         if not self._begun and not self._begin():
@@ -62,7 +62,7 @@ class TagSplitter:
         return parts
 
     def flush(self) -> list[Part]:
-        """As of Splitter."""
+        """See Splitter."""
         parts: list[Part] = []
         self._give(parts, bool(self._close), self._held)
         self._held = ""
@@ -96,7 +96,7 @@ class ChannelSplitter:
         self._in_header = False
 
     def add(self, text: str) -> list[Part]:
-        """As of Splitter."""
+        """See Splitter."""
         self._held += text
         parts: list[Part] = []
         while (found := _first_mark(self._held)) is not None:
@@ -114,7 +114,7 @@ class ChannelSplitter:
         return parts
 
     def flush(self) -> list[Part]:
-        """As of Splitter."""
+        """See Splitter."""
         parts: list[Part] = []
         self._give(parts, self._held)
         self._held = ""

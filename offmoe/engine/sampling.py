@@ -40,7 +40,7 @@ Chooser = Callable[[torch.Tensor, torch.Tensor], int]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 is greedy; then only the repetition penalty acts."""
+    """Choice of tokens. Temperature 0 is greedy; then only the repetition penalty acts."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -55,7 +55,7 @@ def resolve_sampling(
     top_p: float | None = None, min_p: float | None = None, repetition_penalty: float | None = None,
     seed: int | None = None,
 ) -> Sampling:  # fmt: skip
-    """What the user set, and the model publisher's generation_config for the rest (greedy unless it says do_sample).
+    """The user's settings, and the model publisher's generation_config for the rest (greedy unless it says do_sample).
 
     Raises UsageError naming the option and its range.
     """

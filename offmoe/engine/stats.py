@@ -1,4 +1,4 @@
-"""What generating cost, from the clock and the engine's counters: one reply, or all since the engine was loaded."""
+"""Cost of generating, from the clock and the engine's counters: one reply, or all since the engine was loaded."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def per_token(decode: Counters, num_tokens: int) -> dict[str, Any]:
 
 
 def stats_line(stats: GenerationStats) -> str:
-    """What a reply cost, in one line: speed, first token, hits by tier, bytes and stall by link, prefetching."""
+    """Cost of a reply in one line: speed, first token, hits by tier, bytes and stall by link, prefetching."""
     decode, prefill = stats.decode, stats.prefill
     mean = per_token(decode, len(stats.step_s))
     speed = f"{stats.decode_tok_per_s:.1f} tok/s" if stats.step_s else "-"

@@ -143,7 +143,7 @@ class Forward:
         return logits
 
     def unless_out_of_memory(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """As a call; None when the device had no memory for it, and then nothing was appended."""
+        """Call `forward`; None when the device had no memory for it, and then nothing was appended."""
         position, cache, rewind = self.position, self._cache, remember(self._cache)
         # Outside of the handler what it raised is gone, and with it the frames that keep the device's memory taken.
         with contextlib.suppress(torch.OutOfMemoryError):

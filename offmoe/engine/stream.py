@@ -98,7 +98,7 @@ class Meter:
             self._at_first = self._counters.copy()
 
     def stats(self) -> GenerationStats:
-        """What it cost up to now."""
+        """Statistics up to now."""
         times, (path, reason) = self._times, self._way()
         return GenerationStats(
             prompt_tokens=self._num_prompt_tokens,

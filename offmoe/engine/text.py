@@ -49,7 +49,7 @@ class TextDecoder:
         return text
 
     def flush(self) -> str:
-        """What is left at the end, incomplete characters included."""
+        """Text that is left at the end, incomplete characters included."""
         text = self._text_of_waiting()
         self._waiting = []
         return text
@@ -110,7 +110,7 @@ class StopMatcher:
         return self._take(len(self._held) - max(self._overlap(stop) for stop in self._stops))
 
     def flush(self) -> str:
-        """What was held back, when no more text comes."""
+        """Text that was held back, when no more text comes."""
         return self._take(len(self._held))
 
     def _take(self, num: int) -> str:

@@ -1,4 +1,4 @@
-"""Where each source of an expert lies in a device slot: the same for all experts of a layer. No torch.
+"""Layout of a device slot, where each source of an expert lies: the same for all experts of a layer. No torch.
 
 A host slot keeps the bytes as the read brought them, so its offsets differ from expert to expert. A device slot is
 filled source by source, to fixed places: kernels then take a layer's offsets as constants.

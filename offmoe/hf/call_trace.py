@@ -1,4 +1,4 @@
-"""What the modules of a decoder layer were called with, and answered, in one forward.
+"""Calls and answers of a decoder layer's modules in one forward.
 
 Tensors are copied when they are seen, since model code changes some of them in place later; parameters and buffers
 handed from module to module are kept as they are, so that they are recognised. Tensors are compared by value, not by
@@ -57,7 +57,7 @@ class LayerTrace:
         return self.calls[0]
 
     def count(self, module: nn.Module) -> int:
-        """How often a module was called."""
+        """Number of a module's calls."""
         return sum(call.module is module for call in self.calls)
 
     def call_of(self, module: nn.Module) -> Call:

@@ -215,7 +215,7 @@ def _stored(entry: StoredTensor) -> tuple[TensorEntry, ...]:
 
 
 def _kind(entry: StoredTensor) -> tuple[object, ...]:
-    """What must be the same in all experts of a layer."""
+    """Properties that all experts of a layer share."""
     if isinstance(entry, QuantEntry):
         return (entry.format, *(stored.dtype for stored in entry.stored))
     torch_dtype(entry.dtype, where=f"tensor {entry.name!r}")

@@ -84,7 +84,7 @@ def served_families() -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where one checkpoint tensor goes: the parameter's name, and the converter pattern that took it (None: as is)."""
+    """Target of one checkpoint tensor: the parameter's name, and the converter pattern that took it (None: as is)."""
 
     param: str
     pattern: str | None
@@ -102,7 +102,7 @@ class KeyRule:
     turned: bool = False
 
     def transform(self) -> WeightConverter | WeightRenaming:
-        """As transformers says it."""
+        """The transform in transformers' words."""
         operations: list[Any] = [MergeModulelist(dim=0)] if "*" in self.sources[0] else []
         operations += [Concatenate(dim=1)] if len(self.sources) > 1 else []
         operations += [Transpose(1, 2)] if self.turned else []
@@ -183,7 +183,7 @@ def expert_matrix(
     shapes: dict[str, tuple[int, int]], order: list[str], operations: list[object], param_shape: tuple[int, int],
     *, where: str,
 ) -> Matrix:  # fmt: skip
-    """What the converter's operations do to one expert, as strides. No data is touched.
+    """Effect of the converter's operations on one expert, as strides. No data is touched.
 
     `shapes` maps each source pattern to the shape of one expert's tensor, `order` gives the order of concatenation,
     `param_shape` the shape expected. Raises UnsupportedModelError for an operation with no such description.

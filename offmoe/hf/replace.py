@@ -171,7 +171,7 @@ class NativeModules:
                     self._replaced.append((parent, name, ours))
 
     def remove(self) -> None:
-        """As before."""
+        """Put the model's own modules back."""
         while self._replaced:
             parent, name, ours = self._replaced.pop()
             if parent._modules.get(name) is ours:

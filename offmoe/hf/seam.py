@@ -1,4 +1,4 @@
-"""Where transformers' model code hands an experts call to offmoe.
+"""The seam where transformers' model code hands an experts call to offmoe.
 
 Registration is process-wide, so the registered function knows nothing: all state is on the module, in a binding that
 the loader puts there. Several engines in one process therefore do not meet. Under torch.compile the call becomes an
@@ -30,7 +30,7 @@ _BINDING_NAME, _HANDLE_NAME, _RESIDENT_NAME = "_offmoe_binding", "_offmoe_handle
 
 
 class ExpertsExecutor(Protocol):
-    """Who computes a layer's experts."""
+    """Computer of a layer's experts."""
 
     def run_layer(
         self, layer_idx: int, math: ExpertMath, num_experts: int,
@@ -40,7 +40,7 @@ class ExpertsExecutor(Protocol):
 
 
 class StateObserver(Protocol):
-    """Who wants to see what a layer's router chooses from."""
+    """Observer of the states that a layer's router chooses from."""
 
     def observe_state(self, layer_idx: int, state_TX: torch.Tensor) -> None:
         """The state after attention, from which this layer's router will choose. Not to be kept longer than the call
@@ -67,7 +67,7 @@ _numbering = threading.Lock()
 
 @dataclass(eq=False)
 class LayerBinding:
-    """What an experts module needs to be served: its number, its arithmetic, and who runs it (None: not yet).
+    """State of a served experts module: its number, its arithmetic, and who runs it (None: not yet).
 
     `halves`: see MoeLayer. `observer`: see routers/routing.py.
     `handle` names the binding within this process, as a constant of graphs. It is the smallest number that is free, so
@@ -131,7 +131,7 @@ def ids_that_reach_experts(run: Callable[[], object]) -> torch.Tensor | None:
 
 
 class ClosedExecutor:
-    """What a closed engine leaves behind, so that a model used later says so instead of answering without experts."""
+    """Executor of a closed engine, so that a model used later says so instead of answering without experts."""
 
     def run_layer(
         self, layer_idx: int, math: ExpertMath, num_experts: int,

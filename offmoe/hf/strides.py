@@ -1,4 +1,4 @@
-"""How an expert's matrix lies in published tensors: strided views of them, joined. Plain arithmetic on offsets."""
+"""Layout of an expert's matrix in published tensors: strided views of them, joined. Plain arithmetic on offsets."""
 
 from __future__ import annotations
 

@@ -94,8 +94,9 @@ def _own_thread() -> _OwnThread | None:
 
 
 class TorchThreads:
-    """Of one model. `unread`: layers whose experts torch computes after all; with such, and before `begin`, and where
-    linears are torch's, nothing changes.
+    """torch's threads for one model. `unread`: layers whose experts torch computes after all.
+
+    With such layers, before `begin`, and where linears are torch's, nothing changes.
     """
 
     def __init__(self) -> None:

@@ -39,7 +39,7 @@ class Activation:
     offset: float = 0.0
 
     def apply(self, up: torch.Tensor) -> torch.Tensor:
-        """What the kernels compute, in torch: (N, 2F) or (N, F) -> (N, F)."""
+        """Apply the activation as the kernels do, in torch: (N, 2F) or (N, F) -> (N, F)."""
         if not self.gated:
             return self._curve(up)
         gate, up = (up[..., ::2], up[..., 1::2]) if self.interleaved else up.chunk(2, dim=-1)

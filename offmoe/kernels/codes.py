@@ -1,4 +1,4 @@
-"""Where a quantised matrix's codes, scales and zero points lie in a slot, as numbers that a kernel takes. No Triton.
+"""Places of a quantised matrix's codes, scales and zero points in a slot, as numbers that a kernel takes. No Triton.
 
 All formats but GGUF's look alike to a kernel: words of 32 bits hold 8 codes of 4 bits or 4 of 8, lowest bits first, and
 four words in a row, 16 bytes, are a *span*: 32 columns or 16, which share a scale and a zero point. GGUF's blocks hold
@@ -25,7 +25,7 @@ _UPPER_BITS = {"q5_k": 1, "q6_k": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codes:
-    """What a kernel must know of a format. Bases and strides are in elements of the scales' and the zeros' own type.
+    """A format as a kernel takes it. Bases and strides are in elements of the scales' and the zeros' own type.
 
     `bits` of a code; `is_integer`: an integer, otherwise a small float. `is_signed`: two's complement, as its zeros.
     `group` columns of `group_rows` rows share a scale. `zero_rows` rows share an element of zeros, 0: there are none.
@@ -86,7 +86,7 @@ class Codes:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """What a kernel must know of a kind of GGUF block. A matrix of blocks counts in bytes."""
+    """Numbers of a kind of GGUF block that a kernel takes. A matrix of blocks counts in bytes."""
 
     kind: QuantKind
 
@@ -102,7 +102,7 @@ class Blocks:
 
     @property
     def bits(self) -> int:
-        """Of a column's share of the codes' bytes as they are loaded: nibbles come twice."""
+        """Bits of a column's share of the codes' bytes as they are loaded: nibbles come twice."""
         return 8
 
     @property
@@ -127,17 +127,17 @@ class Blocks:
 
     @property
     def first_code(self) -> int:
-        """Where the bytes begin that have a nibble of each code; they end the block, but for q6_k's, which begin it."""
+        """Offset of the bytes that have a nibble of each code; they end the block, but for q6_k's, which begin it."""
         return 0 if self.kind == "q6_k" else self.num_bytes - self.num_columns // 2
 
     @property
     def scale_at(self) -> int:
-        """Where the float16 scale lies."""
+        """Offset of the float16 scale."""
         return 208 if self.kind == "q6_k" else 0
 
     @property
     def offset(self) -> int:
-        """What is taken from a code."""
+        """Number that is subtracted from a code."""
         return _OFFSETS[self.kind]
 
     @property
@@ -152,7 +152,7 @@ class Blocks:
 
     @property
     def at_zero(self) -> Blocks:
-        """As `Codes.at_zero`."""
+        """See `Codes.at_zero`."""
         return self
 
 

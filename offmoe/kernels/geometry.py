@@ -1,4 +1,4 @@
-"""Where a layer's matrices lie in a slot, in how large blocks they are computed, and rows cut into tiles. No Triton.
+"""Geometry of kernels: a layer's matrices in a slot, blocks in which they are computed, rows in tiles. No Triton.
 
 Shapes: N rows (token, expert), M tiles of B rows, F expert width.
 """

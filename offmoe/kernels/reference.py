@@ -23,7 +23,7 @@ COMBINE_TOKENS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertMath:
-    """What a layer does between and after its two projections, taken from the model's own experts module.
+    """Arithmetic of a layer between and after its two projections, taken from the model's own experts module.
 
     `activate` maps (N, 2F) to (N, F) for gated experts, (N, F) to (N, F) for others. Biases are per expert, resident.
     `dtype` is what the model computes in; weights stored otherwise are converted on use, as transformers converts them

@@ -109,7 +109,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def count_row(self) -> int:
-        """As `open_row`, for who knows the buffers; returns how many rows there are now."""
+        """Count a row that was written, for a caller that knows the buffers; returns how many rows there are now."""
         self._length, self._is_stale = self._length + 1, True
         return self._length
 
@@ -185,13 +185,13 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         self._write(begin, kept)
 
     def open_row(self) -> Buffers:
-        """As of PreallocatedLayer: a token sees itself and `sliding_window` - 1 tokens before it."""
+        """See PreallocatedLayer: a token sees itself and `sliding_window` - 1 tokens before it."""
         self.make_room(1)
         self.grow_to(self.cumulative_length + 1)
         return self.last_rows()
 
     def last_rows(self) -> Buffers:
-        """As of PreallocatedLayer."""
+        """See PreallocatedLayer."""
         end = self.cumulative_length
         return self._rows(max(0, end - self.sliding_window), end)
 

@@ -43,7 +43,7 @@ class KeptCache:
         self.num_reused = self.num_prefilled = 0
 
     def begin(self, ids: Sequence[int], *, reuse: bool | None) -> int:
-        """How many of `ids` the cache holds now, the others being dropped from it; it is not settled before.
+        """Number of `ids` that the cache holds now, the others being dropped from it; it is not settled before.
 
         `reuse`: True takes the longest common prefix, False nothing, None only what a prompt that continues the last
         one has of it. Where all of `ids` were the last prompt, `logits` are what followed it, else None.
@@ -69,7 +69,7 @@ class KeptCache:
         return same
 
     def prompt_ends(self, logits: torch.Tensor) -> None:
-        """What followed the prompt, (1, V): a repetition of it starts from there."""
+        """Keep the logits that followed the prompt, (1, V): a repetition of it starts from there."""
         self._ends = logits.clone()
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What can only be learned by running the model once: bytes of KV cache a token, and whether a prompt may be cut.
+"""Facts that only a run of the model tells: bytes of KV cache a token, and whether a prompt may be cut.
 
 Runs before any expert is loaded (the seam answers zero), on eight tokens, so it costs milliseconds.
 """
@@ -32,7 +32,7 @@ class ModelProbe:
 
 
 def foresee_kv_bytes(model: PreTrainedModel, context_length: int) -> int:
-    """What `probe_model` will measure, from shapes alone, for a model without weights.
+    """Prediction of what `probe_model` will measure, from shapes alone, for a model without weights.
 
     0 for the few models whose code looks at values on the way (2 of 62 families): the probe says it later.
     """

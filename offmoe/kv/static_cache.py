@@ -114,7 +114,7 @@ class StaticKv:
                     state.copy_(old)
 
     def _running_states(self) -> list[torch.Tensor]:
-        """What a step reads and overwrites. Keys and values are not: a step repeated writes the same row."""
+        """States that a step reads and overwrites. Keys and values are not: a step repeated writes the same row."""
         return [
             state
             for layer in self.cache.layers

@@ -1,4 +1,4 @@
-"""What the user allows, divided: once before weights are read, to refuse in time, and once when they are there."""
+"""Division of what the user allows: once before weights are read, to refuse in time, and once when they are there."""
 
 from __future__ import annotations
 
@@ -150,5 +150,5 @@ def shrink(plan: DevicePlan, num_slots: int) -> DevicePlan:
 
 
 def baseline_room(baseline_bytes: int) -> int:
-    """What `ram="auto"` allows the process to grow by: free memory, plus what the libraries have taken already."""
+    """Bytes that `ram="auto"` allows: free memory, plus what the libraries have taken already."""
     return auto_ram(available_ram_bytes() + max(0, rss_bytes() - baseline_bytes))

@@ -1,4 +1,4 @@
-"""Who fetches ahead of time for a loaded model: lookahead, one prefetcher a tier, and their settings."""
+"""Prefetching of a loaded model: lookahead, one prefetcher a tier, and their settings."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ FURTHEST_DISK, FURTHEST_LINK = 3, 1
 def look_ahead(
     model: PreTrainedModel, experts: ExpertIndex, cache: ExpertCache, host: ExpertCache, config: EngineConfig
 ) -> tuple[AheadOfTime, InstalledHooks] | str | None:
-    """What tells routers' guesses to `cache`, and to `host` below it where that is another tier and has not room for
-    everything; and the hooks to remove at the end. None where nothing is to be fetched ahead, a reason where it cannot.
+    """Make the lookahead, and the hooks to remove at the end; None where nothing is to be fetched ahead, or a reason.
+
+    It tells routers' guesses to `cache`, and to `host` below it where that is another tier without room for everything.
 
     With a fixed distance the link's prefetcher has the routers' whole answer, and brings it from disk as well.
     """

@@ -96,14 +96,14 @@ def load_peak_bytes(
 
 
 def _move_parameters(model: PreTrainedModel, device: torch.device) -> None:
-    """What has been read so far goes to `device`. The parameters stay the same objects, so ties hold."""
+    """Move what has been read so far to `device`. The parameters stay the same objects, so ties hold."""
     for param in model.parameters():
         if not param.is_meta and param.device != device:
             param.data = param.data.to(device)
 
 
 def _read_bytes(keys: list[str], index: CheckpointIndex, dtype: torch.dtype) -> int:
-    """What these tensors take in RAM once they are read: quantised ones as they are stored, and as values."""
+    """Bytes that these tensors take in RAM once they are read: quantised ones as they are stored, and as values."""
     entries = [index.tensors[key] for key in keys]
     values = sum(math.prod(entry.shape) for entry in entries if not isinstance(entry, TensorEntry))
     return sum(entry.num_bytes for entry in entries) + values * dtype.itemsize

@@ -1,4 +1,4 @@
-"""What serves a loaded model's experts: tiers, caches, executor, and whoever fetches ahead or decides misses."""
+"""Parts that serve a loaded model's experts: tiers, caches, executor, prefetching, and the scheduler of misses."""
 
 from __future__ import annotations
 

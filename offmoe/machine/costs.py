@@ -36,12 +36,12 @@ class Costs:
 
     @property
     def link_slowdown(self) -> float:
-        """How many times longer a copy takes beside the CPU's work; 1 or more."""
+        """Factor by which a copy takes longer beside the CPU's work; 1 or more."""
         return self.link_bytes_per_s / self.link_beside_cpu_bytes_per_s
 
     @property
     def cpu_slowdown(self) -> float:
-        """How many times longer the CPU takes beside a copy; 1 or more."""
+        """Factor by which the CPU takes longer beside a copy; 1 or more."""
         return self.cpu_bytes_per_s / self.cpu_beside_link_bytes_per_s
 
     def link_s(self, num_bytes: float, *, num_copies: int = 1) -> float:

@@ -1,4 +1,4 @@
-"""What this machine and this process have: memory free, memory used, page size of direct reads."""
+"""Memory of this machine and this process: free, memory used, page size of direct reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a machine was measured to do, kept between runs: bandwidths, and what the libraries take of its memory.
+"""Record of a machine's measurements, kept between runs: bandwidths, and what the libraries take of its memory.
 
 One file a machine in the user's cache folder, written by `offmoe probe`, read by whatever plans. A file of another
 version, or of a machine that has changed, counts as none.
@@ -108,7 +108,7 @@ class MachineRecord:
         return (off_lines and rates.get(f"{kind}{OFF_LINES}")) or rates.get(kind) or min(rates.values())
 
     def drive(self, path: Path) -> DriveSpeed | None:
-        """Of the drive that `path` is on, or of the only one that was measured."""
+        """Speed of the drive that `path` is on, or of the only one that was measured."""
         found = self.drives.get(drive_key(path))
         if found is None and len(self.drives) == 1:
             return next(iter(self.drives.values()))
@@ -135,7 +135,7 @@ def record_path() -> Path:
 
 
 def read_record(path: Path | None = None) -> MachineRecord | None:
-    """What was measured here before; None when nothing was, or what is there is damaged or of another version."""
+    """Record of an earlier measurement; None when nothing was, or what is there is damaged or of another version."""
     try:
         held = json.loads((path or record_path()).read_text(encoding="utf-8"))
         if held.pop("version") != VERSION:

@@ -19,7 +19,7 @@ _SET = "as set"
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What "auto" is settled by. None: not known yet, and what depends on it stays open.
+    """Facts that settle "auto". None: not known yet, and what depends on it stays open.
 
     `may_compile`: steps of this model on the device; `longest_context` the model's own; `ram_bytes` and `vram_bytes`
     free, and with `total` all there is, used or not; `direct_reads`: the file system has them.

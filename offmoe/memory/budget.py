@@ -36,7 +36,7 @@ _Parts = Sequence[tuple[str, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan:
-    """Where `vram_bytes` of the device go. `context_bytes` is what its driver takes, `slack_bytes` is kept free."""
+    """Division of a device's `vram_bytes`. `context_bytes` is what its driver takes, `slack_bytes` is kept free."""
 
     vram_bytes: int
     context_bytes: int
@@ -60,7 +60,7 @@ class DevicePlan:
 
     @property
     def coming_bytes(self) -> int:
-        """What is not taken yet when the pool is made, and must be left free."""
+        """Bytes that are not taken yet when the pool is made, and must be left free."""
         return self.kv_bytes + self.workspace_bytes + self.slack_bytes
 
     @property
@@ -79,7 +79,7 @@ class DevicePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Where `ram_bytes` go. `runtime` is what libraries and the model's skeleton took before any weight was read.
+    """Division of `ram_bytes`. `runtime` is what libraries and the model's skeleton took before any weight was read.
 
     With a `device`, resident weights and KV cache are not in RAM, but `staging_bytes` for copies and, while the model
     is loaded, `load_bytes` are.
@@ -142,17 +142,17 @@ def ram_reserve(available_bytes: int) -> int:
 
 
 def auto_ram(available_bytes: int) -> int:
-    """What "auto" may use of the memory that is free: never all of it."""
+    """Bytes that "auto" may use of the memory that is free: never all of it."""
     return available_bytes - ram_reserve(available_bytes)
 
 
 def auto_vram(available_bytes: int) -> int:
-    """What "auto" may use of the device memory that is free: never all of it."""
+    """Bytes that "auto" may use of the device memory that is free: never all of it."""
     return max(0, available_bytes - max(MIN_VRAM_RESERVE_BYTES, available_bytes // 16))
 
 
 def allowed_vram(vram_bytes: int | None, most_bytes: int) -> int:
-    """What may be used of the `most_bytes` that can be had, where the user allows `vram_bytes` (None: "auto")."""
+    """Bytes that may be used of the `most_bytes` that can be had, where the user allows `vram_bytes` (None: "auto")."""
     return auto_vram(most_bytes) if vram_bytes is None else min(vram_bytes, most_bytes)
 
 
@@ -193,7 +193,7 @@ def plan_device(
     *, vram_bytes: int | None, free_bytes: int, context_bytes: int, resident_bytes: int, kv_bytes: int,
     workspace_bytes: int, slack_bytes: int, slot_bytes: int, num_experts: int, top_k: int, expert_slots: int | None,
 ) -> DevicePlan:  # fmt: skip
-    """As `plan_memory`, for a device with `free_bytes` free beside the context that the driver has taken already.
+    """Plan the memory of a device with `free_bytes` free beside the context that the driver has taken already.
 
     `vram_bytes` is what the user allows, the context included; None: most of what is free. What is not free is not
     planned with, whatever the user allows. Raises BudgetError.

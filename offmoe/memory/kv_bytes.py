@@ -70,7 +70,7 @@ def estimate_kv(config: Mapping[str, Any], *, item_bytes: int, context_length: i
 
 
 def _window(text: Mapping[str, Any], kinds: list[str]) -> int:
-    """How far a sliding layer looks back; 0 where none does."""
+    """Number of tokens that a sliding layer looks back; 0 where none does."""
     window = largest_number(text, "sliding_window", 0)
     if kinds:
         return window if "sliding_attention" in kinds else 0

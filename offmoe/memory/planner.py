@@ -41,7 +41,7 @@ class ModelSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What may be used: `ram_bytes` that the process may grow by, `runtime_bytes` of them taken by libraries.
+    """Memory that may be used: `ram_bytes` that the process may grow by, `runtime_bytes` of them taken by libraries.
 
     `vram_free_bytes` of a device, beside its driver's context; None where the model runs in RAM. `is_cuda`: the driver
     takes its part, `driver_bytes` where that was measured.
@@ -55,14 +55,14 @@ class Machine:
 
     @property
     def context_bytes(self) -> int:
-        """What the driver takes."""
+        """Bytes that the driver takes."""
         if self.driver_bytes is not None:
             return self.driver_bytes
         return CUDA_CONTEXT_BYTES if self.is_cuda else 0
 
     @property
     def slack_bytes(self) -> int:
-        """What is kept free on the device."""
+        """Bytes that are kept free on the device."""
         return CUDA_SLACK_BYTES if self.is_cuda else 0
 
 
@@ -81,7 +81,7 @@ class Division:
     chunkable: bool = True
 
     def plan(self) -> MemoryPlan:
-        """What goes where. Raises BudgetError with the smallest budget that works."""
+        """Plan of memory. Raises BudgetError with the smallest budget that works."""
         return self.plan_with(self.choose_chunk())
 
     def plan_most_modest(self) -> MemoryPlan:

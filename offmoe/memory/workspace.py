@@ -1,4 +1,4 @@
-"""How much memory one forward pass needs beside weights and KV cache, from the model's shape.
+"""Memory that one forward pass needs beside weights and KV cache, from the model's shape.
 
 An upper estimate, in bytes, of what is alive at once in the widest place of a layer. Measured peaks are below it
 (benchmarks/ holds the comparison); the executor bounds its own part by computing expert by expert.

@@ -1,4 +1,4 @@
-"""Who computes the rows of experts that lie in the slots of the tier that computes: the torch reference, or kernels.
+"""Backends that compute rows of experts in the slots of the computing tier: the torch reference, or kernels.
 
 Shapes: T tokens, D model width, S choices, N rows.
 """

@@ -71,12 +71,12 @@ class CpuRows:
         return known(expert_ids, experts, x_1D, weights_1K)
 
     def seen(self, layer_idx: int, math: ExpertMath) -> CpuLayer | None:
-        """As `layer`, of a layer whose experts were seen; None of others."""
+        """The answer of `layer` for a layer whose experts were seen; None of others."""
         known = self._layers.get(layer_idx)
         return known[1] if known is not None and known[0] is math else None
 
     def layer(self, layer_idx: int, math: ExpertMath, weights: ExpertWeights) -> CpuLayer | None:
-        """What the kernels need to know of a layer, None where they do not serve it. Experts of a layer are all stored
+        """Description of a layer for the kernels, None where they do not serve it. Experts of a layer are all stored
         alike, so the weights of any one answer for all.
         """
         known = self._layers.get(layer_idx)

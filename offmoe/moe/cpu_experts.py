@@ -116,7 +116,7 @@ class CpuJob:
         self._results: list[Future[Result]] = []
 
     def begin(self, experts: Mapping[ExpertKey, list[Assignment]]) -> None:
-        """What RAM has is computed at once, as one piece of work; the rest when it was read."""
+        """Begin to compute what RAM has, at once and as one piece of work; the rest when it was read."""
         for key, assigned in experts.items():
             self._add(key, assigned)
         self._queue()

@@ -96,7 +96,7 @@ class LayerCall:
         return Computed(self._cache.slot_of(key), weights, assigned)
 
     def _claim(self, late: list[int], by_expert: dict[int, list[Assignment]], keep: set[int]) -> None:
-        """What is on its way becomes this call's to wait for."""
+        """Claim what is on its way, for this call to wait for."""
         for idx in late:
             fetch = self._cache.start(ExpertKey(self._layer_idx, idx), cold=idx not in keep)
             assert fetch is not None, f"{idx=} was on its way"

@@ -106,7 +106,7 @@ class Trial(Generic[Setting]):
 
     @property
     def contenders(self) -> tuple[Setting, ...]:
-        """What is being compared, only the choice when nothing is."""
+        """Settings that are being compared, only the choice when nothing is."""
         return tuple(self._comparison.live) if self._comparison else (self.choice,)
 
     def consider(self, settings: Collection[Setting]) -> None:
@@ -256,7 +256,7 @@ class _Comparison(Generic[Setting]):
         return seconds / work if work else 0.0
 
     def lost_s(self) -> float:
-        """What the leader would have saved, doing all the work of the others."""
+        """Seconds that the leader would have saved, doing all the work of the others."""
         cost = self.cost(self.best)
         if not cost:
             return 0.0

@@ -1,4 +1,4 @@
-"""Where each missed expert of a layer is computed: copied to the device, or on the CPU where it lies.
+"""Choice of where each missed expert of a layer is computed: copied to the device, or on the CPU where it lies.
 
 Plain arithmetic on costs, no torch. Link and CPU work side by side, so the question is how many are copied; every
 number is tried, and the one that ends first is taken.
@@ -28,14 +28,14 @@ class Mode(Enum):
 
 
 class Placement(Enum):
-    """What is done about a missed expert."""
+    """Treatment of a missed expert."""
 
     FETCH = "fetch"
     CPU = "cpu"
 
 
 class Where(Enum):
-    """Where a missed expert's bytes are."""
+    """Place of a missed expert's bytes."""
 
     HOST = "host"
     COMING = "coming"
@@ -70,12 +70,12 @@ class Miss:
 
     @property
     def link_bytes(self) -> int:
-        """What is left to copy."""
+        """Bytes that are left to copy."""
         return self.num_bytes if self.copy_left_bytes is None else self.copy_left_bytes
 
     @property
     def disk_bytes(self) -> int:
-        """What is left to read."""
+        """Bytes that are left to read."""
         if self.where is Where.HOST:
             return 0
         return self.num_bytes if self.read_left_bytes is None else self.read_left_bytes
@@ -114,7 +114,7 @@ def makespan_s(misses: Sequence[Miss], placements: Sequence[Placement], costs: C
 
 
 def _num_copied(ordered: list[Miss], costs: Costs) -> int:
-    """How many of the first are copied. Of equal times the one with most copies: copies serve later passes too."""
+    """Number of the first that are copied. Of equal times the one with most copies: copies serve later passes too."""
     times = _split_times(ordered, costs)
     num_under_way = sum(miss.is_under_way for miss in ordered)
     best = min(range(num_under_way, len(times)), key=lambda k: (times[k], -k))

@@ -95,7 +95,7 @@ class MissScheduler:
         self.trial.consider(list(Mode) if self._calls_until_all <= 0 else self._hopeful(typical))
 
     def _hopeful(self, typical: int) -> list[Mode]:
-        """What might be faster than the model's best, and is not the same under another name."""
+        """Placements that might be faster than the model's best, and is not the same under another name."""
         hopeful = [Mode.AUTO]
         for mode in (Mode.STREAM, Mode.CPU):
             sets = [[Miss(num_bytes=1 << 24)] * num for num in range(1, max(MANY_MISSES, typical) + 1)]

@@ -1,4 +1,4 @@
-"""How many of a token's experts a cache holds: from a trace of the model itself, or from published replays.
+"""Share of a token's experts that a cache holds: from a trace of the model itself, or from published replays.
 
 Published: LRU over all layers, per-layer replays of real text (OLMoE, DeepSeek-V2-Lite, Qwen3-30B-A3B, gpt-oss,
 Mixtral), at 12.5, 25 and 37.5% of the experts. Families without one take OLMoE's, which is in the middle.

@@ -162,7 +162,7 @@ def _are_matrices(entry: StoredTensor) -> bool:
 
 
 def layer_of(name: str) -> str:
-    """What is common to the names of a layer's stacked experts."""
+    """Common part of the names of a layer's stacked experts."""
     match = _EXPERTS.match(name) or _LAYER.match(name)
     return match.group(1) if match else name
 

@@ -1,4 +1,4 @@
-"""What a family's layers cost whatever they read: by how they are computed, from what the machine was measured at.
+"""Fixed costs of a family's layers: by how they are computed, from what the machine was measured at.
 
 A layer is computed whole by the CPU kernels, or its modules one by one. Among the latter some do much more in Python
 than others; the classes are from layers of tiny models of every family, with caches emptied before each: 0.4 to 0.9 ms,
@@ -43,8 +43,9 @@ def layer_cost(model_type: str, costs: LayerCosts) -> tuple[float, float]:
 
 
 def latent_work(config: dict[str, Any], num_tokens: int) -> tuple[float, float]:
-    """Of one token that attends to the latents of `num_tokens` tokens, by every head: operations, and weights between
-    heads and latents, in all layers. Zeros for other attention.
+    """Work of one token that attends to the latents of `num_tokens` tokens by every head, in all layers.
+
+    Operations, and weights between heads and latents. Zeros for other attention.
     """
     text = text_config(config)
     sizes: list[int] = []

@@ -73,7 +73,7 @@ def foresee(folder: Path, config: EngineConfig) -> Plan | None:
 
 
 def against_plan(totals: dict[str, Any]) -> str | None:
-    """What was predicted beside what `Engine.stats` has; None where nothing was predicted, or nothing decoded."""
+    """The prediction beside what `Engine.stats` has; None where nothing was predicted, or nothing decoded."""
     foreseen = totals.get("predicted")
     if foreseen is None or not totals["decoded_tokens"]:
         return None

@@ -1,4 +1,4 @@
-"""What a plan needs to know of a model, from its config and headers alone: no torch, no transformers."""
+"""Facts that a plan needs of a model, from its config and headers alone: no torch, no transformers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ModelFacts:
 
 
 def read_facts(folder: Path, *, direct: bool) -> ModelFacts:
-    """Of a folder or a GGUF file; `direct`: experts are read past the page cache. Raises OffmoeError subclasses."""
+    """Facts of a folder or GGUF file; `direct`: experts are read past the page cache. Raises OffmoeError subclasses."""
     config = read_config(folder)
     index = CheckpointIndex.open(folder, read_quantisation(config))
     index.close()
@@ -89,7 +89,7 @@ def read_facts(folder: Path, *, direct: bool) -> ModelFacts:
 def facts_of(
     name: str, config: dict[str, Any], index: CheckpointIndex, *, direct: bool, path: Path | None = None
 ) -> ModelFacts:
-    """Of a checkpoint whose headers are known."""
+    """Facts of a checkpoint whose headers are known."""
     num_layers, loaded = num_hidden_layers(config), loaded_tensors(config, index.tensors)
     per_expert, stacked, resident = loaded.per_expert, loaded.stacked, loaded.resident
     spans, weights = _spans(per_expert, stacked)
@@ -137,7 +137,7 @@ def facts_of(
 def _spans(
     per_expert: list[tuple[str, int, StoredTensor]], stacked: list[tuple[StoredTensor, int]]
 ) -> tuple[dict[tuple[str, int], tuple[Span, ...]], int]:
-    """Where each expert lies, by layer and number; and how many weights all have."""
+    """Byte ranges of experts by layer and number; and how many weights all have."""
     found: dict[tuple[str, int], list[Span]] = {}
     weights = 0
     for prefix, expert, entry in per_expert:
@@ -171,7 +171,7 @@ def _memory_bytes(entry: StoredTensor, item: int) -> int:
 
 
 def _unpacked_bytes(entry: StoredTensor, item: int) -> int:
-    """As values of the model's type."""
+    """Bytes as values of the model's type."""
     if isinstance(entry, (QuantEntry, DerivedEntry)) or entry.dtype in FLOAT_TYPES:
         return math.prod(entry.shape) * item
     return entry.num_bytes
@@ -188,7 +188,7 @@ def _turned(config: dict[str, Any], stacked: list[tuple[StoredTensor, int]]) -> 
 
 
 def _kind(entry: StoredTensor) -> str:
-    """How experts are stored, as bandwidths are named."""
+    """Form in which experts are stored, as bandwidths are named."""
     if isinstance(entry, QuantEntry):
         return entry.format.kind
     return _KINDS.get(entry.dtype, entry.dtype.lower())

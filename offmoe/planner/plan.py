@@ -48,7 +48,7 @@ class Plan:
         )
 
     def predicted(self) -> dict[str, float] | None:
-        """What a run can be held to, as `Engine.predicted`; None where no speed is predicted."""
+        """Prediction that a run can be held to, as `Engine.predicted`; None where no speed is predicted."""
         if self.memory is None or self.prediction is None:
             return None
         return {
@@ -116,6 +116,6 @@ def make_plan(
 
 
 def _beside_driver(free_bytes: int | None, allowed_bytes: int | None) -> int:
-    """What is left of the device when its driver has taken its part; as much as is allowed where it is not known."""
+    """Bytes of the device beside its driver's part; as many as are allowed where that is not known."""
     most = free_bytes if free_bytes is not None else allowed_bytes or 0
     return max(0, most - CUDA_CONTEXT_BYTES)

@@ -1,4 +1,4 @@
-"""How fast a plan will be: bytes over measured bandwidths, step by step, so that a person can redo the arithmetic."""
+"""Prediction of a plan's speed: bytes over measured bandwidths, in steps that a person can redo."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Of one decoded token at half of the context, and of a prompt of `prompt_tokens` on an empty cache."""
+    """Times of one decoded token at half of the context, and of a prompt of `prompt_tokens` on an empty cache."""
 
     decode_steps: tuple[Step, ...]
     decode_tok_per_s: float
@@ -93,7 +93,7 @@ def _decode_on_cpu(
 def _missing(
     facts: ModelFacts, costs: LayerCosts, hit_rate: float, disk: float, rate: float
 ) -> Iterator[Step]:  # fmt: skip
-    """What fetching takes. A layer's missing experts are read together, while those that are there are computed."""
+    """Time of fetches. A layer's missing experts are read together, while those that are there are computed."""
     num_layers, per_layer = facts.num_moe_layers, facts.sizes.top_k
     yield _times("layers, while experts are missing", num_layers, costs.watched_s)
     read = _read("missed experts, from disk", (1 - hit_rate) * facts.routed_bytes, disk)

@@ -24,7 +24,7 @@ UNUSUAL = 5
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCosts:
-    """What a decoded token costs on this machine. `fixed_s`: with all its experts in memory, in seconds.
+    """Cost of a decoded token on this machine. `fixed_s`: with all its experts in memory, in seconds.
 
     `fetch_bytes_per_s`: bytes of missing experts over the seconds that decoding stood still for them.
     `waiting_call_s`: what a layer call that has to fetch takes besides.

@@ -1,4 +1,4 @@
-"""How often a guess comes true, learnt while running: by layer, by distance and by its place in the router's ranking.
+"""Confidence in guesses, learnt while running: by layer, by distance and by place in the router's ranking.
 
 Only guesses count whose expert was not in memory and not on its way: these are the ones that a fetch is about, and
 they come true less often than the others, since what is often used is cached already. Each guess is learnt from once
@@ -61,12 +61,12 @@ class Chances:
         return f"<Chances [of first choices, by distance: {shown or 'nothing learnt'}]>"
 
     def common(self, distance: int, rank: int) -> float:
-        """Of all layers together."""
+        """Confidence of all layers together."""
         tally = self._common.get((distance, rank))
         return PRIOR_CHANCE if tally is None else tally.chance(PRIOR_CHANCE, PRIOR_TRIES)
 
     def chance(self, layer_idx: int, distance: int, rank: int) -> float:
-        """Of one layer, 0 to 1."""
+        """Confidence of one layer, 0 to 1."""
         tally, common = self._own.get((layer_idx, distance, rank)), self.common(distance, rank)
         return common if tally is None else tally.chance(common, COMMON_TRIES)
 

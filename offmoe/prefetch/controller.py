@@ -128,7 +128,7 @@ class PrefetchController:
         self._take_back(layer_idx, wanted.experts)
 
     def _choose(self, chances: Chances, layer_idx: int, distance: int, ranked: list[int]) -> list[int]:
-        """What of a guess is worth fetching; what was fetched for an earlier guess is judged again by this one."""
+        """Choose what of a guess is worth fetching; fetches of an earlier guess are judged again by this one."""
         cache, price = self.cache, max(IDLE_PRICE, self.busy)
         keys = ((rank, ExpertKey(layer_idx, expert)) for rank, expert in enumerate(ranked))
         missing = [

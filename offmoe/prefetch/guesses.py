@@ -1,4 +1,4 @@
-"""What the routers of coming layers would say, written into a trace; nothing is fetched."""
+"""Guesses of the routers of coming layers, written into a trace; nothing is fetched."""
 
 from __future__ import annotations
 

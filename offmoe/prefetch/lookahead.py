@@ -48,7 +48,7 @@ class Prefetcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What was handed to the prefetcher. `distance` 0: from the layer's own input, before its attention."""
+    """A guess that was handed to the prefetcher. `distance` 0: from the layer's own input, before its attention."""
 
     layer_idx: int
     expert_ids: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What coming layers are expected to need, and what a prefetcher asks of the cache that it fetches into."""
+"""Requests: what coming layers are expected to need, and what a prefetcher asks of the cache that it fetches into."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from offmoe.core.keys import ExpertKey
 
 
 class AheadCache(Protocol):
-    """What of `ExpertCache` a prefetcher uses."""
+    """Methods of `ExpertCache` that a prefetcher uses."""
 
     slots: SlotTable
     counters: Counters
@@ -48,11 +48,11 @@ class AheadCache(Protocol):
         """Whatever else was fetched ahead for this layer was for nothing."""
 
     def poll(self) -> None:
-        """What has arrived becomes READY."""
+        """Settle what has arrived: it becomes READY."""
 
 
 class Wanted:
-    """What one layer is expected to need: `experts`, all of it, and `queue`, what of it is to be fetched and was not
+    """Expected needs of one layer: `experts`, all of it, and `queue`, what of it is to be fetched and was not
     begun yet. `due`: the layer call, counted from the first, that is expected to be its own.
     """
 

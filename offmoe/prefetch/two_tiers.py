@@ -65,7 +65,7 @@ class BelowDevice:
         self._host.expire_ahead(layer_idx, needed)
 
     def poll(self) -> None:
-        """What has arrived in RAM becomes READY."""
+        """Settle what has arrived in RAM: it becomes READY."""
         self._host.poll()
 
 
@@ -150,5 +150,5 @@ class TwoTierPrefetcher:
         self.from_disk.reset()
 
     def as_dict(self) -> dict[str, object]:
-        """What the link's does and did, and under "disk" what RAM's does."""
+        """Figures of the link's prefetcher, and under "disk" what RAM's does."""
         return {**self.over_link.as_dict(), "disk": self.from_disk.as_dict()}

@@ -1,4 +1,4 @@
-"""What a token costs whatever it reads, measured on the bundled model: its weights are nearly nothing.
+"""Fixed cost of a token, measured on the bundled model: its weights are nearly nothing.
 
 A layer and what is beside the layers are told apart by running the model with one layer as well, and, where layers are
 called one by one, by hooks on them: as they are (by the kernels, where they can) and module by module. Each is measured
@@ -201,7 +201,7 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _bytes_of(engine: Engine) -> tuple[float, float]:
-    """What a token reads of one layer, its experts counted, and beside the layers."""
+    """Bytes that a token reads of one layer, its experts counted, and beside the layers."""
     experts, layers = engine._parts.experts, _decoder_layers(engine.model)
     routed = len(experts.layers) * experts.top_k * experts.layers[0].expert_bytes
     inside = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())

@@ -98,8 +98,9 @@ class SampleExperts:
         self.pool.close()
 
     def calls(self, kernels: CpuKernels | None, num_tokens: int) -> list[Callable[[], object]]:
-        """What computes all experts in turn, `experts_a_call` at once, each for `num_tokens` rows: one token's as when
-        it is decoded, with their weighted sum. By the reference where there are no kernels.
+        """Calls that compute all experts in turn, `experts_a_call` at once, each for `num_tokens` rows.
+
+        One token's as when it is decoded, with their weighted sum. By the reference where there are no kernels.
         """
         x_TD = torch.randn(num_tokens, self.width_D).to(self.math.dtype)
         calls = [range(at, at + self.experts_a_call) for at in range(0, len(self.weights), self.experts_a_call)]

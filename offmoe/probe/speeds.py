@@ -1,4 +1,4 @@
-"""What this machine does, measured alone in seconds: memory, experts on the CPU, the link, a drive. For `offmoe probe`.
+"""Speeds of this machine, each measured alone: memory, experts on the CPU, the link, a drive. For `offmoe probe`.
 
 Memory and links: the best of several timings, since a ceiling is asked for. Experts: the median, as in a run. Nothing
 is written to any drive, no more than some hundred megabytes of memory are taken at once, and each figure stops at

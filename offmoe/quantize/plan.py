@@ -1,4 +1,4 @@
-"""What `offmoe quantize` writes: which matrices become integers, under which names, in which order.
+"""Plan of what `offmoe quantize` writes: which matrices become integers, under which names, in which order.
 
 Experts keep the names of their tensors where each has tensors of its own. Where a layer's experts are stacked, they get
 names that transformers' own conversion table puts back where they came from: one tensor an expert and matrix, which
@@ -90,7 +90,7 @@ class ShardPlan:
 
     @property
     def planned(self) -> PlannedShard:
-        """As the writer takes it. Shapes come first: an expert's codes and scales are one contiguous read."""
+        """The plan as the writer takes it. Shapes come first: an expert's codes and scales are one contiguous read."""
         tensors = [matrix.written_shape for matrix in self.matrices]
         align_from = len(tensors)
         for item in self.items:

@@ -34,7 +34,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """What config.json says of a GPTQ or AWQ checkpoint."""
+    """Scheme in the config.json of a GPTQ or AWQ checkpoint."""
 
     packing: Packing
     bits: int
@@ -252,7 +252,7 @@ def _repacked(pieces: Iterator[_Source]) -> Iterator[tuple[bytes | memoryview, i
 
 
 def _config(shards: list[list[_Item]], scheme: Scheme) -> dict[str, Any]:
-    """What config.json says to compressed-tensors: weights only, and which linear layers stay."""
+    """The entry of config.json for compressed-tensors: weights only, and which linear layers stay."""
     kept = sorted(
         item.name.removesuffix(".weight")
         for shard in shards

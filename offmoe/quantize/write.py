@@ -138,7 +138,7 @@ def _repacked(
 
 
 def quantization_config(plan: QuantisePlan, options: QuantiseOptions) -> dict[str, Any]:
-    """What config.json says to compressed-tensors: weights only, one group of layers or two, and what stays."""
+    """The entry of config.json for compressed-tensors: weights only, one group of layers or two, and what stays."""
     other = options.dense or options.head or options.expert_format
     given = {r"re:.*\.experts\.\d+\..*": options.expert_format, "Linear": other}
     if other == options.expert_format:
@@ -162,7 +162,7 @@ def quantization_config(plan: QuantisePlan, options: QuantiseOptions) -> dict[st
 
 
 def _identity(index: CheckpointIndex, options: QuantiseOptions) -> dict[str, Any]:
-    """What two runs must have in common for one to go on where the other stopped."""
+    """Properties that two runs must share for one to go on where the other stopped."""
     return {
         "source": source_identity(index), "experts": options.expert_format, "dense": options.dense,
         "head": options.head, "group": options.group, "encoder": 1,

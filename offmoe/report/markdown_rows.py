@@ -109,7 +109,7 @@ def finished_length(text: str) -> int:
 
 
 def _last_block(text: str) -> int:
-    """Where the last block begins."""
+    """Offset of the last block."""
     blocks = [token.map for token in _parse(text) if token.level == 0 and token.nesting >= 0 and token.map]
     if len(blocks) < 2:
         return 0

@@ -1,4 +1,4 @@
-"""How well a model predicts a text: the number by which a quantised model is compared with the one it was made of.
+"""Perplexity of a model on a text: by it a quantised model is compared with the one it was made of.
 
 Shapes: T tokens of a window, V vocabulary.
 """
@@ -41,11 +41,11 @@ class Perplexity:
 def perplexity(
     engine: Engine, ids: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Perplexity:
-    """Of `ids` in windows that overlap by half: each token is predicted once, and all but the first ones from at least
-    half a window of text. `progress(done, total)` counts tokens.
+    """Perplexity of `ids` in windows that overlap by half. `progress(done, total)` counts tokens.
 
-    The logits of one window are held besides the engine's budget. Raises UsageError for less than two ids,
-    NonFiniteError for a model that computes none.
+    Each token is predicted once, and all but the first ones from at least half a window of text. The logits
+    of one window are held besides the engine's budget. Raises UsageError for less than two ids, NonFiniteError for a
+    model that computes none.
     """
     nats, total = 0.0, len(ids) - 1
     for given_T, first, scored in windows(engine, ids):

@@ -1,4 +1,4 @@
-"""What `offmoe plan` prints: sizes, where they go, the settings with their reasons, and the predicted speed."""
+"""The output of `offmoe plan`: sizes, where they go, the settings with their reasons, and the predicted speed."""
 
 from __future__ import annotations
 

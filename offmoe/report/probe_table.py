@@ -1,4 +1,4 @@
-"""What `offmoe probe` prints."""
+"""The output of `offmoe probe`."""
 
 from __future__ import annotations
 

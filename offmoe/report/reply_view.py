@@ -1,4 +1,4 @@
-"""Where a reply is shown as it comes: formatted on a terminal, as it is anywhere else."""
+"""Views that show a reply as it comes: formatted on a terminal, as it is anywhere else."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TextView:
         self._last = ""
 
     def add(self, text: str, *, reasoning: bool = False) -> None:
-        """As of ReplyView."""
+        """See ReplyView."""
         if not text:
             return
         stream = self._aside if reasoning else self._stream
@@ -65,7 +65,7 @@ class TextView:
         self._reasoning, self._last = reasoning, text
 
     def end(self) -> None:
-        """As of ReplyView."""
+        """See ReplyView."""
         if self._reasoning and self._aside is not self._stream:
             self._aside.write("\n")
             self._aside.flush()
@@ -87,7 +87,7 @@ class MarkdownView:
         self._next_s = 0.0
 
     def add(self, text: str, *, reasoning: bool = False) -> None:
-        """As of ReplyView."""
+        """See ReplyView."""
         if text and reasoning != self._reasoning:
             self._draw(whole=True)
             self._reasoning = reasoning
@@ -99,7 +99,7 @@ class MarkdownView:
             self._next_s = end + max(_SHOW_EVERY_S, (end - begin) / _DRAWING_SHARE)
 
     def end(self) -> None:
-        """As of ReplyView."""
+        """See ReplyView."""
         self._draw(whole=True)
         self._live.end()
 

@@ -1,4 +1,4 @@
-"""What `inspect` and others print: a table on a terminal, aligned plain text in a pipe."""
+"""Tables of `inspect` and others: a table on a terminal, aligned plain text in a pipe."""
 
 from __future__ import annotations
 

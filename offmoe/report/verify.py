@@ -48,7 +48,7 @@ def cache_sizes(engine: Engine) -> list[int]:
 
 
 def tolerance(engine: Engine) -> float:
-    """What `engine` may differ by: on the CPU nothing; on a device its kernels round otherwise than the oracle."""
+    """Largest difference that is allowed: none on the CPU; on a device kernels round otherwise than the oracle."""
     if engine.model.device.type == "cpu":
         return TOLERANCE
     return DEVICE_TOLERANCES.get(engine.model.dtype, DEVICE_TOLERANCE_16_BIT)

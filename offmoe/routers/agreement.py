@@ -55,7 +55,7 @@ def agrees(tail: Tail, trace: LayerTrace, used_ids: torch.Tensor) -> bool:
 def _ask(
     question: Callable[[torch.Tensor, Side], torch.Tensor | None], tail: Tail, trace: LayerTrace, tokens: torch.Tensor
 ) -> torch.Tensor | None:
-    """What the tail says about some tokens of its own layer's state."""
+    """Answer of the tail about some tokens of its own layer's state."""
     first = tail.steps[0]
     state = trace.call_of(first.module).arguments()[first.state_name].reshape(trace.num_tokens, *first.form.rest)
     given = {name: _select(value, tokens, trace.num_tokens) for name, value in trace.layer.arguments().items()}

@@ -22,7 +22,7 @@ from offmoe.hf.seam import ids_that_reach_experts
 
 
 class Side:
-    """What decoder layers are given beside their state and some routers look at (token ids, the previous router's
+    """Arguments of decoder layers beside their state and some routers look at (token ids, the previous router's
     state): the latest value of each argument. Weak references: a value lives as long as the forward that made it.
     """
 
@@ -43,7 +43,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a per-token tensor is laid out: (1, T, *rest) or (T, *rest)."""
+    """Layout of a per-token tensor: (1, T, *rest) or (T, *rest)."""
 
     batched: bool
     rest: tuple[int, ...]
@@ -193,7 +193,7 @@ class Tail:
         return scores_TE.topk(min(factor * top_k, scores_TE.shape[1])).indices, top_k
 
     def answer(self, state: torch.Tensor, side: Side) -> Any | None:
-        """What the last step's module answers; None as `expert_ids`."""
+        """Answer of the last step's module; None as `expert_ids`."""
         # An empty context, as in seam.py.
         return contextvars.Context().run(self._run, state, side)
 
@@ -233,7 +233,7 @@ def find_tail(trace: LayerTrace, last: Call, output_idx: int | None, experts: nn
 
 
 def _understand(trace: LayerTrace, call: Call, output_idx: int | None) -> Step | None:
-    """How to call the module again with another state; None when it is given something that only this moment has."""
+    """Recipe to call the module again with another state; None when it is given something that only this moment has."""
     layer_arguments = trace.layer.arguments()
     layer_state = layer_state_name(trace)
     arguments: dict[int | str, _Argument] = {}

@@ -1,4 +1,4 @@
-"""How each MoE layer of a loaded model routes, found by running it once, without knowing its family.
+"""Routing of each MoE layer of a loaded model, found by running it once, without knowing its family.
 
 One short forward, with hooks on every module of the decoder layers that have experts, shows which module answered with
 the very expert ids that the experts were handed, and what it was given; then which module made that, and so on back to
@@ -33,7 +33,7 @@ NOT_FOUND = "no module in it answers with the expert ids when called on a state 
 
 
 class RoutingObserver(StateObserver, Protocol):
-    """Who is told about states while the model runs (see prefetch/lookahead.py). Asleep, it is not told by hooks."""
+    """Observer of states while the model runs (see prefetch/lookahead.py). Asleep, it is not told by hooks."""
 
     is_asleep: bool
 

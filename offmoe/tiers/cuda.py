@@ -140,14 +140,14 @@ class CudaDevice:
         return f"<CudaDevice {self.torch_device} [{self.name} | {len(self._slabs)} slabs pinned]>"
 
     def make_pool(self, num_slots: int, slot_bytes: int, *, min_slots: int | None = None) -> DevicePool:
-        """As Device. Waits for the device: side streams may then write to the slab at once."""
+        """See Device. Waits for the device: side streams may then write to the slab at once."""
         torch.cuda.empty_cache()
         pool = DevicePool(self.torch_device, num_slots=num_slots, slot_bytes=slot_bytes, min_slots=min_slots)
         torch.cuda.synchronize(self.torch_device)
         return pool
 
     def pin(self, slab: torch.Tensor, progress: Callable[[int, int], None] = lambda done, total: None) -> str | None:
-        """As Device. All of the slab is page-locked, so all of it counts as used from now on."""
+        """See Device. All of the slab is page-locked, so all of it counts as used from now on."""
         fault_in(slab, progress)
         with torch.cuda.device(self.torch_device):
             reason = try_pin(slab)
@@ -157,7 +157,7 @@ class CudaDevice:
         return reason
 
     def unpin(self) -> None:
-        """As Device."""
+        """See Device."""
         self._link.synchronize()
         self._link.remove_pinned()
         while self._slabs:
@@ -195,7 +195,7 @@ class CudaDevice:
         return measured if measured > 0 else CUDA_CONTEXT_BYTES
 
     def total_bytes(self) -> int:
-        """Of the whole device, whoever uses it."""
+        """Bytes of the whole device, whoever uses it."""
         return torch.cuda.get_device_properties(self.torch_device).total_memory
 
     def close(self) -> None:

@@ -89,7 +89,7 @@ class Moment(Protocol):
 
 
 class Device(Protocol):
-    """Where the resident weights and the expert slots are, and the link to it."""
+    """The device that has the resident weights and the expert slots, and the link to it."""
 
     torch_device: torch.device
     name: str
@@ -118,13 +118,13 @@ class Device(Protocol):
         """
 
     def free_bytes(self) -> int:
-        """What could be allocated now, by its driver's word."""
+        """Bytes that could be allocated now, by its driver's word."""
 
     def driver_bytes(self) -> int:
         """Bytes that its driver has taken for this process beside torch's: context, kernels, graphs."""
 
     def total_bytes(self) -> int:
-        """What it has."""
+        """Bytes that it has."""
 
     def close(self) -> None:
         """End its copies, then release streams, threads and pinned memory. Before the pools are closed."""
@@ -151,7 +151,7 @@ class SimulatedDevice:
         return f"<SimulatedDevice [{format_bytes(self.free_bytes())} of {format_bytes(self._capacity_bytes)} free]>"
 
     def make_pool(self, num_slots: int, slot_bytes: int, *, min_slots: int | None = None) -> DevicePool:
-        """As `Device`."""
+        """See `Device`."""
         pool = DevicePool(
             self.torch_device, num_slots=num_slots, slot_bytes=slot_bytes, min_slots=min_slots, allocate=self._allocate
         )
@@ -187,7 +187,7 @@ class SimulatedDevice:
         return self.context_bytes
 
     def total_bytes(self) -> int:
-        """As made."""
+        """Bytes that it was made with."""
         return self._capacity_bytes
 
     def close(self) -> None:

@@ -49,7 +49,7 @@ class DiskTier:
 
     @property
     def align_bytes(self) -> int:
-        """What runs must be aligned to."""
+        """Alignment of runs, in bytes."""
         return DIRECT_ALIGN_BYTES if self.direct else BUFFERED_ALIGN_BYTES
 
     def read(self, plan: ReadPlan, slot: memoryview, *, urgent: bool = True) -> Ticket:

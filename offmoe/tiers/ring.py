@@ -78,11 +78,11 @@ class RingTicket:
         self.error: Exception | None = None
 
     def done(self) -> bool:
-        """As Ticket."""
+        """See Ticket."""
         return (self.job is None or self.job.done()) and all(arrival.done() for arrival in self.arrivals.values())
 
     def wait(self) -> None:
-        """As Ticket: blocks until all chunks are queued, then orders the caller's work behind them."""
+        """See Ticket: blocks until all chunks are queued, then orders the caller's work behind them."""
         try:
             if self.job is not None:
                 self.job.wait()
@@ -97,11 +97,11 @@ class RingTicket:
             arrival.order()
 
     def cancel(self) -> bool:
-        """As Ticket."""
+        """See Ticket."""
         return self.job is not None and self.job.cancel()
 
     def promote(self) -> None:
-        """As Ticket. Chunks on the device's queue stay where they are."""
+        """See Ticket. Chunks on the device's queue stay where they are."""
         self.urgent = True
         if self.job is not None:
             self.job.promote()
@@ -129,7 +129,7 @@ class RingCopier:
         return f"<RingCopier [{'staged' if self._has_ring else 'no staging'} | {self._queue!r}]>"
 
     def copy(self, parts: Sequence[Part], *, urgent: bool = True, after: object | None = None) -> Ticket:
-        """As Copier."""
+        """See Copier."""
         check_parts(parts)
         if not self._is_open:
             raise ValueError("the copier is closed")
@@ -153,16 +153,16 @@ class RingCopier:
         return ticket
 
     def mark(self) -> object | None:
-        """As Copier."""
+        """See Copier."""
         return self._link.mark()
 
     def restart(self) -> None:
-        """As Copier."""
+        """See Copier."""
         self._queue.restart()
         self._link.synchronize()
 
     def close(self) -> None:
-        """As Copier."""
+        """See Copier."""
         self._is_open = False
         self._queue.close(finish=True)
         self._link.synchronize()

@@ -66,7 +66,7 @@ class TraceHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What was read of a file. `prompt_starts`: at which event each prompt begins.
+    """Contents of a trace file. `prompt_starts`: at which event each prompt begins.
 
     `is_complete`: its writer did all that it was asked to. `note`, if not, says what is missing, in one line.
     """
@@ -114,7 +114,7 @@ class TraceWriter:
             self._flush()
 
     def begin_prompt(self, num_tokens: int) -> None:
-        """What follows is another prompt, of so many tokens."""
+        """Begin another prompt, of so many tokens."""
         self._flush()
         self._frame(PROMPT_TAG, struct.pack("<I", num_tokens))
         self.num_prompts += 1
@@ -192,7 +192,7 @@ def _pack_ids(ids: Sequence[int]) -> bytes:
 
 
 def frame_check(tag: int, stored: bytes, num_unpacked: int) -> int:
-    """What a frame is checked by."""
+    """Checksum of a frame."""
     return zlib.crc32(stored, zlib.crc32(struct.pack("<III", tag, len(stored), num_unpacked)))
 
 

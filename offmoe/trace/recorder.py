@@ -1,4 +1,4 @@
-"""What the routers chose, call by call: kept for a while in memory always, and in a file when asked for.
+"""Routers' choices, call by call: kept for a while in memory always, and in a file when asked for.
 
 One event is one layer call: all its tokens' choices at once, since a cache serves them at once. Shapes: T tokens,
 K experts a token; ids are flat, T * K of them, token by token.
@@ -40,7 +40,7 @@ class TraceEvent:
 
     @property
     def weights(self) -> tuple[float, ...] | None:
-        """What the router weighed each choice with, (T * K,), rounded to half precision."""
+        """Weights that the router gave each choice, (T * K,), rounded to half precision."""
         if self.weights_f16 is None:
             return None
         return struct.unpack(f"<{len(self.weights_f16) // 2}e", self.weights_f16)
@@ -53,13 +53,13 @@ class TraceEvent:
 
 
 class EventSink(Protocol):
-    """Where events go while a trace is recorded (trace/file.py)."""
+    """Sink of events while a trace is recorded (trace/file.py)."""
 
     def write(self, event: TraceEvent) -> None:
         """One layer call."""
 
     def begin_prompt(self, num_tokens: int) -> None:
-        """What follows belongs to another prompt."""
+        """Begin another prompt."""
 
 
 class Recorder:
@@ -98,7 +98,7 @@ class Recorder:
             self.sink.write(TraceEvent(layer_idx, top_k, is_prefill, ids, halves, {} if is_prefill else guesses))
 
     def begin_prompt(self, num_tokens: int) -> None:
-        """What follows, until `reading_prompt` is set to False, is a prompt of so many tokens."""
+        """Begin a prompt, which lasts until `reading_prompt` is set to False, of so many tokens."""
         self.reading_prompt = True
         self.forget_guesses()
         if self.sink is not None:
@@ -114,7 +114,7 @@ class Recorder:
         self._guesses.clear()
 
     def recent(self) -> list[TraceEvent]:
-        """What the ring holds, the oldest first. Between two calls of `record`."""
+        """Events in the ring, the oldest first. Between two calls of `record`."""
         return [TraceEvent(layer_idx, top_k, prefill, ids) for layer_idx, top_k, prefill, ids in self._ring]
 
 

@@ -62,7 +62,7 @@ def _unknown(name: str) -> UnsupportedModelError:
 
 
 def gguf_sampling(header: GgufHeader) -> dict[str, float | bool]:
-    """What the publisher advises (`general.sampling.*`), as generation_config has it; empty where nothing is said.
+    """Sampling that the publisher advises (`general.sampling.*`), as in generation_config; empty where nothing is said.
 
     Advice without a temperature means 1, a temperature of 0 greedy. What offmoe has no sampler for (mirostat, xtc) is
     left out. Raises CheckpointError for numbers that cannot be.

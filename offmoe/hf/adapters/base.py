@@ -1,4 +1,4 @@
-"""What an adapter is: how one family's MoE block is made to hand its experts to offmoe.
+"""The contract of adapters: how one family's MoE block is made to hand its experts to offmoe.
 
 An adapter replaces the part of the block that holds expert weights by an `AdaptedExperts`, which looks to the loader
 like a module behind transformers' own door: attributes that describe the arithmetic, and stacked parameters that are

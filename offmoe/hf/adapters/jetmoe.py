@@ -20,7 +20,7 @@ def _adapt(moe: Any) -> None:
 
 
 def _forward(moe: Any, layer_input: torch.Tensor) -> torch.Tensor:
-    """As JetMoeMoE's, without sorting rows by expert."""
+    """JetMoeMoE's forward without sorting rows by expert."""
     x_TD = layer_input.reshape(-1, layer_input.shape[-1])
     top_logits_TK, ids_TK = moe.router.layer(x_TD).float().topk(moe.router.top_k, dim=1)
     weights_TK = torch.softmax(top_logits_TK, dim=1).type_as(x_TD)

@@ -19,7 +19,7 @@ def _adapt(moe: Any) -> None:
 
 
 def _forward(moe: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As Llama4TextMoe's, where experts that were not chosen are given zeros and answer zeros."""
+    """Llama4TextMoe's forward, where experts that were not chosen are given zeros and answer zeros."""
     x_TD = hidden_states.reshape(-1, moe.hidden_dim)
     scores_TE, router_logits = moe.router(x_TD)
     ids_TK = router_logits.topk(moe.top_k, dim=1).indices

@@ -21,7 +21,7 @@ def _adapt(mlp: Any) -> None:
 
 
 def _forward(mlp: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """As SwitchTransformersSparseMLP's: capacity counts per sequence, in the order of its tokens."""
+    """SwitchTransformersSparseMLP's forward: capacity counts per sequence, in the order of its tokens."""
     chosen_BSE, weights_BS1, _ = mlp.router(hidden_states)
     ids_T1 = chosen_BSE.argmax(dim=-1).masked_fill(chosen_BSE.sum(dim=-1) == 0, mlp.experts.num_experts).view(-1, 1)
     x_TD = hidden_states.reshape(len(ids_T1), -1)

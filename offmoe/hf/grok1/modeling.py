@@ -139,7 +139,7 @@ class Grok1DecoderLayer(nn.Module):
 
 
 class Grok1PreTrainedModel(PreTrainedModel):
-    """What transformers wants to know of the family."""
+    """The family's properties that transformers asks for."""
 
     config_class = Grok1Config
     base_model_prefix = "model"

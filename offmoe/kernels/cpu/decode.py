@@ -134,7 +134,7 @@ def set_position(
     call: structs.Attend, cos: torch.Tensor | None, sin: torch.Tensor | None, keys_GSW: torch.Tensor,
     values_GSW: torch.Tensor, *, half_angles: bool,
 ) -> None:  # fmt: skip
-    """What changes from token to token; as of `CpuAttention`. Caches may have dimensions of size 1 before G."""
+    """Set what changes from token to token; see `CpuAttention`. Caches may have dimensions of size 1 before G."""
     size = keys_GSW.element_size()
     call.keys, call.values = keys_GSW.data_ptr(), values_GSW.data_ptr()
     if cos is None or sin is None:

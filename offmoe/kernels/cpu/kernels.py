@@ -59,7 +59,7 @@ class CpuLayer:
         self._described: dict[int, DescribedExpert] = {}
 
     def expert_address(self, expert_idx: int, weights: ExpertWeights) -> int:
-        """Of the expert's struct, until the expert lies elsewhere."""
+        """Address of the expert's struct, until the expert lies elsewhere."""
         return self.describe(expert_idx, weights).address
 
     def describe(self, expert_idx: int, weights: ExpertWeights) -> DescribedExpert:
@@ -237,7 +237,7 @@ def _failure(code: int, what: str) -> MemoryError | ResourceError:
 
 
 def _kind(weight: Weight, *, transposed: bool) -> tuple[object, ...]:
-    """What the preparing of x depends on."""
+    """Properties on which the preparation of x depends."""
     if isinstance(weight, QuantMatrix):
         return (weight.format,)
     return (weight.dtype, describe(weight, transposed=transposed).struct.transposed)

@@ -25,7 +25,7 @@ _MOST_ROTATED = 512
 
 @dataclass(frozen=True, kw_only=True)
 class LatentShape:
-    """What stays the same from token to token. `scale` multiplies scores."""
+    """Properties that stay from token to token. `scale` multiplies scores."""
 
     num_heads: int
     key_width: int

@@ -27,7 +27,7 @@ _ADDED: dict[Scoring, float] = {"sigmoid": 1e-20}
 
 @dataclass(frozen=True, kw_only=True)
 class RouteRule:
-    """How logits become experts and weights; see `Route` in abi.h.
+    """Rule by which logits become experts and weights; see `Route` in abi.h.
 
     `groups`: (how many, how many of them are kept, how many best scores rank one); experts of the others score `hidden`
     when experts are chosen. `correction_E`, and `expert_scale_E` of weights: float32. `added`: to the sum, None as
@@ -136,7 +136,7 @@ class CpuTokenLayer:
 
     @property
     def router(self) -> tuple[CpuLinear, CpuRoute] | None:
-        """What it ends with."""
+        """The router that ends it."""
         return self._keep[3]
 
     def call_between(self, x_1D: torch.Tensor, state_1D: torch.Tensor) -> structs.Layer:

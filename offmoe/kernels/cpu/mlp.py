@@ -47,7 +47,7 @@ class CpuMlp:
         return few and x.dtype == self._dtype and x.shape[-1] == width and x.is_contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Of x's shape. `takes` said True. Raises MemoryError."""
+        """The MLP's output, of x's shape. `takes` said True. Raises MemoryError."""
         y, call = torch.empty_like(x), self._call
         call.x, call.y = x.data_ptr(), y.data_ptr()
         call.num_tokens = self._begin[1] = x.numel() // self._layer.width

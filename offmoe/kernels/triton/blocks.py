@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def places(block, OUT_STRIDE: tl.constexpr, PAIR_STRIDE: tl.constexpr, PAIRS: tl.constexpr, BLOCK_OUT: tl.constexpr):
-    """Where the outputs of a block lie, both halves of it."""
+    """Places of a block's outputs, both halves of it."""
     if PAIRS == 0:
         places = (block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)) * OUT_STRIDE
     elif PAIRS == 1:

@@ -57,7 +57,7 @@ class LayerKernels:
         return twin
 
     def geometry(self) -> tuple[object, ...]:
-        """What the compiled kernels depend on: layers that have it in common share them."""
+        """Properties that compiled kernels depend on: layers that share the properties share the kernels."""
         biases = (self._math.up_bias_EF is None, self._math.down_bias_ED is None)
         return (
             tuple(self.up),

@@ -35,7 +35,7 @@ def _value(words, NUMBER: tl.constexpr, FORMAT: tl.constexpr):
 
 @triton.jit
 def _factors(COUNT: tl.constexpr, FORMAT: tl.constexpr):
-    """What the values of COUNT columns, or their inputs, are to be multiplied with. `_rest` of it is left over."""
+    """Factors of the values of COUNT columns, or of their inputs. `_rest` of it is left over."""
     if FORMAT.is_integer:  # 2^(76 - place)
         number = tl.arange(0, COUNT) % (32 // FORMAT.bits)
         place = number * FORMAT.bits - tl.where(number < FORMAT.num_in_place, 0, FORMAT.shift)
