@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from offmoe.core.errors import UsageError as UsageError
     from offmoe.engine.conversation import Conversation as Conversation
     from offmoe.engine.engine import Engine as Engine
+    from offmoe.engine.logprobs import Logprob as Logprob
+    from offmoe.engine.params import SamplingParams as SamplingParams
     from offmoe.engine.reply import Reply as Reply
-    from offmoe.engine.stream import Piece as Piece
+    from offmoe.engine.stats import GenerationStats as GenerationStats
+    from offmoe.engine.stream import Chunk as Chunk
+    from offmoe.engine.stream import Stream as Stream
 
 _NAMES = {
     "offmoe.api": ("load",),
@@ -40,8 +44,11 @@ _NAMES = {
     ),
     "offmoe.engine.conversation": ("Conversation",),
     "offmoe.engine.engine": ("Engine",),
+    "offmoe.engine.logprobs": ("Logprob",),
+    "offmoe.engine.params": ("SamplingParams",),
     "offmoe.engine.reply": ("Reply",),
-    "offmoe.engine.stream": ("Piece",),
+    "offmoe.engine.stats": ("GenerationStats",),
+    "offmoe.engine.stream": ("Chunk", "Stream"),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = ["__version__", *_MODULES]  # noqa: PLE0604

@@ -60,7 +60,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         families.save_layout(_deep(name, args.layers, args.context), Path(folder), "published")
         with offmoe.load(folder, ram="8GiB", context_length=args.context, compile="on", device=args.device) as engine:
             begin = time.perf_counter()
-            engine.generate(list(range(3, 3 + NUM_PROMPT)), max_new_tokens=4, temperature=0, ignore_end=True)
+            engine.generate(list(range(3, 3 + NUM_PROMPT)), max_new_tokens=4, temperature=0, ignore_eos=True)
             row: dict[str, Any] = {"family": name, "layers": args.layers, "state": engine.stats()["compile"]}
             row["first_reply_s"] = round(time.perf_counter() - begin, 1)
             if row["state"] == "on":

@@ -65,7 +65,7 @@ def time_tokens(engine: offmoe.Engine, num_tokens: int, cold: torch.Tensor | Non
         marks.append((end_s, time.perf_counter()))
         return int(logits.argmax())
 
-    engine.generate(PROMPT, max_new_tokens=num_tokens + 1, choose=choose, ignore_end=True)
+    engine.generate(PROMPT, max_new_tokens=num_tokens + 1, choose=choose, ignore_eos=True)
     return [1e3 * (end_s - begin_s) for (_, begin_s), (end_s, _) in zip(marks, marks[1:], strict=False)]
 
 

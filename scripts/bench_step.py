@@ -77,7 +77,7 @@ def with_offmoe(options: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
 
 def engine_steps(engine: Any, prompt: list[int], rest: Iterator[int], num_new: int) -> Iterator[Any]:
     """A reply of given ids, a step at a time; the first one is the prompt."""
-    choose: dict[str, Any] = {"choose": lambda ids, logits: next(rest), "ignore_end": True, "reuse": False}
+    choose: dict[str, Any] = {"choose": lambda ids, logits: next(rest), "ignore_eos": True, "reuse": False}
     pieces: Iterator[Any] = engine.stream(prompt, max_new_tokens=num_new, **choose)
     return pieces
 

@@ -91,7 +91,7 @@ def measured(args: argparse.Namespace, prompts: list[list[int]], slots: int, pol
         for number, prompt in enumerate(prompts):
             settings = {**sampling(args), "seed": number}
             stats = engine.generate(
-                prompt, max_new_tokens=args.decode, ignore_end=True, reuse=False, **settings
+                prompt, max_new_tokens=args.decode, ignore_eos=True, reuse=False, **settings
             ).stats  # fmt: skip
             seconds += stats.step_s
             hits, lookups = hits + stats.decode.hits, lookups + stats.decode.lookups

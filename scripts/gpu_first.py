@@ -232,7 +232,7 @@ def measure_token(ledger: Ledger, *, simulate: bool) -> None:
 
 def generate(engine: offmoe.Engine, num_new: int) -> Any:
     """Statistics of a greedy reply."""
-    return engine.generate(PROMPT, max_new_tokens=num_new, temperature=0, ignore_end=True).stats
+    return engine.generate(PROMPT, max_new_tokens=num_new, temperature=0, ignore_eos=True).stats
 
 
 def profile(run: Callable[[], object]) -> tuple[Counter[str], str]:

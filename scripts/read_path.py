@@ -38,8 +38,8 @@ def functions_of_a_token(system: str) -> set[CodeType]:
         offmoe.load(device="cpu", compile="off", prefetch="off") as engine,
     ):
         ids, most = [5, 6, 7, 8], NUM_WARM + NUM_COUNTED + 1
-        engine.generate(ids, max_new_tokens=most, ignore_end=True, temperature=0)
-        pieces = engine.stream(ids, max_new_tokens=most, ignore_end=True, temperature=0)  # its experts are in RAM now
+        engine.generate(ids, max_new_tokens=most, ignore_eos=True, temperature=0)
+        pieces = engine.stream(ids, max_new_tokens=most, ignore_eos=True, temperature=0)  # its experts are in RAM now
         list(itertools.islice(pieces, NUM_WARM))
         sys.setprofile(note)
         try:

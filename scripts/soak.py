@@ -90,7 +90,7 @@ class Soak:
     def probe(self, engine: offmoe.Engine) -> list[tuple[int, ...]]:
         """Greedy ids of fixed prompts, read afresh."""
         found = [
-            engine.generate(text, max_new_tokens=PROBE_TOKENS, temperature=0, ignore_end=True, reuse=False).token_ids
+            engine.generate(text, max_new_tokens=PROBE_TOKENS, temperature=0, ignore_eos=True, reuse=False).token_ids
             for text in PROBES
         ]
         self.tokens += sum(map(len, found))
@@ -116,13 +116,13 @@ class Soak:
     def count(self, pieces: Iterator[Any]) -> Iterator[Any]:
         """The pieces, their tokens counted."""
         for piece in pieces:
-            self.tokens += piece.token_id is not None
+            self.tokens += len(piece.token_ids)
             yield piece
 
     def options(self) -> dict[str, Any]:
         """Options of a request."""
         sampled = {"temperature": self.random.choice((0.0, 0.7, 1.2)), "seed": self.random.randrange(1 << 30)}
-        return {"max_new_tokens": self.random.randint(20, 400), "ignore_end": True, **sampled}
+        return {"max_new_tokens": self.random.randint(20, 400), "ignore_eos": True, **sampled}
 
     def prompt(self) -> str:
         """A prompt of one to sixty phrases."""
@@ -156,7 +156,7 @@ def cancel(soak: Soak) -> None:
     for _ in range(soak.random.randint(0, 30)):
         next(stream, None)
     if soak.random.random() < 0.5:
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     del stream
     gc.collect(0)
 
@@ -229,11 +229,11 @@ def family(soak: Soak) -> None:
     ) as engine:
         for _ in range(soak.random.randint(1, 3)):
             ids = [soak.random.randrange(2, 120) for _ in range(soak.random.randint(1, 60))]
-            for _ in soak.count(engine.stream(ids, max_new_tokens=soak.random.randint(20, 150), ignore_end=True)):
+            for _ in soak.count(engine.stream(ids, max_new_tokens=soak.random.randint(20, 150), ignore_eos=True)):
                 pass
-        stream = soak.count(engine.stream([5, 6, 7], max_new_tokens=20, ignore_end=True))
+        stream = soak.count(engine.stream([5, 6, 7], max_new_tokens=20, ignore_eos=True))
         next(stream)
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         assert_at_rest(engine)
 
 

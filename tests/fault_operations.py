@@ -26,7 +26,7 @@ from offmoe.tiers.device import SimulatedDevice
 from offmoe.trace.reader import read_trace
 
 NUM_NEW = 4
-GREEDY: dict[str, Any] = {"max_new_tokens": NUM_NEW, "temperature": 0, "ignore_end": True}
+GREEDY: dict[str, Any] = {"max_new_tokens": NUM_NEW, "temperature": 0, "ignore_eos": True}
 QUESTION = "Where is the harbour?"
 
 

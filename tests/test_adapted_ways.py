@@ -69,7 +69,7 @@ def check_equal(
     ids_T, wanted = inputs(name)["input_ids"][0], logits_of(expected, name)
     with load(folder, ram="4GiB", expert_slots=NUM_SLOTS, **options) as engine:
         measured(logits_of(engine.model, name), wanted)
-        reply = engine.generate(ids_T.tolist(), max_new_tokens=8, temperature=0, ignore_end=True)
+        reply = engine.generate(ids_T.tolist(), max_new_tokens=8, temperature=0, ignore_eos=True)
         assert list(reply.token_ids) == greedy(expected, ids_T, name)
         assert engine.stats()["misses"] > 0
 

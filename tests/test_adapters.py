@@ -45,7 +45,7 @@ def test_offloaded_equals_eager(name: str, layout: Layout, tmp_path: Path, measu
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         measured(name, layout, got, expected)
-        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         assert list(reply.token_ids) == expected_ids
         again = engine.model.generate(ids[:1], max_new_tokens=NUM_NEW, do_sample=False)[0, NUM_PROMPT:].tolist()
         assert again == expected_ids
@@ -110,10 +110,10 @@ def test_encoder_decoder_equals_transformers(
             got = engine.model(input_ids=ids, decoder_input_ids=targets).logits
         measured(name, "published", got, expected)
         assert max(dropped) > 0
-        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         assert list(reply.token_ids) == expected_ids
         assert engine.model.generate(ids[:1], **options)[0, 1:].tolist() == expected_ids
-        sampled = engine.generate(ids[0].tolist(), max_new_tokens=8, temperature=1.0, seed=5, ignore_end=True)
+        sampled = engine.generate(ids[0].tolist(), max_new_tokens=8, temperature=1.0, seed=5, ignore_eos=True)
         assert len(sampled.token_ids) == 8
         totals = engine.stats()
         assert totals["misses"] > 0
@@ -135,5 +135,5 @@ def test_layout_of_glam(tmp_path: Path) -> None:
     with offmoe.load(str(tmp_path), ram="4GiB", expert_slots=32) as engine:
         experts = engine._parts.experts
         assert (len(experts.layers), experts.num_experts, experts.top_k) == (2, 128, 2)
-        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         assert list(reply.token_ids) == expected_ids

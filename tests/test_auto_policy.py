@@ -172,7 +172,7 @@ def test_layers_take_from_themselves_beyond_their_share() -> None:
 
 def test_the_engine_says_which_policy_is_in_use() -> None:
     with offmoe.load(expert_slots=60, warm_start=False) as engine:
-        engine.generate("import", max_new_tokens=20, ignore_end=True)
+        engine.generate("import", max_new_tokens=20, ignore_eos=True)
         stats = engine.stats()
         assert stats["policy"] == "lru" and stats["policy_switches"] == 0
         assert set(stats["policy_sample_bytes"]) == {*POLICY_NAMES, "lfru/layer"}

@@ -51,7 +51,7 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ids_of(engine: offmoe.Engine) -> tuple[int, ...]:
-    return engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True).token_ids
+    return engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True).token_ids
 
 
 def end_of(engine: offmoe.Engine) -> None:

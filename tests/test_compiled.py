@@ -58,7 +58,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ids_of(engine: offmoe.Engine, num_new: int = NUM_NEW) -> tuple[int, ...]:
-    return engine.generate(PROMPT, max_new_tokens=num_new, temperature=0, ignore_end=True).token_ids
+    return engine.generate(PROMPT, max_new_tokens=num_new, temperature=0, ignore_eos=True).token_ids
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +199,8 @@ def test_resident_experts_are_part_of_the_graph(
         (code,) = graphs
         assert "offmoe.resident_experts" in code and "offmoe.experts" not in code
         before = engine.stats()
-        pieces = list(engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True))
-        assert tuple(piece.token_id for piece in pieces if piece.token_id is not None) == expected
+        pieces = list(engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True))
+        assert tuple(id_ for piece in pieces for id_ in piece.token_ids) == expected
         after, num_layers = engine.stats(), len(engine._parts.experts.layers)
         num_choices = (len(PROMPT) + NUM_NEW - 1) * num_layers * engine.top_k
         assert after["hits"] - before["hits"] == num_choices
@@ -300,7 +300,7 @@ def test_errors_of_the_experts_pass_through(
             raise DiskReadError("reading failed; check the drive")
 
         with monkeypatch.context() as patch:
-            pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+            pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
             next(pieces)
             patch.setattr(disk, "read", fail)
             with pytest.raises(DiskReadError):
@@ -320,7 +320,7 @@ def test_a_closed_engine_says_so(tiny_moe: Path, quick: None) -> None:
         engine = open_tiny(tiny_moe, compile="on")
         model = engine.model
         handle = next(module._offmoe_handle for module in model.modules() if hasattr(module, "_offmoe_handle"))
-        pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         for _ in range(4):
             next(pieces)
         assert experts(x_TD, ids_TK, weights_TK, handle).shape == (1, 48)
@@ -352,10 +352,10 @@ def test_two_engines_do_not_meet(tmp_path: Path, tiny_moe: Path, expected: tuple
     with open_tiny(tmp_path) as other:
         other_expected = ids_of(other)
     with open_tiny(tiny_moe, compile="on") as one, open_tiny(tmp_path, compile="on") as two:
-        pieces = one.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
-        first = [next(pieces).token_id for _ in range(5)]
+        pieces = one.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
+        first = [next(pieces).token_ids[0] for _ in range(5)]
         assert ids_of(two) == other_expected
-        rest = [piece.token_id for piece in pieces if piece.token_id is not None]
+        rest = [id_ for piece in pieces for id_ in piece.token_ids]
         assert (*first, *rest) == expected
 
 
@@ -454,7 +454,7 @@ from offmoe.decode import compiled
 original, compiled.TOKENS_BEFORE = compiled.DecodeCompiler, 0
 compiled.DecodeCompiler = lambda *args, **options: original(*args, **{{**options, "background": True}})
 engine = offmoe.load({str(tiny_moe)!r}, ram="4GiB", compile="on", tell=None)
-engine.generate([5, 77, 31], max_new_tokens=3, ignore_end=True)
+engine.generate([5, 77, 31], max_new_tokens=3, ignore_eos=True)
 thread = engine._decode._thread
 while not thread._is_open:
     thread.join(0.01)

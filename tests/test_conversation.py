@@ -17,9 +17,9 @@ from offmoe.chat.messages import chat_ids
 from offmoe.core.errors import OutputError, UsageError
 from offmoe.engine.conversation import Conversation
 from offmoe.engine.reasoning import ChannelSplitter, Splitter, TagSplitter, split_reasoning
-from offmoe.engine.stream import Piece
+from offmoe.engine.stream import Chunk, Stream
 
-SHORT: dict[str, Any] = {"max_new_tokens": 6, "ignore_end": True}
+SHORT: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +91,12 @@ def test_marks_that_are_special_tokens_are_seen(engine: offmoe.Engine) -> None:
     assert tokenizer is not None
     tokenizer.add_tokens([AddedToken(mark, special=True) for mark in ("[THINK]", "[/THINK]")], special_tokens=True)
     begin, end = (tokenizer.convert_tokens_to_ids(mark) for mark in ("[THINK]", "[/THINK]"))
-    given = [Piece("", begin), Piece("a", 50), Piece("", end), Piece("b", 51), Piece("", None, "stop")]
-    pieces = list(split_reasoning((piece for piece in given), tokenizer, [7]))
+    given = [Chunk("", (begin,)), Chunk("a", (50,)), Chunk("", (end,)), Chunk("b", (51,)), Chunk("", (), "stop")]
+    pieces = list(split_reasoning(Stream(piece for piece in given), tokenizer, [7]))
     assert [(piece.text, piece.reasoning) for piece in pieces if piece.text] == [("a", True), ("b", False)]
-    assert [piece.token_id for piece in pieces if piece.token_id is not None] == [begin, 50, end, 51]
+    assert [id_ for piece in pieces for id_ in piece.token_ids] == [begin, 50, end, 51]
     assert pieces[-1].finish_reason == "stop"
-    opened = split_reasoning((piece for piece in given[1:]), tokenizer, [7, begin])
+    opened = split_reasoning(Stream(piece for piece in given[1:]), tokenizer, [7, begin])
     assert [(piece.text, piece.reasoning) for piece in opened if piece.text] == [("a", True), ("b", False)]
 
 
@@ -129,12 +129,12 @@ def test_two_conversations_share_an_engine(engine: offmoe.Engine) -> None:
 
 def test_a_closed_stream_is_remembered_as_far_as_it_came(engine: offmoe.Engine) -> None:
     chat = engine.conversation()
-    pieces = chat.stream("Count.", max_new_tokens=50, ignore_end=True)
+    pieces = chat.stream("Count.", max_new_tokens=50, ignore_eos=True)
     said = "".join(next(pieces).text for _ in range(5))
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
     assert chat.messages[1:] == [{"role": "assistant", "content": said}]
     unheard = chat.stream("More.", max_new_tokens=5)
-    unheard.close()  # type: ignore[attr-defined]
+    unheard.close()
     assert chat.num_turns == 1, "nothing was answered"
 
 
@@ -211,7 +211,7 @@ def test_places_that_cannot_be_written_or_read(engine: offmoe.Engine, tmp_path: 
     assert isinstance(chat, Conversation)
 
 
-def stop_before_the_first_word(pieces: Iterator[Piece]) -> None:
+def stop_before_the_first_word(pieces: Stream) -> None:
     """As Ctrl-C while the prompt is read."""
     with pytest.raises(KeyboardInterrupt):
         next(pieces)

@@ -78,7 +78,7 @@ def logits(
         return int(last.argmax())
 
     prompt = [token % VOCABULARY for token in prompt or PROMPT]
-    engine.generate(prompt, max_new_tokens=num_new, choose=choose, ignore_end=True, **options)
+    engine.generate(prompt, max_new_tokens=num_new, choose=choose, ignore_eos=True, **options)
     return torch.cat(rows)
 
 
@@ -147,7 +147,7 @@ def test_logits_that_are_no_numbers_are_not_laid_to_the_spec(tmp_path: Path) -> 
     with open_tiny(tmp_path, compile="off") as engine:
         for _ in range(4):
             with pytest.raises(NonFiniteError):
-                engine.generate(PROMPT, max_new_tokens=4, choose=stubborn, ignore_end=True)
+                engine.generate(PROMPT, max_new_tokens=4, choose=stubborn, ignore_eos=True)
         logits(engine)
         assert engine.stats()["decode_path"] == "fused"
 

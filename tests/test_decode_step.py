@@ -161,7 +161,7 @@ def test_the_books_are_those_of_the_modules(tmp_path: Path, monkeypatch: pytest.
     for way in ("fused", "eager"):
         monkeypatch.setenv("OFFMOE_DECODE", way)
         with open_tiny(folder, expert_slots=9, compile="off", prefetch="off") as engine:
-            engine.generate(PROMPT, max_new_tokens=20, temperature=0, ignore_end=True)
+            engine.generate(PROMPT, max_new_tokens=20, temperature=0, ignore_eos=True)
             stats = engine.stats()
             assert stats["decode_path"] == way
             events = [(event.layer_idx, tuple(event.ids)) for event in engine.recent_routing()]

@@ -54,7 +54,7 @@ def open_on(folder: Path, device: Device, **options: Any) -> offmoe.Engine:
 
 
 def generate(engine: offmoe.Engine, prompt: list[int] = PROMPT) -> tuple[int, ...]:
-    return engine.generate(prompt, max_new_tokens=4, temperature=0, ignore_end=True).token_ids
+    return engine.generate(prompt, max_new_tokens=4, temperature=0, ignore_eos=True).token_ids
 
 
 @pytest.mark.parametrize("vram", ["auto", "1GiB"])

@@ -86,7 +86,7 @@ def on_cuda(folder: Path, **options: Any) -> offmoe.Engine:
 
 
 def ids_of(engine: offmoe.Engine, **options: Any) -> tuple[int, ...]:
-    return engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True, **options).token_ids
+    return engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True, **options).token_ids
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +101,11 @@ def test_a_decode_layer_waits_once_and_a_token_once(
 ) -> None:
     with on_cuda(folder, miss=miss) as engine:
         ids_of(engine)
-        pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         first = next(pieces)
         before = engine.stats()
         cuda.waits.clear()
-        assert (first.token_id, *(p.token_id for p in pieces if p.token_id is not None)) == expected
+        assert (*first.token_ids, *(id_ for p in pieces for id_ in p.token_ids)) == expected
         num_calls = engine.stats()["layer_calls"] - before["layer_calls"]
         after = engine.stats()
         assert after["misses"] > before["misses"]
@@ -121,10 +121,10 @@ def test_where_all_experts_are_on_the_device_only_the_token_is_waited_for(
     with on_cuda(folder, expert_slots="auto") as engine:
         assert isinstance(engine._parts.serving.executor, ResidentExecutor)
         ids_of(engine)
-        pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         first = next(pieces)
         cuda.waits.clear()
-        assert (first.token_id, *(p.token_id for p in pieces if p.token_id is not None)) == expected
+        assert (*first.token_ids, *(id_ for p in pieces for id_ in p.token_ids)) == expected
     assert 0 < cuda.waits.total() <= NUM_NEW, cuda.waits
 
 
@@ -137,7 +137,7 @@ def test_nothing_is_read_while_it_is_written(
         monkeypatch.setattr("offmoe.tiers.cuda.try_pin", lambda slab: "refused")
     with on_cuda(folder, miss="auto", prefetch=2) as engine:
         assert ids_of(engine) == expected
-        pieces = engine.stream(PROMPT[::-1], max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        pieces = engine.stream(PROMPT[::-1], max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         for _ in range(3):
             next(pieces)
         pieces.close()
@@ -158,7 +158,7 @@ def test_a_missing_mark_would_be_seen(cuda: World, folder: Path, monkeypatch: py
 def test_no_family_mixes_devices(family: str, cuda: World, tmp_path: Path) -> None:
     sampling = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
     with on_cuda(save_tiny(tmp_path, family), miss="stream", prefetch=1) as engine:
-        reply = engine.generate(list(range(3, 40)), max_new_tokens=3, ignore_end=True, **sampling)
+        reply = engine.generate(list(range(3, 40)), max_new_tokens=3, ignore_eos=True, **sampling)
         assert len(reply.token_ids) == 3
     assert not cuda.races
 
@@ -234,7 +234,7 @@ def test_in_one_place_rounding_does_not_depend_on_what_is_cached(
         monkeypatch.setattr(TorchSlotKernels, name, changed(getattr(TorchSlotKernels, name), change))
 
     def ids(engine: offmoe.Engine) -> tuple[int, ...]:
-        return engine.generate(range(3, 3 + num_tokens), max_new_tokens=4, temperature=0, ignore_end=True).token_ids
+        return engine.generate(range(3, 3 + num_tokens), max_new_tokens=4, temperature=0, ignore_eos=True).token_ids
 
     with open_tiny(folder, device="cpu", expert_slots=QUARTER) as engine:
         expected = ids(engine)

@@ -180,7 +180,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("io", ["auto", "buffered"])
 def test_a_file_that_changes_stops_the_run(folder: Path, change: Callable[[Path], None], io: str) -> None:
     with leaves_nothing(), open_tiny(folder, expert_slots=2, io=io) as engine:
-        stream = engine.stream(PROMPT, max_new_tokens=50, ignore_end=True)
+        stream = engine.stream(PROMPT, max_new_tokens=50, ignore_eos=True)
         next(stream)
         change(folder / "model.safetensors")
         with pytest.raises(CheckpointError, match=r"model\.safetensors (was replaced|ended)") as caught:

@@ -62,7 +62,7 @@ def test_offloaded_equals_eager(name: str, layout: Layout, tmp_path: Path, measu
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         measured(name, layout, got, expected)
-        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         assert list(reply.token_ids) == expected_ids
         again = engine.model.generate(ids[:1], max_new_tokens=NUM_AGAIN, do_sample=False)[0, NUM_PROMPT:].tolist()
         assert again == expected_ids[:NUM_AGAIN]

@@ -271,7 +271,7 @@ def test_a_token_added_beyond_the_embedding_is_refused(copy_of_tiny: Path) -> No
     """https://github.com/arcee-ai/mergekit/issues/139: a merged model keeps 32,000 rows, its tokenizer has 32,007."""
     byte_tokenizer(copy_of_tiny, *(f"<extra_{idx}>" for idx in range(60)))
     with open_tiny(copy_of_tiny) as engine:
-        assert engine.generate("ab", max_new_tokens=2, ignore_end=True).token_ids
+        assert engine.generate("ab", max_new_tokens=2, ignore_eos=True).token_ids
         with pytest.raises(OffmoeError) as caught:
             engine.generate("ab<extra_59>", max_new_tokens=2)
         assert "<extra_59>" in one_line(caught) and "128" in one_line(caught)
@@ -296,7 +296,7 @@ def test_a_character_of_four_tokens_is_streamed_whole(copy_of_tiny: Path) -> Non
     smile = [86, 87, 88, 89]
     with open_tiny(copy_of_tiny) as engine:
         assert engine.tokenizer is not None and list(engine.tokenizer("\N{GRINNING FACE}")["input_ids"]) == smile
-        pieces = list(engine.stream("ab", max_new_tokens=6, ignore_end=True, choose=always(engine, [0, *smile, 1])))
+        pieces = list(engine.stream("ab", max_new_tokens=6, ignore_eos=True, choose=always(engine, [0, *smile, 1])))
     assert "".join(piece.text for piece in pieces) == '!\N{GRINNING FACE}"'
     assert not any("\N{REPLACEMENT CHARACTER}" in piece.text for piece in pieces)
 
@@ -324,7 +324,7 @@ def chatting(copy_of_tiny: Path) -> Iterator[Callable[[str], offmoe.Engine]]:
 def test_a_template_that_asks_for_the_date(chatting: Callable[[str], offmoe.Engine]) -> None:
     """https://github.com/huggingface/text-generation-inference/issues/2987: strftime_now is undefined."""
     engine = chatting("{{ strftime_now('%Y') }}" + TURNS)
-    assert engine.chat([{"role": "user", "content": "hi"}], max_new_tokens=2, ignore_end=True).token_ids
+    assert engine.chat([{"role": "user", "content": "hi"}], max_new_tokens=2, ignore_eos=True).token_ids
 
 
 def test_a_template_that_refuses_a_conversation(chatting: Callable[[str], offmoe.Engine]) -> None:
@@ -335,7 +335,7 @@ def test_a_template_that_refuses_a_conversation(chatting: Callable[[str], offmoe
     with pytest.raises(OffmoeError) as caught:
         engine.chat([hello, hello], max_new_tokens=2)
     assert "roles must alternate" in one_line(caught)
-    assert engine.chat([hello], max_new_tokens=2, ignore_end=True).token_ids, "the engine goes on"
+    assert engine.chat([hello], max_new_tokens=2, ignore_eos=True).token_ids, "the engine goes on"
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_reasoning_is_told_from_the_answer(
     ids = list(engine.tokenizer(written, add_special_tokens=False)["input_ids"])
     found: list[tuple[bool, str]] = []
     for piece in engine.stream_chat(
-        [{"role": "user", "content": "2+2"}], max_new_tokens=len(ids), ignore_end=True, choose=always(engine, ids)
+        [{"role": "user", "content": "2+2"}], max_new_tokens=len(ids), ignore_eos=True, choose=always(engine, ids)
     ):
         if found and found[-1][0] == piece.reasoning:
             found[-1] = (piece.reasoning, found[-1][1] + piece.text)

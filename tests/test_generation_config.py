@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import offmoe
 from offmoe.core.errors import UsageError
-from offmoe.engine.processors import not_followed, reply_length
+from offmoe.engine.processors import not_followed, publisher_rules, reply_length
 from offmoe.engine.sampling import make_chooser, resolve_sampling
 
 NUM_NEW = 14
@@ -64,7 +64,7 @@ def test_warpers_leave_the_tokens_that_transformers_leaves(
 ) -> None:
     config = GenerationConfig(do_sample=True, pad_token_id=0, top_k=0, temperature=0.8, **warper)
     monkeypatch.setattr(engine.model, "generation_config", config)
-    rules = engine._rules(len(PROMPT), ignore_end=False)
+    rules = publisher_rules(config, num_prompt=len(PROMPT), end_ids=frozenset(), device=engine.model.device)
     logits = 3 * torch.randn(1, 128, generator=torch.Generator().manual_seed(1))
     ids = torch.tensor([PROMPT])
     wanted = plain._get_logits_processor(config, input_ids_seq_length=len(PROMPT))(ids, logits).softmax(-1)
@@ -85,9 +85,9 @@ def test_stop_strings_of_the_publisher_end_a_reply(folder: Path, tmp_path: Path)
     with open_tiny(model) as engine:
         assert engine.tokenizer is not None
         wanted = list(engine.tokenizer("abcdef")["input_ids"])
-        reply = engine.generate("a", max_new_tokens=6, ignore_end=True, choose=always(engine, wanted))
+        reply = engine.generate("a", max_new_tokens=6, ignore_eos=True, choose=always(engine, wanted))
         assert (reply.text, reply.finish_reason) == ("ab", "stop")
-        reply = engine.generate("a", max_new_tokens=6, ignore_end=True, choose=always(engine, wanted), stop="b")
+        reply = engine.generate("a", max_new_tokens=6, ignore_eos=True, choose=always(engine, wanted), stop="b")
         assert reply.text == "a"
 
 
@@ -98,8 +98,8 @@ def test_a_reply_is_as_long_as_the_publisher_says(
     config = GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=5, max_length=14)
     monkeypatch.setattr(engine.model, "generation_config", config)
     wanted = plain.generate(torch.tensor([PROMPT]), generation_config=config)[0, len(PROMPT) :]
-    assert list(engine.generate(PROMPT, ignore_end=True).token_ids) == wanted.tolist()
-    assert len(engine.generate(PROMPT, max_new_tokens=7, ignore_end=True).token_ids) == 7
+    assert list(engine.generate(PROMPT, ignore_eos=True).token_ids) == wanted.tolist()
+    assert len(engine.generate(PROMPT, max_new_tokens=7, ignore_eos=True).token_ids) == 7
     assert reply_length(None, GenerationConfig(max_length=20)) == reply_length(None, None) == 256
     assert reply_length(None, GenerationConfig(max_new_tokens=300)) == 300
 
@@ -129,7 +129,7 @@ def test_a_decoder_with_an_encoder_counts_its_own_tokens(
     """The source's tokens are none of the reply's; its length was taken for the place where the reply begins."""
     plain, engine = translator
     start = engine.model.generation_config.decoder_start_token_id  # type: ignore[union-attr]
-    usual = list(engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True).token_ids)
+    usual = list(engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True).token_ids)
     options: dict[str, Any] = {
         "begin": {"begin_suppress_tokens": usual[:1]},
         "shortest": {"min_new_tokens": 3, "eos_token_id": usual[0]},

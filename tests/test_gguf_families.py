@@ -31,7 +31,7 @@ def test_logits_and_ids_are_those_of_the_converted_model(
     write(path, name, expected)
     ids = torch.randint(3, 100, (1, NUM_PROMPT), generator=torch.Generator().manual_seed(1))
     with offmoe.load(path, ram="4GiB", expert_slots=6) as engine:
-        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True).token_ids
+        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True).token_ids
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
     sequence = torch.tensor([[*ids[0].tolist(), *reply]])

@@ -27,7 +27,7 @@ KINDS = {"gate": Type.Q8_0, "up": Type.Q8_0, "down": Type.Q4_0}
 
 def replies(path: Path) -> tuple[int, ...]:
     with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:
-        return tuple(engine.generate([5, 6, 7], max_new_tokens=8, temperature=0, ignore_end=True).token_ids)
+        return tuple(engine.generate([5, 6, 7], max_new_tokens=8, temperature=0, ignore_eos=True).token_ids)
 
 
 def one_an_expert(name: str, data: Data) -> dict[str, Data]:

@@ -47,7 +47,7 @@ def test_greedy_ids_are_those_of_llama_cpp(kind: Type, tmp_path: Path, monkeypat
     )
     prompt: list[int] = AutoTokenizer.from_pretrained(demo_model_folder())(PROMPT)["input_ids"]
     with offmoe.load(path, ram="2GiB", expert_slots=40) as engine:
-        reply = engine.generate(prompt, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        reply = engine.generate(prompt, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         with torch.no_grad():
             logits = engine.model(input_ids=torch.tensor([[*prompt, *reply.token_ids]])).logits[0, len(prompt) - 1 :]
     ids = tmp_path / "ids.json"

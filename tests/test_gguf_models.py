@@ -21,7 +21,8 @@ from offmoe.checkpoint.gguf.config import gguf_sampling
 from offmoe.checkpoint.gguf.header import GgufHeader
 from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.core.errors import CheckpointError
-from offmoe.engine.sampling import Sampling, resolve_sampling
+from offmoe.engine.params import SamplingParams
+from offmoe.engine.sampling import resolve_sampling
 from offmoe.hf.tokenizer import load_tokenizer
 from offmoe.planner.inspect import survey
 from offmoe.tiers.device import SimulatedDevice
@@ -73,7 +74,7 @@ def test_logits_and_ids_are_those_of_the_same_values(
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         measured(MODELS[name].family, "GGUF", got, wanted)
-        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         assert list(reply.token_ids) == wanted_ids
         assert engine.stats()["misses"] > 0
         assert survey(path).experts_total_bytes == engine._parts.experts.num_bytes
@@ -100,7 +101,7 @@ def test_the_advice_on_sampling_comes_from_the_file(tmp_path: Path) -> None:
         config = engine.model.generation_config
         assert config is not None
         found = resolve_sampling(config)
-        assert found == Sampling(temperature=0.5, top_k=7, top_p=0.75, min_p=0.125, repetition_penalty=1.25)
+        assert found == SamplingParams(temperature=0.5, top_k=7, top_p=0.75, min_p=0.125, repetition_penalty=1.25)
         assert resolve_sampling(config, temperature=0.0).temperature == 0
         prompt = [5, 6, 7]
         drawn = {tuple(engine.generate(prompt, max_new_tokens=8, seed=seed).token_ids) for seed in range(4)}
@@ -162,7 +163,7 @@ def test_parts_of_a_split_file_are_one_model(tmp_path: Path) -> None:
     replies = []
     for path in (whole, first):
         with load(path, ram="4GiB", expert_slots=4) as engine:
-            replies.append(engine.generate(prompt, max_new_tokens=8, temperature=0, ignore_end=True).token_ids)
+            replies.append(engine.generate(prompt, max_new_tokens=8, temperature=0, ignore_eos=True).token_ids)
     assert replies[0] == replies[1]
     (tmp_path / "parts-00002-of-00003.gguf").unlink()
     with pytest.raises(

@@ -44,8 +44,8 @@ def test_every_architecture_runs_with_a_vocabulary(
     path = save_model(tmp_path / "model.gguf", name, vocabulary, monkeypatch)
     with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:
         ids = encode(path, TEXT)
-        by_text = engine.generate(TEXT, max_new_tokens=4, temperature=0, ignore_end=True)
-        by_ids = engine.generate(ids, max_new_tokens=4, temperature=0, ignore_end=True)
+        by_text = engine.generate(TEXT, max_new_tokens=4, temperature=0, ignore_eos=True)
+        by_ids = engine.generate(ids, max_new_tokens=4, temperature=0, ignore_eos=True)
     assert by_text.token_ids == by_ids.token_ids
     assert by_text.stats.prompt_tokens == len(ids) < len(TEXT)
 
@@ -155,7 +155,7 @@ def test_html_is_no_end_and_a_reply_ends_at_every_end_token(tmp_path: Path, monk
     with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:
         assert engine.model.generation_config is not None
         assert engine.model.generation_config.eos_token_id == [269, 270]
-        replied = engine.generate("in", max_new_tokens=8, temperature=0, ignore_end=True).token_ids
+        replied = engine.generate("in", max_new_tokens=8, temperature=0, ignore_eos=True).token_ids
     made = byte_pairs(merges, pre="qwen2", controls=("<|im_end|>", "<|endoftext|>"), users=(), eot_token_id=replied[3])
     path = save_model(tmp_path / "other.gguf", "qwen3moe", made, monkeypatch)
     with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:

@@ -84,7 +84,7 @@ def test_logits_equal_the_numpy_reference(tmp_path: Path, measured: Measured) ->
         with torch.no_grad():
             got = engine.model(input_ids=torch.tensor([ids])).logits[0].double().numpy()
         measured("grok-1", "published", torch.from_numpy(got), torch.from_numpy(expected))
-        reply = engine.generate(ids, max_new_tokens=12, temperature=0, ignore_end=True)
+        reply = engine.generate(ids, max_new_tokens=12, temperature=0, ignore_eos=True)
         assert ids + list(reply.token_ids) == greedy
         again = engine.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
         assert again[0].tolist() == greedy

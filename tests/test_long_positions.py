@@ -47,7 +47,7 @@ def test_ids_on_both_sides_of_the_trained_length(kind: str, tmp_path: Path) -> N
     expected = [_expected(plain, PROMPT[:length]) for length in lengths]
     with open_tiny(folder, context_length=128, prefill_chunk=8) as engine:
         for length, ids in zip(lengths, expected, strict=True):
-            assert engine.generate(PROMPT[:length], max_new_tokens=NUM_NEW, ignore_end=True).token_ids == ids, length
+            assert engine.generate(PROMPT[:length], max_new_tokens=NUM_NEW, ignore_eos=True).token_ids == ids, length
         whole = torch.tensor([PROMPT])
         with torch.inference_mode():
             torch.testing.assert_close(engine.model(whole).logits, plain(whole).logits, rtol=1e-4, atol=1e-4)
@@ -56,7 +56,7 @@ def test_ids_on_both_sides_of_the_trained_length(kind: str, tmp_path: Path) -> N
 def test_states_of_a_long_text_serve_no_short_one(tmp_path: Path) -> None:
     folder = _save(tmp_path, "phimoe")
     with open_tiny(folder, context_length=128) as engine:
-        reply = engine.generate(PROMPT[:29], max_new_tokens=NUM_NEW, ignore_end=True).token_ids
+        reply = engine.generate(PROMPT[:29], max_new_tokens=NUM_NEW, ignore_eos=True).token_ids
         shorter = [*PROMPT[:29], *reply[:2]]
-        found = engine.generate(shorter, max_new_tokens=NUM_NEW, ignore_end=True, reuse=True).token_ids
+        found = engine.generate(shorter, max_new_tokens=NUM_NEW, ignore_eos=True, reuse=True).token_ids
     assert found == _expected(plain_model(folder), shorter)

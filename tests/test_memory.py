@@ -34,7 +34,7 @@ from offmoe.machine.memory import peak_rss_bytes, rss_bytes
 base = rss_bytes()
 with offmoe.load(sys.argv[1], ram=sys.argv[2], context_length=2 * int(sys.argv[3])) as engine:
     ids = [(7 * position + 3) % 8000 for position in range(int(sys.argv[3]))]
-    engine.generate(ids, max_new_tokens=8, temperature=0, ignore_end=True)
+    engine.generate(ids, max_new_tokens=8, temperature=0, ignore_eos=True)
     print(json.dumps({"growth": peak_rss_bytes() - base, "prefill_chunk": engine.plan.prefill_chunk, **engine.stats()}))
 """
 

@@ -65,7 +65,7 @@ def test_a_gguf_file_in_float16_has_the_range_of_llama_cpp(tmp_path: Path) -> No
     wanted = model.generate(IDS, max_new_tokens=16, do_sample=False)[0, IDS.shape[1] :].tolist()
     with offmoe.load(path, ram="4GiB", expert_slots=4) as engine:
         assert torch.isfinite(logits_of(engine.model)).all()
-        reply = engine.generate(IDS[0].tolist(), max_new_tokens=16, temperature=0, ignore_end=True)
+        reply = engine.generate(IDS[0].tolist(), max_new_tokens=16, temperature=0, ignore_eos=True)
         assert list(reply.token_ids) == wanted
         assert engine._parts.experts.layers[0].bytes_per_weight == 2
         rows = engine._parts.serving.cpu_rows

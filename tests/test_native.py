@@ -44,7 +44,7 @@ def test_ids_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch: p
         native = engine._parts.native
         assert native is not None
         assert native.counts["linears"] > 0
-        reply = engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        reply = engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         assert engine.stats()["decode_path_reason"] == "OFFMOE_DECODE=eager"
         assert list(reply.token_ids) == greedy(plain_model(folder))
         # transformers' own loop brings a cache of another kind.
@@ -202,7 +202,7 @@ def test_a_mixers_prompt_does_not_change_by_the_convolutions_type(
             assert engine._parts.native.counts["convolutions"] > 0
             with torch.inference_mode():
                 logits[path] = engine.model(torch.tensor([PROMPT])).logits[0, -1].float()
-            engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+            engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
             assert engine.stats()["decode_path"] == ("fused" if path == "auto" else "eager")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, experts_implementation="eager").eval()
     with torch.inference_mode():

@@ -76,15 +76,15 @@ def test_an_expert_is_found_when_it_is_used(tmp_path: Path) -> None:
 
 def test_in_the_midst_of_a_reply(healthy: offmoe.Engine) -> None:
     """A second pass that finds nothing says so, and the engine goes on."""
-    pieces = healthy.stream(PROMPT, max_new_tokens=8, ignore_end=True)
-    expected = healthy.generate(PROMPT, max_new_tokens=4, ignore_end=True, reuse=False).token_ids
+    pieces = healthy.stream(PROMPT, max_new_tokens=8, ignore_eos=True)
+    expected = healthy.generate(PROMPT, max_new_tokens=4, ignore_eos=True, reuse=False).token_ids
     head = healthy.model.get_output_embeddings()
     next(pieces), next(pieces)
     hook = head.register_forward_hook(lambda module, args, output: output * math.nan)
     with pytest.raises(NonFiniteError, match=r"after 1[12] tokens; they begin in lm_head"):
         list(pieces)
     hook.remove()
-    assert healthy.generate(PROMPT, max_new_tokens=4, ignore_end=True).token_ids == expected
+    assert healthy.generate(PROMPT, max_new_tokens=4, ignore_eos=True).token_ids == expected
 
 
 def test_what_measures_a_model_stops_too(tmp_path: Path) -> None:
@@ -113,9 +113,9 @@ def test_what_is_finite() -> None:
     ],
 )  # fmt: skip
 def test_next_to_nothing_is_greedy(healthy: offmoe.Engine, options: dict[str, float]) -> None:
-    expected = healthy.generate(PROMPT, max_new_tokens=8, temperature=0, ignore_end=True)
+    expected = healthy.generate(PROMPT, max_new_tokens=8, temperature=0, ignore_eos=True)
     assert (
-        healthy.generate(PROMPT, max_new_tokens=8, seed=3, ignore_end=True, **options).token_ids == expected.token_ids
+        healthy.generate(PROMPT, max_new_tokens=8, seed=3, ignore_eos=True, **options).token_ids == expected.token_ids
     )
 
 

@@ -142,7 +142,7 @@ def test_load_says_the_plan_and_what_came_of_it(
     with offmoe.load(expert_slots=48, device="cpu", context_length=128, tell=said.append) as engine:
         (line,) = said
         assert line.startswith("plan: 48 of 192 experts in RAM") and " tok/s, first token of" in line
-        engine.generate([3, 4, 5, 6], max_new_tokens=3, ignore_end=True)
+        engine.generate([3, 4, 5, 6], max_new_tokens=3, ignore_eos=True)
         totals = engine.stats()
     assert said[1:] == [against_plan(totals)]
     foreseen = totals["predicted"]
@@ -172,6 +172,6 @@ def test_a_machine_that_was_not_probed_says_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("OFFMOE_CACHE", str(tmp_path))
     said: list[str] = []
     with offmoe.load(expert_slots=48, device="cpu", context_length=128, tell=said.append) as engine:
-        engine.generate([3, 4, 5, 6], max_new_tokens=2, ignore_end=True)
+        engine.generate([3, 4, 5, 6], max_new_tokens=2, ignore_eos=True)
         assert "predicted" not in engine.stats() and against_plan(engine.stats()) is None
     assert not said

@@ -165,7 +165,7 @@ def test_an_engine_whose_ram_lacks_experts_reads_ahead_and_says_the_same(
         return dataclasses.replace(plan, num_slots=TINY_EXPERTS // 2), pool
 
     def ids(engine: offmoe.Engine) -> tuple[int, ...]:
-        return engine.generate(PROMPT, max_new_tokens=24, temperature=0, ignore_end=True).token_ids
+        return engine.generate(PROMPT, max_new_tokens=24, temperature=0, ignore_eos=True).token_ids
 
     with leaves_nothing():
         with open_tiny(folder, prefetch="off") as engine:

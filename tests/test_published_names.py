@@ -34,7 +34,7 @@ def test_kimi_k2_runs_as_deepseek_v3_without_its_python_code(tmp_path: Path) -> 
     assert last_json(succeed("inspect", folder, "--json").stdout)["model_type"] == "deepseek_v3"
     with open_tiny(folder) as engine, torch.inference_mode():
         torch.testing.assert_close(engine.model(IDS).logits, expected, rtol=2e-5, atol=2e-5)
-        assert engine.generate("ab", max_new_tokens=2, ignore_end=True).token_ids
+        assert engine.generate("ab", max_new_tokens=2, ignore_eos=True).token_ids
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])

@@ -52,11 +52,11 @@ def test_without_kernels_they_are_values_and_the_ids_are_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_tiny(folder, compile="off") as engine:
-        expected = engine.generate(PROMPT, max_new_tokens=8, temperature=0, ignore_end=True).token_ids
+        expected = engine.generate(PROMPT, max_new_tokens=8, temperature=0, ignore_eos=True).token_ids
     monkeypatch.setenv("OFFMOE_CPU_KERNELS", "off")
     with open_tiny(folder, compile="off") as engine:
         assert not kept(engine)
-        assert engine.generate(PROMPT, max_new_tokens=8, temperature=0, ignore_end=True).token_ids == expected
+        assert engine.generate(PROMPT, max_new_tokens=8, temperature=0, ignore_eos=True).token_ids == expected
 
 
 def test_a_closed_engines_linears_say_so(folder: Path) -> None:

@@ -73,7 +73,7 @@ def _equals(
         with torch.no_grad():
             got = engine.model(input_ids=ids).logits
         measured(got, wanted)
-        reply = engine.generate(ids[0].tolist(), max_new_tokens=num_new, temperature=0, ignore_end=True)
+        reply = engine.generate(ids[0].tolist(), max_new_tokens=num_new, temperature=0, ignore_eos=True)
         assert list(reply.token_ids) == wanted_ids
         experts = engine._parts.experts
         assert all(isinstance(part, QuantPart) for layer in experts.layers for part in (*layer.up, *layer.down))

@@ -89,7 +89,7 @@ def test_a_reply_ends_where_only_the_tokenizer_knows(bytes_engine: offmoe.Engine
     ids = ids_of(tokenizer, "Hello world<|im_end|>\n<|im_start|>user\nhi")
     reply = said(bytes_engine, ids)
     assert (reply.text, reply.finish_reason) == ("Hello world", "stop")
-    assert said(bytes_engine, ids, ignore_end=True).text == "Hello world\nuser\nhi"
+    assert said(bytes_engine, ids, ignore_eos=True).text == "Hello world\nuser\nhi"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_reply_ends_where_only_the_tokenizer_knows(bytes_engine: offmoe.Engine
 )  # fmt: skip
 def test_stop_strings_see_control_tokens(bytes_engine: offmoe.Engine, stop: str, text: str) -> None:
     ids = ids_of(bytes_engine.tokenizer, "Hello\n<|im_start|>user\nhi<|im_end|> there")
-    reply = said(bytes_engine, ids, stop=stop, ignore_end=True)
+    reply = said(bytes_engine, ids, stop=stop, ignore_eos=True)
     assert (reply.text, reply.finish_reason) == (text, "length" if "system" in stop else "stop")
 
 
@@ -120,7 +120,8 @@ def test_a_stop_that_the_vocabulary_cannot_write_is_refused() -> None:
 
     def rules(stop: str, of: PreTrainedTokenizerFast) -> None:
         stop_rules(
-            num_prompt=1, context_length=9, max_new_tokens=2, stop=stop, end_ids=frozenset(), tokenizer=of
+            num_prompt=1, context_length=9, max_new_tokens=2, stop=(stop,), end_ids=frozenset(),
+            stop_token_ids=frozenset(), tokenizer=of,
         )  # fmt: skip
 
     rules("hello world!", tokenizer)

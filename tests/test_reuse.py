@@ -49,7 +49,7 @@ def count_rows(engine: offmoe.Engine) -> list[int]:
 
 
 def reply(engine: offmoe.Engine, ids: list[int], **options: Any) -> offmoe.Reply:
-    return engine.generate(ids, **{"max_new_tokens": NUM_NEW, "temperature": 0, "ignore_end": True, **options})
+    return engine.generate(ids, **{"max_new_tokens": NUM_NEW, "temperature": 0, "ignore_eos": True, **options})
 
 
 def fresh(engine: offmoe.Engine, ids: list[int], **options: Any) -> tuple[int, ...]:
@@ -182,9 +182,9 @@ def test_what_a_failed_read_broke_off_is_read_again(folder: Path) -> None:
 
 
 def test_a_stream_left_half_way_leaves_what_it_read(engine: offmoe.Engine) -> None:
-    stream = engine.stream(PROMPT, max_new_tokens=50, ignore_end=True)
-    said = [next(stream).token_id for _ in range(5)]
-    stream.close()  # type: ignore[attr-defined]
+    stream = engine.stream(PROMPT, max_new_tokens=50, ignore_eos=True)
+    said = [next(stream).token_ids[0] for _ in range(5)]
+    stream.close()
     asked = [*PROMPT, *(token for token in said if token is not None), *MORE]
     got = reply(engine, asked)
     assert got.stats.reused_tokens == len(PROMPT) + 4
@@ -193,10 +193,10 @@ def test_a_stream_left_half_way_leaves_what_it_read(engine: offmoe.Engine) -> No
 
 def test_of_two_streams_each_finds_the_cache_as_it_is_when_it_begins(engine: offmoe.Engine) -> None:
     reply(engine, PROMPT)
-    streams = [engine.stream([*PROMPT, *ids], max_new_tokens=4, ignore_end=True) for ids in (MORE, [3, 3])]
+    streams = [engine.stream([*PROMPT, *ids], max_new_tokens=4, ignore_eos=True) for ids in (MORE, [3, 3])]
     expected = [fresh(engine, [*PROMPT, *ids], max_new_tokens=4) for ids in (MORE, [3, 3])]
     for stream, ids in reversed(list(zip(streams, expected, strict=True))):
-        assert tuple(piece.token_id for piece in stream)[:-1] == ids
+        assert tuple(id_ for piece in stream for id_ in piece.token_ids) == ids
 
 
 def test_angles_that_depend_on_the_length(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import offmoe
 from offmoe.core.errors import UsageError
-from offmoe.engine.sampling import Sampling, resolve_sampling
+from offmoe.engine.params import SamplingParams
+from offmoe.engine.sampling import resolve_sampling
 
 NUM_NEW = 24
+GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def sample(engine: offmoe.Engine, **options: Any) -> tuple[int, ...]:
@@ -77,7 +79,7 @@ def test_the_publishers_settings_are_the_default(folder: Path, tmp_path: Path) -
         assert sample(engine, seed=3, temperature=0) == sample(engine, top_k=1, seed=0)
     given = GenerationConfig(temperature=0.7, top_p=0.5)
     assert resolve_sampling(given).temperature == 0.0, "without do_sample, the publisher means greedy"
-    assert resolve_sampling(GenerationConfig()) == Sampling()
+    assert resolve_sampling(GenerationConfig()) == SamplingParams(**GREEDY)
 
 
 @pytest.mark.parametrize(

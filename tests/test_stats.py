@@ -71,7 +71,7 @@ def test_an_engine_counts_every_reply_also_those_broken_off(tiny: Path) -> None:
         pieces = engine.stream(PROMPT, max_new_tokens=8)
         for _ in range(3):
             next(pieces)
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()
         stats = engine.stats()
     assert len(first.stats.step_s) == 3
     assert stats["decoded_tokens"] == 3 + 2

@@ -33,7 +33,7 @@ def run_stops(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
     shown = []
     for piece in pieces:
         shown.append(matcher.add(piece))
-        if matcher.stopped:
+        if matcher.met is not None:
             return "".join(shown), True
     return "".join([*shown, matcher.flush()]), False
 
@@ -66,7 +66,7 @@ def test_text_waits_no_longer_than_it_must(stop: str, pieces: list[str]) -> None
     shown = text = ""
     for piece in pieces:
         shown, text = shown + matcher.add(piece), text + piece
-        if matcher.stopped:
+        if matcher.met is not None:
             return
         assert stop.startswith(text[len(shown) :]), "what is held back begins a stop string"
 
@@ -84,7 +84,7 @@ def test_characters_are_never_cut(engine: offmoe.Engine) -> None:
     given_ids = iter(ids)
     pieces = [
         piece.text
-        for piece in engine.stream("x", max_new_tokens=len(ids), choose=lambda _, __: next(given_ids), ignore_end=True)
+        for piece in engine.stream("x", max_new_tokens=len(ids), choose=lambda _, __: next(given_ids), ignore_eos=True)
     ]
     assert "".join(pieces) == TEXT and not any("\ufffd" in piece for piece in pieces)
     assert len([piece for piece in pieces if piece]) < len(ids), "some characters here are several tokens"
@@ -95,7 +95,7 @@ def stopped_reply(engine: offmoe.Engine, stop: str | list[str]) -> offmoe.Reply:
     ids = list(engine.tokenizer(TEXT)["input_ids"])
     given_ids = iter(ids)
     return engine.generate(
-        "x", max_new_tokens=len(ids), choose=lambda _, __: next(given_ids), stop=stop, ignore_end=True
+        "x", max_new_tokens=len(ids), choose=lambda _, __: next(given_ids), stop=stop, ignore_eos=True
     )
 
 

@@ -88,7 +88,7 @@ def test_an_engine_decodes_on_one_thread_and_reads_prompts_on_all(tmp_path: Path
             pytest.skip("no CPU kernels here")
         head = engine.model.get_input_embeddings()
         head.register_forward_hook(lambda _, args, __: seen.append((args[0].shape[1], torch.get_num_threads())))
-        engine.generate([5, 7, 9, 11], max_new_tokens=4, ignore_end=True)
+        engine.generate([5, 7, 9, 11], max_new_tokens=4, ignore_eos=True)
     assert seen[0] == (4, 3) and set(seen[1:]) == {(1, 1)} and len(seen) > 2
     assert torch.get_num_threads() == 3
 

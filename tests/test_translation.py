@@ -70,7 +70,7 @@ def test_text_becomes_transformers_text(
     assert len(set(expected_ids.tolist())) > 2 and expected
     with offmoe.load(tmp_path, ram="4GiB", expert_slots=6) as engine:
         engine.model.generation_config.forced_bos_token_id = target
-        reply = engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        reply = engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         assert (list(reply.token_ids), reply.text) == (expected_ids.tolist(), expected)
-        pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True)
+        pieces = engine.stream(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         assert "".join(piece.text for piece in pieces) == expected

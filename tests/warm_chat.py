@@ -196,14 +196,14 @@ def _say(text: str, pause_s: float) -> None:
     from transformers import AutoTokenizer
 
     from offmoe.checkpoint.locate import demo_model_folder
-    from offmoe.engine import engine as engine_module
-    from offmoe.engine.sampling import Chooser, Sampling
+    from offmoe.engine import request
+    from offmoe.engine.params import Chooser, SamplingParams
 
     parts = itertools.cycle(text.split("\n===\n"))
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
     end_id = int(tokenizer.convert_tokens_to_ids("<|end|>"))
 
-    def make_chooser(sampling: Sampling, device: torch.device, rules: object) -> Chooser:
+    def make_chooser(sampling: SamplingParams, device: torch.device, rules: object, *, num_prompt: int) -> Chooser:
         ids: Iterator[int] | None = None
 
         def choose(given: torch.Tensor, logits: torch.Tensor) -> int:
@@ -215,7 +215,7 @@ def _say(text: str, pause_s: float) -> None:
 
         return choose
 
-    engine_module.make_chooser = make_chooser
+    request.make_chooser = make_chooser
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from offmoe.report.reply_view import is_smart_terminal, make_view, no_echo
 if TYPE_CHECKING:
     from offmoe.engine.conversation import Conversation
     from offmoe.engine.engine import Engine
-    from offmoe.engine.stream import Piece
+    from offmoe.engine.stream import Chunk, Stream
 
 _NO_TEMPLATE = (
     "This model has no chat template: the prompt is all messages, each on a line of its own, and the model goes on "
@@ -147,7 +147,7 @@ class _Chat:
     def _options(self) -> dict[str, Any]:
         return {"max_new_tokens": self._engine.context_length, **self._commands.options}
 
-    def _show(self, begin: Callable[..., Iterator[Piece]]) -> None:
+    def _show(self, begin: Callable[..., Stream]) -> None:
         last, stopped = None, False
         texts: dict[bool, list[str]] = {False: [], True: []}
         with ExitStack() as stack:
@@ -160,10 +160,10 @@ class _Chat:
                 progress.show(done, total)
                 stop.check()
 
-            pieces = begin(on_prefill=on_prefill)
+            chunks = begin(on_prefill=on_prefill)
             view = None if self._style.as_json else make_view(markdown=self._style.markdown, color=self._style.color)
             try:
-                for last in pieces:
+                for last in chunks:
                     progress.close()
                     texts[last.reasoning].append(last.text)
                     if view is not None:
@@ -172,13 +172,13 @@ class _Chat:
             except KeyboardInterrupt:
                 stopped = True
             finally:
-                pieces.close()  # type: ignore[attr-defined]
+                chunks.close()
                 progress.close()
                 if view is not None:
                     view.end()
         self._conclude(last, texts, stopped=stopped)
 
-    def _conclude(self, last: Piece | None, texts: dict[bool, list[str]], *, stopped: bool) -> None:
+    def _conclude(self, last: Chunk | None, texts: dict[bool, list[str]], *, stopped: bool) -> None:
         """Print the lines after a reply."""
         stats = last.stats if last is not None else None
         if self._style.as_json:
@@ -195,10 +195,11 @@ class _Chat:
             say(f"{stats_line(stats)} | {self._context_meter()}", dim=True)
         if stopped and not self.interactive:
             raise KeyboardInterrupt
-        if last is not None and last.finish_reason == "length":
+        is_full = stats is not None and stats.prompt_tokens + stats.new_tokens >= self._engine.context_length
+        if last is not None and last.finish_reason == "length" and not is_full:
             most = self._commands.options["max_new_tokens"]
             say(f"[cut at {most} tokens: /set max_new_tokens N for longer replies]", dim=True)
-        if last is not None and last.finish_reason == "context":
+        if last is not None and last.finish_reason == "length" and is_full:
             say("[the context is full: /reset begins anew, /save FILE keeps this]", dim=True)
         elif self._used() > _NEARLY_FULL * self._engine.context_length:
             say("[the context is nearly full: --context-length N makes more room at the next start]", dim=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from offmoe.engine.engine import Engine
 
 _WHOLE = ("max_new_tokens", "top_k", "seed")
-_FRACTIONS = ("temperature", "top_p", "min_p", "repetition_penalty")
+_FRACTIONS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 SETTINGS = (*_WHOLE, *_FRACTIONS)
 _UNSET = ("default", "auto")
 
@@ -131,11 +131,12 @@ class SlashCommands:
         return ("random" if value is None else str(value)) + ("" if name in self.options else " (the model's default)")
 
     def _sampling(self, options: dict[str, Any]) -> Any:
-        from offmoe.engine.sampling import Sampling, resolve_sampling
+        from offmoe.engine.params import SAMPLING_NAMES
+        from offmoe.engine.sampling import resolve_sampling
 
         defaults = self._engine.model.generation_config
         assert defaults is not None
-        return resolve_sampling(defaults, **{k: v for k, v in options.items() if k in Sampling.__dataclass_fields__})
+        return resolve_sampling(defaults, **{k: v for k, v in options.items() if k in SAMPLING_NAMES})
 
     def _again(self, argument: str) -> None:
         self._retry()

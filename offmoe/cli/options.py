@@ -81,6 +81,14 @@ _CHOICE_FLAGS = [
         "--repetition-penalty", type=click.FloatRange(0, min_open=True), metavar="X",
         help="Above 1: avoid tokens that occurred before.",
     ),
+    click.option(
+        "--presence-penalty", type=click.FloatRange(-2, 2), metavar="X",
+        help="Above 0: avoid tokens that occurred in the reply.",
+    ),
+    click.option(
+        "--frequency-penalty", type=click.FloatRange(-2, 2), metavar="X",
+        help="Above 0: avoid tokens that occurred in the reply, the more the oftener they did.",
+    ),
     click.option("--seed", type=click.IntRange(0), metavar="N", help="Make sampling repeatable."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the reply at TEXT. May be given more than once."),
 ]  # fmt: skip

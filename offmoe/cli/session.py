@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from offmoe.report.progress import ProgressReporter
 
 if TYPE_CHECKING:
     from offmoe.engine.engine import Engine
-    from offmoe.engine.stream import Piece
+    from offmoe.engine.stream import Chunk, Stream
 
 
 def check_request(model: str | None, options: dict[str, Any], *, quiet: bool = False) -> Path:
@@ -127,19 +126,18 @@ class PromptProgress(ProgressReporter):
             self.close()
 
 
-def print_stream(pieces: Iterator[Piece]) -> Piece:
-    """Write text as it comes; returns the last piece. Closes the stream whatever happens."""
+def print_stream(chunks: Stream) -> Chunk:
+    """Write text as it comes; returns the last chunk. Closes the stream whatever happens."""
     last = None
-    try:
-        for last in pieces:
-            sys.stdout.write(last.text)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.stdout.write("\n")
-        raise
-    finally:
-        pieces.close()  # type: ignore[attr-defined]
-    assert last is not None, "a stream has a last piece"
+    with chunks:
+        try:
+            for last in chunks:
+                sys.stdout.write(last.text)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            raise
+    assert last is not None, "a stream has a last chunk"
     return last
 
 

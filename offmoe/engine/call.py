@@ -1,19 +1,20 @@
-"""One call of the engine, from a checked prompt to the pieces of its reply."""
+"""One call of the engine, from a checked prompt to the chunks of its reply."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from offmoe.decode.compiled import DecodeCompiler
 from offmoe.decode.paths import DecodePaths
+from offmoe.engine.logprobs import TokenLogprobs
+from offmoe.engine.params import Chooser
 from offmoe.engine.prefill_chunk import PrefillChunk
-from offmoe.engine.sampling import Chooser
 from offmoe.engine.stats import GenerationStats, Totals
 from offmoe.engine.step import generate_step
-from offmoe.engine.stream import Piece, StopRules, stream_text
+from offmoe.engine.stream import Chunk, StopRules, stream_text
 from offmoe.engine.translate import translate_step
 from offmoe.kv.prefix import KeptCache
 from offmoe.loader.loaded import LoadedModel
@@ -21,12 +22,13 @@ from offmoe.loader.loaded import LoadedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One request; the fields as `Engine.stream` says."""
+    """What is asked for; the fields as `Engine.stream` says. `logprobs`: those of the last token chosen."""
 
     ids: list[int]
     tokenizer: PreTrainedTokenizerBase | None
     rules: StopRules
     choose: Chooser
+    logprobs: Callable[[], TokenLogprobs] | None
     on_prefill: Callable[[int, int], None]
     reuse: bool | None
     own_text: bool
@@ -35,8 +37,8 @@ class Call:
 def answer(
     call: Call, parts: LoadedModel, totals: Totals, kept: KeptCache, decode: DecodeCompiler | DecodePaths,
     halving: PrefillChunk | None,
-) -> Iterator[Piece]:  # fmt: skip
-    """Begin a call. The pieces: the prompt is read where `kept` does not hold it, then comes the reply. `totals` gets
+) -> Generator[Chunk, None, None]:  # fmt: skip
+    """Begin a call. The chunks: the prompt is read where `kept` does not hold it, then comes the reply. `totals` gets
     what it cost.
     """
     recorder = parts.serving.recorder
@@ -61,14 +63,14 @@ def answer(
     return stream_text(
         steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
         num_reused=num_reused, on_end=on_end, after=() if call.own_text else call.ids,
-        way=lambda: (decode.path, decode.reason),
+        way=lambda: (decode.path, decode.reason), logprobs=call.logprobs,
     )  # fmt: skip
 
 
-def translate(call: Call, parts: LoadedModel, totals: Totals) -> Iterator[Piece]:
+def translate(call: Call, parts: LoadedModel, totals: Totals) -> Generator[Chunk, None, None]:
     """The same of an encoder-decoder model: its encoder reads the prompt, its decoder writes."""
     steps = translate_step(parts.model, call.ids, call.choose, on_prefill=call.on_prefill)
     return stream_text(
         steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
-        on_end=totals.add,
+        on_end=totals.add, logprobs=call.logprobs,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,14 @@ from offmoe.chat.messages import chat_ids, check_messages
 from offmoe.chat.saved import read_messages, save_messages
 from offmoe.chat.template import Message, check_arguments, words
 from offmoe.core.errors import UsageError
+from offmoe.engine.params import ChatOptions
 from offmoe.engine.reply import Reply, collect
+from offmoe.engine.stream import Chunk, Stream
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from offmoe.engine.engine import Engine
-    from offmoe.engine.stream import Piece
 
 
 class Conversation:
@@ -33,7 +36,7 @@ class Conversation:
         if engine.tokenizer is None:
             raise UsageError(f"{engine.folder} has no tokenizer, which a conversation needs")
         self._engine, self._tokenizer = engine, engine.tokenizer
-        self._template: dict[str, Any] = {
+        self._template: ChatOptions = {
             "chat_template_kwargs": dict(chat_template_kwargs or {}), "allow_control_tokens": allow_control_tokens
         }  # fmt: skip
         check_arguments(engine.tokenizer, chat_template_kwargs or {})
@@ -64,15 +67,15 @@ class Conversation:
         """The user's messages."""
         return sum(message["role"] == "user" for message in self.messages)
 
-    def ask(self, text: str, **options: Any) -> Reply:
+    def ask(self, text: str, **options: Unpack[ChatOptions]) -> Reply:
         """The reply to `text`. Options and errors as of `Engine.stream`."""
         return collect(self.stream(text, **options))
 
-    def stream(self, text: str, **options: Any) -> Iterator[Piece]:
-        """Stream the reply to `text`, piece by piece; see `ask`."""
+    def stream(self, text: str, **options: Unpack[ChatOptions]) -> Stream:
+        """Stream the reply to `text`, chunk by chunk; see `ask`."""
         return self._exchange([*self.messages, {"role": "user", "content": text}], options)
 
-    def retry(self, **options: Any) -> Iterator[Piece]:
+    def retry(self, **options: Unpack[ChatOptions]) -> Stream:
         """A reply to the user's last message, in the place of the one that it has. Raises UsageError without any."""
         return self._exchange(self._until_last_user(), options)
 
@@ -109,21 +112,20 @@ class Conversation:
             raise UsageError("nothing was asked yet")
         return self.messages[: users[-1] + 1]
 
-    def _exchange(self, asked: list[Message], options: dict[str, Any]) -> Iterator[Piece]:
-        pieces = self._engine.stream_chat(
-            asked, **{**self._template, **options}
-        )  # what is wrong with the request is raised here, at once
-        return self._remember(asked, pieces)
+    def _exchange(self, asked: list[Message], options: ChatOptions) -> Stream:
+        given: ChatOptions = {**self._template, **options}
+        chunks = self._engine.stream_chat(asked, **given)  # what is wrong with the request is raised here, at once
+        return Stream(self._remember(asked, chunks))
 
-    def _remember(self, asked: list[Message], pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def _remember(self, asked: list[Message], chunks: Stream) -> Generator[Chunk, None, None]:
         answer: list[str] = []
         try:
-            for piece in pieces:
-                if not piece.reasoning:
-                    answer.append(piece.text)
-                yield piece
+            for chunk in chunks:
+                if not chunk.reasoning:
+                    answer.append(chunk.text)
+                yield chunk
         finally:
-            pieces.close()  # type: ignore[attr-defined]
+            chunks.close()
             said = "".join(answer)
             if said.strip():
                 self.messages = [*asked, {"role": "assistant", "content": said}]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from transformers import PreTrainedModel
 
@@ -17,7 +17,7 @@ from offmoe.chat.messages import chat_ids
 from offmoe.chat.template import Message
 from offmoe.checkpoint.gguf.file import is_gguf
 from offmoe.checkpoint.index import read_config
-from offmoe.core.config import EngineConfig, refuse_unknown
+from offmoe.core.config import EngineConfig
 from offmoe.core.errors import DeviceError, EngineBusyError, EngineClosedError, OffmoeError, UsageError
 from offmoe.core.forks import OneProcess
 from offmoe.decode.compiled import make_compiler
@@ -26,16 +26,16 @@ from offmoe.engine.call import Call, answer, translate
 from offmoe.engine.conversation import Conversation
 from offmoe.engine.ends import end_ids
 from offmoe.engine.engine_stats import engine_stats
+from offmoe.engine.params import ChatOptions, RequestOptions
 from offmoe.engine.prefill_chunk import PrefillChunk
-from offmoe.engine.processors import Rules, joined_stops, not_followed, publisher_rules, reply_length
-from offmoe.engine.prompt import encode, stop_rules
+from offmoe.engine.processors import not_followed
+from offmoe.engine.prompt import is_list_of_prompts
 from offmoe.engine.reasoning import split_reasoning
 from offmoe.engine.reply import Reply, collect
-from offmoe.engine.sampling import Chooser, Sampling, make_chooser, resolve_sampling
+from offmoe.engine.request import make_call
 from offmoe.engine.stats import Totals
-from offmoe.engine.stream import Piece
+from offmoe.engine.stream import Chunk, Stream
 from offmoe.engine.tracing import record_trace
-from offmoe.hf.context import longest_context
 from offmoe.hf.device_failures import explain, explained
 from offmoe.kv.cache import make_kv_cache
 from offmoe.kv.prefix import KeptCache
@@ -46,18 +46,10 @@ from offmoe.trace.file import TraceWriter
 from offmoe.trace.recorder import TraceEvent
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from offmoe.tiers.device import Device
 
-_OPTIONS = (
-    "max_new_tokens",
-    "stop",
-    "on_prefill",
-    "ignore_end",
-    "choose",
-    "reuse",
-    "own_text",
-    *Sampling.__dataclass_fields__,
-)
 _BUSY = "the engine is generating; finish or close that stream first"
 
 
@@ -186,21 +178,34 @@ class Engine:
         )  # fmt: skip
         return totals if self.predicted is None else totals | {"predicted": dict(self.predicted)}
 
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Reply:
-        """The whole reply to `prompt` (text or token ids). Options as in `stream`."""
-        return collect(self.stream(prompt, **options))
+    @overload
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> Reply: ...
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Reply:
-        """The model's next turn, through the tokenizer's chat template. Options as in `stream`."""
+    @overload
+    def generate(
+        self, prompt: list[str] | tuple[str, ...] | Sequence[Sequence[int]], **options: Unpack[RequestOptions]
+    ) -> list[Reply]: ...
+
+    def generate(self, prompt: Any, **options: Unpack[RequestOptions]) -> Reply | list[Reply]:
+        """Return the whole reply to `prompt`, text or token ids; to a list of prompts a list of replies, one after the
+        other. Options as in `stream`.
+        """
+        if not is_list_of_prompts(prompt):
+            return collect(self.stream(prompt, **options))
+        calls = [self._call(each, options) for each in prompt]  # a wrong one is refused before the first is answered
+        return [collect(self._begin(call)) for call in calls]
+
+    def chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Reply:
+        """The model's next turn, through the tokenizer's chat template. Options as in `stream_chat`."""
         return collect(self.stream_chat(messages, **options))
 
     def stream_chat(
         self, messages: Sequence[Message], *, chat_template_kwargs: Mapping[str, Any] | None = None,
-        allow_control_tokens: bool = False, **options: Any,
-    ) -> Iterator[Piece]:  # fmt: skip
-        """Stream the reply of `chat`, piece by piece; `piece.reasoning` tells what the model thinks from what it says.
+        allow_control_tokens: bool = False, **options: Unpack[RequestOptions],
+    ) -> Stream:  # fmt: skip
+        """Stream the reply of `chat`, chunk by chunk; `chunk.reasoning` tells what the model thinks from what it says.
 
-        `chat_template_kwargs` and `allow_control_tokens` as in `chat.chat_ids`.
+        `chat_template_kwargs` and `allow_control_tokens` as in `chat.chat_ids`, other options as in `stream`.
         """
         if self.model.config.is_encoder_decoder:
             raise UsageError("an encoder-decoder model rewrites a text and holds no conversation; use generate")
@@ -210,8 +215,8 @@ class Engine:
             self.tokenizer, messages, vocab_size=self.vocab_size, arguments=chat_template_kwargs,
             allow_control_tokens=allow_control_tokens,
         )  # fmt: skip
-        pieces = self.stream(ids, **{"own_text": True, **options})
-        return split_reasoning(pieces, self.tokenizer, ids)
+        given: RequestOptions = {"own_text": True, **options}
+        return Stream(split_reasoning(self.stream(ids, **given), self.tokenizer, ids))
 
     def conversation(
         self, *, system: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -222,20 +227,14 @@ class Engine:
             self, system=system, chat_template_kwargs=chat_template_kwargs, allow_control_tokens=allow_control_tokens
         )
 
-    def stream(
-        self, prompt: str | Sequence[int], *, max_new_tokens: int | None = None,
-        stop: str | Sequence[str] | None = None, ignore_end: bool = False, choose: Chooser | None = None,
-        on_prefill: Callable[[int, int], None] = lambda done, total: None,
-        reuse: bool | None = None, own_text: bool = False, **sampling: Any,
-    ) -> Iterator[Piece]:  # fmt: skip
-        """Pieces of the reply as they come; the last one says why it ended and what it cost.
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> Stream:
+        """Chunks of the reply as they come; the last one says why it ended and what it cost.
 
-        `prompt` is text or token ids. `max_new_tokens`: the reply's length at most; by default what the model's
-        generation_config says, else 256. `stop`: strings that end the reply and are not part of it. `on_prefill(done,
-        total)` is told of the prompt's progress, in tokens that have to be read. `sampling`: temperature (0 is greedy),
-        top_k, top_p, min_p, repetition_penalty, seed; what is not given comes from the model's generation_config.
-        `ignore_end` goes on after the end token. `choose` replaces sampling by a function (ids, logits) -> id.
-        `own_text`: the reply does not continue the prompt's text, and begins without the space before its first word.
+        `prompt` is text or token ids. Options are the fields of SamplingParams by name, or `sampling`: one as a
+        whole; a field that is given by name too wins. What is set nowhere comes from the model's generation_config.
+        `on_prefill(done, total)` is told of the prompt's progress, in tokens that have to be read. `choose` replaces
+        sampling by a function (ids, logits) -> id. `own_text`: the reply does not continue the prompt's text, and
+        begins without the space before its first word.
 
         `reuse`: what the KV cache holds of the prompt from the last call is not read again. True: the longest common
         prefix. False: nothing. Default: False with placement_invariant; True with `own_text`, as chats are; else when
@@ -246,35 +245,24 @@ class Engine:
         EngineBusyError at the call. At any step CheckpointError from a failed read and BudgetError from full RAM or a
         full device, after which the engine is usable, and DeviceError from a lost one, after which it is closed.
         """
+        return self._begin(self._call(prompt, options))
+
+    def _call(self, prompt: str | Sequence[int], options: RequestOptions) -> Call:
         parts = self._parts
         if self._running.locked():
             raise EngineBusyError(_BUSY)
-        if reuse not in {None, True, False}:
-            raise UsageError(f"reuse is {reuse!r}; use True, False, or leave it out")
-        if reuse is None and (own_text or self.config.placement_invariant):
-            reuse = not self.config.placement_invariant
-        settings = self._sampling(sampling)
-        ids = encode(prompt, self.tokenizer, vocab_size=self.vocab_size)
-        rules = stop_rules(
-            num_prompt=len(ids), context_length=parts.context_length,
-            max_new_tokens=reply_length(max_new_tokens, parts.model.generation_config),
-            stop=joined_stops(stop, parts.model.generation_config, self.tokenizer),
-            end_ids=frozenset() if ignore_end else self._end_ids, tokenizer=self.tokenizer,
-            longest_context=longest_context(parts.model),
-        )  # fmt: skip
-        call = Call(
-            ids=ids, tokenizer=self.tokenizer, rules=rules, on_prefill=on_prefill,
-            choose=choose or make_chooser(settings, parts.model.device, self._rules(len(ids), ignore_end=ignore_end)),
-            reuse=reuse, own_text=own_text,
-        )  # fmt: skip
-        if parts.model.config.is_encoder_decoder:
-            return self._exclusively(partial(translate, call, parts, self._totals))
-        return self._exclusively(
-            partial(answer, call, parts, self._totals, self._kept, self._decode, self._halving_chunk)
-        )
+        return make_call(parts, prompt, options, end_ids=self._end_ids, vocab_size=self.vocab_size)
 
-    def _exclusively(self, begin: Callable[[], Iterator[Piece]]) -> Iterator[Piece]:
-        """The pieces of `begin()`, with the engine held from the first to the last, or to the generator's end."""
+    def _begin(self, call: Call) -> Stream:
+        parts = self._parts
+        if parts.model.config.is_encoder_decoder:
+            return Stream(self._exclusively(partial(translate, call, parts, self._totals)))
+        return Stream(self._exclusively(
+            partial(answer, call, parts, self._totals, self._kept, self._decode, self._halving_chunk)
+        ))  # fmt: skip
+
+    def _exclusively(self, begin: Callable[[], Generator[Chunk, None, None]]) -> Generator[Chunk, None, None]:
+        """The chunks of `begin()`, with the engine held from the first to the last, or to the generator's end."""
         device = self._parts.device  # raises when the engine was closed since the call
         if not self._running.acquire(blocking=False):
             raise EngineBusyError(_BUSY)
@@ -293,18 +281,6 @@ class Engine:
             self._give_up()
         if better is not None:  # not in the handler: a traceback that is referred to keeps tensors on the device
             raise better
-
-    def _rules(self, num_prompt: int, *, ignore_end: bool) -> Rules:
-        """The publisher's rules for a reply to that many tokens."""
-        model, ends = self._parts.model, frozenset[int]() if ignore_end else self._end_ids
-        num_prompt = 1 if model.config.is_encoder_decoder else num_prompt
-        return publisher_rules(model.generation_config, num_prompt=num_prompt, end_ids=ends, device=model.device)
-
-    def _sampling(self, options: dict[str, Any]) -> Sampling:
-        refuse_unknown(options, _OPTIONS)
-        defaults = self.model.generation_config
-        assert defaults is not None
-        return resolve_sampling(defaults, **options)
 
     def close(self) -> None:
         """Release threads, files and memory. A second close does nothing; in a forked child the copy is forgotten."""

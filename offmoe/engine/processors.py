@@ -6,7 +6,7 @@ A setting that offmoe does not follow is named in a note.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers.generation.logits_process import (
 )
 
 from offmoe.core.errors import UsageError
+from offmoe.engine.params import SamplingParams, check_texts
 
 # Settings that change a reply in transformers and that offmoe has no part for, and the value at which they do nothing.
 _NOT_FOLLOWED: dict[str, Any] = {
@@ -106,16 +107,11 @@ def _rules(config: GenerationConfig, num_prompt: int, end_ids: Collection[int], 
 
 
 def joined_stops(
-    stop: str | Sequence[str] | None, config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None
-) -> str | Sequence[str] | None:
+    stops: tuple[str, ...], config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[str, ...]:
     """The user's stop strings and the publisher's (`stop_strings`), which need a tokenizer."""
     published = None if config is None or tokenizer is None else config.stop_strings
-    if not published:
-        return stop
-    own = [stop] if isinstance(stop, str) else stop or []
-    if not isinstance(own, (list, tuple)):
-        return stop  # which is refused by its name
-    return [*own, *([published] if isinstance(published, str) else published)]
+    return (*stops, *check_texts("stop_strings in generation_config.json", published)) if published else stops
 
 
 def reply_length(given: int | None, config: GenerationConfig | None) -> int:
@@ -124,7 +120,8 @@ def reply_length(given: int | None, config: GenerationConfig | None) -> int:
     Not the publisher's `max_length`: old configs have transformers' former default of 20 there, prompt included.
     """
     published = None if config is None else config.max_new_tokens
-    return next(length for length in (given, published, _USUAL_LENGTH) if length is not None)
+    length = SamplingParams(max_new_tokens=published if given is None else given).max_new_tokens
+    return _USUAL_LENGTH if length is None else length
 
 
 def not_followed(config: GenerationConfig | None, *, has_text: bool = True) -> str | None:

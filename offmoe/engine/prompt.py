@@ -27,6 +27,13 @@ def encode(prompt: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | Non
     return ids
 
 
+def is_list_of_prompts(prompt: object) -> bool:
+    """True for a list or tuple of texts or of id sequences."""
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        return False
+    return isinstance(prompt[0], (str, list, tuple)) or getattr(prompt[0], "ndim", 0) == 1
+
+
 def check_ids(ids: Sequence[int], *, vocab_size: int) -> list[int]:
     """Plain ints of a sequence of ids (a list, an array, a 1-D tensor). Raises UsageError for what is no token."""
     try:
@@ -40,28 +47,22 @@ def check_ids(ids: Sequence[int], *, vocab_size: int) -> list[int]:
 
 
 def stop_rules(
-    *, num_prompt: int, context_length: int, max_new_tokens: int, stop: str | Sequence[str] | None,
-    end_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase | None, longest_context: int | None = None,
+    *, num_prompt: int, context_length: int, max_new_tokens: int, stop: tuple[str, ...], end_ids: frozenset[int],
+    stop_token_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase | None, longest_context: int | None = None,
 ) -> StopRules:  # fmt: skip
     """Make the rules that end a reply. Raises UsageError, and ContextLengthError for a prompt without room for a token.
 
     `longest_context`: tokens that the model takes at most, None where it does not say.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens!r}; use a whole number of at least 1")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (list, tuple)) else stop
-    if stops is not None and (not isinstance(stops, tuple) or not all(isinstance(s, str) and s for s in stops)):
-        raise UsageError(f"stop is {stop!r}; use a text that is not empty, or a list of such")
-    if stops and tokenizer is None:
+    if stop and tokenizer is None:
         raise UsageError("the model has no tokenizer, so stop strings cannot be found; leave stop out")
-    for text in stops or ():
+    for text in stop:
         assert tokenizer is not None
         _refuse_impossible(text, tokenizer)
     check_room(num_prompt, context_length, longest_context)
-    room = context_length - num_prompt
     return StopRules(
-        end_ids=end_ids, stop_strings=stops or (), max_new_tokens=min(max_new_tokens, room),
-        limit_reason="length" if max_new_tokens <= room else "context",
+        end_ids=end_ids, stop_token_ids=stop_token_ids, stop_strings=stop,
+        max_new_tokens=min(max_new_tokens, context_length - num_prompt),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ id. A block of reasoning is known at the begin of a reply only: later, `<think>`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from offmoe.chat.control_tokens import REASONING_TAGS as TAGS
 from offmoe.chat.template import template_text
-from offmoe.engine.stream import Piece
+from offmoe.engine.stream import Chunk, Stream
 
 _CHANNEL, _MESSAGE, _START, _END = "<|channel|>", "<|message|>", "<|start|>", "<|end|>"
 _ANSWER_CHANNEL = "final"
@@ -128,9 +128,9 @@ class ChannelSplitter:
 
 
 def split_reasoning(
-    pieces: Iterator[Piece], tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]
-) -> Iterator[Piece]:
-    """The same pieces, each all reasoning or all answer, without the marks. Closes `pieces` when it ends."""
+    chunks: Stream, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]
+) -> Generator[Chunk, None, None]:
+    """The same chunks, each all reasoning or all answer, without the marks. Closes `chunks` when it ends."""
     template = template_text(tokenizer)
     splitter: Splitter
     marks: tuple[str, ...]
@@ -140,17 +140,17 @@ def split_reasoning(
         splitter, marks = TagSplitter(inside=_left_open(tokenizer, prompt_ids)), tuple(m for pair in TAGS for m in pair)
     special = {id_: mark for mark in marks if (id_ := _special_id(tokenizer, mark)) is not None}
     try:
-        for piece in pieces:
-            hidden = special.get(piece.token_id, "") if piece.token_id is not None else ""
-            parts = splitter.add(piece.text + hidden)
-            if piece.finish_reason is not None:
+        for chunk in chunks:
+            hidden = "".join(special.get(token_id, "") for token_id in chunk.token_ids)
+            parts = splitter.add(chunk.text + hidden)
+            if chunk.finish_reason is not None:
                 parts += splitter.flush()
             for reasoning, text in parts[:-1]:
-                yield Piece(text, reasoning=reasoning)
+                yield Chunk(text, reasoning=reasoning)
             reasoning, text = parts[-1] if parts else (False, "")
-            yield replace(piece, text=text, reasoning=reasoning)
+            yield replace(chunk, text=text, reasoning=reasoning)
     finally:
-        pieces.close()  # type: ignore[attr-defined]
+        chunks.close()
 
 
 def _left_open(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> tuple[str, str] | None:

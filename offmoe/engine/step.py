@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.core.errors import NonFiniteError
 from offmoe.engine.finite import NoTokenError, non_finite_error
-from offmoe.engine.sampling import Chooser
+from offmoe.engine.params import Chooser
 from offmoe.hf.internals import cache_name, experts_modules
 from offmoe.hf.lengths import angles_of, starts_over
 from offmoe.kv.prefix import KeptCache

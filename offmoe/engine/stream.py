@@ -3,40 +3,85 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from offmoe.core.counters import Counters
+from offmoe.engine.logprobs import TokenLogprobs
 from offmoe.engine.stats import GenerationStats
 from offmoe.engine.text import StopMatcher, TextDecoder
 
+FinishReason: TypeAlias = Literal["stop", "length"]
+
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One step of a stream. `text` may be empty (an incomplete character, a stop string that may be beginning).
+class Chunk:
+    """One step of a stream: the text that it completes, and the token that it took.
 
-    `token_id` is None for the text that only the end released, and for the first part of a token's text that goes from
-    reasoning to answer. `reasoning`: not yet the answer (chats only). The last piece, and only it, has `finish_reason`
-    ("stop": end token or stop string, "length": max_new_tokens, "context": the context is full) and `stats`.
+    text           may be empty: an incomplete character, or a stop string that may be beginning
+    token_ids      one id; none for text that only the end releases, and for the first part of a token's text that goes
+                   from reasoning to answer
+    finish_reason  None until the last chunk: "stop" (end token, stop_token_ids or stop string) or "length"
+                   (max_new_tokens, or the context is full)
+    stop_reason    the stop string or the one of stop_token_ids that ended the reply; None for the model's end token
+    logprobs       for each of token_ids, if they were asked for: token id to log probability and rank
+    stats          in the last chunk: the cost of the reply
+    reasoning      the text is not the answer yet (chats only)
     """
 
     text: str
-    token_id: int | None = None
-    finish_reason: str | None = None
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
     stats: GenerationStats | None = None
     reasoning: bool = False
 
 
+class Stream(Iterator[Chunk]):
+    """The chunks of one reply. The first `next` begins it; it holds the engine until its end or `close`.
+
+    Leaving a `with` statement closes it. `close` may be called from another thread while the stream waits for a token.
+    """
+
+    def __init__(self, chunks: Generator[Chunk, None, None]) -> None:
+        self._chunks = chunks
+        self._is_closed = False
+
+    def __next__(self) -> Chunk:
+        chunk = next(self._chunks)
+        if self._is_closed:  # by another thread, meanwhile
+            self._chunks.close()
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        """End the reply at its next token and free the engine. A second close does nothing."""
+        self._is_closed = True
+        try:
+            self._chunks.close()
+        except ValueError as error:
+            if "already executing" not in str(error):
+                raise
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StopRules:
-    """When a stream ends. `limit_reason` names what `max_new_tokens` stands for."""
+    """The ends of a stream. `stop_token_ids` and `stop_strings` are the caller's, `end_ids` the model's own."""
 
     end_ids: frozenset[int]
+    stop_token_ids: frozenset[int]
     stop_strings: tuple[str, ...]
     max_new_tokens: int
-    limit_reason: str
 
 
 def stream_text(
@@ -44,33 +89,36 @@ def stream_text(
     *, num_prompt_tokens: int, num_reused: int = 0, clock: Callable[[], float] = time.perf_counter,
     on_end: Callable[[GenerationStats], None] = lambda stats: None,
     after: Sequence[int] = (), way: Callable[[], tuple[str, str]] = lambda: ("", ""),
-) -> Iterator[Piece]:  # fmt: skip
-    """Pieces of text for the ids of `steps`, until a rule ends them. Without a tokenizer, pieces have ids only.
+    logprobs: Callable[[], TokenLogprobs] | None = None,
+) -> Generator[Chunk, None, None]:  # fmt: skip
+    """Chunks of text for the ids of `steps`, until a rule ends them. Without a tokenizer, chunks have ids only.
 
     `num_reused` of the prompt's tokens were in the KV cache already. `on_end` is told what it cost, also when it is
-    broken off. `after`: ids whose text the reply continues. `way`: the last
-    token's decode path and its reason.
+    broken off. `after`: ids whose text the reply continues. `way`: the last token's decode path and its reason.
+    `logprobs`: those of the last token.
     """
     decoder = TextDecoder(tokenizer, after=after) if tokenizer is not None else None
     stops = StopMatcher(rules.stop_strings)
     meter = Meter(counters, num_prompt_tokens, num_reused, clock, way)
-    reason = rules.limit_reason
+    reason: FinishReason = "length"
+    stop_reason: int | str | None = None
     try:
         for token_id in steps:
             meter.token()
-            if token_id in rules.end_ids:
-                reason = "stop"
+            if token_id in rules.stop_token_ids or token_id in rules.end_ids:
+                reason, stop_reason = "stop", token_id if token_id in rules.stop_token_ids else None
                 break
             text = stops.add(decoder.add(token_id), control=decoder.spelling(token_id)) if decoder else ""
-            yield Piece(text, token_id)
-            if stops.stopped:
-                break
-            if meter.num_tokens >= rules.max_new_tokens:
+            yield Chunk(text, (token_id,), logprobs=None if logprobs is None else (logprobs(),))
+            if stops.met is not None or meter.num_tokens >= rules.max_new_tokens:
                 break
     finally:
         on_end(meter.stats())
-    rest = "" if stops.stopped or decoder is None else stops.add(decoder.flush())
-    yield Piece(rest + stops.flush(), None, "stop" if stops.stopped else reason, meter.stats())
+    rest = "" if stops.met is not None or decoder is None else stops.add(decoder.flush())
+    if stops.met is not None:
+        reason, stop_reason = "stop", stops.met
+    none = None if logprobs is None else ()
+    yield Chunk(rest + stops.flush(), finish_reason=reason, stop_reason=stop_reason, logprobs=none, stats=meter.stats())
 
 
 class Meter:

@@ -90,10 +90,11 @@ class StopMatcher:
         self._held = ""
         # The characters of `_held` that are text, and not a control token's spelling.
         self._is_text: list[bool] = []
-        self.stopped = False
+        # The stop string that was met.
+        self.met: str | None = None
 
     def add(self, text: str, *, control: str = "") -> str:
-        """The part of held-back plus new text that may be shown; sets `stopped` when a stop string was met.
+        """The part of held-back plus new text that may be shown; sets `met` when it has a stop string.
 
         `control`: the spelling of a control token that comes after `text`.
         """
@@ -101,10 +102,10 @@ class StopMatcher:
             return text
         self._held += text + control
         self._is_text += [True] * len(text) + [False] * len(control)
-        found = [position for stop in self._stops if (position := self._held.find(stop)) >= 0]
+        found = [(position, stop) for stop in self._stops if (position := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            shown = self._take(min(found))
+            first, self.met = min(found)
+            shown = self._take(first)
             self._take(len(self._held))
             return shown
         return self._take(len(self._held) - max(self._overlap(stop) for stop in self._stops))

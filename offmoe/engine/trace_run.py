@@ -43,13 +43,13 @@ def record_prompts(
     with engine.trace(path, prompts=about, guesses=guesses, overwrite=overwrite):
         for number, ids in enumerate(prompts):
             seed = {"seed": sampling["seed"] + number} if sampling.get("seed") is not None else {}
-            pieces = engine.stream(
-                ids, max_new_tokens=max_new_tokens, ignore_end=True, reuse=False, **{**sampling, **seed}
+            chunks = engine.stream(
+                ids, **{**sampling, **seed}, max_new_tokens=max_new_tokens, ignore_eos=True, reuse=False
             )
             stats, begin = engine.stats(), time.perf_counter()
-            for count, piece in enumerate(pieces):
+            for count, chunk in enumerate(chunks):
                 step_s, before, stats = time.perf_counter() - begin, stats, engine.stats()
-                if count and piece.token_id is not None:
+                if count and chunk.token_ids:
                     stall_ns, fetched, waiting = (stats[name] - before[name] for name in _COUNTED)
                     samples.append(TokenSample(step_s, stall_ns / 1e9, fetched, waiting))
                 progress(min(total, done + count + 1), total)

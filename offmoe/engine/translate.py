@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from offmoe.core.errors import UsageError
 from offmoe.engine.finite import NoTokenError, non_finite_error
-from offmoe.engine.sampling import Chooser
+from offmoe.engine.params import Chooser
 from offmoe.hf.internals import cache_name
 
 

@@ -164,7 +164,7 @@ def _decode(engine: Engine, cold: torch.Tensor | None = None) -> tuple[float, fl
         marks.append((begin_s, time.perf_counter()))
         return next(ids)
 
-    stats = engine.generate(PROMPT, max_new_tokens=NUM_TOKENS, ignore_end=True, choose=choose).stats
+    stats = engine.generate(PROMPT, max_new_tokens=NUM_TOKENS, ignore_eos=True, choose=choose).stats
     pairs = zip(marks[NUM_WARM:], marks[NUM_WARM + 1 :], strict=False)
     return median(end_s - begin_s for (_, begin_s), (end_s, _) in pairs), stats.decode.hit_rate
 
@@ -181,7 +181,7 @@ def _layer_times(engine: Engine, cold: torch.Tensor | None) -> tuple[float, floa
         return int(logits.argmax())
 
     try:
-        engine.generate(PROMPT, max_new_tokens=NUM_TOKENS, ignore_end=True, choose=choose)
+        engine.generate(PROMPT, max_new_tokens=NUM_TOKENS, ignore_eos=True, choose=choose)
     finally:
         for handle in handles:
             handle.remove()

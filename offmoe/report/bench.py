@@ -63,15 +63,15 @@ def _teacher_forced(
     given: Iterator[int] = iter(ids[prefill:])
     total = len(ids) - prefill
     done = 0
-    pieces = engine.stream(
-        list(ids[:prefill]), max_new_tokens=total, choose=lambda _, __: next(given), ignore_end=True,
+    chunks = engine.stream(
+        list(ids[:prefill]), max_new_tokens=total, choose=lambda _, __: next(given), ignore_eos=True,
         on_prefill=lambda done, total: progress("prefill", done, total),
     )  # fmt: skip
-    for piece in pieces:
-        done += piece.token_id is not None
+    for chunk in chunks:
+        done += len(chunk.token_ids)
         progress("decode", done, total)
-        if piece.stats is not None:
-            return piece.stats
+        if chunk.stats is not None:
+            return chunk.stats
     raise AssertionError("the stream ended without statistics")
 
 

@@ -69,7 +69,7 @@ def run_and_record(
         chosen.append(greedy(seen, last))
         return chosen[-1] if given is None else given[len(chosen) - 1]
 
-    engine.generate(ids, max_new_tokens=num_new, choose=choose, ignore_end=True)
+    engine.generate(ids, max_new_tokens=num_new, choose=choose, ignore_eos=True)
     return chosen, torch.stack(logits)
 
 

@@ -66,5 +66,5 @@ def same_ids(left: tuple[int, ...], right: tuple[int, ...]) -> int:
 
 def _greedy(engine: offmoe.Engine, ids: list[int], num_new: int) -> tuple[int, ...]:
     return engine.generate(
-        ids, max_new_tokens=num_new, temperature=0, repetition_penalty=1.0, ignore_end=True
+        ids, max_new_tokens=num_new, temperature=0, repetition_penalty=1.0, ignore_eos=True
     ).token_ids

@@ -104,7 +104,7 @@ class OffmoeSystem:
             return next(given)
 
         reply = self.engine.generate(
-            list(ids[:num_prompt]), max_new_tokens=len(ids) - num_prompt + 1, choose=choose, ignore_end=True
+            list(ids[:num_prompt]), max_new_tokens=len(ids) - num_prompt + 1, choose=choose, ignore_eos=True
         )
         stats = reply.stats
         return Timed(

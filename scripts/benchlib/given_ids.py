@@ -29,7 +29,7 @@ class GivenIds:
             return next(given)
 
         self._pieces = engine.stream(
-            list(ids[:num_prompt]), max_new_tokens=len(ids) - num_prompt + 1, choose=choose, ignore_end=True
+            list(ids[:num_prompt]), max_new_tokens=len(ids) - num_prompt + 1, choose=choose, ignore_eos=True
         )
         next(self._pieces)
         self.restart()
@@ -59,7 +59,7 @@ class GivenIds:
 
     def close(self) -> None:
         """End the engine."""
-        self._pieces.close()  # type: ignore[attr-defined]
+        self._pieces.close()
         self.engine.close()
 
 

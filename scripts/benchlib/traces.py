@@ -37,7 +37,7 @@ def record_generated(model: Path, path: Path, *, num_tokens: int, seed: int = 0,
         for number, text in enumerate(mixed_prompts(seed)):
             ids = engine.tokenizer(text)["input_ids"][:PROMPT_TOKENS]
             reply = engine.generate(
-                ids, max_new_tokens=rng.randint(FEWEST_NEW, MOST_NEW), temperature=1.0, seed=number, ignore_end=True
+                ids, max_new_tokens=rng.randint(FEWEST_NEW, MOST_NEW), temperature=1.0, seed=number, ignore_eos=True
             )
             done += len(reply.token_ids)
             print(f"{done} of {num_tokens} tokens", file=sys.stderr, end="\r")
@@ -54,7 +54,7 @@ def record_given(model: Path, path: Path, *, num_tokens: int, **options: Any) ->
         engine.trace(path, guesses=False),
     ):
         engine.generate(
-            ids, max_new_tokens=1, ignore_end=True,
+            ids, max_new_tokens=1, ignore_eos=True,
             on_prefill=lambda done, total: print(f"{done} of {total} tokens", file=sys.stderr, end="\r"),
         )  # fmt: skip
     print(file=sys.stderr)

@@ -20,7 +20,7 @@ NUM_NEW = 32
 
 
 def ids_of(engine: offmoe.Engine) -> tuple[int, ...]:
-    return engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True).token_ids
+    return engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True).token_ids
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def greedy(engine: offmoe.Engine, ids: list[int], num_new: int = NUM_NEW) -> list[int]:
-    return list(engine.generate(ids, max_new_tokens=num_new, temperature=0, ignore_end=True).token_ids)
+    return list(engine.generate(ids, max_new_tokens=num_new, temperature=0, ignore_eos=True).token_ids)
 
 
 def quarter(engine_folder: Path) -> int:
@@ -113,7 +113,7 @@ def test_what_is_on_the_device_is_not_copied_again(load_on_device: Load) -> None
 
 def test_a_layer_waits_for_the_device_once_at_most(load_on_device: Load) -> None:
     with load_on_device(None, expert_slots=48, compile="off") as engine:
-        decode = engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_end=True).stats.decode
+        decode = engine.generate(PROMPT, max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True).stats.decode
         assert decode.syncs <= decode.layer_calls
 
 

@@ -1,0 +1,200 @@
+"""What a caller may set for one reply, checked. Imports no torch, so that it costs nothing before a model is loaded."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+
+from offmoe.core.config import refuse_unknown
+from offmoe.core.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+# (token ids so far (S,), logits (V,) in float32) -> logits (V,)
+LogitsFunction: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
+# (token ids so far (1, S), logits (1, V)) -> token id
+Chooser: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], int]"
+
+_SMALLEST_TOP_P = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the tokens of a reply are chosen, and when it ends. None: what the model's generation_config says.
+
+    max_new_tokens      tokens of the reply at most, at least 1; default: the model's own setting, else 256
+    temperature         0 is greedy; default: greedy unless the model's publisher set sampling
+    top_p               sample from the likeliest tokens that sum to this, above 0 to 1
+    top_k               sample from that many likeliest tokens; 0: from all
+    min_p               drop tokens below this times the likeliest one's probability, 0 to 1
+    repetition_penalty  above 1: divide the logits of tokens that occurred, in the prompt too
+    presence_penalty    -2 to 2: subtracted from the logits of tokens that occurred in the reply
+    frequency_penalty   -2 to 2: the same, times how often they occurred
+    seed                whole number that makes sampling repeatable
+    stop                text, or several, that end the reply and are not part of it
+    stop_token_ids      token ids that end the reply and are not part of it
+    ignore_eos          go on after the model's end token
+    logprobs            log probabilities of the chosen token and of this many likeliest ones, by the model's own logits
+    logits_processor    function, or several, (token_ids_S, logits_V) -> logits_V, applied before everything else
+
+    Raises UsageError for a value out of range. Field names are vLLM's; its max_tokens is max_new_tokens here, as in
+    transformers and on the command line.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    logits_processor: LogitsFunction | Sequence[LogitsFunction] | None = None
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, check(name, value))
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end the reply."""
+        assert not isinstance(self.stop, str), "made a tuple"
+        return tuple(self.stop or ())
+
+    @property
+    def processors(self) -> tuple[LogitsFunction, ...]:
+        """Functions that change logits, in their order."""
+        assert not callable(self.logits_processor), "made a tuple"
+        return tuple(self.logits_processor or ())
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Fields of SamplingParams as keywords."""
+
+    max_new_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool
+    logprobs: int | None
+    logits_processor: LogitsFunction | Sequence[LogitsFunction] | None
+
+
+class RequestOptions(SamplingOptions, total=False):
+    """Keywords of `Engine.stream` and `Engine.generate`, which says what each does."""
+
+    sampling: SamplingParams | None
+    choose: Chooser | None
+    on_prefill: Callable[[int, int], None]
+    reuse: bool | None
+    own_text: bool
+
+
+class ChatOptions(RequestOptions, total=False):
+    """Keywords of `Engine.stream_chat`, `Engine.chat` and the calls of a Conversation."""
+
+    chat_template_kwargs: dict[str, Any] | None
+    allow_control_tokens: bool
+
+
+SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams))
+REQUEST_NAMES = (*SAMPLING_NAMES, "sampling", "choose", "on_prefill", "reuse", "own_text")
+
+
+def sampling_of(options: RequestOptions) -> SamplingParams:
+    """The sampling parameters of a call: `sampling`, with those changed that are given by name beside it.
+
+    Raises UsageError for an unknown option, and for a value out of range.
+    """
+    refuse_unknown(options, REQUEST_NAMES)
+    params = options.get("sampling") or SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise UsageError(f"sampling is a {type(params).__name__}; use offmoe.SamplingParams(...)")
+    given: dict[str, Any] = {name: value for name, value in options.items() if name in SAMPLING_NAMES}
+    return replace(params, **given) if given else params
+
+
+def _number(low: float, high: float | None = None) -> Callable[[str, object], float]:
+    limits = f"of at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+
+    def check(name: str, value: object) -> float:
+        try:
+            number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+        except OverflowError:  # a whole number of hundreds of digits
+            number = math.nan
+        if math.isfinite(number) and low <= number <= (math.inf if high is None else high):
+            return number
+        raise UsageError(f"{name} is {value!r}; use a number {limits}")
+
+    return check
+
+
+def _share(name: str, value: object) -> float:
+    """Any share above none; below the smallest one only the likeliest token is left, as with that one."""
+    is_small = isinstance(value, Real) and 0.0 < value < _SMALLEST_TOP_P  # type: ignore[operator]
+    return _number(_SMALLEST_TOP_P, 1.0)(name, _SMALLEST_TOP_P if is_small else value)
+
+
+def _whole(low: int) -> Callable[[str, object], int]:
+    def check(name: str, value: object) -> int:
+        number = int(value) if not isinstance(value, bool) and isinstance(value, Integral) else low - 1
+        if low <= number < 1 << 63:
+            return number
+        raise UsageError(f"{name} is {value!r}; use a whole number of at least {low}")
+
+    return check
+
+
+def _switch(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise UsageError(f"{name} is {value!r}; use True or False")
+
+
+def check_texts(name: str, value: object) -> tuple[str, ...]:
+    """One text or several as a tuple. Raises UsageError for an empty one, and for what is no text."""
+    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else None
+    if texts is None or not all(isinstance(text, str) and text for text in texts):
+        raise UsageError(f"{name} is {value!r}; use a text that is not empty, or a list of such")
+    return texts
+
+
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(token_id) for token_id in value)
+    except TypeError:
+        raise UsageError(f"{name} is {value!r}; use a list of token ids") from None
+
+
+def _functions(name: str, value: object) -> tuple[LogitsFunction, ...]:
+    functions = (value,) if callable(value) else tuple(value) if isinstance(value, (list, tuple)) else ()
+    if not all(callable(function) for function in functions) or not (functions or value in ([], ())):
+        raise UsageError(f"{name} is {value!r}; use a function (token_ids, logits) -> logits, or a list of such")
+    return functions
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "max_new_tokens": _whole(1), "temperature": _number(0.0), "top_p": _share, "top_k": _whole(0),
+    "min_p": _number(0.0, 1.0), "repetition_penalty": _number(1e-6), "presence_penalty": _number(-2.0, 2.0),
+    "frequency_penalty": _number(-2.0, 2.0), "seed": _whole(0), "stop": check_texts, "stop_token_ids": _ids,
+    "ignore_eos": _switch, "logprobs": _whole(0), "logits_processor": _functions,
+}  # fmt: skip

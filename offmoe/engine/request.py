@@ -1,0 +1,72 @@
+"""One request of a caller, checked as a whole before anything runs, as the call that answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import GenerationConfig
+
+from offmoe.core.errors import UsageError
+from offmoe.engine.call import Call
+from offmoe.engine.logprobs import LogprobRecorder
+from offmoe.engine.params import RequestOptions, sampling_of
+from offmoe.engine.processors import Rules, joined_stops, publisher_rules, reply_length
+from offmoe.engine.prompt import check_ids, encode, stop_rules
+from offmoe.engine.sampling import make_chooser, resolve_sampling
+from offmoe.hf.context import longest_context
+from offmoe.loader.loaded import LoadedModel
+
+
+def make_call(
+    parts: LoadedModel, prompt: str | Sequence[int], options: RequestOptions, *, end_ids: frozenset[int],
+    vocab_size: int,
+) -> Call:  # fmt: skip
+    """Check `prompt` and `options`, which `Engine.stream` describes, for a model whose replies end at `end_ids`.
+
+    Raises UsageError, and ContextLengthError for a prompt that leaves no room for a token.
+    """
+    defaults = parts.model.generation_config
+    assert defaults is not None
+    params = sampling_of(options)
+    reuse, own_text = _reuse(parts, options), options.get("own_text", False)
+    ids = encode(prompt, parts.tokenizer, vocab_size=vocab_size)
+    if params.ignore_eos:
+        end_ids = frozenset()
+    rules = stop_rules(
+        num_prompt=len(ids), context_length=parts.context_length,
+        max_new_tokens=reply_length(params.max_new_tokens, defaults),
+        stop=joined_stops(params.stops, defaults, parts.tokenizer), end_ids=end_ids,
+        stop_token_ids=frozenset(check_ids(params.stop_token_ids or (), vocab_size=vocab_size)),
+        tokenizer=parts.tokenizer, longest_context=longest_context(parts.model),
+    )  # fmt: skip
+    num_held = 1 if parts.model.config.is_encoder_decoder else len(ids)  # a decoder begins with one token of its own
+    chosen = resolve_sampling(defaults, params)
+    choose = options.get("choose") or make_chooser(
+        chosen, parts.model.device, _rules(parts, num_held, end_ids), num_prompt=num_held
+    )
+    recorder = None if params.logprobs is None else LogprobRecorder(choose, params.logprobs)
+    return Call(
+        ids=ids, tokenizer=parts.tokenizer, rules=rules, on_prefill=options.get("on_prefill") or _not_told,
+        choose=recorder or choose, logprobs=None if recorder is None else recorder.take, reuse=reuse,
+        own_text=own_text,
+    )  # fmt: skip
+
+
+def _reuse(parts: LoadedModel, options: RequestOptions) -> bool | None:
+    """True, False, or None: only a prompt that goes on where the last one ended."""
+    reuse, is_invariant = options.get("reuse"), parts.config.placement_invariant
+    if reuse not in {None, True, False}:
+        raise UsageError(f"reuse is {reuse!r}; use True, False, or leave it out")
+    if reuse is None and (options.get("own_text") or is_invariant):
+        return not is_invariant
+    return reuse
+
+
+def _rules(parts: LoadedModel, num_prompt: int, end_ids: frozenset[int]) -> Rules:
+    """The publisher's rules for a reply to that many tokens."""
+    config: GenerationConfig | None = parts.model.generation_config
+    return publisher_rules(config, num_prompt=num_prompt, end_ids=end_ids, device=parts.model.device)
+
+
+def _not_told(done: int, total: int) -> None:
+    """Nobody asked for the prompt's progress."""
