@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from offmoe.core.errors import UsageError as UsageError
     from offmoe.engine.conversation import Conversation as Conversation
     from offmoe.engine.engine import Engine as Engine
+    from offmoe.engine.engine_stats import EngineStats as EngineStats
     from offmoe.engine.logprobs import Logprob as Logprob
     from offmoe.engine.params import SamplingParams as SamplingParams
     from offmoe.engine.reply import Reply as Reply
@@ -44,6 +45,7 @@ _NAMES = {
     ),
     "offmoe.engine.conversation": ("Conversation",),
     "offmoe.engine.engine": ("Engine",),
+    "offmoe.engine.engine_stats": ("EngineStats",),
     "offmoe.engine.logprobs": ("Logprob",),
     "offmoe.engine.params": ("SamplingParams",),
     "offmoe.engine.reply": ("Reply",),

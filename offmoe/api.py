@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from offmoe.core.config import (
     CompileMode,
@@ -25,6 +25,7 @@ from offmoe.machine.memory import rss_bytes
 
 if TYPE_CHECKING:
     from offmoe.engine.engine import Engine
+    from offmoe.engine.engine_stats import EngineStats
     from offmoe.tiers.device import Device
 
 _log = logging.getLogger("offmoe")
@@ -113,7 +114,7 @@ def load_engine(
     engine.predicted = None if foreseen is None else foreseen.predicted()
     if engine.predicted is not None:
 
-        def check(totals: dict[str, Any]) -> None:
+        def check(totals: EngineStats) -> None:
             if (line := against_plan(totals)) is not None:
                 tell(line)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 from engines import PROMPT, open_tiny, save_tiny
 
 from offmoe.core.counters import Counters
+from offmoe.engine.engine_stats import EngineStats
 from offmoe.engine.stats import GenerationStats, Totals, stats_line
+from offmoe.tiers.device import SimulatedDevice
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +83,22 @@ def test_an_engine_counts_every_reply_also_those_broken_off(tiny: Path) -> None:
     assert re.search(
         r"\| disk [\d.]+ kB/token, [\d.]+ ms stall, [\d.]+ kB for the prompt \| decode \w+", first.stats.line()
     )
+
+
+def test_the_engines_statistics_are_a_record_and_a_mapping(tmp_path: Path) -> None:
+    """Every counter by name; what only engines on a device have is there for those alone."""
+    folder = save_tiny(tmp_path)
+    counters, recorded = ({field.name for field in dataclasses.fields(kind)} for kind in (Counters, EngineStats))
+    assert counters <= recorded
+    of_device = {"device", "device_slots", "vram_bytes", "device_planned_bytes", "device_peak_bytes"}
+    for simulated in (None, SimulatedDevice(1e12)):
+        with open_tiny(folder, simulated=simulated) as engine:
+            engine.generate(PROMPT, max_new_tokens=3, ignore_eos=True)
+            stats = engine.stats()
+        assert dict(stats) == stats.as_dict() == json.loads(json.dumps(stats.as_dict()))
+        assert {name: stats[name] for name in stats} == {name: getattr(stats, name) for name in stats}
+        assert len(stats) == len(list(stats)) and (stats.decoded_tokens, stats["decoded_tokens"]) == (2, 2)
+        assert of_device & set(stats) == (set() if simulated is None else of_device)
+        assert (stats.device, "predicted" in stats, stats.get("nothing")) == (simulated and "simulated", False, None)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            stats.hits = 0  # type: ignore[misc]

@@ -85,16 +85,16 @@ class SlashCommands:
 
     def _stats(self, argument: str) -> None:
         totals = self._engine.stats()
-        lookups = totals["hits"] + totals["late_hits"] + totals["misses"]
-        prefetch = totals["prefetch"]
+        lookups = totals.hits + totals.late_hits + totals.misses
+        prefetch = totals.prefetch
         rows = [
-            ("experts", f"{totals['experts_cached']} of {totals['experts_total']} have a slot"),
-            ("hits", f"{format_percent(totals['hit_rate'])} of {lookups} look-ups"),
+            ("experts", f"{totals.experts_cached} of {totals.experts_total} have a slot"),
+            ("hits", f"{format_percent(totals.hit_rate)} of {lookups} look-ups"),
             (
                 "from disk",
-                f"{format_traffic(totals['disk_bytes'])}, waited {format_seconds(totals['disk_stall_ns'] / 1e9)}",
+                f"{format_traffic(totals.disk_bytes)}, waited {format_seconds(totals.disk_stall_ns / 1e9)}",
             ),
-            ("prompts", f"{totals['prefilled_tokens']} tokens read, {totals['reused_tokens']} reused"),
+            ("prompts", f"{totals.prefilled_tokens} tokens read, {totals.reused_tokens} reused"),
             ("context", f"{self._conversation.num_tokens()} of {self._engine.context_length} tokens"),
             ("prefetch", prefetch if isinstance(prefetch, str) else str(prefetch.get("mode", "on"))),
         ]

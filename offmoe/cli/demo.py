@@ -23,7 +23,7 @@ def run_demo(prompt: str, *, max_new_tokens: int, seed: int, quiet: bool) -> dic
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0.7, "top_p": 0.95, "seed": seed}
         if quiet:
             reply = engine.generate(prompt, **options)
-            return {"text": prompt + reply.text, **reply.stats.as_dict(), "engine": engine.stats()}
+            return {"text": prompt + reply.text, **reply.stats.as_dict(), "engine": engine.stats().as_dict()}
         click.echo(prompt, nl=False)
         last = print_stream(engine.stream(prompt, **options))
         stats = last.stats
@@ -33,8 +33,8 @@ def run_demo(prompt: str, *, max_new_tokens: int, seed: int, quiet: bool) -> dic
         click.echo(stats.line(), err=True)
         click.echo(
             f"{slots} of {total} experts of {format_bytes(found.expert_bytes)} were in memory "
-            f"({format_percent(slots / total)}); {totals['hits']} of {totals['hits'] + totals['misses']} look-ups hit; "
-            f"{format_traffic(totals['disk_bytes'])} read from disk",
+            f"({format_percent(slots / total)}); {totals.hits} of {totals.hits + totals.misses} look-ups hit; "
+            f"{format_traffic(totals.disk_bytes)} read from disk",
             err=True,
         )
         click.echo(peak_line(engine), err=True)

@@ -18,7 +18,7 @@ def run_generate(
             reply = engine.generate(prompt, **options)
             return {
                 "text": reply.text, "token_ids": reply.token_ids, "finish_reason": reply.finish_reason,
-                "stats": reply.stats.as_dict(), "engine": engine.stats(),
+                "stats": reply.stats.as_dict(), "engine": engine.stats().as_dict(),
             }  # fmt: skip
         with PromptProgress(engine) as progress:
             last = print_stream(engine.stream(prompt, on_prefill=progress.show, **options))

@@ -19,6 +19,7 @@ from offmoe.report.progress import ProgressReporter
 
 if TYPE_CHECKING:
     from offmoe.engine.engine import Engine
+    from offmoe.engine.engine_stats import EngineStats
     from offmoe.engine.stream import Chunk, Stream
 
 
@@ -61,7 +62,7 @@ def open_engine(
         engine = load_engine(folder, make_config(**options), baseline_bytes=baseline, progress=progress, tell=tell)
     if not quiet:
         click.echo(f"{engine.folder.name}: {engine.plan.line()}", err=True)
-        for note in engine.stats().get("notes", ()):
+        for note in engine.stats().notes or ():
             click.echo(note, err=True)
     return engine
 
@@ -115,8 +116,8 @@ class PromptProgress(ProgressReporter):
     """Progress of a prompt that `engine` reads: tokens, bytes from disk since this was made, time left."""
 
     def __init__(self, engine: Engine) -> None:
-        begin = engine.stats()["disk_bytes"]
-        super().__init__(detail=lambda: f"{format_traffic(engine.stats()['disk_bytes'] - begin)} read")
+        begin = engine.stats().disk_bytes
+        super().__init__(detail=lambda: f"{format_traffic(engine.stats().disk_bytes - begin)} read")
 
     def show(self, done: int, total: int) -> None:
         """For `on_prefill`. Once all is read the bar goes: text comes next, perhaps on the same terminal."""
@@ -145,12 +146,12 @@ def peak_line(engine: Engine) -> str:
     """Measured peak against the budget, and the same of the device where there is one."""
     totals = engine.stats()
     line = f"memory: {_peak(totals, 'peak_rss_growth_bytes', 'planned_bytes', 'ram_bytes')}"
-    if "device" in totals:
+    if totals.device is not None:
         numbers = _peak(totals, "device_peak_bytes", "device_planned_bytes", "vram_bytes")
-        line += f"; {totals['device']}: {numbers}, {totals['device_slots']} expert slots"
+        line += f"; {totals.device}: {numbers}, {totals.device_slots} expert slots"
     return line
 
 
-def _peak(totals: dict[str, Any], *names: str) -> str:
+def _peak(totals: EngineStats, *names: str) -> str:
     sizes = ("not counted" if totals[name] is None else format_bytes(totals[name]) for name in names)
     return ", ".join(f"{what} {size}" for what, size in zip(("peak", "planned", "budget"), sizes, strict=True))

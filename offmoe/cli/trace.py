@@ -42,7 +42,7 @@ def run_trace(
             if output.is_file():
                 click.echo(f"{output}: {read_trace(output).note}", err=True)
             raise
-        stats = engine.stats()
+        stats = engine.stats().as_dict()
     if not output.is_file():  # a pipe or a device: it cannot be read back
         return {"trace": str(output), "prompts": len(ids), "engine": stats}
     trace = read_trace(output)

@@ -25,7 +25,7 @@ from offmoe.decode.paths import DecodePaths
 from offmoe.engine.call import Call, answer, translate
 from offmoe.engine.conversation import Conversation
 from offmoe.engine.ends import end_ids
-from offmoe.engine.engine_stats import engine_stats
+from offmoe.engine.engine_stats import EngineStats, engine_stats
 from offmoe.engine.params import ChatOptions, RequestOptions
 from offmoe.engine.prefill_chunk import PrefillChunk
 from offmoe.engine.processors import not_followed
@@ -67,7 +67,7 @@ class Engine:
         # What was predicted before loading, by who knows the machine's speeds: to be held against what is measured.
         self.predicted: dict[str, float] | None = None
         # Given the last statistics when the engine is closed by its user.
-        self.at_close: Callable[[dict[str, Any]], None] = lambda totals: None
+        self.at_close: Callable[[EngineStats], None] = lambda totals: None
         self._baseline_bytes = baseline_bytes
         with explained(device):  # RAM may run out at any moment of it
             loaded = load_model(folder, config, baseline_bytes=baseline_bytes, device=device, progress=progress)
@@ -167,16 +167,12 @@ class Engine:
         """The layer calls of the last tokens, the oldest first; kept always. Between two calls of the engine."""
         return self._parts.serving.recorder.recent()
 
-    def stats(self) -> dict[str, Any]:
-        """Totals since load: every counter, hit rate, slots, and peak memory growth against the budget. What ends in
-        `_per_token`, the prefetch's shares and `decode_...`: means over all tokens decoded (`per_token`).
-
-        With a device also its name, slots and memory; its peak is what torch allocated, None where that is not counted.
-        """
-        totals = engine_stats(
-            self._parts, self._kept, self._totals, self._decode, baseline_bytes=self._baseline_bytes
+    def stats(self) -> EngineStats:
+        """Totals since load: counters, means of a decoded token, settings in force, and memory against its budget."""
+        return engine_stats(
+            self._parts, self._kept, self._totals, self._decode, baseline_bytes=self._baseline_bytes,
+            predicted=self.predicted,
         )  # fmt: skip
-        return totals if self.predicted is None else totals | {"predicted": dict(self.predicted)}
 
     @overload
     def generate(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> Reply: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def foresee(folder: Path, config: EngineConfig) -> Plan | None:
         return None
 
 
-def against_plan(totals: dict[str, Any]) -> str | None:
+def against_plan(totals: Mapping[str, Any]) -> str | None:
     """The prediction beside what `Engine.stats` has; None where nothing was predicted, or nothing decoded."""
     foreseen = totals.get("predicted")
     if foreseen is None or not totals["decoded_tokens"]:

@@ -95,7 +95,7 @@ def _resident_costs(engine: Engine, cold: torch.Tensor | None, rate: float) -> d
     """
     layer_bytes, rest_bytes = _bytes_of(engine)
     by_depth = None
-    if cold is None or engine.stats()["decode_path"] == "fused":  # without hooks, which cost something themselves
+    if cold is None or engine.stats().decode_path == "fused":  # without hooks, which cost something themselves
         by_depth = _times_by_depth(engine, cold)
     whole_s, whole_token_s = by_depth or _layer_times(engine, cold)
     assert isinstance(engine._decode, DecodePaths), f"{engine._decode=}"

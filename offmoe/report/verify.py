@@ -101,7 +101,7 @@ def verify(
             results.append(
                 VerifyResult(
                     slots=slots, ids_equal=got_ids == expected_ids, max_relative_difference=difference,
-                    tolerance=tolerance(engine), hit_rate=engine.stats()["hit_rate"],
+                    tolerance=tolerance(engine), hit_rate=engine.stats().hit_rate,
                 )
             )  # fmt: skip
     return results
