@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
-from kernels_build import FOLDER, ISAS, LIBRARY, SOURCES, defines_of, flags_of, isa_of, native_isas, sources_of
+from kernels_build import FOLDER, ISAS, LIBRARY, SOURCES, defines_of, flags_of, isa_of, isas_of, native_isas, sources_of
 
 
 class BuildKernels(build_ext):
@@ -37,9 +37,7 @@ class BuildKernels(build_ext):
 
     def _compile_all(self, pool: ThreadPoolExecutor) -> list[str]:
         """Every source with the flags of its instruction set, several at once, a line as each is done."""
-        is_x86 = platform.machine() in ("x86_64", "AMD64")
-        native = not is_x86 or os.environ.get("OFFMOE_LEVELS") != "all"
-        isas = native_isas() if native else list(ISAS)
+        isas = isas_of(platform.machine()) if os.environ.get("OFFMOE_LEVELS") == "all" else native_isas()
         compiling = {pool.submit(self._compile, name): name for name in sources_of(*isas) if name != LIBRARY}
         for done, future in enumerate(as_completed(compiling), 1):
             if future.exception() is None:

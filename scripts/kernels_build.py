@@ -20,18 +20,27 @@ ISAS = {
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512bf16", "-mavx512vnni", "-mfma",
         "-mf16c",
     ),
+    "neon": (),  # part of every aarch64
+    "neon_dot": ("-march=armv8.2-a+dotprod",),
 }  # fmt: skip
+_OF_PROCESSORS = {"x86_64": ("avx2", "avx512"), "aarch64": ("neon", "neon_dot")}
+_OF_FLAGS = {"-march=armv8.2-a+dotprod": "asimddp"}  # the system's name, where it is not the compiler's
+_OTHER_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def isas_of(processor: str) -> list[str]:
+    """The instruction sets of a kind of processor, as systems and compilers name it."""
+    name = processor.lower()
+    return list(_OF_PROCESSORS.get(_OTHER_NAMES.get(name, name), ()))
 
 
 def native_isas() -> list[str]:
-    """Instruction sets of this processor; all where the system does not say."""
-    cpu_info = Path("/proc/cpuinfo")
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return []
+    """Instruction sets of this processor; all of its kind where the system does not say."""
+    isas, cpu_info = isas_of(platform.machine()), Path("/proc/cpuinfo")
     if not cpu_info.exists():
-        return list(ISAS)
+        return isas
     has = set(cpu_info.read_text(encoding="utf-8").replace("_", "").split())
-    return [isa for isa, flags in ISAS.items() if has >= {flag[2:] for flag in flags}]
+    return [isa for isa in isas if has >= {_OF_FLAGS.get(flag, flag[2:]) for flag in ISAS[isa]}]
 
 
 def sources_of(*isas: str) -> list[str]:
@@ -68,6 +77,8 @@ def defines_of(isas: list[str]) -> list[str]:
 _LONGEST = (
     "isa/avx512/avx512.cpp",
     "isa/portable/portable.cpp",
+    "isa/neon/neon.cpp",
+    "isa/neon_dot/neon_dot.cpp",
     "isa/avx512/floats.cpp",
     "isa/avx2/avx2.cpp",
     "isa/avx2/int16.cpp",

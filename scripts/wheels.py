@@ -43,7 +43,7 @@ class Platform:
     @property
     def isas(self) -> list[str]:
         """Instruction sets besides the portable one."""
-        return list(kernels_build.ISAS) if self.target.startswith("x86_64") else []
+        return kernels_build.isas_of(self.target.split("-")[0])
 
 
 _LINUX = r"(libc|libm|libpthread|libdl|librt)\.so\.\d+|ld-linux-[\w-]+\.so\.\d"

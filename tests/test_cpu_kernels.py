@@ -179,7 +179,7 @@ def test_levels_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels, _ = load_cpu_kernels()
     assert kernels is not None and repr(kernels).startswith("<CpuKernels portable, ")
     assert load_cpu_kernels("off") == (None, "switched off")
-    with pytest.raises(UsageError, match="is one of auto, avx512, avx2, portable, off"):
+    with pytest.raises(UsageError, match="is one of auto, avx512, avx2, neon_dot, neon, portable, off"):
         load_cpu_kernels("sse9")
 
 

@@ -27,6 +27,15 @@ inline void require(bool holds, const char* what, const char* name, int64_t a, i
     std::exit(1);
 }
 
+// Who wants to see what calls wrote: compare.cpp. `what`: the call; `name`: of the weights' format, or "".
+using Watcher = void (*)(const char* what, const char* name, int32_t type, const Buffer& written);
+inline Watcher watcher = nullptr;
+constexpr int32_t kBytes = -1, kIds = -2;  // types of what is equal or not
+
+inline void show(const char* what, const char* name, int32_t type, const Buffer& written) {
+    if (watcher != nullptr) watcher(what, name, type, written);
+}
+
 struct Handles {
     explicit Handles(int32_t isa_idx) : alone(offmoe_open(isa_idx, 1, 0)), few(offmoe_open(isa_idx, 2, 20)), many(offmoe_open(isa_idx, 7, 0)) {}
     ~Handles() {
@@ -49,6 +58,7 @@ int64_t try_latent(const Handles& handles, int64_t share);
 int64_t try_routes();
 int64_t try_layers(const Handles& handles);
 int64_t try_encodes(const Handles& handles);
+int64_t try_deltas(const Handles& handles);
 int64_t try_threads(int32_t isa_idx);
 
 }  // namespace made

@@ -33,29 +33,6 @@ int64_t try_threads(int32_t isa_idx) {
     return made;
 }
 
-// Every group, format and type, with a last block that is not full.
-int64_t try_encodes(const Handles& handles) {
-    Random random(11);
-    int64_t made = 0;
-    const float divisors[] = {6.8f, 8.0f};
-    for (int32_t group : {32, 64, 128})
-        for (int32_t bits : {4, 8})
-            for (int32_t type : {F32, BF16, F16})
-                for (int64_t groups : {1, 8, 611}) {
-                    const Buffer values = random_numbers(random, type, groups * group);
-                    Buffer codes[2] = {Buffer(groups * group * bits / 8), Buffer(groups * group * bits / 8)};
-                    Buffer scales[2] = {Buffer(groups * bytes_of(type)), Buffer(groups * bytes_of(type))};
-                    for (int i = 0; i < 2; ++i, ++made) {
-                        Encode call = {values.at(), codes[i].at(), scales[i].at(), divisors, groups, 2, group, bits, 1 << (bits - 1), type, type, 0};
-                        require(offmoe_encode(i ? handles.several(made) : handles.alone, &call) == 0, "codes", "", group, bits, type);
-                        require(call.is_finite == 1, "finite numbers", "", group, bits, type);
-                    }
-                    require(std::memcmp(codes[0].at(), codes[1].at(), codes[0].size()) == 0, "codes by threads", "", group, bits, type);
-                    require(std::memcmp(scales[0].at(), scales[1].at(), scales[0].size()) == 0, "scales by threads", "", group, bits, type);
-                }
-    return made;
-}
-
 }  // namespace made
 
 int main(int argc, char** argv) {
@@ -70,7 +47,7 @@ int main(int argc, char** argv) {
         }
         const auto begin = std::chrono::steady_clock::now();
         const Handles handles(idx);
-        int64_t made[8] = {};
+        int64_t made[9] = {};
         made[0] = try_linears(handles, share);
         made[1] = try_experts(handles, share);
         made[2] = try_norms(handles);
@@ -79,9 +56,10 @@ int main(int argc, char** argv) {
         made[5] = try_layers(handles);
         made[6] = try_threads(idx);
         made[7] = try_encodes(handles);
+        made[8] = try_deltas(handles);
         const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-        std::printf("%s: %lld linears, %lld layers of experts, %lld norms, %lld attentions, %lld latent attentions, %lld layers and runs, %lld calls of several threads, %lld encodings; %.1f s\n",
-                    isa, (long long)made[0], (long long)made[1], (long long)made[2], (long long)made[3], (long long)made[4], (long long)made[5], (long long)made[6], (long long)made[7], seconds);
+        std::printf("%s: %lld linears, %lld layers of experts, %lld norms, %lld attentions, %lld latent attentions, %lld layers and runs, %lld calls of several threads, %lld encodings, %lld delta nets; %.1f s\n",
+                    isa, (long long)made[0], (long long)made[1], (long long)made[2], (long long)made[3], (long long)made[4], (long long)made[5], (long long)made[6], (long long)made[7], (long long)made[8], seconds);
         std::fflush(stdout);
     }
     return 0;

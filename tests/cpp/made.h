@@ -1,6 +1,7 @@
 // Inputs for the kernels, made at random: every buffer is as long as it is said to be and not a byte longer, so that
 // AddressSanitizer sees each read and write beside it.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -70,6 +71,20 @@ inline void put_number(int32_t type, float value, uint8_t* to) {
     const bool tiny = magnitude < (113u << 23);  // of float16
     const uint16_t half = static_cast<uint16_t>(type == BF16 ? bits >> 16 : sign | (tiny ? 0 : (magnitude - (112u << 23)) >> 13));
     std::memcpy(to, &half, 2);
+}
+
+inline double number_at(int32_t type, const uint8_t* from) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, from, static_cast<size_t>(bytes_of(type)));
+    if (type == BF16) bits <<= 16;
+    if (type == F16) {
+        const double magnitude = (bits & 0x7c00u) == 0x7c00u ? (bits & 0x3ffu ? NAN : INFINITY)
+                               : bits & 0x7c00u ? std::ldexp(1024.0 + (bits & 0x3ffu), static_cast<int>(bits >> 10 & 31) - 25) : std::ldexp(bits & 0x3ffu, -24);
+        return bits & 0x8000u ? -magnitude : magnitude;
+    }
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
 }
 
 inline Buffer random_numbers(Random& random, int32_t type, int64_t count, float scale = 1.0f) {

@@ -33,6 +33,7 @@ void try_linear(const Handles& handles, Random& random, const Format& format, co
     call.type = type;
     call.x_type = x_type;
     require(offmoe_linear(handles.alone, &call) == 0, "a linear", format.name, rows, columns, num_x);
+    show("linear", format.name, type, y);
     call.y = again.at();
     require(offmoe_linear(handles.several(turn), &call) == 0, "a linear of several threads", format.name, rows, columns, num_x);
     require(std::memcmp(y.at(), again.at(), static_cast<size_t>(y.size())) == 0, "bits depend on threads", format.name, rows, columns, num_x);
@@ -110,6 +111,8 @@ void try_layer_of_experts(const Handles& handles, Random& random, const Format& 
     call.width = static_cast<int32_t>(width);
     call.hidden = static_cast<int32_t>(hidden);
     require(offmoe_experts(handles.alone, &call) == 0, "experts", format.name, width, hidden, num_tokens);
+    show("experts", format.name, type, y);
+    show("experts summed", format.name, type, total);
     call.total = again.at();
     require(offmoe_experts(handles.several(turn), &call) == 0, "experts of several threads", format.name, width, hidden, num_tokens);
     require(std::memcmp(total.at(), again.at(), static_cast<size_t>(total.size())) == 0, "bits depend on threads", format.name, width, hidden, num_tokens);
@@ -163,10 +166,36 @@ int64_t try_norms(const Handles& handles) {
                     const Buffer x = random_numbers(random, type, rows * width), weight = random_numbers(random, type, width), bias = random_numbers(random, type, width), y(x.size());
                     Norm call = {x.at(), weight.at(), kind == CENTRED && rows > 1 ? bias.at() : nullptr, y.at(), rows, width, 1e-6f, kind, type};
                     require(offmoe_norm(handles.alone, &call) == 0, "a norm", "", width, rows, type);
+                    show("norm", "", type, y);
                     call.y = x.at();
                     require(offmoe_norm(handles.many, &call) == 0, "a norm in place", "", width, rows, type);
                     require(std::memcmp(x.at(), y.at(), static_cast<size_t>(y.size())) == 0, "a norm in place differs", "", width, rows, type);
                     ++made;
+                }
+    return made;
+}
+
+// Every group, format and type, with a last block that is not full.
+int64_t try_encodes(const Handles& handles) {
+    Random random(11);
+    int64_t made = 0;
+    const float divisors[] = {6.8f, 8.0f};
+    for (int32_t group : {32, 64, 128})
+        for (int32_t bits : {4, 8})
+            for (int32_t type : {F32, BF16, F16})
+                for (int64_t groups : {1, 8, 611}) {
+                    const Buffer values = random_numbers(random, type, groups * group);
+                    Buffer codes[2] = {Buffer(groups * group * bits / 8), Buffer(groups * group * bits / 8)};
+                    Buffer scales[2] = {Buffer(groups * bytes_of(type)), Buffer(groups * bytes_of(type))};
+                    for (int i = 0; i < 2; ++i, ++made) {
+                        Encode call = {values.at(), codes[i].at(), scales[i].at(), divisors, groups, 2, group, bits, 1 << (bits - 1), type, type, 0};
+                        require(offmoe_encode(i ? handles.several(made) : handles.alone, &call) == 0, "codes", "", group, bits, type);
+                        require(call.is_finite == 1, "finite numbers", "", group, bits, type);
+                    }
+                    show("codes", "", kBytes, codes[0]);
+                    show("scales", "", kBytes, scales[0]);
+                    require(std::memcmp(codes[0].at(), codes[1].at(), codes[0].size()) == 0, "codes by threads", "", group, bits, type);
+                    require(std::memcmp(scales[0].at(), scales[1].at(), scales[0].size()) == 0, "scales by threads", "", group, bits, type);
                 }
     return made;
 }

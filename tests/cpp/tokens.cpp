@@ -111,6 +111,7 @@ int64_t try_attention(const Handles& handles, int64_t share) {
                             const int64_t way = turn / share;
                             MadeAttend one(random, groups, heads, width, value_width, num_rows, type, way);
                             require(offmoe_attend(handles.alone, &one.call) == 0, "attention", "", width, heads, num_rows);
+                            show("attention", "", type, one.output);
                             const Buffer again(one.output.size());
                             one.call.output = again.at();
                             require(offmoe_attend(handles.several(way), &one.call) == 0, "attention of several threads", "", width, heads, num_rows);
@@ -153,6 +154,7 @@ int64_t try_latent(const Handles& handles, int64_t share) {
                                            keys.data(), values.data(), cache.at(), output.at(), heads, key_width, rotated, latent, value_width, row_bytes, num_rows,
                                            1e-6f, 0.2f, static_cast<int32_t>(way % 3), static_cast<int32_t>(way % 3), type};
                             require(offmoe_latent(handles.alone, &call) == 0, "latent attention", "", heads, latent, num_rows);
+                            show("latent attention", "", type, output);
                             call.output = again.at();
                             require(offmoe_latent(handles.several(way), &call) == 0, "latent attention of several threads", "", heads, latent, num_rows);
                             require(std::memcmp(again.at(), output.at(), static_cast<size_t>(again.size())) == 0, "bits depend on threads", "latent attention", heads, latent, num_rows);
@@ -219,6 +221,9 @@ int64_t try_layers(const Handles& handles) {
                     layer.input_eps = layer.output_eps = 1e-6f;
                     layer.input_kind = layer.output_kind = static_cast<int32_t>(way % 3);
                     require(offmoe_layer(handles.few, &layer) == 0, "a layer", "", width, heads, way);
+                    show("layer: attention", "", type, state);
+                    show("layer: normed", "", type, normed);
+                    if (layer.router) show("layer: ids", "", kIds, route.ids);
 
                     const Activation activation = {SILU, 1, 0, 1.0f, INFINITY, INFINITY, 0.0f};
                     std::vector<std::unique_ptr<Weights>> kept;
@@ -295,6 +300,9 @@ int64_t try_layers(const Handles& handles) {
                     ops.push_back({&centred, nullptr, 0, OP_NORM});
                     Program program = {ops.data(), 0, static_cast<int64_t>(ops.size())};
                     require(offmoe_program(handles.alone, &program) == program.end, "a program", "", width, heads, way);
+                    show("program", "", type, output);
+                    show("program: mixers", "", type, mixed);
+                    show("program: mamba", "", type, mamba_y);
                     sum.to = again.at();
                     require(offmoe_program(handles.many, &program) == program.end, "a program of several threads", "", width, heads, way);
                     require(std::memcmp(again.at(), output.at(), static_cast<size_t>(again.size())) == 0, "bits depend on threads", "a program", width, heads, way);

@@ -18,7 +18,7 @@ from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.structs import ABI_VERSION, places
 from offmoe.machine.memory import num_cores
 
-LEVELS = ("avx512", "avx2", "portable")
+LEVELS = ("avx512", "avx2", "neon_dot", "neon", "portable")
 CHOICES = ("auto", *LEVELS, "off")
 VARIABLE = "OFFMOE_CPU_KERNELS"
 # How long a helper looks for the next call before it sleeps: what lies between two tokens. After its first 50 us it

@@ -35,12 +35,13 @@ struct Isa {
     bool (*encode)(const Encode& call, int64_t begin, int64_t end);
 };
 
-// The last two where setup.py could compile them.
-extern const Isa kPortable, kAvx2, kAvx512;
+// All but the first where they were compiled.
+extern const Isa kPortable, kAvx2, kAvx512, kNeon, kNeonDot;
 
-// isa_*_quantise.cpp, whose flags are their own.
+// isa/*/quantise.cpp, whose flags are their own.
 bool encode_portable(const Encode& call, int64_t begin, int64_t end);
 bool encode_avx2(const Encode& call, int64_t begin, int64_t end);
 bool encode_avx512(const Encode& call, int64_t begin, int64_t end);
+bool encode_neon(const Encode& call, int64_t begin, int64_t end);
 
 }  // namespace offmoe

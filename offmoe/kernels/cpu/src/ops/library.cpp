@@ -3,6 +3,10 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 #include <mutex>
 #include <new>
@@ -19,6 +23,12 @@ const offmoe::Isa* const kIsas[] = {  // best first
 #endif
 #ifdef OFFMOE_HAS_AVX2
     &offmoe::kAvx2,
+#endif
+#ifdef OFFMOE_HAS_NEON_DOT
+    &offmoe::kNeonDot,
+#endif
+#ifdef OFFMOE_HAS_NEON
+    &offmoe::kNeon,
 #endif
     &offmoe::kPortable,
 };
@@ -54,11 +64,30 @@ struct Features {
 };
 #endif
 
+#if defined(__aarch64__)
+// FEAT_DotProd. https://docs.kernel.org/arch/arm64/elf_hwcaps.html and, of macOS,
+// https://developer.apple.com/documentation/kernel/1387446-sysctlbyname/determining_instruction_set_characteristics
+bool has_dot_product() {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) >> 20 & 1) != 0;  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+    int32_t has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has == 1;
+#else
+    return false;
+#endif
+}
+#endif
+
 bool has_instructions(const char* isa) {
 #if defined(__x86_64__)
     static const Features features;
     if (std::strcmp(isa, "avx512") == 0) return features.avx512;
     if (std::strcmp(isa, "avx2") == 0) return features.avx2;
+#elif defined(__aarch64__)
+    if (std::strcmp(isa, "neon") == 0) return true;  // in the architecture's base: Arm's manual DDI 0487, A1.5
+    if (std::strcmp(isa, "neon_dot") == 0) return has_dot_product();
 #endif
     return std::strcmp(isa, "portable") == 0;
 }

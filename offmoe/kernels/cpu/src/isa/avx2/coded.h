@@ -20,8 +20,6 @@ inline void fp8_to_f16(__m256i codes, __m256i* halves) {
     }
 }
 
-constexpr int8_t kE2m1Twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-
 struct Avx2Vectors {
     typedef float Vec __attribute__((vector_size(32)));
     // Bytes are moved to the tops of 32-bit numbers.

@@ -26,7 +26,7 @@ template <int32_t KIND, int T>
 struct Int16Sums {
     Int16Sums(const Int16Row& row, const void* const* x) {
         for (int t = 0; t < T; ++t) {
-            numbers[t] = static_cast<const uint8_t*>(x[t]) + Int16Row::kHeader;
+            numbers[t] = static_cast<const uint8_t*>(x[t]) + kFormBytes;
             floats[t] = static_cast<const uint8_t*>(x[t]) + row.floats_at;
         }
     }

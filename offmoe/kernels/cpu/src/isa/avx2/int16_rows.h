@@ -11,6 +11,7 @@
 // kept in floats and multiplied as coded.h does. That depends on the row alone.
 #pragma once
 #include "isa/avx2/coded.h"
+#include "isa/generic/integers.h"
 
 namespace offmoe {
 namespace {
@@ -18,17 +19,10 @@ namespace {
 // Eight pieces of 32 columns; rows are filled up with zeros to whole ones.
 constexpr int64_t kChunkPieces = 8, kChunkColumns = kChunkPieces * kPiece;
 
-// Integers are multiplied with codes of at most 8 bits.
-constexpr bool is_int16_kind(int32_t kind) { return !is_dense(kind) && kind != FP8; }
-
 // Nibbles that lie in the order of 16-bit words: a vector has parts of two pieces, each in one half of its lanes.
 constexpr bool is_paired(int32_t kind) { return is_nibbles(kind) && kind != Q4_K; }
 constexpr bool is_tabled(int32_t kind) { return kind == MXFP4 || kind == MXFP4_BLOCKS || is_iq4(kind); }
 constexpr bool in_halves(int32_t kind) { return kind == Q6_K; }  // with a scale for 16 columns
-
-inline bool in_int16(const Matrix& matrix, int32_t type) {
-    return type != F32 && is_int16_kind(matrix.kind) && takes_codes(matrix);
-}
 
 constexpr bool has_minima(int32_t kind) { return kind == Q4_K || kind == Q5_K; }
 
@@ -42,15 +36,11 @@ constexpr int64_t unit_place(int32_t kind, int64_t at) {
 }
 constexpr int64_t sum_behind(int32_t kind) { return has_minima(kind) ? 4 : chunk_floats(kind) / 2; }
 
-// A prepared row: whether it is in floats, which then follow; else its integers, and the floats of its chunks.
+// A prepared row in integers: these, and the floats of its chunks.
 struct Int16Row {
-    static constexpr int64_t kHeader = 64;
-
     explicit Int16Row(const Matrix& matrix)
-        : chunks((num_pieces(matrix) + kChunkPieces - 1) / kChunkPieces), floats_at(kHeader + 2 * chunks * kChunkColumns),
+        : chunks((num_pieces(matrix) + kChunkPieces - 1) / kChunkPieces), floats_at(kFormBytes + 2 * chunks * kChunkColumns),
           num_bytes(floats_at + 4 * chunks * chunk_floats(matrix.kind)) {}
-
-    static bool is_floats(const void* prepared) { return load<int32_t>(prepared) != 0; }
 
     const int64_t chunks, floats_at, num_bytes;
 };
@@ -89,7 +79,7 @@ OFFMOE_INLINE bool round_piece(const float* x, int16_t* out, float* unit) {
     int32_t largest = 0;
     for (int i = 0; i < 8; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
     const uint32_t exponent = static_cast<uint32_t>(largest) >> 23;
-    if (largest != 0 && (exponent < 127 - 64 || exponent > 127 + 64)) return false;
+    if (largest != 0 && (exponent < kLeastExponent || exponent > kMostExponent)) return false;
     *unit = largest == 0 ? 0.0f : bits<float>((exponent - 14) << 23);
     const __m256 inverse = _mm256_set1_ps(largest == 0 ? 0.0f : bits<float>((268 - exponent) << 23));
     for (int i = 0; i < 4; i += 2) {
@@ -110,7 +100,7 @@ inline float sum_of(const int16_t* numbers, int64_t count) {
 // False where some piece has no unit.
 inline bool round_row16(const Matrix& matrix, const float* x, uint8_t* prepared) {
     const Int16Row row(matrix);
-    int16_t* out = reinterpret_cast<int16_t*>(prepared + Int16Row::kHeader);
+    int16_t* out = reinterpret_cast<int16_t*>(prepared + kFormBytes);
     float* floats = reinterpret_cast<float*>(prepared + row.floats_at);
     uint8_t column_at[2 * kPiece];
     for (int64_t at = 0; at < 2 * kPiece; ++at) column_at[at] = static_cast<uint8_t>(int16_column(matrix.kind, at));

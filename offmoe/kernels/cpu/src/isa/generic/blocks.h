@@ -37,6 +37,8 @@ inline void six_bits(const uint8_t* packed, uint32_t* scales_minima) {
     scales_minima[3] = ((third >> 4) & 0x0f0f0f0fu) | ((second >> 2) & 0x30303030u);
 }
 
+// Twice the numbers of e2m1.
+constexpr int8_t kE2m1Twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 // What the nibbles of IQ4_NL and IQ4_XS mean.
 constexpr bool is_iq4(int32_t kind) { return kind == IQ4_NL || kind == IQ4_XS; }
 constexpr int8_t kIq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
@@ -61,6 +63,8 @@ inline float half_of_power(uint8_t exponent) {
 inline float f16_at(const uint8_t* address) {
 #if defined(__F16C__)
     return _cvtsh_ss(load<uint16_t>(address));
+#elif defined(__aarch64__)
+    return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(load<uint16_t>(address)))), 0);
 #else
     U16x16 half = {};
     half[0] = load<uint16_t>(address);

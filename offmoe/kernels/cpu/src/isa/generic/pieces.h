@@ -25,6 +25,10 @@ inline int64_t num_pieces(const Matrix& matrix) { return (matrix.columns + kPiec
 OFFMOE_INLINE F32x8 eight_f16(U16x8 halves) {
 #if defined(__F16C__)
     return bits<F32x8>(_mm256_cvtph_ps(bits<__m128i>(halves)));
+#elif defined(__aarch64__)
+    const float16x8_t all = bits<float16x8_t>(halves);
+    const float32x4_t floats[2] = {vcvt_f32_f16(vget_low_f16(all)), vcvt_high_f32_f16(all)};
+    return load<F32x8>(floats);
 #else
     const U16x8 twice[2] = {halves, halves};
     const F32x16 all = from_f16(load<U16x16>(twice));

@@ -9,6 +9,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // Loops over accumulators: only unrolled do these stay in registers.
@@ -75,6 +77,11 @@ inline F32x16 from_f16(U16x16 half) {
     __m128i parts[2];
     std::memcpy(parts, &half, sizeof parts);
     const __m256 floats[2] = {_mm256_cvtph_ps(parts[0]), _mm256_cvtph_ps(parts[1])};
+    return load<F32x16>(floats);
+#elif defined(__aarch64__)
+    float16x4_t parts[4];
+    std::memcpy(parts, &half, sizeof parts);
+    const float32x4_t floats[4] = {vcvt_f32_f16(parts[0]), vcvt_f32_f16(parts[1]), vcvt_f32_f16(parts[2]), vcvt_f32_f16(parts[3])};
     return load<F32x16>(floats);
 #else
     const U32x16 wide = __builtin_convertvector(half, U32x16);
