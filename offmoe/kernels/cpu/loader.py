@@ -16,6 +16,7 @@ import torch
 from offmoe.core.errors import UsageError
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.structs import ABI_VERSION, places
+from offmoe.machine.instruction_sets import instruction_sets
 from offmoe.machine.memory import num_cores
 
 LEVELS = ("avx512", "avx2", "neon_dot", "neon", "portable")
@@ -50,8 +51,21 @@ def load_cpu_kernels(level: str = "auto", threads: int | None = None) -> tuple[C
         return None, str(error)
     idx = _level_idx(library, level)
     wanted, cores = threads or torch.get_num_threads(), num_cores()
-    note = f"{wanted} threads were asked for, this process may use {cores} cores" if wanted > cores else ""
-    return CpuKernels(library, _levels(library)[idx][0], idx, min(wanted, cores), SPIN_US), note
+    notes = [f"{wanted} threads were asked for, this process may use {cores} cores"] if wanted > cores else []
+    if level == "auto" and (better := better_level([name for name, _ in _levels(library)])) is not None:
+        notes.append(better)
+    return CpuKernels(library, _levels(library)[idx][0], idx, min(wanted, cores), SPIN_US), "; ".join(notes)
+
+
+def better_level(built: list[str]) -> str | None:
+    """A sentence where this processor has a better instruction set than the best of those built; else None."""
+    has = instruction_sets()
+    if not has or has[0] in built:
+        return None
+    return (
+        f"this processor has {has[0]}, the library was built with {', '.join(built)} alone and is slower for it; "
+        "install offmoe again on this machine, with a compiler that knows it"
+    )
 
 
 def usable_levels() -> list[str]:
