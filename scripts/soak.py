@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import gc
 import json
+import logging
 import random
 import signal
 import statistics
@@ -23,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -294,7 +294,7 @@ def main() -> int:
     parser.add_argument("--records", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    warnings.simplefilter("ignore")  # a busy machine, and settings that are meant to be odd
+    logging.getLogger("offmoe").setLevel(logging.ERROR)  # a busy machine, and settings that are meant to be odd
     torch.set_num_threads(1)
     failures: list[str] = []
     threading.excepthook = lambda failed: failures.append(f"{failed.exc_type.__name__}: {failed.exc_value}")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cpu_cases import LEVELS, open_kernels
 from hypothesis import HealthCheck, settings
+from logs import collected
 from makers import LAYOUTS, Measured, TinyExperts, make_tiny_experts
 
 from offmoe.kernels.cpu.kernels import CpuKernels
@@ -41,6 +42,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def own_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """What the engine keeps from run to run is kept from one test to the next no more than it comes from the user."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"))
+
+
+@pytest.fixture(autouse=True)
+def _no_other_warning() -> Iterator[None]:
+    """A warning in the package's log is a failure, as every warning of Python is, unless the test expects it."""
+    with collected() as messages:
+        yield
+    assert not messages, messages
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,6 @@ import io
 import mmap
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from logs import collected
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offmoe.core.errors import OffmoeError
@@ -93,8 +93,7 @@ def each_nth(
         gate = Gate(nth, lasting=lasting)
         error: BaseException | None = None
         result = None
-        with warnings.catch_warnings(), seam.guarded_by(gate, root):
-            warnings.simplefilter("ignore")  # a fallback may say so
+        with collected(), seam.guarded_by(gate, root):  # a fallback may say so
             try:
                 result = operation()
             except Exception as caught:  # noqa: BLE001 - judged by the caller

@@ -20,6 +20,7 @@ import torch
 from compiling import as_captured, in_background, lower_with
 from engines import PROMPT, assert_at_rest, leaves_nothing, open_tiny, save_tiny
 from families import build
+from logs import logs_warning
 from patience import PATIENCE_S
 from transformers.models.qwen3_moe.modeling_qwen3_moe import repeat_kv
 
@@ -243,7 +244,7 @@ def test_what_does_not_compile_is_not_used(
 
     lower_with(monkeypatch, no_compiler)
     with open_tiny(tiny_moe, compile="on") as engine:
-        with pytest.warns(RuntimeWarning, match="no C") as caught:
+        with logs_warning("no C") as caught:
             assert ids_of(engine) == expected
         assert len(caught) == 1
         assert engine.stats()["compile"] == "failed: OSError: no C++ compiler here"
@@ -257,7 +258,7 @@ def test_what_disagrees_is_not_used(tiny_moe: Path, expected: tuple[int, ...], m
 
     lower_with(monkeypatch, wrong)
     with open_tiny(tiny_moe, compile="on") as engine:
-        with pytest.warns(RuntimeWarning, match="differ"):
+        with logs_warning("differ"):
             assert ids_of(engine) == expected
         assert engine.stats()["compile"].startswith("failed: its logits differ by")
 
@@ -272,7 +273,7 @@ def test_a_graph_that_breaks_when_it_runs_is_not_used(
         return run
 
     lower_with(monkeypatch, broken)
-    with open_tiny(tiny_moe, compile="on") as engine, pytest.warns(RuntimeWarning, match="lost its way"):
+    with open_tiny(tiny_moe, compile="on") as engine, logs_warning("lost its way"):
         assert ids_of(engine) == expected
 
 
@@ -283,7 +284,7 @@ def test_families_without_a_static_form_say_so(name: str, tmp_path: Path, quick:
     with open_tiny(tmp_path) as engine:
         expected = ids_of(engine, 6)
     with open_tiny(tmp_path, compile="on") as engine:
-        with pytest.warns(RuntimeWarning, match="KV cache"):
+        with logs_warning("KV cache"):
             assert ids_of(engine, 6) == expected
         assert "KV cache" in engine.stats()["compile"]
 

@@ -12,6 +12,7 @@ from adapted_families import ADAPTED, build_adapted
 from cpu_cases import needs_library
 from engines import PROMPT, open_tiny
 from families import FAMILIES, build, save_layout
+from logs import logs_warning
 from test_grok1 import make_checkpoint
 
 import offmoe
@@ -174,7 +175,7 @@ def test_a_wrong_spec_is_seen_in_the_first_tokens(name: str, tmp_path: Path, mon
             assert engine.stats()["decode_path"] == "eager"
     monkeypatch.setattr("offmoe.decode.paths.spec_of", lambda config: with_other_norms(right(config)))
     with open_tiny(tmp_path, compile="off") as engine:
-        with pytest.warns(RuntimeWarning, match=r"goes through transformers' modules: on the fused path logits differ"):
+        with logs_warning(r"goes through transformers' modules: on the fused path logits differ"):
             found = logits(engine)
         stats = engine.stats()
         assert stats["decode_path"] == "eager" and stats["decode_path_reason"].startswith("logits differ by ")

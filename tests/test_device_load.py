@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engines import PROMPT, QUARTER, TINY_EXPERTS, assert_at_rest, leaves_nothing, open_tiny, save_tiny
+from logs import logs_warning
 from makers import one_line
 
 import offmoe
@@ -113,7 +114,7 @@ def test_a_device_that_is_too_small(folder: Path) -> None:
 
 
 def test_vram_beyond_what_is_free_is_said(folder: Path) -> None:
-    with pytest.warns(UserWarning, match=r"vram is 1.00 GiB, the device has 512.0 MiB to give: \d+ expert slots"):
+    with logs_warning(r"vram is 1.00 GiB, the device has 512.0 MiB to give: \d+ expert slots"):
         engine = open_on(folder, Device(512 * MIB), vram="1GiB")
     with engine:
         assert engine.stats()["vram_bytes"] == 512 * MIB
@@ -140,7 +141,7 @@ def test_memory_taken_while_loading_shrinks_the_pool(folder: Path, monkeypatch: 
     device = Device()
     check = taken_before_the_pool(device, lambda plan: plan.coming_bytes + 5 * plan.slot_bytes)
     monkeypatch.setattr(load_module, "fit_to_free", check)
-    with pytest.warns(UserWarning, match=r"memory was taken meanwhile: 5 expert slots of .* instead of 12"):
+    with logs_warning(r"memory was taken meanwhile: 5 expert slots of .* instead of 12"):
         engine = open_on(folder, device, expert_slots=12, vram="1GiB")
     with engine:
         assert generate(engine)
@@ -162,7 +163,7 @@ def test_memory_taken_while_weights_are_read_is_not_planned_with(folder: Path) -
     def take(stage: str, done: int, total: int) -> None:
         device.taken_bytes = device.total_bytes() - left
 
-    with pytest.warns(UserWarning, match=r"vram is 1.00 GiB, the device has 2.\d MiB to give"):
+    with logs_warning(r"vram is 1.00 GiB, the device has 2.\d MiB to give"):
         engine = open_on(folder, device, vram="1GiB", expert_slots=None, context_length=64, progress=take)
     with engine:
         plan = engine.plan.device
@@ -225,9 +226,7 @@ def test_a_full_device_halves_the_chunk_for_good(folder: Path) -> None:
     with open_on(folder, Device(), prefill_chunk=8) as engine:
         memory = NoMemory(limit=4)
         on_experts_call(engine, memory)
-        with pytest.warns(
-            RuntimeWarning, match=r"simulated has no memory for 8 prompt tokens at once \(.* free\); going on with 4"
-        ):
+        with logs_warning(r"simulated has no memory for 8 prompt tokens at once \(.* free\); going on with 4"):
             assert generate(engine) == expected
         assert memory.sizes == [8, 4, 4, 2, 1, 1, 1]
         assert_at_rest(engine)
@@ -244,7 +243,7 @@ def test_a_later_piece_is_redone_on_what_the_cache_held(folder: Path) -> None:
         calls = NoMemory(limit=5, times=0)
         on_experts_call(engine, lambda n: setattr(calls, "times", int(len(calls.sizes) == 1)))
         on_experts_call(engine, calls)
-        with pytest.warns(RuntimeWarning, match="6 prompt tokens"):
+        with logs_warning("6 prompt tokens"):
             assert generate(engine, prompt) == expected
         assert calls.sizes[:6] == [6, 6, 3, 3, 3, 1]
 
@@ -254,7 +253,7 @@ def test_a_device_that_stays_full_is_an_error_with_the_numbers(folder: Path) -> 
         expected = generate(engine)
         memory = NoMemory(limit=2, times=2)
         on_experts_call(engine, memory)
-        with pytest.warns(RuntimeWarning, match="going on with 4"), pytest.raises(BudgetError) as caught:
+        with logs_warning("going on with 4"), pytest.raises(BudgetError) as caught:
             generate(engine)
         assert re.search(
             r"no memory for 4 prompt tokens at once, after the chunk was halved: .* are free; close other programs",
@@ -346,7 +345,7 @@ def test_a_pool_that_is_refused_shrinks(folder: Path, monkeypatch: pytest.Monkey
         return fitting
 
     monkeypatch.setattr(load_module, "fit_to_free", late)
-    with pytest.warns(UserWarning, match=r"7 expert slots of .* instead of 12"):
+    with logs_warning(r"7 expert slots of .* instead of 12"):
         engine = open_on(folder, device, expert_slots=12)
     with engine:
         assert generate(engine) and engine.plan.computing_slots == 7

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from commands import fail, invoke, succeed
 from engines import PROMPT, open_tiny, save_tiny
+from logs import logs_warning
 
 from offmoe.cache.warm_start import WarmStart
 from offmoe.core.folders import NO_HOME, cache_folder, config_folder, expand, home_folder
@@ -70,7 +71,7 @@ def test_nobody_plans_and_generates(model: Path) -> None:
 
 @pytest.mark.usefixtures("nobody")
 def test_counts_of_nobody_are_not_kept_and_that_is_said(model: Path) -> None:
-    with pytest.warns(UserWarning, match=r"cannot be written \(Not a directory\); use --no-warm-start"):  # noqa: SIM117
+    with logs_warning(r"cannot be written \(Not a directory\); use --no-warm-start"):  # noqa: SIM117
         with open_tiny(model, warm_start=True) as engine:
             engine.generate(PROMPT, max_new_tokens=3)
 
@@ -86,6 +87,6 @@ def test_a_system_on_which_nothing_can_be_written(model: Path, monkeypatch: pyte
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "OFFMOE_CACHE"):
         monkeypatch.setenv(name, "/proc/nowhere")
     assert reservations.run_folder() == Path(os.devnull) / "offmoe"
-    with pytest.warns(UserWarning, match="cannot be written"), open_tiny(model, warm_start=True) as engine:
+    with logs_warning("cannot be written"), open_tiny(model, warm_start=True) as engine:
         assert len(engine.generate(PROMPT, max_new_tokens=3).token_ids) == 3
     assert invoke("inspect", model).exit_code == 0

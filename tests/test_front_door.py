@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import inspect
 import pydoc
+import subprocess
+import sys
 import typing
 from dataclasses import fields
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import click
 import pytest
+from commands import environment
+from engines import save_tiny
 
 import offmoe
 from offmoe.cli.main import main
@@ -75,3 +80,30 @@ def test_everything_that_is_exported_is_there() -> None:
         assert getattr(offmoe, name) is not None and name in dir(offmoe)
     with pytest.raises(AttributeError, match="'offmoe' has no attribute 'laod'"):
         offmoe.laod  # type: ignore[attr-defined] # noqa: B018
+
+
+PROGRAM = """
+import logging, sys, offmoe
+if len(sys.argv) > 2:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s")
+with offmoe.load(sys.argv[1], ram="4GiB", expert_slots=4) as engine:
+    engine.generate([3, 4, 5], max_new_tokens=2)
+"""
+
+
+def test_a_program_sees_warnings_on_standard_error_and_nothing_else(tmp_path: Path) -> None:
+    """By Python's own handler of last resort; one that configures logging sees records of the logger offmoe."""
+    folder = save_tiny(tmp_path / "tiny")
+    (tmp_path / "file").write_text("where the cache folder should be")
+    command = [sys.executable, "-c", PROGRAM, str(folder)]
+    shown = {}
+    for name, more in (("plain", []), ("configured", ["info"])):
+        done = subprocess.run(
+            [*command, *more], capture_output=True, text=True, check=True,
+            env=environment(XDG_CACHE_HOME=str(tmp_path / "file")),
+        )  # fmt: skip
+        assert done.stdout == ""
+        shown[name] = done.stderr
+    (line,) = shown["plain"].splitlines()
+    assert line.startswith("counts of earlier runs are not used: ") and "--no-warm-start" in line
+    assert "WARNING offmoe.cache.warm_start" in shown["configured"].splitlines()

@@ -16,6 +16,7 @@ from commands import fail, last_json, succeed
 from engines import PROMPT, save_tiny
 from gguf_makers import make_model, save_gguf
 from hub_server import COMMIT, FakeHub, digest, serve
+from logs import logs_warning
 
 import offmoe
 from offmoe.checkpoint.hub import download
@@ -280,7 +281,7 @@ def test_a_name_that_is_not_there(command: tuple[str, ...], hub: FakeHub) -> Non
 
 def test_a_model_that_has_another_name_now(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.former_id = "someone/old"
-    with pytest.warns(UserWarning, match="someone/old is called someone/tiny on the hub now"):
+    with logs_warning("someone/old is called someone/tiny on the hub now"):
         folder = locate_model("someone/old")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert locate_model("someone/old").resolve() == locate_model(NAME) == folder

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 from offmoe.cache.usage import Usage
 from offmoe.core.folders import cache_folder
 from offmoe.core.keys import ExpertKey
+
+_log = logging.getLogger(__name__)
 
 VERSION = 1
 MAX_FILE_BYTES, MAX_COUNT = 16 << 20, 1 << 20
@@ -96,4 +98,4 @@ class WarmStart:
             raise
 
     def _warn(self, what: str) -> None:
-        warnings.warn(f"counts of earlier runs are not used: {self.path} {what}", stacklevel=2)
+        _log.warning("counts of earlier runs are not used: %s %s", self.path, what)

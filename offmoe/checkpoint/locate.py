@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import warnings
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -16,6 +16,8 @@ from offmoe.checkpoint.hub.cache import CachedModel, cache_root, is_offline, mis
 from offmoe.checkpoint.hub.download import Download, Progress
 from offmoe.core.errors import HubUnreachableError, ModelNotFoundError, UsageError
 from offmoe.core.folders import expand
+
+_log = logging.getLogger(__name__)
 
 # A model, or a GGUF file of one.
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:/([\w./-]+\.gguf))?")
@@ -76,7 +78,7 @@ def begin_download(
     hub = Hub(hub_id, revision or MAIN, token=token)
     listing = hub.listing()
     if listing.hub_id != hub_id:
-        warnings.warn(f"{hub_id} is called {listing.hub_id} on the hub now", stacklevel=2)
+        _log.warning("%s is called %s on the hub now", hub_id, listing.hub_id)
     return Download(hub, listing, code=code, gguf=gguf)
 
 

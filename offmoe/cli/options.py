@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -157,6 +158,13 @@ def user_errors(command: Command) -> Command:
     return wrapped  # type: ignore[return-value]
 
 
+class _WarningLines(logging.Handler):
+    """A line on standard error for each warning of the library."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"warning: {' '.join(record.getMessage().split())}", err=True)
+
+
 def begin_process(context: click.Context) -> None:
     """Prepare the process, before torch is imported: budgets and peaks count from the memory used at this moment."""
     context.obj = rss_bytes()
@@ -164,6 +172,9 @@ def begin_process(context: click.Context) -> None:
         if hasattr(stream, "reconfigure"):  # a model's text may hold what a narrow encoding has not
             stream.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    logger = logging.getLogger("offmoe")
+    if not any(isinstance(handler, _WarningLines) for handler in logger.handlers):
+        logger.addHandler(_WarningLines(logging.WARNING))
 
 
 def process_baseline_bytes() -> int:

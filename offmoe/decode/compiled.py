@@ -20,6 +20,7 @@ that, which is why compile="on" waits instead:
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Callable
@@ -36,6 +37,8 @@ from offmoe.decode.compile_thread import CompileThread, is_compiling
 from offmoe.decode.compiled_step import CompiledStep, Lowering, lower_with_inductor
 from offmoe.kv.cache import make_kv_cache
 from offmoe.kv.static_cache import StaticKv, UnsupportedCacheError
+
+_log = logging.getLogger(__name__)
 
 # Tokens that an engine decodes before it compiles in the background: short questions and their answers never need it.
 TOKENS_BEFORE = 128
@@ -224,7 +227,7 @@ class DecodeCompiler:
     def _warn(self) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"decoding without torch.compile, which {self.state}", RuntimeWarning, stacklevel=2)
+            _log.warning("decoding without torch.compile, which %s", self.state)
 
 
 def _reason(error: Exception) -> str:

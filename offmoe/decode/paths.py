@@ -6,9 +6,9 @@ the modules go on, with one warning. `path` and `reason` say which way the last 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
@@ -26,6 +26,8 @@ from offmoe.hf.seam import ObserverHook, find_binding
 from offmoe.kv.rewind import remember
 from offmoe.loader.loaded import LoadedModel
 from offmoe.moe.interrupt_safe import RecoveringExecutor
+
+_log = logging.getLogger(__name__)
 
 Path = Literal["fused", "eager"]
 # Tokens that are computed both ways; and those of them that may differ by more than rounding, as a router does that
@@ -213,9 +215,9 @@ class DecodePaths:
     def _give_up(self, found: float, allowed: float) -> None:
         name: str = self._decoder.config.model_type
         self._step, self._final = None, f"logits differ by {found:.1e} of the largest (allowed {allowed:.0e})"
-        warnings.warn(
-            f"decoding of {name} goes through transformers' modules: on the fused path {self._final}; please report it",
-            RuntimeWarning, stacklevel=2,
+        _log.warning(
+            "decoding of %s goes through transformers' modules: on the fused path %s; please report it", name,
+            self._final,
         )  # fmt: skip
 
 

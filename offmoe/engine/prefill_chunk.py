@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from typing import TYPE_CHECKING
 
 from offmoe.core.errors import BudgetError
@@ -11,6 +11,8 @@ from offmoe.hf.device_failures import release_unused
 
 if TYPE_CHECKING:
     from offmoe.tiers.device import Device
+
+_log = logging.getLogger(__name__)
 
 
 class PrefillChunk:
@@ -36,8 +38,8 @@ class PrefillChunk:
                 "programs that use it, or load with a lower --vram, --context-length or --prefill-chunk"
             )
         self._halved, self.size = True, failed_size // 2
-        warnings.warn(
-            f"{name} has no memory for {failed_size} prompt tokens at once ({free} free); going on with {self.size}",
-            RuntimeWarning, stacklevel=2,
+        _log.warning(
+            "%s has no memory for %d prompt tokens at once (%s free); going on with %d", name, failed_size, free,
+            self.size,
         )  # fmt: skip
         return self.size

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
-import warnings
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
@@ -26,6 +26,8 @@ from offmoe.memory.shape import ModelShape, shape_of
 
 if TYPE_CHECKING:
     from offmoe.tiers.device import Device
+
+_log = logging.getLogger(__name__)
 
 # What libraries grow by when a model runs for the first time in a process (measured: 18 MiB).
 FIRST_RUN_BYTES = 24 << 20
@@ -85,11 +87,10 @@ class Budgets:
         plan = self._division(probe.kv_bytes, chunkable=probe.chunkable).plan()
         self._reservation.reserve(plan.total_bytes)
         if plan.device is not None and self._config.vram is not None and plan.device.vram_bytes < self._config.vram:
-            warnings.warn(
-                f"vram is {format_bytes(self._config.vram)}, the device has {format_bytes(plan.device.vram_bytes)} to "
-                f"give: {plan.device.num_slots} expert slots",
-                stacklevel=2,
-            )
+            _log.warning(
+                "vram is %s, the device has %s to give: %d expert slots", format_bytes(self._config.vram),
+                format_bytes(plan.device.vram_bytes), plan.device.num_slots,
+            )  # fmt: skip
         return plan
 
     def _division(self, kv_bytes: int, *, chunkable: bool = True) -> Division:
@@ -141,11 +142,10 @@ def fit_to_free(plan: DevicePlan, device: Device, *, top_k: int) -> DevicePlan:
 
 def shrink(plan: DevicePlan, num_slots: int) -> DevicePlan:
     """`plan` with `num_slots` slots, fewer than planned, and a warning that says so."""
-    warnings.warn(
-        f"device memory was taken meanwhile: {num_slots} expert slots of {format_bytes(plan.slot_bytes)} instead of "
-        f"{plan.num_slots}",
-        stacklevel=2,
-    )
+    _log.warning(
+        "device memory was taken meanwhile: %d expert slots of %s instead of %d", num_slots,
+        format_bytes(plan.slot_bytes), plan.num_slots,
+    )  # fmt: skip
     return dataclasses.replace(plan, num_slots=num_slots)
 
 
