@@ -84,7 +84,7 @@ def tuned(args: argparse.Namespace, prompts: list[list[int]]) -> tuple[Curves, T
         return make_curves(read_trace(path), costs=costs, slot_bytes=slot_bytes), costs
 
 
-def measured(args: argparse.Namespace, prompts: list[list[int]], slots: int, policy: str) -> tuple[float, float]:
+def measured(args: argparse.Namespace, prompts: list[list[int]], slots: int, policy: Any) -> tuple[float, float]:
     """Hit rate and tokens a second of decoding the same text."""
     with offmoe.load(args.model, expert_slots=slots, policy=policy, prefetch="off", warm_start=False) as engine:
         seconds, hits, lookups = list[float](), 0, 0

@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ class Soak:
         work(self)
         assert_at_rest(self.home)
 
-    def count(self, pieces: Iterator[Any]) -> Iterator[Any]:
+    def count(self, pieces: Iterator[Any]) -> Generator[Any, None, None]:
         """The pieces, their tokens counted."""
         for piece in pieces:
             self.tokens += len(piece.token_ids)

@@ -14,9 +14,10 @@ from transformers import AddedToken
 
 import offmoe
 from offmoe.chat.messages import chat_ids
+from offmoe.chat.reasoning import ChannelSplitter, Splitter, TagSplitter
 from offmoe.core.errors import OutputError, UsageError
 from offmoe.engine.conversation import Conversation
-from offmoe.engine.reasoning import ChannelSplitter, Splitter, TagSplitter, split_reasoning
+from offmoe.engine.reasoning import split_reasoning
 from offmoe.engine.stream import Chunk, Stream
 
 SHORT: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True}

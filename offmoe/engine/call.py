@@ -22,7 +22,7 @@ from offmoe.loader.loaded import LoadedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What is asked for; the fields as `Engine.stream` says. `logprobs`: those of the last token chosen."""
+    """One request; the fields as `Engine.stream` says. `logprobs`: those of the last token chosen."""
 
     ids: list[int]
     tokenizer: PreTrainedTokenizerBase | None

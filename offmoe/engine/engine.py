@@ -183,9 +183,7 @@ class Engine:
     ) -> list[Reply]: ...
 
     def generate(self, prompt: Any, **options: Unpack[RequestOptions]) -> Reply | list[Reply]:
-        """Return the whole reply to `prompt`, text or token ids; to a list of prompts a list of replies, one after the
-        other. Options as in `stream`.
-        """
+        """Return the reply to `prompt` (text or token ids), or one for each of a list. Options as in `stream`."""
         if not is_list_of_prompts(prompt):
             return collect(self.stream(prompt, **options))
         calls = [self._call(each, options) for each in prompt]  # a wrong one is refused before the first is answered
@@ -251,11 +249,10 @@ class Engine:
 
     def _begin(self, call: Call) -> Stream:
         parts = self._parts
+        begin = partial(answer, call, parts, self._totals, self._kept, self._decode, self._halving_chunk)
         if parts.model.config.is_encoder_decoder:
-            return Stream(self._exclusively(partial(translate, call, parts, self._totals)))
-        return Stream(self._exclusively(
-            partial(answer, call, parts, self._totals, self._kept, self._decode, self._halving_chunk)
-        ))  # fmt: skip
+            begin = partial(translate, call, parts, self._totals)
+        return Stream(self._exclusively(begin))
 
     def _exclusively(self, begin: Callable[[], Generator[Chunk, None, None]]) -> Generator[Chunk, None, None]:
         """The chunks of `begin()`, with the engine held from the first to the last, or to the generator's end."""

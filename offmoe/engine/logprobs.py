@@ -36,7 +36,7 @@ class LogprobRecorder:
         return token_id
 
     def take(self) -> TokenLogprobs:
-        """What was recorded for the last token; empty for a token that was not chosen (a forced one)."""
+        """Record of the last token; empty for a token that was not chosen (a forced one)."""
         latest, self._latest = self._latest, {}
         return latest
 

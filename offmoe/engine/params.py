@@ -1,4 +1,4 @@
-"""What a caller may set for one reply, checked. Imports no torch, so that it costs nothing before a model is loaded."""
+"""Parameters of one request, checked. Imports no torch, so that it costs nothing before a model is loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SMALLEST_TOP_P = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How the tokens of a reply are chosen, and when it ends. None: what the model's generation_config says.
+    """Rules for choosing the tokens of a reply and for ending it. None: what the model's generation_config says.
 
     max_new_tokens      tokens of the reply at most, at least 1; default: the model's own setting, else 256
     temperature         0 is greedy; default: greedy unless the model's publisher set sampling
