@@ -19,16 +19,24 @@ PROGRAMS = ("driver", "compare")  # sources with a main function
 COMMON = ("-std=c++17", "-Wno-psabi", "-Wno-uninitialized", "-fno-math-errno", "-pthread")
 
 
-def build(program: str, isas: list[str], flags: Sequence[str], folder: Path, compiler: str | None = None) -> Path:
+def build(
+    program: str,
+    isas: list[str],
+    flags: Sequence[str],
+    folder: Path,
+    compiler: str | None = None,
+    library: Path | None = None,
+) -> Path:
     """The program of that name, made as far as it is not there, with the portable instruction set and `isas`.
 
-    `compiler`: as build tools have it where none is given: the variable CXX, or g++. Raises CalledProcessError.
+    `compiler`: as build tools have it where none is given: the variable CXX, or g++. `library`: one that was built
+    already, with `isas`; without it the sources are compiled. Raises CalledProcessError.
     """
     compiler = compiler or os.environ.get("CXX", "g++")
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [
         (kernels_build.SOURCES / name, folder / kernels_build.object_of(name), [*flags, *flags_of(name, isas)])
-        for name in kernels_build.sources_of(*isas)
+        for name in (kernels_build.sources_of(*isas) if library is None else [])
     ]
     for source in sorted(DRIVER.glob("*.cpp")):
         if source.stem == program or source.stem not in PROGRAMS:
@@ -37,7 +45,10 @@ def build(program: str, isas: list[str], flags: Sequence[str], folder: Path, com
         old = [job for job in jobs if is_old(job[1])]
         list(threads.map(lambda job: compile_one(compiler, *job), old))
     made = folder / program
-    subprocess.run([compiler, *flags, *(job[1] for job in jobs), "-o", made, "-pthread"], check=True)
+    command: list[str | Path] = [compiler, *flags, *(job[1] for job in jobs)]
+    if library is not None:
+        command += [library, f"-Wl,-rpath,{library.parent}"]
+    subprocess.run([*command, "-o", made, "-pthread"], check=True)
     return made
 
 

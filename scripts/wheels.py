@@ -29,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = kernels_build.SOURCES
 LIBRARY_FOLDER = "offmoe/kernels/cpu"
 GLIBC = (2, 17)
+# Flags that zig names otherwise.
+ZIG_FLAGS = {"-march=armv8.2-a+dotprod": "-mcpu=generic+v8_2a+dotprod"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ def build_library(name: str, folder: Path) -> Path:
         made = folder / kernels_build.object_of(source)
         if not made.exists() or made.stat().st_mtime < newest:
             begin = time.monotonic()
-            flags = [*kernels_build.flags_of(source), f"-I{SOURCES}", *defines]
+            flags = [ZIG_FLAGS.get(flag, flag) for flag in kernels_build.flags_of(source)] + [f"-I{SOURCES}", *defines]
             _compile(platform, [*flags, "-c", SOURCES / source, "-o", made])
             print(f"{name}: compiled {source} in {time.monotonic() - begin:.1f} s", flush=True)
         return made
