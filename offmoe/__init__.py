@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from offmoe.engine.conversation import Conversation as Conversation
     from offmoe.engine.engine import Engine as Engine
     from offmoe.engine.engine_stats import EngineStats as EngineStats
-    from offmoe.engine.logprobs import Logprob as Logprob
-    from offmoe.engine.params import SamplingParams as SamplingParams
     from offmoe.engine.reply import Reply as Reply
     from offmoe.engine.stats import GenerationStats as GenerationStats
     from offmoe.engine.stream import Chunk as Chunk
     from offmoe.engine.stream import Stream as Stream
+    from offmoe.sampling.logprobs import Logprob as Logprob
+    from offmoe.sampling.params import SamplingParams as SamplingParams
 
 _NAMES = {
     "offmoe.api": ("load",),
@@ -46,8 +46,8 @@ _NAMES = {
     "offmoe.engine.conversation": ("Conversation",),
     "offmoe.engine.engine": ("Engine",),
     "offmoe.engine.engine_stats": ("EngineStats",),
-    "offmoe.engine.logprobs": ("Logprob",),
-    "offmoe.engine.params": ("SamplingParams",),
+    "offmoe.sampling.logprobs": ("Logprob",),
+    "offmoe.sampling.params": ("SamplingParams",),
     "offmoe.engine.reply": ("Reply",),
     "offmoe.engine.stats": ("GenerationStats",),
     "offmoe.engine.stream": ("Chunk", "Stream"),

@@ -20,7 +20,8 @@ from offmoe.core.config import (
     Size,
     make_config,
 )
-from offmoe.loader.fetch import Progress, fetch_model
+from offmoe.core.progress import Progress
+from offmoe.loader.fetch import fetch_model
 from offmoe.machine.memory import rss_bytes
 
 if TYPE_CHECKING:
@@ -103,9 +104,9 @@ def load_engine(
     `baseline_bytes`: resident memory that the budget counts from. `device`: used instead of the one that `config`
     names, and closed with the engine. Arguments else as of `load`.
     """
-    from offmoe.planner.make_plan import against_plan, foresee
+    from offmoe.planner.make_plan import against_plan, predict_plan
 
-    foreseen = None if device is not None else foresee(folder, config)
+    foreseen = None if device is not None else predict_plan(folder, config)
     if foreseen is not None:
         tell(f"plan: {foreseen.line()}")
     from offmoe.engine.engine import Engine

@@ -21,14 +21,14 @@ from benchlib.traces import deeper, record_generated, record_given, token_calls
 
 from offmoe.cache.auto import AutoPolicy, choose_policy
 from offmoe.cache.policy import POLICY_NAMES, needs_quota
-from offmoe.cache.replay import LayerCall, layer_calls, replay_belady
+from offmoe.cache.replay import ReplayedCall, layer_calls, replay_belady
 from offmoe.cache.shadow import ShadowCache
 from offmoe.core.units import format_percent
 from offmoe.trace.file import TraceHeader
 from offmoe.trace.reader import read_trace
 
 
-def replay(calls: Sequence[LayerCall], header: TraceHeader, num_slots: int, name: str) -> dict[str, Any]:
+def replay(calls: Sequence[ReplayedCall], header: TraceHeader, num_slots: int, name: str) -> dict[str, Any]:
     """One policy at one size: bytes read for prompts and replies, and CPU microseconds of bookkeeping a layer call."""
     policy = choose_policy(name, num_slots, header.experts_per_layer, header.expert_bytes, header.top_k)
     shadow, read = ShadowCache(policy, num_slots, header.num_layers), [0, 0]
@@ -44,7 +44,7 @@ def replay(calls: Sequence[LayerCall], header: TraceHeader, num_slots: int, name
     return {"decode_bytes": read[0], "prefill_bytes": read[1], "us_per_call": seconds / len(calls) * 1e6, **facts}
 
 
-def run(calls: Sequence[LayerCall], header: TraceHeader, share: float) -> dict[str, Any]:
+def run(calls: Sequence[ReplayedCall], header: TraceHeader, share: float) -> dict[str, Any]:
     """All policies at one size."""
     num_slots = round(share * header.num_experts)
     rows = {}

@@ -33,7 +33,7 @@ from benchlib.ledger import Ledger, TimeIsUpError
 from offmoe.formats.dense import view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation
-from offmoe.kernels.geometry import Tiling, make_tiles, tile_rows
+from offmoe.kernels.geometry import Tiling, make_tiles, rows_a_tile
 from offmoe.kernels.random_weights import fill_at_random
 from offmoe.kernels.reference import ExpertMath
 
@@ -98,7 +98,7 @@ class Bench:
         weights_TK = torch.rand(num_tokens, top_k, device=self.device)
         hidden = torch.randn(num_tokens * top_k, shape.width_F, device=self.device).to(torch.bfloat16)
         token_N = torch.arange(num_tokens * top_k, dtype=torch.int32, device=self.device) // top_k
-        block_rows = tile_rows(num_tokens * top_k, shape.num_experts)
+        block_rows = rows_a_tile(num_tokens * top_k, shape.num_experts)
         tiles = {id(slots): make_tiles(slots.reshape(-1), block_rows, shape.num_experts) for slots in calls}
 
         def layer_by_row(slots: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from benchlib.report import without_folders
 
 import offmoe
 from offmoe.engine.trace_run import record_prompts
-from offmoe.planner.tuning import Curves, TokenCosts, make_curves, measured_costs
+from offmoe.planner.tuning import Curves, TokenCosts, make_curves, token_costs
 from offmoe.trace.reader import read_trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +79,7 @@ def tuned(args: argparse.Namespace, prompts: list[list[int]]) -> tuple[Curves, T
                 engine, prompts, path, max_new_tokens=args.decode, guesses=False, about={}, sampling=sampling(args)
             )
             slot_bytes = engine.plan.slot_bytes
-        costs = measured_costs(samples)
+        costs = token_costs(samples)
         assert costs is not None, "nothing was fetched"
         return make_curves(read_trace(path), costs=costs, slot_bytes=slot_bytes), costs
 

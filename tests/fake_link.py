@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
-from offmoe.tiers.copier import Part
+from offmoe.tiers.copier import CopyPart
 from offmoe.tiers.ring import CHUNK_BYTES, RING_CHUNKS, RingCopier
 
 
 class LazyArrival:
     """The end of a chunk."""
 
-    def __init__(self, link: LazyLink, parts: Sequence[Part], *, urgent: bool) -> None:
+    def __init__(self, link: LazyLink, parts: Sequence[CopyPart], *, urgent: bool) -> None:
         self._link, self.parts, self.urgent = link, parts, urgent
         self.arrived = False
 
@@ -49,13 +49,13 @@ class LazyLink:
     def on_begin(self) -> None:
         """Replaced by tests."""
 
-    def reads(self, parts: Sequence[Part]) -> bool:
+    def reads(self, parts: Sequence[CopyPart]) -> bool:
         return all(
             any(memory.data_ptr() <= src.data_ptr() < memory.data_ptr() + memory.nbytes for memory in self.pinned)
             for src, _ in parts
         )
 
-    def begin(self, parts: Sequence[Part], *, urgent: bool, after: object | None) -> LazyArrival:
+    def begin(self, parts: Sequence[CopyPart], *, urgent: bool, after: object | None) -> LazyArrival:
         self.on_begin()
         with self._lock:
             if len(self.begun) == self.fails_at:

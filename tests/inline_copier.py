@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offmoe.tiers.copier import Part, check_parts, move_bytes
+from offmoe.tiers.copier import CopyPart, check_parts, move_bytes
 
 
 class DoneTicket:
@@ -28,7 +28,7 @@ class DoneTicket:
 class InlineCopier:
     """Copies on the calling thread."""
 
-    def copy(self, parts: Sequence[Part], *, urgent: bool = True, after: object | None = None) -> DoneTicket:
+    def copy(self, parts: Sequence[CopyPart], *, urgent: bool = True, after: object | None = None) -> DoneTicket:
         """Copy now."""
         check_parts(parts)
         for src, dst in parts:

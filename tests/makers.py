@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from offmoe.cache.backing_store import DiskSource
+from offmoe.cache.backing_store import DiskStore
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.policy import make_policy
-from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part, ReadPlan, Span, plan_read
+from offmoe.checkpoint.expert_index import ExpertIndex, ExpertPart, MoeLayer, ReadPlan, Span, plan_read
 from offmoe.checkpoint.index import INDEX_NAME, CheckpointIndex
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.core.counters import Counters
@@ -116,7 +116,7 @@ def index_experts(index: CheckpointIndex) -> ExpertIndex:
             for expert in range(num_experts)
         ]
         parts = [
-            Part(
+            ExpertPart(
                 source_idx=idx,
                 offset=0,
                 shape=(entry.shape[0], entry.shape[1]),
@@ -159,7 +159,7 @@ class Opened:
     experts: ExpertIndex
     disk: RecordingDisk
     pool: HostPool
-    source: DiskSource
+    source: DiskStore
     cache: ExpertCache
 
     def assert_at_rest(self) -> None:
@@ -185,7 +185,7 @@ def open_cache(
     experts, counters = index_experts(index), Counters()
     disk = disk_type(index.files, io=io, counters=counters)
     pool = HostPool(num_slots=num_slots, slot_bytes=experts.slot_bytes(direct=disk.direct))
-    source = DiskSource(experts, pool, disk)
+    source = DiskStore(experts, pool, disk)
     cache = ExpertCache(num_slots, len(experts.layers), source, make_policy(policy), counters)
     try:
         yield Opened(tiny, index, experts, disk, pool, source, cache)

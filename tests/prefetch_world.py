@@ -92,7 +92,7 @@ class World:
                 for guess in guesses
             ]  # fmt: skip
             self.machine.advance(shape.predict_s)
-            prefetcher.want(target, named, distance=distance)
+            prefetcher.request(target, named, distance=distance)
 
     def run_layer(
         self, prefetcher: PrefetchController, layer_idx: int, needed: list[int], *, cold: bool = False

@@ -8,7 +8,7 @@ from typing import Any, cast
 import slot_cases as cases
 import torch
 
-from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart, Span
+from offmoe.checkpoint.expert_index import ExpertPart, MoeLayer, QuantPart, Span
 from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat, QuantKind
 from offmoe.formats.dense import STORED_DTYPES
 from offmoe.kernels.random_weights import fill_at_random
@@ -36,10 +36,12 @@ class Sources:
     def __init__(self) -> None:
         self.num_bytes: list[int] = []
 
-    def plain(self, shape: tuple[int, int], dtype: str) -> Part:
+    def plain(self, shape: tuple[int, int], dtype: str) -> ExpertPart:
         """A contiguous part, 16 elements from its source's start."""
         self.num_bytes.append((16 + shape[0] * shape[1]) * STORED_DTYPES[dtype].itemsize)
-        return Part(source_idx=len(self.num_bytes) - 1, offset=16, shape=shape, strides=(shape[1], 1), dtype=dtype)
+        return ExpertPart(
+            source_idx=len(self.num_bytes) - 1, offset=16, shape=shape, strides=(shape[1], 1), dtype=dtype
+        )
 
     def quantised(self, name: str, shape: tuple[int, int]) -> QuantPart:
         """A matrix of (outputs, inputs) in a format of FORMATS or of GGUF's blocks."""

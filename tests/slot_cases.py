@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offmoe.checkpoint.expert_index import MoeLayer, Part, Span
+from offmoe.checkpoint.expert_index import ExpertPart, MoeLayer, Span
 from offmoe.formats.dense import view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.formats.quantised import QuantMatrix
@@ -36,7 +36,7 @@ class SlotCase:
         """(x_TD, expert_ids_TK, weights_TK), ids distinct within a token."""
         generator = torch.Generator().manual_seed(seed)
         down = self.layer.down[0]
-        width_D = down.shape[1 if self.layer.transposed and isinstance(down, Part) else 0]
+        width_D = down.shape[1 if self.layer.transposed and isinstance(down, ExpertPart) else 0]
         x_TD = torch.randn(num_tokens, width_D, generator=generator).to(self.math.dtype)
         scores = torch.rand(num_tokens, self.layer.num_experts, generator=generator)
         weights_TK, ids_TK = scores.topk(top_k)
@@ -104,12 +104,12 @@ def fill_slab(
 
 def _parts(
     layout: str, gated: bool, width_D: int, width_F: int, dtype: torch.dtype
-) -> tuple[list[int], tuple[Part, ...], tuple[Part, ...]]:
+) -> tuple[list[int], tuple[ExpertPart, ...], tuple[ExpertPart, ...]]:
     """Elements of every source, and the parts of up and down."""
     name, width_up = _NAMES[dtype], 2 * width_F if gated else width_F
 
-    def part(source_idx: int, shape: tuple[int, int], strides: tuple[int, int], offset: int = 0) -> Part:
-        return Part(source_idx=source_idx, offset=offset, shape=shape, strides=strides, dtype=name)
+    def part(source_idx: int, shape: tuple[int, int], strides: tuple[int, int], offset: int = 0) -> ExpertPart:
+        return ExpertPart(source_idx=source_idx, offset=offset, shape=shape, strides=strides, dtype=name)
 
     matrix = width_D * width_F
     down = part(1, (width_D, width_F), (width_F, 1))

@@ -21,8 +21,8 @@ from transformers.models.nllb_moe import modeling_nllb_moe
 import offmoe
 from offmoe.core.errors import UsageError
 from offmoe.hf.adapters.base import AdaptedExperts
-from offmoe.planner.inspect import survey
-from offmoe.report.verify import verify
+from offmoe.planner.inspect import inspect_checkpoint
+from offmoe.report.verify import verify_output
 
 NUM_PROMPT, NUM_NEW = 12, 32
 DECODERS = [name for name in ADAPTED if name not in ENCODER_DECODERS]
@@ -81,7 +81,7 @@ def _drop_surplus(file: Path) -> None:
 
 
 def _survey_agrees(folder: Path, engine: offmoe.Engine) -> None:
-    found, experts = survey(folder), engine._parts.experts
+    found, experts = inspect_checkpoint(folder), engine._parts.experts
     assert found.experts_total_bytes == experts.num_bytes
     assert found.num_moe_layers * found.experts_per_layer == experts.num_experts
     assert found.top_k == experts.top_k
@@ -118,11 +118,13 @@ def test_encoder_decoder_equals_transformers(
         totals = engine.stats()
         assert totals["misses"] > 0
         assert totals["experts_cached"] < totals["experts_total"]
-        assert survey(tmp_path).experts_total_bytes == engine._parts.experts.num_bytes
+        assert inspect_checkpoint(tmp_path).experts_total_bytes == engine._parts.experts.num_bytes
         with pytest.raises(UsageError, match="holds no conversation"):
             engine.chat([{"role": "user", "content": "hi"}])
     with pytest.raises(UsageError, match=" is an encoder-decoder model"):
-        verify(lambda _: offmoe.load(str(tmp_path), ram="4GiB", expert_slots=6), lambda _: [3], 2, lambda *_: None)
+        verify_output(
+            lambda _: offmoe.load(str(tmp_path), ram="4GiB", expert_slots=6), lambda _: [3], 2, lambda *_: None
+        )
 
 
 def test_layout_of_glam(tmp_path: Path) -> None:

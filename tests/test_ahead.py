@@ -8,8 +8,8 @@ from prefetch_fakes import EXPERT_BYTES, FakeCache
 from test_lookahead import Router, state
 from virtual_machine import Speeds, VirtualMachine
 
-from offmoe.prefetch.ahead import AheadOfTime
-from offmoe.prefetch.controller import Mode, PrefetchController
+from offmoe.prefetch.ahead import PrefetchCoordinator
+from offmoe.prefetch.controller import PrefetchController, PrefetchMode
 from offmoe.prefetch.lookahead import Lookahead
 
 NUM_LAYERS, NUM_EXPERTS = 3, 10
@@ -20,14 +20,14 @@ def routers() -> list[Router]:
     return [Router(layer_idx, layer_idx + 1) for layer_idx in range(NUM_LAYERS)]
 
 
-def start(routers: list[Router], mode: Mode) -> AheadOfTime:
+def start(routers: list[Router], mode: PrefetchMode) -> PrefetchCoordinator:
     cache = FakeCache(VirtualMachine(Speeds()), num_slots=12, num_layers=NUM_LAYERS)
     prefetcher = PrefetchController(cache, budget_bytes=4 * EXPERT_BYTES, mode=mode)
     lookahead = Lookahead(routers, prefetcher, order=range(NUM_LAYERS), num_experts=[NUM_EXPERTS] * NUM_LAYERS)
-    return AheadOfTime(lookahead, prefetcher, order=range(NUM_LAYERS))
+    return PrefetchCoordinator(lookahead, prefetcher, order=range(NUM_LAYERS))
 
 
-def run_pass(ahead: AheadOfTime, *, num_tokens: int = 1, expert_ids: tuple[int, ...] = (1, 2)) -> None:
+def run_pass(ahead: PrefetchCoordinator, *, num_tokens: int = 1, expert_ids: tuple[int, ...] = (1, 2)) -> None:
     """As the model's hooks and the executor do."""
     x_TD: torch.Tensor = state(num_tokens)
     for layer_idx in range(NUM_LAYERS):
@@ -38,7 +38,7 @@ def run_pass(ahead: AheadOfTime, *, num_tokens: int = 1, expert_ids: tuple[int, 
         ahead.layer_ended(layer_idx)
 
 
-def num_watched(ahead: AheadOfTime) -> int:
+def num_watched(ahead: PrefetchCoordinator) -> int:
     assert isinstance(ahead.prefetcher, PrefetchController)
     return ahead.prefetcher._num_calls
 

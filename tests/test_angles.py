@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-from offmoe.decode.fused import AngleTable
+from offmoe.decode.fused import CosSinTable
 
 PLACES = (0, 1, 255, 256, 700, 257, 1)
 KINDS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def rotary_of(kind: str) -> Counted:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bits_are_the_modules_own(kind: str, dtype: torch.dtype, by_name: bool) -> None:
     rotary, plain = rotary_of(kind), rotary_of(kind)
-    table, x = AngleTable(rotary, by_name=by_name), torch.zeros(1, 1, 64, dtype=dtype)
+    table, x = CosSinTable(rotary, by_name=by_name), torch.zeros(1, 1, 64, dtype=dtype)
     for place in PLACES:
         at = torch.tensor([[place]])
         for ours, theirs in zip(table(x, at), plain(x, at), strict=True):
@@ -65,7 +65,7 @@ def test_a_table_that_differs_is_not_used() -> None:
             return cos + (position_ids.shape[-1] > 1), sin
 
     rotary = Skewed(rotary_of("default").rotary)
-    table, x = AngleTable(rotary, by_name=True), torch.zeros(1, 1, 64)
+    table, x = CosSinTable(rotary, by_name=True), torch.zeros(1, 1, 64)
     for place in (3, 4):
         at = torch.tensor([[place]])
         assert torch.equal(table(x, at)[0], rotary.rotary(x, at)[0])
@@ -75,7 +75,7 @@ def test_a_table_that_differs_is_not_used() -> None:
 def test_hooks_see_every_token() -> None:
     rotary, seen = rotary_of("default"), []
     rotary.register_forward_hook(lambda *_: seen.append(1))
-    table, x = AngleTable(rotary, by_name=False), torch.zeros(1, 1, 64)
+    table, x = CosSinTable(rotary, by_name=False), torch.zeros(1, 1, 64)
     for place in range(3):
         table(x, torch.tensor([[place]]))
     assert len(seen) == 3

@@ -26,7 +26,7 @@ from offmoe.core.errors import DiskReadError
 from offmoe.core.keys import ExpertKey
 from offmoe.moe.cpu_experts import CpuExperts
 from offmoe.moe.executor import Executor
-from offmoe.prefetch.ahead import AheadOfTime
+from offmoe.prefetch.ahead import PrefetchCoordinator
 from offmoe.prefetch.controller import PrefetchController
 from offmoe.tiers.copier import CancelledMoveError, Ticket
 
@@ -194,7 +194,7 @@ class CacheMachine(RuleBasedStateMachine):
     )  # fmt: skip
     def guess(self, layer_idx: int, experts: list[int], whole_layer: bool) -> None:
         self.is_bounded = self.is_bounded and not whole_layer  # there slots are the bound
-        self.prefetcher.want(layer_idx, experts, distance=1, whole_layer=whole_layer)
+        self.prefetcher.request(layer_idx, experts, distance=1, whole_layer=whole_layer)
 
     @rule()
     def pump(self) -> None:
@@ -248,7 +248,9 @@ class CacheMachine(RuleBasedStateMachine):
         """The engine's own parts around `cache`."""
         self.cache = cache
         self.prefetcher = PrefetchController(cache, budget_bytes=BUDGET_BYTES, mode=2)
-        ahead = AheadOfTime(cast("Lookahead", Silent(self.prefetcher)), self.prefetcher, order=range(NUM_LAYERS))
+        ahead = PrefetchCoordinator(
+            cast("Lookahead", Silent(self.prefetcher)), self.prefetcher, order=range(NUM_LAYERS)
+        )
         self.executor = Executor(cache, ahead=ahead, **options)
 
     def check_at_rest(self) -> None:

@@ -16,15 +16,15 @@ from inline_copier import InlineCopier
 from virtual_machine import Job, Speeds, VirtualMachine
 
 from offmoe.loader.costs import NUM_ROWS
-from offmoe.moe.cpu_backend import CpuRows
+from offmoe.moe.cpu_backend import CpuBackend
 from offmoe.placement.calibrate import measure
-from offmoe.tiers.copier import Part, count_bytes
+from offmoe.tiers.copier import CopyPart, count_bytes
 from offmoe.tiers.device import SimulatedDevice
 
 EXPERT_BYTES, NUM_EXPERTS = 64 << 10, 4
 
 
-def make_experts() -> list[list[Part]]:
+def make_experts() -> list[list[CopyPart]]:
     src = torch.arange(NUM_EXPERTS * EXPERT_BYTES, dtype=torch.int64).to(torch.uint8).view(NUM_EXPERTS, -1)
     dst = torch.zeros_like(src)
     half = EXPERT_BYTES // 2
@@ -38,7 +38,7 @@ class VirtualCopier:
         self.machine = machine
         self.under_way: dict[int, Job] = {}
 
-    def copy(self, parts: Sequence[Part], *, urgent: bool = True, after: object | None = None) -> Job:
+    def copy(self, parts: Sequence[CopyPart], *, urgent: bool = True, after: object | None = None) -> Job:
         at = parts[0][1].data_ptr()
         assert at not in self.under_way or self.under_way[at].done()
         self.under_way[at] = self.machine.link.submit(count_bytes(parts), urgent=urgent)
@@ -104,15 +104,15 @@ def test_a_copy_that_fails_leaves_nothing_under_way() -> None:
 
 
 def test_costs_are_of_the_kernels_that_serve_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expert that is computed in RAM is computed by CpuRows; torch's own products are several times as slow."""
+    """An expert that is computed in RAM is computed by CpuBackend; torch's own products are several times as slow."""
     served: list[int] = []
-    compute = CpuRows.compute
+    compute = CpuBackend.compute
 
-    def counted(self: CpuRows, layer_idx: int, math: Any, experts: list[Any], x_TD: Any, y_SD: Any) -> None:
+    def counted(self: CpuBackend, layer_idx: int, math: Any, experts: list[Any], x_TD: Any, y_SD: Any) -> None:
         served.append(len(x_TD))
         compute(self, layer_idx, math, experts, x_TD, y_SD)
 
-    monkeypatch.setattr(CpuRows, "compute", counted)
+    monkeypatch.setattr(CpuBackend, "compute", counted)
     with open_tiny(save_tiny(tmp_path), miss="auto", simulated=SimulatedDevice(1e9)) as engine:
         assert set(served) == {1, NUM_ROWS}
         assert engine.stats()["ram_hits"] == 0, "look-ups of the measurement are no tokens'"

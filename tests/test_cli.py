@@ -14,7 +14,7 @@ from commands import COMMANDS, fail, invoke, last_json, succeed
 from engines import leaves_nothing, save_tiny
 
 import offmoe
-from offmoe.planner.inspect import survey
+from offmoe.planner.inspect import inspect_checkpoint
 from offmoe.tiers.disk import DiskTier
 
 RAM = ("--ram", "4GiB")
@@ -83,7 +83,7 @@ def test_generate_stops_at_each_stop_text() -> None:
 
 
 def test_inspect(tiny: Path) -> None:
-    found = survey(tiny)
+    found = inspect_checkpoint(tiny)
     assert last_json(succeed("inspect", tiny, "--json").stdout) == json.loads(json.dumps(found.as_dict()))
     result = succeed("inspect", tiny)
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in result.stdout.splitlines()[1:])

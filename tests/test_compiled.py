@@ -25,7 +25,7 @@ from patience import PATIENCE_S
 from transformers.models.qwen3_moe.modeling_qwen3_moe import repeat_kv
 
 import offmoe
-from offmoe.attention.grouped import attend, group_attention
+from offmoe.attention.grouped import attend_grouped, group_attention
 from offmoe.core.errors import DiskReadError, EngineClosedError
 from offmoe.decode import compile_thread, compiled
 from offmoe.decode.compile_thread import CompileThread
@@ -228,7 +228,7 @@ def test_grouped_attention_is_attention(kind: str) -> None:
 
     def lower(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         assert group_attention(graph) == 1
-        new = next(node for node in graph.graph.nodes if node.target is attend)
+        new = next(node for node in graph.graph.nodes if node.target is attend_grouped)
         assert [part.op for part in new.args[:3]] == ["placeholder"] * 3
         return graph.forward
 

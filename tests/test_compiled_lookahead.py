@@ -23,7 +23,7 @@ from offmoe.core.errors import EngineClosedError
 from offmoe.decode import compiled
 from offmoe.decode.compiled import DecodeCompiler
 from offmoe.hf.seam import LayerBinding, define_experts_operators
-from offmoe.prefetch.lookahead import Prediction
+from offmoe.prefetch.lookahead import RouterGuess
 from offmoe.routers.routing import map_routing
 
 NUM_NEW = 24
@@ -53,9 +53,9 @@ def ids_of(engine: offmoe.Engine, num_new: int = NUM_NEW) -> tuple[int, ...]:
     return engine.generate(PROMPT, max_new_tokens=num_new, temperature=0, ignore_eos=True).token_ids
 
 
-def guesses_of(engine: offmoe.Engine) -> tuple[tuple[int, ...], list[Prediction]]:
+def guesses_of(engine: offmoe.Engine) -> tuple[tuple[int, ...], list[RouterGuess]]:
     """A generation, and what was guessed in it from the states of layers before."""
-    guesses: list[Prediction] = []
+    guesses: list[RouterGuess] = []
     assert engine._parts.serving.ahead is not None
     engine._parts.serving.ahead.lookahead._predictions = guesses.append
     ids = ids_of(engine)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from inline_copier import DoneTicket, InlineCopier
 from patience import PATIENCE_S
 
-from offmoe.tiers.copier import CancelledMoveError, Copier, Part, Ticket, count_bytes, split
+from offmoe.tiers.copier import CancelledMoveError, Copier, CopyPart, Ticket, count_bytes, split
 from offmoe.tiers.throttled import ThrottledCopier
 
 
@@ -24,7 +24,7 @@ def make_throttled() -> ThrottledCopier:
 class PinnedLink(LazyLink):
     """Reads all memory itself."""
 
-    def reads(self, parts: Sequence[Part]) -> bool:
+    def reads(self, parts: Sequence[CopyPart]) -> bool:
         return True
 
 
@@ -175,7 +175,7 @@ def test_cancelled_copies_never_write_after_the_wait_and_the_others_are_right(
 
 @given(sizes=st.lists(st.integers(0, 40), max_size=6), chunk_bytes=st.integers(1, 20))
 def test_chunks_are_full_and_cover_the_parts_in_order(sizes: list[int], chunk_bytes: int) -> None:
-    parts: list[Part] = [(numbers(size, first=idx), zeros(size)) for idx, size in enumerate(sizes)]
+    parts: list[CopyPart] = [(numbers(size, first=idx), zeros(size)) for idx, size in enumerate(sizes)]
     chunks = list(split(parts, chunk_bytes))
     assert [count_bytes(chunk) for chunk in chunks[:-1]] == [chunk_bytes] * (len(chunks) - 1)
     assert all(0 < count_bytes(chunk) <= chunk_bytes for chunk in chunks)

@@ -194,20 +194,20 @@ class Norm(ctypes.Structure):
 
     _fields_ = [
         ("width", ctypes.c_int64) if name == "rows" else ("rows", ctypes.c_int64) if name == "width" else (name, kind)
-        for name, kind in structs.Norm._fields_
+        for name, kind in structs.CNorm._fields_
     ]
 
 
 class Linear(ctypes.Structure):
     """A wrong mirror: one field is narrower."""
 
-    _fields_ = [(name, ctypes.c_int16 if name == "type" else kind) for name, kind in structs.Linear._fields_]
+    _fields_ = [(name, ctypes.c_int16 if name == "type" else kind) for name, kind in structs.CLinear._fields_]
 
 
 class Route(ctypes.Structure):
     """A wrong mirror: its last field is not there."""
 
-    _fields_ = structs.Route._fields_[:-1]
+    _fields_ = structs.CRoute._fields_[:-1]
 
 
 @pytest.mark.parametrize(

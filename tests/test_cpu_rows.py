@@ -11,7 +11,7 @@ from makers import NUM_EXPERTS, TOP_K, TinyExperts, open_cache
 
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels, usable_levels
-from offmoe.moe.cpu_backend import CpuRows
+from offmoe.moe.cpu_backend import CpuBackend
 from offmoe.moe.executor import Executor
 from offmoe.moe.uncached import UncachedExecutor
 
@@ -33,9 +33,9 @@ def test_cached_is_uncached_to_the_bit(tiny: TinyExperts, kernels: CpuKernels, n
     take."""
     math = make_math()
     with open_cache(tiny, num_slots=num_slots) as opened:
-        rows = CpuRows(kernels)
+        rows = CpuBackend(kernels)
         executor = Executor(opened.cache, rows=rows)
-        uncached = UncachedExecutor(opened.experts, opened.index.files, CpuRows(kernels))
+        uncached = UncachedExecutor(opened.experts, opened.index.files, CpuBackend(kernels))
         for seed in range(4):
             call = Call(seed % 2, num_tokens, seed)
             once, again = call.run(executor, math), call.run(executor, math)
@@ -48,7 +48,7 @@ def test_cached_is_uncached_to_the_bit(tiny: TinyExperts, kernels: CpuKernels, n
 def test_a_token_whose_experts_are_there_counts_as_any_other(tiny: TinyExperts, kernels: CpuKernels) -> None:
     """The short way keeps the books of the long one: hits, recency, and no holds."""
     counters, recency = [], []
-    for rows in (CpuRows(kernels), None):
+    for rows in (CpuBackend(kernels), None):
         with open_cache(tiny, num_slots=16) as opened:
             executor = Executor(opened.cache, rows=rows)
             for seed in range(12):
@@ -63,7 +63,7 @@ def test_a_token_whose_experts_are_there_counts_as_any_other(tiny: TinyExperts, 
 
 def test_padding_and_an_expert_chosen_twice(tiny: TinyExperts, kernels: CpuKernels) -> None:
     with open_cache(tiny, num_slots=16) as opened:
-        executor = Executor(opened.cache, rows=CpuRows(kernels))
+        executor = Executor(opened.cache, rows=CpuBackend(kernels))
         for ids in ([3, 3], [2, NUM_EXPERTS], [5, 1]):
             assert len(ids) == TOP_K
             call = Call(0, 1).choosing(ids)
@@ -74,7 +74,7 @@ def test_padding_and_an_expert_chosen_twice(tiny: TinyExperts, kernels: CpuKerne
 def test_what_the_kernels_do_not_know_is_computed_by_torch(tiny: TinyExperts, kernels: CpuKernels) -> None:
     math = make_math(biased=True)  # with a norm after the experts
     with open_cache(tiny, num_slots=16) as opened:
-        rows = CpuRows(kernels)
+        rows = CpuBackend(kernels)
         executor = Executor(opened.cache, rows=rows)
         for num_tokens in (1, 1, 5):
             call = Call(0, num_tokens)

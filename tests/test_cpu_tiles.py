@@ -11,7 +11,7 @@ from cpu_cases import LEVELS, linear, needs_library, open_kernels
 from offmoe.formats.dense import ExpertWeights
 from offmoe.kernels import products
 from offmoe.kernels.cpu import CpuKernels
-from offmoe.moe import cpu_backend as cpu_rows
+from offmoe.moe import cpu_backend
 
 pytestmark = needs_library
 
@@ -52,11 +52,11 @@ def test_an_experts_rows_are_cut_where_a_call_is_full() -> None:
         (idx, weights, [10 * idx + i for i in range(count)], list(range(count)))
         for idx, count in enumerate((3, 7, 0, 2))
     ]
-    calls = list(cpu_rows._calls(experts, 4))
+    calls = list(cpu_backend._calls(experts, 4))
     assert [[(idx, tokens) for idx, _, tokens, _ in call] for call in calls] == [
         [(0, [0, 1, 2]), (1, [10])], [(1, [11, 12, 13, 14])], [(1, [15, 16]), (3, [30, 31])]
     ]  # fmt: skip
-    assert list(cpu_rows._calls([], 4)) == []
+    assert list(cpu_backend._calls([], 4)) == []
 
 
 def test_matrices_in_tiles_take_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:

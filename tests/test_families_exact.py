@@ -19,7 +19,7 @@ from makers import Measured
 
 import offmoe
 from offmoe.hf.internals import experts_modules
-from offmoe.planner.inspect import survey
+from offmoe.planner.inspect import inspect_checkpoint
 from offmoe.tiers.device import SimulatedDevice
 
 NUM_PROMPT, NUM_NEW = 12, 32
@@ -81,7 +81,7 @@ def _top_k(model: torch.nn.Module) -> int:
 
 def _survey_agrees(folder: Path, engine: offmoe.Engine) -> None:
     """What `inspect` says from headers alone is what the loader found through transformers."""
-    found, experts = survey(folder), engine._parts.experts
+    found, experts = inspect_checkpoint(folder), engine._parts.experts
     assert found.experts_total_bytes == experts.num_bytes
     assert found.num_moe_layers * found.experts_per_layer >= experts.num_experts
     assert found.total_bytes == engine._parts.index.num_bytes

@@ -19,7 +19,7 @@ import offmoe
 from offmoe.checkpoint.index import read_config
 from offmoe.checkpoint.locate import locate_model
 from offmoe.core.errors import CheckpointError, ModelNotFoundError, OffmoeError, UnsupportedModelError
-from offmoe.planner.inspect import survey
+from offmoe.planner.inspect import inspect_checkpoint
 
 Data = NDArray[Any]
 KINDS = {"gate": Type.Q8_0, "up": Type.Q8_0, "down": Type.Q4_0}
@@ -58,7 +58,7 @@ def test_one_tensor_an_expert_is_the_same_model(name: str, tmp_path: Path) -> No
     rewrite(stacked, old, one_an_expert)
     assert any(tensor.name == "blk.0.ffn_gate.3.weight" for tensor in gguf.GGUFReader(old).tensors)
     assert replies(old) == replies(stacked)
-    assert survey(old).experts_total_bytes == survey(stacked).experts_total_bytes
+    assert inspect_checkpoint(old).experts_total_bytes == inspect_checkpoint(stacked).experts_total_bytes
 
 
 def test_gate_and_up_in_one_tensor_are_the_same_model(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf_makers import MODELS, make_model, save_gguf
 from gguf_parts import split_gguf
 from makers import Measured, one_line
+from offmoe.sampling.params import SamplingParams
+from offmoe.sampling.sampler import resolve_sampling
 from transformers import AutoTokenizer
 
 import offmoe
@@ -21,10 +23,8 @@ from offmoe.checkpoint.gguf.config import gguf_sampling
 from offmoe.checkpoint.gguf.header import GgufHeader
 from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.core.errors import CheckpointError
-from offmoe.engine.params import SamplingParams
-from offmoe.engine.sampling import resolve_sampling
 from offmoe.hf.tokenizer import load_tokenizer
-from offmoe.planner.inspect import survey
+from offmoe.planner.inspect import inspect_checkpoint
 from offmoe.tiers.device import SimulatedDevice
 
 NUM_PROMPT, NUM_NEW = 12, 24
@@ -77,7 +77,7 @@ def test_logits_and_ids_are_those_of_the_same_values(
         reply = engine.generate(ids[0].tolist(), max_new_tokens=NUM_NEW, temperature=0, ignore_eos=True)
         assert list(reply.token_ids) == wanted_ids
         assert engine.stats()["misses"] > 0
-        assert survey(path).experts_total_bytes == engine._parts.experts.num_bytes
+        assert inspect_checkpoint(path).experts_total_bytes == engine._parts.experts.num_bytes
 
 
 def test_the_tokenizer_and_its_chat_template_come_from_the_file(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import offmoe
 from offmoe.hf.grok1.configuration import Grok1Config
-from offmoe.planner.inspect import survey
+from offmoe.planner.inspect import inspect_checkpoint
 from offmoe.quantize.write import QuantiseOptions, quantise
 from offmoe.tiers.device import SimulatedDevice
 
@@ -89,7 +89,7 @@ def test_logits_equal_the_numpy_reference(tmp_path: Path, measured: Measured) ->
         again = engine.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
         assert again[0].tolist() == greedy
         assert engine.stats()["misses"] > 0
-        found = survey(tmp_path)
+        found = inspect_checkpoint(tmp_path)
         assert found.experts_total_bytes == engine._parts.experts.num_bytes
         assert (found.num_moe_layers, found.experts_per_layer, found.top_k) == (3, 8, 2)
 

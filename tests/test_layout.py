@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from makers import WIDTH_D, WIDTH_F, TinyExperts, index_experts
 
-from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part, Span
+from offmoe.checkpoint.expert_index import ExpertIndex, ExpertPart, MoeLayer, Span
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import view_expert
@@ -18,7 +18,7 @@ from offmoe.formats.layout import SLOT_ALIGN_BYTES, device_slot_bytes, layout_of
 
 
 def make_layer(sizes: list[int], order: list[int]) -> MoeLayer:
-    parts = tuple(Part(source_idx=idx, offset=0, shape=(1, 1), strides=(1, 1), dtype="BF16") for idx in order)
+    parts = tuple(ExpertPart(source_idx=idx, offset=0, shape=(1, 1), strides=(1, 1), dtype="BF16") for idx in order)
     spans = tuple(
         tuple(Span(file_idx=0, start=1000 * expert + idx, num_bytes=size) for idx, size in enumerate(sizes))
         for expert in range(2)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offmoe.hf.internals import experts_modules
-from offmoe.prefetch.lookahead import Lookahead, Prediction, Predictor, rank_experts
+from offmoe.prefetch.lookahead import Lookahead, Predictor, RouterGuess, rank_experts
 from offmoe.routers.routing import map_routing
 
 NUM_LAYERS, NUM_EXPERTS = 4, 10
@@ -34,7 +34,7 @@ class Asked:
     def is_on(self, distance: int = 1) -> bool:
         return distance <= self.far
 
-    def want(
+    def request(
         self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, whole_layer: bool = False,
         num_sure: int | None = None,
     ) -> None:  # fmt: skip
@@ -61,7 +61,7 @@ class Router:
 
 def look(
     asked: Asked, *, routers: list[Router] | None = None, order: Iterable[int] = range(NUM_LAYERS), distance: int = 1,
-    predictions: list[Prediction] | None = None,
+    predictions: list[RouterGuess] | None = None,
 ) -> Lookahead:  # fmt: skip
     predictors: list[Predictor | None] = list(routers or [Router(i, 9 - i) for i in range(NUM_LAYERS)])
     return Lookahead(
@@ -81,14 +81,14 @@ def state(num_tokens: int = 1, device: str = "cpu") -> torch.Tensor:
 
 
 def test_a_state_asks_the_next_layers_router() -> None:
-    asked, told = Asked(), list[Prediction]()
+    asked, told = Asked(), list[RouterGuess]()
     ahead = look(asked, predictions=told)
     ahead.observe_state(1, state())
     assert asked.wants == []  # layer 1's own fetches come first
     ahead.look(1)
     ahead.look(1)
     assert asked.wants == [(2, [2, 7], 1, False)]
-    assert told == [Prediction(2, (2, 7), 1, False)]
+    assert told == [RouterGuess(2, (2, 7), 1, False)]
 
 
 @pytest.mark.parametrize(("distance", "targets"), [(1, [3]), (2, [3, 1]), (3, [3, 1, 2])])

@@ -68,7 +68,7 @@ def test_a_gguf_file_in_float16_has_the_range_of_llama_cpp(tmp_path: Path) -> No
         reply = engine.generate(IDS[0].tolist(), max_new_tokens=16, temperature=0, ignore_eos=True)
         assert list(reply.token_ids) == wanted
         assert engine._parts.experts.layers[0].bytes_per_weight == 2
-        rows = engine._parts.serving.cpu_rows
+        rows = engine._parts.serving.cpu_backend
         assert rows is None or not rows.reasons, "the kernels multiply float16 weights in bfloat16"
     assert read_facts(path, direct=False).item_bytes == 2
 

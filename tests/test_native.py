@@ -13,7 +13,7 @@ from families import build, save_layout
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from offmoe.hf.replace import NativeModule, NativeModules, find_norm
+from offmoe.hf.replace import ReplacedModule, ReplacedModules, find_norm
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels, usable_levels
 
@@ -55,11 +55,11 @@ def test_removing_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     with open_tiny(save_tiny(tmp_path), compile="off") as engine:
         native, model = engine._parts.native, engine.model
         assert native is not None
-        ours = [module for module in model.modules() if isinstance(module, NativeModule)]
+        ours = [module for module in model.modules() if isinstance(module, ReplacedModule)]
         assert len(ours) == native.counts.total() > 0
         kinds, names = [type(module) for module in plain_model(engine.folder).modules()], list(model.state_dict())
         native.remove()
-        assert not any(isinstance(module, NativeModule) for module in model.modules())
+        assert not any(isinstance(module, ReplacedModule) for module in model.modules())
         assert [type(module) for module in model.modules()] == kinds
         assert list(model.state_dict()) == names
 
@@ -111,7 +111,7 @@ def test_norms_are_known_by_their_numbers(kernels: CpuKernels, dtype: torch.dtyp
 
 def test_a_linear_for_many_rows_or_with_gradients_is_torchs_own(kernels: CpuKernels) -> None:
     model = nn.Sequential(nn.Linear(64, 48))
-    native = NativeModules(kernels)
+    native = ReplacedModules(kernels)
     native.replace(model)
     assert native.counts["linears"] == 1
     linear = model[0]
@@ -128,8 +128,8 @@ def test_a_replaced_module_is_one_of_its_kind_with_the_same_parts_and_copies_are
     model.append(model[0])  # a module in two places
     originals, seen = list(model), []
     handle = originals[0].register_forward_pre_hook(lambda module, args: seen.append(type(module)))
-    NativeModules(kernels).replace(model)
-    assert model[0] is model[2] and isinstance(model[0], NativeModule)
+    ReplacedModules(kernels).replace(model)
+    assert model[0] is model[2] and isinstance(model[0], ReplacedModule)
     assert isinstance(model[0], nn.Linear) and isinstance(model[1], Rms)
     assert all(a is b for a, b in zip(model.parameters(), nn.Sequential(*originals).parameters(), strict=True))
     x = torch.randn(2, 64)
@@ -147,7 +147,7 @@ def test_a_replaced_module_is_one_of_its_kind_with_the_same_parts_and_copies_are
 
 def test_other_weights_are_seen(kernels: CpuKernels) -> None:
     model = nn.Sequential(nn.Linear(64, 48, bias=False))
-    NativeModules(kernels).replace(model)
+    ReplacedModules(kernels).replace(model)
     x = torch.randn(2, 64)
     with torch.inference_mode():
         for in_place in (False, True):
@@ -171,7 +171,7 @@ def test_depthwise_convolutions_in_16_bits_are_computed_in_float32(
     ).to(dtype)
     model[2].float()
     originals, kept = list(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    native = NativeModules(kernels)
+    native = ReplacedModules(kernels)
     native.replace(model)
     assert native.counts["convolutions"] == 1 and list(model)[1:] == originals[1:]
     x = torch.randn(1, 24, 40).to(dtype)

@@ -21,8 +21,8 @@ from two_tiers import open_two_tiers
 from virtual_device import DEVICE_SPEED, EXPERT_BYTES, Engine, Machine, Pass, make_pass, open_engine
 
 from offmoe.moe.executor import Executor
-from offmoe.placement.choose import Mode
-from offmoe.prefetch.controller import Mode as PrefetchMode
+from offmoe.placement.choose import PlacementMode
+from offmoe.prefetch.controller import PlacementMode as PrefetchMode
 
 NUM_EXPERTS, TOP_K = 16, 4
 DEEP, SHALLOW = 24, 4
@@ -173,10 +173,10 @@ def test_decoding_with_hits_takes_the_larger_of_copying_and_computing(
 
 
 @DEVICES
-@pytest.mark.parametrize("miss", list(Mode))
+@pytest.mark.parametrize("miss", list(PlacementMode))
 @pytest.mark.parametrize("prefetch", ["off", "auto", 1, 2])
 def test_outputs_are_those_without_overlap(
-    deep: TinyExperts, prefetch: PrefetchMode, miss: Mode, blocking: bool
+    deep: TinyExperts, prefetch: PrefetchMode, miss: PlacementMode, blocking: bool
 ) -> None:
     passes = mixed()
     shape = Machine(link=0.1, cpu=0.2, device_slots=72, attention_s=2 * EXPERT_S, blocking=blocking)
@@ -190,7 +190,7 @@ def test_outputs_are_those_without_overlap(
 # --- misses
 
 
-def placed_s(tiny: TinyExperts, ratio: float, miss: Mode, error: float = 1.0) -> float:
+def placed_s(tiny: TinyExperts, ratio: float, miss: PlacementMode, error: float = 1.0) -> float:
     """Seconds of 2400 layer calls of skewed routing, with a link of `ratio` times the CPU's bandwidth."""
     shape = Machine(link=ratio / 4, cpu=1 / 4, device_slots=96, attention_s=EXPERT_S, computes=False, blocking=False)
     with open_engine(tiny, shape, miss=miss, error=error) as engine:
@@ -198,7 +198,7 @@ def placed_s(tiny: TinyExperts, ratio: float, miss: Mode, error: float = 1.0) ->
 
 
 def served_by_the_cpu(
-    tiny: TinyExperts, miss: Mode, *, skew: float, num_passes: int = 150
+    tiny: TinyExperts, miss: PlacementMode, *, skew: float, num_passes: int = 150
 ) -> tuple[float, float, float]:
     """Seconds, hit rate of the last third, and experts copied for each that was missed, from an empty device."""
     shape = Machine(link=0.125, cpu=0.25, device_slots=24, attention_s=EXPERT_S, computes=False, blocking=False)
@@ -213,28 +213,32 @@ def served_by_the_cpu(
 
 def test_the_device_adapts_though_the_cpu_serves(shallow: TinyExperts) -> None:
     """Experts that are used far more often than others come to the device, and stay."""
-    _, stream_hits, _ = served_by_the_cpu(shallow, Mode.STREAM, skew=1.0)
-    _, cpu_hits, copied = served_by_the_cpu(shallow, Mode.CPU, skew=1.0)
+    _, stream_hits, _ = served_by_the_cpu(shallow, PlacementMode.STREAM, skew=1.0)
+    _, cpu_hits, copied = served_by_the_cpu(shallow, PlacementMode.CPU, skew=1.0)
     assert cpu_hits > stream_hits and copied < 0.1, f"{cpu_hits=} {stream_hits=} {copied=}"
 
 
 def test_where_all_experts_are_used_alike_next_to_nothing_is_copied(shallow: TinyExperts) -> None:
-    _, _, copied = served_by_the_cpu(shallow, Mode.CPU, skew=0.0)
+    _, _, copied = served_by_the_cpu(shallow, PlacementMode.CPU, skew=0.0)
     assert copied < 0.05, f"{copied=}"
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_auto_is_never_far_behind_the_best_fixed_place_of_misses(deep: TinyExperts, ratio: float) -> None:
-    seconds = {miss: placed_s(deep, ratio, miss) for miss in Mode}
-    assert seconds[Mode.AUTO] <= 1.03 * min(seconds[Mode.STREAM], seconds[Mode.CPU]), f"{seconds=}"
+    seconds = {miss: placed_s(deep, ratio, miss) for miss in PlacementMode}
+    assert seconds[PlacementMode.AUTO] <= 1.03 * min(seconds[PlacementMode.STREAM], seconds[PlacementMode.CPU]), (
+        f"{seconds=}"
+    )
 
 
 @pytest.mark.parametrize("error", [1.2, 0.8])
 @pytest.mark.parametrize("ratio", [RATIOS[0], RATIOS[-1]])
 def test_auto_is_not_far_behind_where_costs_are_wrong_by_a_fifth(deep: TinyExperts, ratio: float, error: float) -> None:
     """Told the same wrong costs as the fixed choice: admission believes them, too."""
-    seconds = {miss: placed_s(deep, ratio, miss, error) for miss in Mode}
-    assert seconds[Mode.AUTO] <= 1.05 * min(seconds[Mode.STREAM], seconds[Mode.CPU]), f"{seconds=}"
+    seconds = {miss: placed_s(deep, ratio, miss, error) for miss in PlacementMode}
+    assert seconds[PlacementMode.AUTO] <= 1.05 * min(seconds[PlacementMode.STREAM], seconds[PlacementMode.CPU]), (
+        f"{seconds=}"
+    )
 
 
 # --- prefetching
@@ -288,7 +292,7 @@ def passes_compared_twice(engine: Engine, passes: Sequence[Pass]) -> int:
 def test_misses_and_prefetching_compare_one_at_a_time(shallow: TinyExperts, take_turns: bool) -> None:
     passes = decode(500, num_layers=SHALLOW, stay=0.5, skew=0.7, accuracy=0.8)
     shape = Machine(link=0.25, cpu=0.5, device_slots=24, attention_s=4 * EXPERT_S, computes=False, blocking=False)
-    with open_engine(shallow, shape, prefetch="auto", miss=Mode.AUTO, take_turns=take_turns) as engine:
+    with open_engine(shallow, shape, prefetch="auto", miss=PlacementMode.AUTO, take_turns=take_turns) as engine:
         assert (passes_compared_twice(engine, passes) == 0) == take_turns
 
 
@@ -297,11 +301,11 @@ def test_both_on_auto_are_never_far_behind_the_best_of_all_fixed(shallow: TinyEx
     passes = decode(400, num_layers=SHALLOW, stay=0.5, skew=0.7, accuracy=0.8)
     shape = Machine(link=0.5 * ratio, cpu=0.5, device_slots=24, attention_s=4 * EXPERT_S, computes=False)
     fixed_s = []
-    for miss in (Mode.STREAM, Mode.CPU):
+    for miss in (PlacementMode.STREAM, PlacementMode.CPU):
         for prefetch in ("off", 1):
             with open_engine(shallow, shape, prefetch=prefetch, miss=miss) as engine:
                 fixed_s.append(engine.run(passes))
-    with open_engine(shallow, shape, prefetch="auto", miss=Mode.AUTO) as engine:
+    with open_engine(shallow, shape, prefetch="auto", miss=PlacementMode.AUTO) as engine:
         seconds = engine.run(passes)
     assert seconds <= 1.05 * min(fixed_s), f"{seconds=} {fixed_s=}"
 
@@ -310,6 +314,6 @@ def test_deterministic(shallow: TinyExperts) -> None:
     shape = Machine(link=0.25, cpu=0.5, device_slots=24, attention_s=EXPERT_S, computes=False)
     seconds = set()
     for _ in range(2):
-        with open_engine(shallow, shape, prefetch="auto", miss=Mode.AUTO) as engine:
+        with open_engine(shallow, shape, prefetch="auto", miss=PlacementMode.AUTO) as engine:
             seconds.add(engine.run(decode(60, num_layers=SHALLOW, accuracy=0.5)))
     assert len(seconds) == 1

@@ -24,7 +24,7 @@ from offmoe.cli.main import main
 from offmoe.core.config import make_config
 from offmoe.core.errors import CheckpointError, ModelNotFoundError, UsageError
 from offmoe.core.units import GIB, MIB
-from offmoe.memory.auto import Facts, complete_config
+from offmoe.memory.auto import AutoFacts, complete_config
 from offmoe.memory.budget import CUDA_CONTEXT_BYTES, DevicePlan, MemoryPlan
 from offmoe.planner.hit_rates import published_curve
 from offmoe.planner.machines import NAMES, find_machine
@@ -49,7 +49,7 @@ def facts_of(folders: Path, name: str) -> ModelFacts:
     return read_facts(folders / name, direct=True)
 
 
-def plan(facts: ModelFacts, known: Facts, **options: object) -> Plan:
+def plan(facts: ModelFacts, known: AutoFacts, **options: object) -> Plan:
     curve = published_curve(facts.model_type, num_experts=facts.sizes.num_experts, per_token=facts.num_moe_layers)
     return make_plan(
         facts, make_config(**options), known, record=None, libraries_bytes=LIBRARIES, curve=curve, drive=None,
@@ -95,7 +95,7 @@ def _header_bytes(path: Path) -> int:
 def test_the_verdict_turns_at_one_slot(name: str, folders: Path) -> None:
     """The smallest budget of top-k slots fits, a byte less does not; each slot's bytes more are one slot more."""
     facts = facts_of(folders, name)
-    here = Facts(has_device=False, longest_context=facts.longest_context, ram_bytes=4000 * GIB)
+    here = AutoFacts(has_device=False, longest_context=facts.longest_context, ram_bytes=4000 * GIB)
     options = {"device": "cpu", "prefill_chunk": 64}
     whole = memory(plan(facts, here, **options))
     assert whole.num_slots == facts.sizes.num_experts
@@ -111,7 +111,9 @@ def test_the_verdict_turns_at_one_slot(name: str, folders: Path) -> None:
 @pytest.mark.parametrize("name", sorted(TOTAL_BYTES))
 def test_the_verdict_on_a_device_turns_at_one_slot(name: str, folders: Path) -> None:
     facts = facts_of(folders, name)
-    here = Facts(has_device=True, longest_context=facts.longest_context, ram_bytes=4000 * GIB, vram_bytes=4000 * GIB)
+    here = AutoFacts(
+        has_device=True, longest_context=facts.longest_context, ram_bytes=4000 * GIB, vram_bytes=4000 * GIB
+    )
     whole = device(plan(facts, here, prefill_chunk=64))
     least = whole.fixed_bytes + facts.sizes.top_k * facts.sizes.device_slot_bytes
     assert device(plan(facts, here, prefill_chunk=64, vram=least)).num_slots == facts.sizes.top_k
@@ -144,7 +146,7 @@ def test_the_loader_divides_the_same(name: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / name, name)
     with open_tiny(folder, context_length=128, device="cpu") as engine:
         loaded, sizes = engine.plan, read_facts(folder, direct=engine.stats()["io"] == "direct").sizes
-        here = Facts(has_device=False, longest_context=256, ram_bytes=8 * GIB)
+        here = AutoFacts(has_device=False, longest_context=256, ram_bytes=8 * GIB)
         found = memory(plan(read_facts(folder, direct=engine.stats()["io"] == "direct"), here, context_length=128,
                             ram="4GiB", expert_slots=4))  # fmt: skip
     assert (sizes.slot_bytes, sizes.num_experts) == (loaded.slot_bytes, loaded.num_experts)
@@ -155,7 +157,7 @@ def test_the_loader_divides_the_same(name: str, tmp_path: Path) -> None:
 
 
 def test_auto_is_settled_with_reasons() -> None:
-    here = Facts(has_device=False, longest_context=2048, ram_bytes=20 * GIB, direct_reads=True)
+    here = AutoFacts(has_device=False, longest_context=2048, ram_bytes=20 * GIB, direct_reads=True)
     done = complete_config(make_config(), here)
     assert (done.config.device, done.config.context_length, done.config.io) == ("cpu", 2048, "direct")
     assert done.config.ram == 18 * GIB and done.config.vram is None
@@ -167,7 +169,7 @@ def test_auto_is_settled_with_reasons() -> None:
 
 
 def test_what_is_set_stays_or_is_refused() -> None:
-    here = Facts(has_device=True, longest_context=2048, ram_bytes=20 * GIB, vram_bytes=8 * GIB, direct_reads=True)
+    here = AutoFacts(has_device=True, longest_context=2048, ram_bytes=20 * GIB, vram_bytes=8 * GIB, direct_reads=True)
     given = make_config(ram="5GiB", io="buffered", device="cpu", context_length=77, compile="on", prefetch=2)
     done = complete_config(given, here)
     assert done.config == replace(given, miss="auto")
@@ -324,5 +326,5 @@ def test_what_a_config_says_wrongly(tmp_path: Path) -> None:
     write_published("gpt-oss-120b", tmp_path)
     config = {**GPT_OSS_120B, "layer_types": "all", "sliding_window": "far", "head_dim": None}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = plan(read_facts(tmp_path, direct=True), Facts(has_device=False, ram_bytes=64 * GIB))
+    found = plan(read_facts(tmp_path, direct=True), AutoFacts(has_device=False, ram_bytes=64 * GIB))
     assert found.kv.num_bytes == 36 * 4096 * 2 * 8 * (2880 // 64) * 2

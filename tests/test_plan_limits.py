@@ -16,7 +16,7 @@ import offmoe
 from offmoe.core.config import make_config
 from offmoe.core.errors import ContextLengthError, UsageError
 from offmoe.machine.record import MachineRecord
-from offmoe.planner import make_plan as foresee
+from offmoe.planner import make_plan as predict_plan
 from offmoe.planner.machines import find_machine
 from offmoe.report.plan_table import plan_tables
 
@@ -26,7 +26,7 @@ ADVICE = "leave it out, or plan for another machine with --for"
 
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foresee, "free_vram_bytes", lambda: None)
+    monkeypatch.setattr(predict_plan, "free_vram_bytes", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_what_does_not_fit_ends_with_one(tiny: Path) -> None:
 
 
 def test_one_workspace_has_one_size() -> None:
-    found = foresee.run_plan(None, make_config(), machine="RTX 4060 laptop")
+    found = predict_plan.run_plan(None, make_config(), machine="RTX 4060 laptop")
     assert found.memory is not None and found.memory.device is not None
     rows = dict(plan_tables(found)[1][1])
     assert rows["workspace"] in found.line() and f"workspace {rows['workspace']}" in found.line()
@@ -104,5 +104,5 @@ def test_figures_taken_on_a_busy_machine_are_marked(monkeypatch: pytest.MonkeyPa
         found = last_json(succeed("probe", "--json").stdout)
     assert found["busy_share"] == 0.8
     monkeypatch.setattr("offmoe.machine.record.fingerprint", lambda: "x")
-    title = plan_tables(foresee.run_plan(None, make_config(device="cpu")))[-1][0]
+    title = plan_tables(predict_plan.run_plan(None, make_config(device="cpu")))[-1][0]
     assert title.startswith("settings") or "80.0% of the processors" in title

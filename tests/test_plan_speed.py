@@ -19,7 +19,7 @@ from offmoe.planner.hit_rates import HitCurve
 from offmoe.planner.layer_costs import WHOLE, latent_work, layer_cost
 from offmoe.planner.make_plan import against_plan
 from offmoe.planner.model_facts import ModelFacts, read_facts
-from offmoe.planner.predict import Prediction, Step, predict
+from offmoe.planner.predict import SpeedPrediction, SpeedStep, predict
 
 SMALL = LayerCosts(whole_s=1e-5, whole_token_s=3e-4, modules_s=2e-4, token_s=4e-4, watched_s=1e-5, fetch_s=5e-5)
 COSTS = LayerCosts(whole_s=1e-4, whole_token_s=1e-3, modules_s=5e-4, token_s=2e-3, watched_s=5e-5, fetch_s=2e-4)
@@ -40,7 +40,7 @@ def demo() -> ModelFacts:
 
 def predicted(
     facts: ModelFacts, record: MachineRecord = RECORD, *, hits: float = 1.0, num_slots: int | None = None
-) -> Prediction:
+) -> SpeedPrediction:
     plan = MemoryPlan(
         ram_bytes=1 << 33, runtime_bytes=0, resident_bytes=0, kv_bytes=8_000_000, workspace_bytes=0,
         slot_bytes=facts.sizes.slot_bytes, num_slots=num_slots or facts.sizes.num_experts,
@@ -52,7 +52,7 @@ def predicted(
     )  # fmt: skip
 
 
-def steps_of(found: Prediction) -> dict[str, Step]:
+def steps_of(found: SpeedPrediction) -> dict[str, SpeedStep]:
     return {step.what: step for step in found.decode_steps}
 
 

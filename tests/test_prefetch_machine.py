@@ -36,8 +36,8 @@ class PrefetcherMachine(RuleBasedStateMachine):
         self.held: list[ExpertKey] = []
 
     @rule(layer_idx=layers, ids=experts, distance=st.integers(1, 3))
-    def want(self, layer_idx: int, ids: list[int], distance: int) -> None:
-        self.prefetcher.want(layer_idx, ids, distance=distance, whole_layer=self.whole_layers)
+    def request(self, layer_idx: int, ids: list[int], distance: int) -> None:
+        self.prefetcher.request(layer_idx, ids, distance=distance, whole_layer=self.whole_layers)
         self.wanted[layer_idx] = set(ids) if self.whole_layers or distance <= 2 else set()
         self.age[layer_idx] = -distance
 
@@ -137,7 +137,7 @@ def test_everything_wanted_is_started_dropped_or_spoken_for() -> None:
     cache = FakeCache(machine, num_slots=2, num_layers=8)
     prefetcher = PrefetchController(cache, budget_bytes=EXPERT_BYTES, mode=3)
     for layer_idx in range(2, 8):
-        prefetcher.want(layer_idx, range(5), distance=layer_idx % 3 + 1)
+        prefetcher.request(layer_idx, range(5), distance=layer_idx % 3 + 1)
     order: Sequence[int] = [0, 1, 0, 1, 0, 1]
     for layer_idx in order:
         prefetcher.router_spoke(layer_idx, [0])

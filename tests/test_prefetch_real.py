@@ -17,7 +17,7 @@ import offmoe
 from offmoe.core.errors import DiskReadError
 from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import ExpertWeights
-from offmoe.prefetch.controller import Mode, PrefetchController
+from offmoe.prefetch.controller import PrefetchController, PrefetchMode
 
 PACKAGE = Path(offmoe.__file__).parent
 INTERRUPTED_FILES = {
@@ -26,7 +26,7 @@ INTERRUPTED_FILES = {
 A, B, C = (ExpertKey(0, expert) for expert in range(3))
 
 
-def make(opened: Opened, *, mode: Mode = 2, budget: int = 4) -> PrefetchController:
+def make(opened: Opened, *, mode: PrefetchMode = 2, budget: int = 4) -> PrefetchController:
     budget_bytes = budget * opened.cache.num_bytes(A)
     return PrefetchController(opened.cache, budget_bytes=budget_bytes, mode=mode)
 
@@ -61,7 +61,7 @@ def test_whatever_is_predicted_the_weights_are_the_files(tiny: TinyExperts, num_
             opened.cache.poll()
             prefetcher.router_spoke(layer_idx, needed)
             keys = [ExpertKey(layer_idx, expert) for expert in needed]
-            prefetcher.want((layer_idx + 1) % NUM_LAYERS, rng.sample(range(NUM_EXPERTS), 3), distance=1)
+            prefetcher.request((layer_idx + 1) % NUM_LAYERS, rng.sample(range(NUM_EXPERTS), 3), distance=1)
             for key in keys:
                 weights = get(opened, key)
                 gate, up, down = tiny.matrices(key)
@@ -78,7 +78,7 @@ def test_whatever_is_predicted_the_weights_are_the_files(tiny: TinyExperts, num_
 def test_a_prefetched_expert_is_read_once(tiny: TinyExperts) -> None:
     with open_cache(tiny, num_slots=4) as opened:
         prefetcher = make(opened)
-        prefetcher.want(0, [0, 1], distance=1)
+        prefetcher.request(0, [0, 1], distance=1)
         prefetcher.pump()
         prefetcher.router_spoke(0, [0, 1])
         get(opened, A)  # perhaps late
@@ -93,7 +93,7 @@ def test_a_read_that_fails_ahead_of_time_is_told_on_demand(tiny: TinyExperts) ->
     with open_cache(tiny, num_slots=4) as opened:
         prefetcher = make(opened)
         with failing_reads(opened, B):
-            prefetcher.want(0, [0, 1, 2], distance=1)
+            prefetcher.request(0, [0, 1, 2], distance=1)
             prefetcher.pump()
             arrive(opened)
             prefetcher.pump()
@@ -108,7 +108,7 @@ def test_a_read_that_fails_ahead_of_time_is_told_on_demand(tiny: TinyExperts) ->
 
 
 @pytest.mark.parametrize("mode", ["auto", 2])
-def test_after_ctrl_c_anywhere_it_is_at_rest_and_goes_on(mode: Mode) -> None:
+def test_after_ctrl_c_anywhere_it_is_at_rest_and_goes_on(mode: PrefetchMode) -> None:
     """Lines 1, 1 + step, ... of a few passes, most of which compare."""
     shape = Shape(num_layers=3, num_experts=8, top_k=2, num_slots=7)
     number = 1

@@ -8,8 +8,8 @@ import pytest
 from prefetch_fakes import EXPERT_BYTES, fates
 from prefetch_world import Shape, World
 
-from offmoe.online.ab_test import Trial
-from offmoe.prefetch.controller import Mode, PrefetchController
+from offmoe.online.ab_test import ABTest
+from offmoe.prefetch.controller import PrefetchController, PrefetchMode
 
 BUDGET = 8 * EXPERT_BYTES
 NUM_PASSES = 1200
@@ -32,7 +32,9 @@ GOOD_WORLDS = {
 }
 
 
-def seconds(shape: Shape, mode: Mode, num_passes: int, *, furthest: int = 1) -> tuple[float, PrefetchController]:
+def seconds(
+    shape: Shape, mode: PrefetchMode, num_passes: int, *, furthest: int = 1
+) -> tuple[float, PrefetchController]:
     world = World(replace(shape))
     prefetcher = PrefetchController(world.cache, budget_bytes=BUDGET, mode=mode, furthest=furthest)
     return world.run(prefetcher, num_passes), prefetcher
@@ -63,7 +65,7 @@ def test_where_the_link_is_the_bottleneck_and_has_idle_time_it_is_15_percent_fas
 
 def test_it_is_on_again_when_it_pays_at_last() -> None:
     shape = Shape(num_slots=12, predict_s=1e-3, drift={200: {"predict_s": 0.0}})
-    trial = Trial((0, 1))
+    trial = ABTest((0, 1))
     world = World(shape)
     prefetcher = PrefetchController(world.cache, budget_bytes=BUDGET, trial=trial)
     world.run(prefetcher, 200)

@@ -70,7 +70,7 @@ def land(tiers: TwoTiers) -> None:
 def test_a_far_guess_comes_to_ram_alone_and_its_layer_finds_it_there(tiers: TwoTiers) -> None:
     both = attach(tiers)
     both.router_spoke(0, [0])
-    both.want(FAR.layer_idx, [FAR.expert_idx], distance=1)
+    both.request(FAR.layer_idx, [FAR.expert_idx], distance=1)
     both.pump()
     land(tiers)
     assert tiers.host.is_ready(FAR) and not tiers.cache.is_ready(FAR) and not tiers.cache.is_coming(FAR)
@@ -85,7 +85,7 @@ def test_a_far_guess_comes_to_ram_alone_and_its_layer_finds_it_there(tiers: TwoT
 def test_a_wrong_guess_is_wasted_once_its_layer_has_spoken(tiers: TwoTiers) -> None:
     both = attach(tiers)
     both.router_spoke(0, [0])
-    both.want(1, [2], distance=1)
+    both.request(1, [2], distance=1)
     both.pump()
     run_layer(tiers, both, 1, 3)
     land(tiers)
@@ -102,7 +102,7 @@ def test_what_the_device_has_is_not_read(tiers: TwoTiers) -> None:
             tiers.host.finish(fetch)
             tiers.host.release([key])
     assert not tiers.host.is_ready(FAR) and tiers.cache.is_ready(FAR)
-    both.want(1, [2], distance=3)
+    both.request(1, [2], distance=3)
     both.pump()
     assert not tiers.host.ahead_bytes and not tiers.host.counters.ahead_bytes
 
@@ -114,7 +114,7 @@ def test_nothing_is_read_ahead_while_something_needed_is_read_but_it_is_while_th
     both.router_spoke(0, [0])
     needed = tiers.host.start(ExpertKey(0, 0), cold=False)
     assert needed is not None and tiers.host.is_demanded
-    both.want(1, [2], distance=1)
+    both.request(1, [2], distance=1)
     both.pump()
     assert not tiers.host.is_coming(FAR)
     tiers.host.finish(needed)
@@ -142,8 +142,8 @@ def test_how_long_the_disk_was_waited_for_is_read_off_the_counters(tiers: TwoTie
 def test_a_near_guess_goes_to_both_where_both_are_on(tiers: TwoTiers) -> None:
     both = attach(tiers, link=1)
     both.router_spoke(0, [0])
-    both.want(1, [2], distance=1)
-    both.want(2, [2], distance=2)
+    both.request(1, [2], distance=1)
+    both.request(2, [2], distance=2)
     assert both.is_on(1) and both.is_on(3) and not attach(tiers, disk="off").is_on(3)
     assert set(both.over_link.wanted) == {FAR} and set(both.from_disk.wanted) == {FAR, ExpertKey(2, 2)}
     assert both.as_dict()["disk"] == both.from_disk.as_dict()

@@ -22,12 +22,12 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("is_turned", [False, True])
 @pytest.mark.usefixtures("in_float32")
 def test_a_product_is_rounded_once(
-    dtype: torch.dtype, num_rows: int, is_turned: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, num_rows: int, is_transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "BLOCK_NUMBERS", 7 * 96)  # seven outputs at a time, and a rest
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(num_rows, 96, generator=generator).to(dtype)
-    weight = torch.randn(96, 40, generator=generator).to(dtype).T if is_turned else torch.randn(40, 96).to(dtype)
+    weight = torch.randn(96, 40, generator=generator).to(dtype).T if is_transposed else torch.randn(40, 96).to(dtype)
     bias = torch.randn(40, generator=generator).to(dtype)
     expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     got = multiply(x.view(1, num_rows, 96), weight, bias)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 import offmoe
 from offmoe.checkpoint.expert_index import QuantPart
-from offmoe.planner.inspect import survey
+from offmoe.planner.inspect import inspect_checkpoint
 from offmoe.tiers.device import SimulatedDevice
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -78,7 +78,7 @@ def _equals(
         experts = engine._parts.experts
         assert all(isinstance(part, QuantPart) for layer in experts.layers for part in (*layer.up, *layer.down))
         assert engine.stats()["misses"] > 0
-        assert survey(folder).experts_total_bytes == experts.num_bytes
+        assert inspect_checkpoint(folder).experts_total_bytes == experts.num_bytes
 
 
 @needs_compressed_tensors

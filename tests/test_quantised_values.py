@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart, Span
+from offmoe.checkpoint.expert_index import ExpertPart, MoeLayer, QuantPart, Span
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.quantised import QuantEntry, quant_part
 from offmoe.checkpoint.tensor_entry import TensorEntry
@@ -147,7 +147,7 @@ def _layer_of(matrix: QuantMatrix, part: QuantPart) -> tuple[MoeLayer, torch.Ten
     stored = [matrix.codes, matrix.scales, *([] if matrix.zeros is None else [matrix.zeros])]
     up = torch.randn(matrix.shape[1], 8, generator=_generator())
     tensors = [*stored, up]
-    up_part = Part(source_idx=len(stored), offset=0, shape=(matrix.shape[1], 8), strides=(8, 1), dtype="F32")
+    up_part = ExpertPart(source_idx=len(stored), offset=0, shape=(matrix.shape[1], 8), strides=(8, 1), dtype="F32")
     spans = tuple(Span(file_idx=0, start=0, num_bytes=tensor.nbytes) for tensor in tensors)
     layer = MoeLayer(
         name="experts", num_experts=1, top_k=1, up=(up_part,), down=(part,), transposed=False, spans=(spans,)

@@ -13,7 +13,7 @@ from makers import one_line
 
 from offmoe.core.errors import CheckpointError
 from offmoe.formats import encode as encoder
-from offmoe.formats.encode import encode, integer_format
+from offmoe.formats.encode import encode_matrix, integer_format
 from offmoe.formats.quantised import QuantMatrix
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -45,7 +45,7 @@ def squared_error(matrix: QuantMatrix, values: torch.Tensor) -> float:
 def test_compressed_tensors_reads_the_same_values(kind: str, scale_dtype: str, group: int) -> None:
     dtype = DTYPES[scale_dtype]
     values = weights(24, 256, dtype)
-    matrix = encode(values, integer_format(kind, group=group, scale_dtype=scale_dtype), name="w")
+    matrix = encode_matrix(values, integer_format(kind, group=group, scale_dtype=scale_dtype), name="w")
     state = {
         "weight_packed": matrix.codes, "weight_scale": matrix.scales, "weight_shape": torch.tensor(values.shape),
     }  # fmt: skip
@@ -57,7 +57,7 @@ def test_compressed_tensors_reads_the_same_values(kind: str, scale_dtype: str, g
 @pytest.mark.parametrize(("kind", "most"), [("int4", 0.9), ("int8", 1.001)])
 def test_less_error_than_scales_that_just_cover_the_largest(kind: str, most: float) -> None:
     values = weights(64, 256)
-    matrix = encode(values, integer_format(kind, group=32, scale_dtype="F32"), name="w")
+    matrix = encode_matrix(values, integer_format(kind, group=32, scale_dtype="F32"), name="w")
     how = scheme(kind, 32)
     grouped = values.view(64, -1, 32)
     assert how.weights is not None
@@ -71,7 +71,7 @@ def test_numbers_that_the_format_has_come_back_as_they_were() -> None:
     steps = torch.randint(-8, 8, (8, 64), generator=torch.Generator().manual_seed(1))
     steps[:, 0::32] = -8
     values = steps * 0.25
-    matrix = encode(values, integer_format("int4", group=32, scale_dtype="BF16"), name="w")
+    matrix = encode_matrix(values, integer_format("int4", group=32, scale_dtype="BF16"), name="w")
     assert torch.equal(matrix.dequantise(torch.float32), values)
 
 
@@ -81,7 +81,7 @@ def test_zeros_stay_zeros_and_tiny_numbers_finite(kind: str, scale_dtype: str) -
     values = torch.zeros(4, 64)
     values[1] = 1e-42
     values[2, 3] = 1.0
-    matrix = encode(values, integer_format(kind, group=32, scale_dtype=scale_dtype), name="w")
+    matrix = encode_matrix(values, integer_format(kind, group=32, scale_dtype=scale_dtype), name="w")
     read = matrix.dequantise(torch.float32)
     assert torch.equal(read[0], values[0]) and bool(torch.isfinite(matrix.scales).all())
     assert float(read[1].abs().max()) < 1e-30
@@ -93,13 +93,13 @@ def test_numbers_that_are_none(bad: float) -> None:
     values = weights(4, 64)
     values[3, 40] = bad
     with pytest.raises(CheckpointError, match=r"'layers\.0\.w' holds numbers that are not finite") as caught:
-        encode(values, integer_format("int4", group=32, scale_dtype="BF16"), name="layers.0.w")
+        encode_matrix(values, integer_format("int4", group=32, scale_dtype="BF16"), name="layers.0.w")
     one_line(caught)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     values, form = weights(13, 96), integer_format("int4", group=32, scale_dtype="BF16")
-    whole = encode(values, form, name="w")
+    whole = encode_matrix(values, form, name="w")
     monkeypatch.setattr(encoder, "BLOCK_VALUES", 200)  # two rows a block, and one that is left
-    pieces = encode(values, form, name="w")
+    pieces = encode_matrix(values, form, name="w")
     assert torch.equal(whole.codes, pieces.codes) and torch.equal(whole.scales, pieces.scales)

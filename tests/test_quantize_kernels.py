@@ -14,7 +14,7 @@ from offmoe.checkpoint.background import BackgroundIterator
 from offmoe.core.errors import CheckpointError
 from offmoe.formats import encode as reference
 from offmoe.kernels.cpu import CpuKernels
-from offmoe.kernels.cpu.quantise import encode
+from offmoe.kernels.cpu.quantise import encode_by_library
 from offmoe.quantize.plan import GROUPS
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -58,7 +58,7 @@ def test_the_same_bytes_as_pytorch(kernels: CpuKernels, kind: str, group: int, d
     values = torch.where(torch.isfinite(values.float()), values, torch.ones_like(values))
     scale_dtype = "F32" if dtype == "F64" else dtype
     form = reference.integer_format(kind, group=group, scale_dtype=scale_dtype)
-    ours, theirs = encode(kernels, values, form, name="w"), reference.encode(values, form, name="w")
+    ours, theirs = encode_by_library(kernels, values, form, name="w"), reference.encode_matrix(values, form, name="w")
     assert ours.scales is not None and theirs.scales is not None
     assert ours.codes.dtype == theirs.codes.dtype and ours.scales.dtype == theirs.scales.dtype
     assert torch.equal(ours.codes, theirs.codes)
@@ -72,16 +72,16 @@ def test_numbers_that_are_none(kernels: CpuKernels, bad: float, place: tuple[int
     values[place] = bad
     form = reference.integer_format("int4", group=64, scale_dtype="BF16")
     with pytest.raises(CheckpointError) as caught:
-        encode(kernels, values, form, name="w")
+        encode_by_library(kernels, values, form, name="w")
     assert str(caught.value) == "'w' holds numbers that are not finite; download the checkpoint again"
 
 
 def test_other_groups_and_no_kernels_go_to_pytorch(kernels: CpuKernels) -> None:
     values = torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
     form = reference.integer_format("int8", group=16, scale_dtype="F32")
-    theirs = reference.encode(values, form, name="w")
+    theirs = reference.encode_matrix(values, form, name="w")
     for given in (kernels, None):
-        assert torch.equal(encode(given, values, form, name="w").codes, theirs.codes)
+        assert torch.equal(encode_by_library(given, values, form, name="w").codes, theirs.codes)
 
 
 def test_items_ahead_come_in_order_and_errors_where_they_were() -> None:

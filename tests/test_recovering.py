@@ -18,7 +18,7 @@ from offmoe.cache.slots import SlotTable
 from offmoe.core.errors import DiskReadError
 from offmoe.core.keys import ExpertKey
 from offmoe.moe.executor import Executor
-from offmoe.moe.interrupt_safe import RecoveringExecutor
+from offmoe.moe.interrupt_safe import InterruptSafeExecutor
 
 PACKAGE = Path(offmoe.__file__).parent
 INTERRUPTED_FILES = {
@@ -36,9 +36,9 @@ def line_after(function: Callable[..., object], text: str) -> Line:
     return str(inspect.getsourcefile(function)), first + 1 + next(i for i, line in enumerate(lines) if text in line)
 
 
-def start(opened: Opened) -> tuple[RecoveringExecutor, Call]:
+def start(opened: Opened) -> tuple[InterruptSafeExecutor, Call]:
     """An executor in use, and a call with hits, misses and more experts than slots are free."""
-    executor = RecoveringExecutor(Executor(opened.cache))
+    executor = InterruptSafeExecutor(Executor(opened.cache))
     Call(0, 1).choosing([0, 1]).run(executor)
     Call(1, 1).choosing([0, 1]).run(executor)
     return executor, Call(0, 2, top_k=4).choosing([0, 1, 2, 3], [3, 2, 1, 0])

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmoe.cache.replay import LayerCall, ReplayResult, layer_calls, lru_curve, replay_belady
+from offmoe.cache.replay import ReplayedCall, ReplayResult, layer_calls, lru_curve, replay_belady
 from offmoe.trace.recorder import PADDING, TraceEvent
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 EXPERTS, SIZES = (NUM_EXPERTS,) * NUM_LAYERS, (10, 7)
 
 
-def replay_static(calls: Sequence[LayerCall], num_slots: int, expert_bytes: Sequence[int]) -> ReplayResult:
+def replay_static(calls: Sequence[ReplayedCall], num_slots: int, expert_bytes: Sequence[int]) -> ReplayResult:
     """The experts that the whole trace uses most, each fetched once and never let go: no policy can know them."""
     uses = Counter((call.layer_idx, idx) for call in calls for idx in call.rows_by_expert)
     kept = {key for key, _ in sorted(uses.items(), key=lambda item: (-item[1], item[0]))[:num_slots]}
@@ -32,7 +32,7 @@ def replay_static(calls: Sequence[LayerCall], num_slots: int, expert_bytes: Sequ
     return result
 
 
-def calls_of(passes: Sequence[Sequence[Sequence[int]]]) -> list[LayerCall]:
+def calls_of(passes: Sequence[Sequence[Sequence[int]]]) -> list[ReplayedCall]:
     """One set of experts a layer, layer by layer; a pass with more than one row is a prompt's."""
     return layer_calls(
         TraceEvent(layer_idx, len(ids), idx % 3 == 0, array("H", ids))
@@ -46,7 +46,7 @@ _calls = st.lists(st.tuples(_ids, _ids), min_size=1, max_size=12).map(calls_of)
 _few_calls = st.lists(st.tuples(_ids, _ids), min_size=1, max_size=4).map(calls_of)
 
 
-def plain_lru(calls: list[LayerCall], num_slots: int) -> list[tuple[int, int]]:
+def plain_lru(calls: list[ReplayedCall], num_slots: int) -> list[tuple[int, int]]:
     """(hits, misses) a call: all are looked up, then all become the most recent, then the oldest go."""
     cache: OrderedDict[tuple[int, int], None] = OrderedDict()
     found = []
@@ -62,7 +62,7 @@ def plain_lru(calls: list[LayerCall], num_slots: int) -> list[tuple[int, int]]:
     return found
 
 
-def fewest_misses(calls: list[LayerCall], num_slots: int) -> int:
+def fewest_misses(calls: list[ReplayedCall], num_slots: int) -> int:
     """By trying every content of the cache after every call."""
     least: dict[frozenset[tuple[int, int]], int] = {frozenset(): 0}
     for call in calls:
@@ -95,7 +95,7 @@ def test_events_become_calls() -> None:
 
 
 @given(_calls)
-def test_the_curve_is_lru_at_every_size(calls: list[LayerCall]) -> None:
+def test_the_curve_is_lru_at_every_size(calls: list[ReplayedCall]) -> None:
     curve = lru_curve(calls, EXPERTS, SIZES)
     for num_slots in range(NUM_LAYERS * NUM_EXPERTS + 3):
         found = plain_lru(calls, num_slots)
@@ -109,13 +109,13 @@ def test_the_curve_is_lru_at_every_size(calls: list[LayerCall]) -> None:
 
 
 @given(_few_calls, st.integers(0, 5))
-def test_belady_is_what_trying_everything_finds(calls: list[LayerCall], num_slots: int) -> None:
+def test_belady_is_what_trying_everything_finds(calls: list[ReplayedCall], num_slots: int) -> None:
     result = replay_belady(calls, num_slots, SIZES)
     assert result.prefill.misses + result.decode.misses == fewest_misses(calls, num_slots)
 
 
 @given(_calls, st.integers(0, 8), st.integers(0, 4))
-def test_nothing_beats_belady(calls: list[LayerCall], num_slots: int, foresight: int) -> None:
+def test_nothing_beats_belady(calls: list[ReplayedCall], num_slots: int, foresight: int) -> None:
     def misses(result: object) -> int:
         return result.prefill.misses + result.decode.misses  # type: ignore[attr-defined,no-any-return]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_replay import SIZES, calls_of
 
 from offmoe.cache.policy import POLICY_NAMES
-from offmoe.cache.replay import LayerCall, layer_calls, replay, replay_belady
+from offmoe.cache.replay import ReplayedCall, layer_calls, replay_belady, replay_calls
 from offmoe.engine.engine import Engine
 from offmoe.trace.reader import read_trace
 
@@ -40,7 +40,7 @@ def test_the_engine_counts_what_its_replay_counts(
         stats = engine.stats()
         bytes_of_one = engine._parts.experts.layers[0].expert_bytes
     trace = read_trace(tmp_path / "a")
-    result = replay(
+    result = replay_calls(
         layer_calls(trace.events), policy, num_slots, top_k=trace.header.top_k, expert_bytes=trace.header.expert_bytes
     )
     assert (result.prefill.hits + result.decode.hits, result.prefill.misses + result.decode.misses) == (
@@ -56,9 +56,9 @@ _ids = st.sets(st.integers(0, 3), min_size=1, max_size=2).map(sorted)
 
 
 @given(st.lists(st.tuples(_ids, _ids), min_size=1, max_size=12).map(calls_of), st.integers(2, 8))
-def test_no_policy_beats_belady(calls: list[LayerCall], num_slots: int) -> None:
+def test_no_policy_beats_belady(calls: list[ReplayedCall], num_slots: int) -> None:
     least = replay_belady(calls, num_slots, SIZES)
     for name in POLICY_NAMES:
-        found = replay(calls, name, num_slots, top_k=2, expert_bytes=SIZES)
+        found = replay_calls(calls, name, num_slots, top_k=2, expert_bytes=SIZES)
         assert found.prefill.misses + found.decode.misses >= least.prefill.misses + least.decode.misses
         assert found.decode.lookups == least.decode.lookups

@@ -17,7 +17,7 @@ from families import build
 import offmoe
 from offmoe.core.errors import DiskReadError
 from offmoe.hf.internals import experts_modules
-from offmoe.kv.prefix import longest_with_same_angles
+from offmoe.kv.prefix import longest_with_same_cos_sin
 
 NUM_NEW = 12
 MORE = [17, 90, 4, 55, 23, 71, 38]
@@ -201,8 +201,8 @@ def test_of_two_streams_each_finds_the_cache_as_it_is_when_it_begins(engine: off
 
 def test_angles_that_depend_on_the_length(tmp_path: Path) -> None:
     model = build("qwen3_moe")
-    assert longest_with_same_angles(model) is None
+    assert longest_with_same_cos_sin(model) is None
     model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 24}
-    assert longest_with_same_angles(model) == 24
+    assert longest_with_same_cos_sin(model) == 24
     model.config.rope_parameters = {"full": {"rope_type": "default"}, "sliding": {"rope_type": "dynamic"}}
-    assert longest_with_same_angles(model) == model.config.max_position_embeddings
+    assert longest_with_same_cos_sin(model) == model.config.max_position_embeddings

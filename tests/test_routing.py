@@ -19,7 +19,7 @@ from families import FAMILIES, MULTIMODAL, build
 from torch import nn
 from transformers import PreTrainedModel
 
-from offmoe.hf.call_trace import Call, LayerTrace
+from offmoe.hf.call_trace import LayerTrace, TracedCall
 from offmoe.hf.internals import SEAM_NAME, experts_modules
 from offmoe.hf.seam import LayerBinding, bind
 from offmoe.routers import routing
@@ -142,7 +142,9 @@ def test_the_block_run_up_to_its_experts_predicts_too(name: str, monkeypatch: py
     """Routers that answer with scores only, their block choosing: no family's router is a module of use here."""
     candidates = routing.candidates
 
-    def only_the_block(trace: LayerTrace, call: Call, used_ids: torch.Tensor) -> Iterator[tuple[Call, int | None]]:
+    def only_the_block(
+        trace: LayerTrace, call: TracedCall, used_ids: torch.Tensor
+    ) -> Iterator[tuple[TracedCall, int | None]]:
         return (found for found in candidates(trace, call, used_ids) if found[1] is None)
 
     monkeypatch.setattr(routing, "candidates", only_the_block)

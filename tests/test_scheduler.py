@@ -10,7 +10,7 @@ import pytest
 from virtual_machine import Speeds, VirtualMachine
 
 from offmoe.machine.costs import Costs
-from offmoe.placement.choose import Miss, Mode, Placement
+from offmoe.placement.choose import Miss, Placement, PlacementMode
 from offmoe.placement.scheduler import MissScheduler
 
 EXPERT_BYTES = 9_000_000
@@ -72,7 +72,9 @@ def trace_of(hit_rate: float) -> list[list[int]]:
     return [[sum(source.random() < chance for _ in range(TOP_K)) for chance in chances] for _ in range(NUM_PASSES)]
 
 
-def run_trace(ratio: float, hit_rate: float, mode: Mode, *, link_error: float = 1.0, cpu_error: float = 1.0) -> float:
+def run_trace(
+    ratio: float, hit_rate: float, mode: PlacementMode, *, link_error: float = 1.0, cpu_error: float = 1.0
+) -> float:
     speeds, source = speeds_of(ratio), random.Random(1)
     machine = VirtualMachine(speeds)
     costs = costs_of(speeds, link_error=link_error, cpu_error=cpu_error)
@@ -86,7 +88,7 @@ def run_trace(ratio: float, hit_rate: float, mode: Mode, *, link_error: float = 
 
 @cache
 def best_fixed_s(ratio: float, hit_rate: float) -> float:
-    return min(run_trace(ratio, hit_rate, mode) for mode in (Mode.STREAM, Mode.CPU))
+    return min(run_trace(ratio, hit_rate, mode) for mode in (PlacementMode.STREAM, PlacementMode.CPU))
 
 
 @pytest.mark.parametrize("errors", [(1.0, 1.0), (2.0, 1.0), (0.5, 1.0), (2.0, 0.5), (0.5, 2.0)])
@@ -95,16 +97,16 @@ def best_fixed_s(ratio: float, hit_rate: float) -> float:
 def test_never_far_behind_the_best_fixed_choice(ratio: float, hit_rate: float, errors: tuple[float, float]) -> None:
     """The model is wrong by two in both rates."""
     link_error, cpu_error = errors
-    seconds = run_trace(ratio, hit_rate, Mode.AUTO, link_error=link_error, cpu_error=cpu_error)
+    seconds = run_trace(ratio, hit_rate, PlacementMode.AUTO, link_error=link_error, cpu_error=cpu_error)
     assert seconds <= 1.03 * best_fixed_s(ratio, hit_rate)
 
 
 def test_a_split_beats_both_where_the_link_is_as_fast() -> None:
-    assert run_trace(1.0, 0.3, Mode.AUTO) < 0.8 * best_fixed_s(1.0, 0.3)
+    assert run_trace(1.0, 0.3, PlacementMode.AUTO) < 0.8 * best_fixed_s(1.0, 0.3)
 
 
 def test_deterministic() -> None:
-    assert run_trace(0.5, 0.9, Mode.AUTO) == run_trace(0.5, 0.9, Mode.AUTO)
+    assert run_trace(0.5, 0.9, PlacementMode.AUTO) == run_trace(0.5, 0.9, PlacementMode.AUTO)
 
 
 def test_prefill_is_not_compared() -> None:
@@ -118,7 +120,7 @@ def test_prefill_is_not_compared() -> None:
 
 
 def test_forced_modes_are_never_compared() -> None:
-    for mode, placement in ((Mode.STREAM, Placement.FETCH), (Mode.CPU, Placement.CPU)):
+    for mode, placement in ((PlacementMode.STREAM, Placement.FETCH), (PlacementMode.CPU, Placement.CPU)):
         scheduler = MissScheduler(costs_of(speeds_of(1.0)), mode=mode, clock=iter(range(10**6)).__next__)
         for at in range(200):
             assert scheduler.place(at % NUM_LAYERS, [Miss(num_bytes=EXPERT_BYTES)] * 4) == [placement] * 4

@@ -14,7 +14,7 @@ from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation, find_activation
 from offmoe.kernels.reference import combine_rows, experts_forward, one_token_forward
 from offmoe.kernels.slot_kernels import TorchSlotKernels, make_slot_kernels
-from offmoe.moe.backends import Computed, KernelRows, ReferenceRows
+from offmoe.moe.backends import Computed, KernelBackend, ReferenceBackend
 from offmoe.moe.dispatch import Assignment, dispatch
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_in_one_path_a_row_is_normed_alone() -> None:
         Computed(int(case.slot_of_E[idx]), weights_of(case, idx), [Assignment(idx, 1, choice, None)])
         for choice, idx in enumerate((0, 4, 5))
     ]
-    rows = KernelRows(kernels, one_path=True)
+    rows = KernelBackend(kernels, one_path=True)
     found = []
     for cut in (1, 2, 3):  # hits first, then arrivals
         y_SD = torch.zeros(3, 40, dtype=torch.bfloat16)
@@ -116,8 +116,8 @@ def test_tiles_serve_prompts_until_large_products_are_faster(num_tokens: int, ti
         for one in dispatch(ids_TK, 6)
     ]
     y_SD, expected_SD = torch.zeros(num_tokens, 40), torch.zeros(num_tokens, 40)
-    KernelRows(kernels).compute(0, case.math, experts, x_TD, y_SD)
-    ReferenceRows().compute(0, case.math, experts, x_TD, expected_SD)
+    KernelBackend(kernels).compute(0, case.math, experts, x_TD, y_SD)
+    ReferenceBackend().compute(0, case.math, experts, x_TD, expected_SD)
     assert kernels.num_rows == (num_tokens if served else 0)
     torch.testing.assert_close(y_SD, expected_SD)
 

@@ -10,7 +10,7 @@ from makers import TinyExperts, make_tiny_experts
 from test_overlap import DEEP, EXPERT_S, NUM_EXPERTS, decode
 from virtual_device import Machine, open_engine
 
-from offmoe.prefetch.controller import Mode as PrefetchMode
+from offmoe.prefetch.controller import PrefetchMode
 
 SLOTS = 96
 LINK = 0.1

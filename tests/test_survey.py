@@ -14,7 +14,7 @@ from makers import one_line, write_shards
 from safetensors.torch import load_file, save_file
 
 from offmoe.core.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
-from offmoe.planner.inspect import Survey, survey
+from offmoe.planner.inspect import Inspection, inspect_checkpoint
 from offmoe.planner.model_facts import read_facts
 
 CONFIG: dict[str, Any] = {
@@ -56,9 +56,9 @@ def make(folder: Path, tensors: dict[str, torch.Tensor], **changed: Any) -> Path
     ids=["single", "stacked"],
 )
 def test_the_same_model_in_two_layouts(experts: dict[str, torch.Tensor], layout: str, tmp_path: Path) -> None:
-    found = survey(make(tmp_path, RESIDENT | experts))
+    found = inspect_checkpoint(make(tmp_path, RESIDENT | experts))
     expert_bytes = EXPERT_ELEMENTS * 2
-    assert found == Survey(
+    assert found == Inspection(
         model_type="tinymoe", architecture="TinyMoeForCausalLM", num_layers=3, num_moe_layers=2, experts_per_layer=4,
         top_k=2, expert_bytes=expert_bytes, experts_total_bytes=8 * expert_bytes, resident_bytes=RESIDENT_BYTES,
         unused_bytes=0, total_bytes=RESIDENT_BYTES + 8 * expert_bytes, layout=layout,
@@ -73,10 +73,10 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
-    expected = survey(make(whole, RESIDENT | PER_EXPERT)).as_dict()
+    expected = inspect_checkpoint(make(whole, RESIDENT | PER_EXPERT)).as_dict()
     (parts / "config.json").write_text(json.dumps(CONFIG))
     write_shards(parts, {"a.safetensors": RESIDENT, "b.safetensors": PER_EXPERT})
-    assert survey(parts).as_dict() == expected | {"num_files": 2}
+    assert inspect_checkpoint(parts).as_dict() == expected | {"num_files": 2}
 
 
 def test_numbers_are_found_wherever_the_config_has_them(tmp_path: Path) -> None:
@@ -84,26 +84,26 @@ def test_numbers_are_found_wherever_the_config_has_them(tmp_path: Path) -> None:
     text = {"num_hidden_layers": 5, "n_routed_experts": [0, 4, 4], "moe_topk": [1, 3], "max_position_embeddings": 9}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "two-towers", "text_config": text}))
     save_file(RESIDENT | STACKED, tmp_path / "model.safetensors")
-    found = survey(tmp_path)
+    found = inspect_checkpoint(tmp_path)
     assert (found.num_layers, found.experts_per_layer, found.top_k, found.context_length) == (5, 4, 3, 9)
     assert found.architecture == "unknown"
 
 
 @pytest.mark.parametrize("odd", [True, 4.0, "4", None, -4, {"x": 4.0}])
 def test_numbers_of_another_kind_are_no_numbers(odd: Any, tmp_path: Path) -> None:
-    found = survey(make(tmp_path, PER_EXPERT, num_experts_per_tok=odd, max_position_embeddings=odd))
+    found = inspect_checkpoint(make(tmp_path, PER_EXPERT, num_experts_per_tok=odd, max_position_embeddings=odd))
     assert (found.top_k, found.context_length, found.bytes_per_token) == (0, None, 0)
 
 
 def test_three_dimensions_alone_make_no_expert(tmp_path: Path) -> None:
     """The first size must be a number of experts that the config names."""
     with pytest.raises(UnsupportedModelError, match="dense model"):
-        survey(make(tmp_path, RESIDENT | STACKED, num_experts=5))
+        inspect_checkpoint(make(tmp_path, RESIDENT | STACKED, num_experts=5))
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
-        survey(make(tmp_path, RESIDENT, model_type="llama", num_experts=None))
+        inspect_checkpoint(make(tmp_path, RESIDENT, model_type="llama", num_experts=None))
     message = one_line(caught)
     assert f"{tmp_path} is a dense model (llama)" in message and "transformers or llama.cpp" in message
 
@@ -111,28 +111,28 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architectures", ["TinyMoeForCausalLM", 5, [1], {"a": 1}])
 def test_architectures_are_a_list_of_names(architectures: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected a list of names"):
-        survey(make(tmp_path, PER_EXPERT, architectures=architectures))
+        inspect_checkpoint(make(tmp_path, PER_EXPERT, architectures=architectures))
 
 
 def test_no_architecture(tmp_path: Path) -> None:
-    assert survey(make(tmp_path, PER_EXPERT, architectures=[])).architecture == "unknown"
+    assert inspect_checkpoint(make(tmp_path, PER_EXPERT, architectures=[])).architecture == "unknown"
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
-        survey(tmp_path)
+        inspect_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(ModelNotFoundError, match=r"has no model\.safetensors"):
-        survey(tmp_path)
+        inspect_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="has 0 bytes"):
-        survey(tmp_path)
+        inspect_checkpoint(tmp_path)
 
 
 def test_what_is_not_loaded_is_in_no_count(tmp_path: Path) -> None:
     """DeepSeek-V3's files hold 59 layers of experts, one of them beyond its 61 layers; `plan` counted 58."""
     folder = save_tiny(tmp_path, "deepseek_v3")
-    before, tensors = survey(folder), load_file(folder / "model.safetensors")
+    before, tensors = inspect_checkpoint(folder), load_file(folder / "model.safetensors")
     last = f"model.layers.{before.num_layers - 1}."
     beyond = {
         name.replace(last, f"model.layers.{before.num_layers}."): t.clone()

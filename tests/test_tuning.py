@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from makers import one_line
 
 from offmoe.cache.policy import POLICY_NAMES
-from offmoe.cache.replay import layer_calls, replay, replay_belady
+from offmoe.cache.replay import layer_calls, replay_belady, replay_calls
 from offmoe.core.errors import OutputError, TraceError, UsageError
 from offmoe.machine.costs import TokenSample
-from offmoe.planner.tuning import Curves, TokenCosts, curve_sizes, knee, make_curves, measured_costs
+from offmoe.planner.tuning import Curves, TokenCosts, curve_sizes, knee, make_curves, token_costs
 from offmoe.report.curves import chart_lines, table_lines
 from offmoe.report.plot import check_plot, write_plot
 from offmoe.trace.file import Trace, TraceHeader
@@ -51,19 +51,19 @@ def test_a_token_costs_its_fixed_time_and_what_it_fetches() -> None:
     """Made of 10 ms a token, 1 ms a call that fetches, and 100 kB/s; and one token during which the machine slept."""
     made = [(0, 0), (1000, 1), (3000, 2), (4000, 2)]
     samples = [TokenSample(0.01 + size / 1e5 + calls / 1e3, size / 1e5, size, calls) for size, calls in made]
-    costs = measured_costs([*samples, TokenSample(9.0, 8.0, 7, 9)])
+    costs = token_costs([*samples, TokenSample(9.0, 8.0, 7, 9)])
     assert costs is not None
     assert costs.fixed_s == pytest.approx(0.01) and costs.waiting_call_s == pytest.approx(0.001)
     assert costs.fetch_bytes_per_s == pytest.approx(1e5)
     assert costs.tok_per_s(0) == pytest.approx(100)
     assert costs.tok_per_s(2000, 3) == pytest.approx(1 / (0.01 + 0.02 + 0.003))
-    same = measured_costs([TokenSample(0.02, 0.01, 1000, 2)] * 3)
+    same = token_costs([TokenSample(0.02, 0.01, 1000, 2)] * 3)
     assert same == TokenCosts(fixed_s=pytest.approx(0.01), fetch_bytes_per_s=pytest.approx(1e5))
-    steep = measured_costs([TokenSample(0.02, 0.01, 1000, 3), TokenSample(0.05, 0.01, 1000, 4)])
+    steep = token_costs([TokenSample(0.02, 0.01, 1000, 3), TokenSample(0.05, 0.01, 1000, 4)])
     assert steep is not None and steep.fixed_s == pytest.approx(0.01), "never less than the fastest token's work"
     assert steep.tok_per_s(1000, 3.5) == pytest.approx(1 / 0.035)
-    assert measured_costs([]) is None
-    assert measured_costs([TokenSample(0.02, 0.0, 0, 0)]) is None
+    assert token_costs([]) is None
+    assert token_costs([TokenSample(0.02, 0.0, 0, 0)]) is None
 
 
 def test_curves_hold_what_replays_give(curves: Curves) -> None:
@@ -71,13 +71,13 @@ def test_curves_hold_what_replays_give(curves: Curves) -> None:
     assert curves.num_tokens == 200 and curves.num_experts == 32 and curves.fit == 12
     assert curves.sizes == curve_sizes(32, top_k=2, fit=12) and {2, 8, 12, 32} <= set(curves.sizes)
     for size in (2, 12, 32):
-        found = replay(calls, curves.adopted, size, top_k=2, expert_bytes=HEADER.expert_bytes).decode
+        found = replay_calls(calls, curves.adopted, size, top_k=2, expert_bytes=HEADER.expert_bytes).decode
         point = curves.at(curves.adopted, size)
         assert point.hit_rate == found.hit_rate and point.missed_bytes_per_token == found.missed_bytes / 200
         waiting_s = found.waiting_calls / 200 * 0.002
         assert point.tok_per_s == pytest.approx(1 / (0.01 + point.missed_bytes_per_token / 1e8 + waiting_s))
         assert curves.at("belady", size).hit_rate == replay_belady(calls, size, HEADER.expert_bytes).decode.hit_rate
-    least = {name: replay(calls, name, 12, top_k=2, expert_bytes=HEADER.expert_bytes) for name in POLICY_NAMES}
+    least = {name: replay_calls(calls, name, 12, top_k=2, expert_bytes=HEADER.expert_bytes) for name in POLICY_NAMES}
     assert least[curves.adopted].decode.missed_bytes == min(one.decode.missed_bytes for one in least.values())
     for points in curves.by_policy.values():
         rates = [point.hit_rate for point in points]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from makers import RecordingDisk, TinyExperts, index_experts
 
-from offmoe.cache.backing_store import DiskSource
+from offmoe.cache.backing_store import DiskStore
 from offmoe.cache.expert_cache import ExpertCache
-from offmoe.cache.host_store import LinkSource
+from offmoe.cache.host_store import HostStore
 from offmoe.cache.policy import make_policy
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex
@@ -32,7 +32,7 @@ class TwoTiers:
     disk: RecordingDisk
     host: ExpertCache
     cache: ExpertCache
-    link: LinkSource
+    link: HostStore
     copier: Copier
 
     def assert_at_rest(self) -> None:
@@ -60,12 +60,12 @@ def open_two_tiers(
     experts, counters, host_counters = index_experts(index), Counters(), Counters()
     disk = disk_type(index.files, io="auto", counters=counters)
     host_pool = HostPool(num_slots=host_slots, slot_bytes=experts.slot_bytes(direct=disk.direct))
-    host_source = DiskSource(experts, host_pool, disk)
+    host_source = DiskStore(experts, host_pool, disk)
     num_layers = len(experts.layers)
     host = ExpertCache(host_slots, num_layers, host_source, make_policy("lru"), host_counters)
     pool = SimulatedDevice(bytes_per_s=1e12).make_pool(device_slots, device_slot_bytes(experts))
     layouts = [layout_of(layer) for layer in experts.layers]
-    link = LinkSource(experts, layouts, host, host_source, pool, copier, counters)
+    link = HostStore(experts, layouts, host, host_source, pool, copier, counters)
     cache = ExpertCache(device_slots, num_layers, link, make_policy("lru"), counters)
     try:
         yield TwoTiers(tiny, index, experts, disk, host, cache, link, copier)

@@ -29,20 +29,20 @@ from virtual_machine import CancelledJobError, Job, Lane, Speeds, VirtualMachine
 from offmoe.kernels.reference import ExpertMath
 from offmoe.loader.look_ahead import most_ahead
 from offmoe.machine.costs import Costs
-from offmoe.moe.backends import Computed, ReferenceRows
+from offmoe.moe.backends import Computed, ReferenceBackend
 from offmoe.moe.cpu_experts import CpuExperts, Group
 from offmoe.moe.executor import Executor
 from offmoe.moe.misses import MissPlacer
 from offmoe.moe.resident import preload
 from offmoe.moe.stalls import StreamStalls
 from offmoe.online.ab_test import Turns
-from offmoe.placement.choose import Mode
+from offmoe.placement.choose import PlacementMode
 from offmoe.placement.scheduler import MissScheduler
-from offmoe.prefetch.ahead import AheadOfTime
-from offmoe.prefetch.controller import Mode as PrefetchMode
+from offmoe.prefetch.ahead import PrefetchCoordinator
+from offmoe.prefetch.controller import PlacementMode as PrefetchMode
 from offmoe.prefetch.controller import PrefetchController
 from offmoe.prefetch.lookahead import Lookahead
-from offmoe.tiers.copier import CancelledMoveError, Part, check_parts, count_bytes, move_bytes
+from offmoe.tiers.copier import CancelledMoveError, CopyPart, check_parts, count_bytes, move_bytes
 
 POISON = 0xFF
 # Bytes per second of the device's memory; other speeds are shares of it.
@@ -99,7 +99,7 @@ class VirtualMove:
     """A copy on the link. Its bytes are there when it has ended (not blocking: for whatever is queued afterwards)."""
 
     stream: Stream
-    parts: Sequence[Part]
+    parts: Sequence[CopyPart]
     job: Job
     delivered: bool = False
 
@@ -135,7 +135,7 @@ class VirtualCopier:
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
-    def copy(self, parts: Sequence[Part], *, urgent: bool = True, after: object | None = None) -> VirtualMove:
+    def copy(self, parts: Sequence[CopyPart], *, urgent: bool = True, after: object | None = None) -> VirtualMove:
         check_parts(parts)
         for _, dst in parts:
             dst.fill_(POISON)
@@ -159,7 +159,7 @@ class VirtualRows:
 
     def __init__(self, stream: Stream, *, computes: bool = True) -> None:
         self._stream, self._computes = stream, computes
-        self._reference = ReferenceRows()
+        self._reference = ReferenceBackend()
 
     def compute(
         self, layer_idx: int, math: ExpertMath, experts: list[Computed], x_TD: torch.Tensor, y_SD: torch.Tensor
@@ -240,7 +240,7 @@ class Engine:
     stream: Stream
     two: TwoTiers
     executor: Executor
-    ahead: AheadOfTime | None = None
+    ahead: PrefetchCoordinator | None = None
     scheduler: MissScheduler | None = None
     prefetcher: PrefetchController | None = None
     outputs: list[torch.Tensor] = field(default_factory=list)
@@ -308,7 +308,7 @@ class Engine:
 
 @contextmanager
 def open_engine(
-    tiny: TinyExperts, shape: Machine, *, prefetch: PrefetchMode = "off", miss: Mode = Mode.STREAM,
+    tiny: TinyExperts, shape: Machine, *, prefetch: PrefetchMode = "off", miss: PlacementMode = PlacementMode.STREAM,
     take_turns: bool = True, error: float = 1.0,
 ) -> Iterator[Engine]:  # fmt: skip
     """All experts are in RAM, none on the device; the clock is at zero. The scheduler is told that the link is
@@ -329,7 +329,7 @@ def open_engine(
             two.cache, rows=rows, over_link=True, stalls=stalls, clock_ns=lambda: int(machine.now_s * 1e9)
         )
         engine = Engine(shape, machine, stream, two, executor)
-        if miss is not Mode.STREAM:
+        if miss is not PlacementMode.STREAM:
             _place_misses(engine, miss, error)
         if prefetch != "off":
             _fetch_ahead(engine, prefetch)
@@ -343,7 +343,7 @@ def open_engine(
         two.assert_at_rest()
 
 
-def _place_misses(engine: Engine, mode: Mode, error: float) -> None:
+def _place_misses(engine: Engine, mode: PlacementMode, error: float) -> None:
     """As loader/serving.py does."""
     speeds, two = engine.machine.speeds, engine.two
     assert speeds.link_beside_cpu is not None and speeds.cpu_beside_link is not None
@@ -370,4 +370,6 @@ def _fetch_ahead(engine: Engine, mode: PrefetchMode) -> None:
         num_experts=[engine.num_experts] * num_layers, distance=mode if isinstance(mode, int) else 1,
     )  # fmt: skip
     clock = engine.machine.clock
-    engine.ahead = engine.executor.ahead = AheadOfTime(lookahead, prefetcher, order=range(num_layers), clock=clock)
+    engine.ahead = engine.executor.ahead = PrefetchCoordinator(
+        lookahead, prefetcher, order=range(num_layers), clock=clock
+    )

@@ -24,7 +24,7 @@ def group_attention(graph: GraphModule) -> int:
     return num_rewritten
 
 
-def attend(
+def attend_grouped(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """One query a head, (batch, heads, 1, width), over keys and values (batch, groups, rows, width): as the first."""
@@ -52,7 +52,7 @@ def _rewrite(graph: GraphModule, node: Node) -> bool:
         return False
     scale = given.get("scale") or _shape(query)[-1] ** -0.5
     with graph.graph.inserting_before(node):
-        new = graph.graph.call_function(attend, (query, keys, values, mask, scale))
+        new = graph.graph.call_function(attend_grouped, (query, keys, values, mask, scale))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.graph.erase_node(node)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
 from offmoe.attention.latent import LatentAttention, find_latent_attention
-from offmoe.attention.sinks import fuse_sinks, has_fused_sinks
+from offmoe.attention.sinks import Attended, fuse_sinks, has_fused_sinks
 from offmoe.attention.token import TokenAttention, set_token_attention, token_attention
 from offmoe.hf.masks import mask_sees_all
 from offmoe.hf.replace import agree
@@ -31,8 +31,6 @@ _NAME = "sdpa"
 _MARK = "_offmoe_attention"
 # Arguments that the fused operation is not given here.
 _OTHERS = ("softcap", "position_bias", "cache", "output_attentions")
-
-Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def save_memory(model: PreTrainedModel) -> None:
@@ -70,7 +68,7 @@ def _choosing(theirs: Any) -> Any:
     def sdpa(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         attention_mask: torch.Tensor | None, **options: Any,
-    ) -> Result:  # fmt: skip
+    ) -> Attended:  # fmt: skip
         latent: LatentAttention | None = getattr(module, _MARK, None)
         plain = not options.get("dropout") and all(options.get(n) is None or options[n] is False for n in _OTHERS)
         if latent is not None:
@@ -85,7 +83,7 @@ def _choosing(theirs: Any) -> Any:
                 query, key, value, options.get("scaling"),
                 lambda: theirs(module, query, key, value, attention_mask, **options)[0],
             ), None  # fmt: skip
-        result: Result = theirs(module, query, key, value, attention_mask, **options)
+        result: Attended = theirs(module, query, key, value, attention_mask, **options)
         return result
 
     setattr(sdpa, _MARK, theirs)
@@ -95,7 +93,7 @@ def _choosing(theirs: Any) -> Any:
 def _attend(
     theirs: Any, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, **options: Any,
-) -> Result:  # fmt: skip
+) -> Attended:  # fmt: skip
     """Queries (B, H, T, K), keys (B, G, S, K) and values (B, G, S, V) of G shared heads; returns (B, T, H, V)."""
     width = value.shape[-1]
     if width < key.shape[-1]:

@@ -36,7 +36,7 @@ _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, No
 _FEW = 256
 _CHECKED_TOKENS, _CHECKED_CONTEXT = 5, 11
 
-Result = tuple[torch.Tensor, torch.Tensor | None]
+Attended = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def fuse_sinks(model: PreTrainedModel) -> None:
@@ -93,13 +93,13 @@ def _own_function(module: nn.Module) -> Any:
 def _attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, **options: Any,
-) -> Result:  # fmt: skip
+) -> Attended:  # fmt: skip
     """An attention function of transformers: queries (B, H, T, K), keys and values of G shared heads (B, G, S, .)."""
     plain = query.device.type == "cpu" and not options.get("dropout") and not options.get("output_attentions")
     # The fused operation takes masks that are added.
     fitting = attention_mask is None or (attention_mask.dtype == query.dtype and attention_mask.dim() == 4)
     if not plain or not fitting or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        result: Result = getattr(module, _MARK)(module, query, key, value, attention_mask, **options)
+        result: Attended = getattr(module, _MARK)(module, query, key, value, attention_mask, **options)
         return result
     sinks, scaling, one = getattr(module, "sinks", None), options["scaling"], token_attention(module)
 

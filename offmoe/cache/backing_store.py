@@ -27,7 +27,7 @@ class LayerBooks(Protocol):
         """A layer call begins."""
 
 
-class Source(Protocol):
+class BackingStore(Protocol):
     """The tier below a cache."""
 
     @property
@@ -56,7 +56,7 @@ class Source(Protocol):
         """End every move, also those whose ticket was lost; afterwards nobody writes to a slot."""
 
 
-class DiskSource:
+class DiskStore:
     """Reads experts from the files into the slots of a host pool."""
 
     host = None

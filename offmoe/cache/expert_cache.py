@@ -1,11 +1,11 @@
 """Experts in the slots of one tier: find, fetch, hold, evict; on demand and ahead of time.
 
-The same class serves both tiers; a `Source` says where the bytes come from (cache/backing_store.py).
+The same class serves both tiers; a `BackingStore` says where the bytes come from (cache/backing_store.py).
 
 Concurrency. One thread (the one that runs the model) calls everything here. Bytes arrive on threads or streams of the
 tier below, into slots that are FILLING; a FILLING slot is nobody's until its ticket was waited for, and a READY slot is
 only read. A slot is reused after eviction, which requires READY and no hold, so nothing writes to it and no
-computation that this thread started can be using it (a device's queued work: see LinkSource).
+computation that this thread started can be using it (a device's queued work: see HostStore).
 
 A fetch is *ahead* when no computation waits for it (a prefetch). How each ended is in `books`.
 """
@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence, Set
 
-from offmoe.cache.backing_store import Source
+from offmoe.cache.backing_store import BackingStore
 from offmoe.cache.contents import Contents
 from offmoe.cache.fetch import Fetch, wait_out
 from offmoe.cache.policy import KeepAllPolicy, Policy
-from offmoe.cache.prefetch_ledger import AheadBooks
+from offmoe.cache.prefetch_ledger import PrefetchTracker
 from offmoe.core.counters import Counters
 from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import ExpertWeights
@@ -30,11 +30,13 @@ FAR_MORE_OFTEN = 2
 class ExpertCache:
     """Expert weights in `num_slots` slots of one tier, for `num_layers` MoE layers."""
 
-    def __init__(self, num_slots: int, num_layers: int, source: Source, policy: Policy, counters: Counters) -> None:
+    def __init__(
+        self, num_slots: int, num_layers: int, source: BackingStore, policy: Policy, counters: Counters
+    ) -> None:
         self._source, self.policy, self.counters = source, policy, counters
         self.contents = Contents(num_slots, policy)
         self.slots = self.contents.slots
-        self.books = AheadBooks(counters, source.num_bytes)
+        self.books = PrefetchTracker(counters, source.num_bytes)
         self._num_layers = num_layers
         self._keeps_all = isinstance(policy, KeepAllPolicy)
         self._coming: dict[ExpertKey, Fetch] = {}

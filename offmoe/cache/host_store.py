@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from offmoe.cache.backing_store import DiskSource
+from offmoe.cache.backing_store import DiskStore
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.fetch import Fetch
 from offmoe.checkpoint.expert_index import ExpertIndex
@@ -23,18 +23,18 @@ from offmoe.core.counters import Counters
 from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import ExpertWeights, view_expert
 from offmoe.formats.layout import LayerLayout
-from offmoe.tiers.copier import CancelledMoveError, Copier, Part, Ticket
+from offmoe.tiers.copier import CancelledMoveError, Copier, CopyPart, Ticket
 from offmoe.tiers.device import DevicePool
 
 # Between two looks at a copy that is queued on the device.
 POLL_S = 1e-4
 
 
-class LinkSource:
+class HostStore:
     """Copies experts from the slots of `host` into those of a device pool."""
 
     def __init__(
-        self, index: ExpertIndex, layouts: Sequence[LayerLayout], host: ExpertCache, host_source: DiskSource,
+        self, index: ExpertIndex, layouts: Sequence[LayerLayout], host: ExpertCache, host_source: DiskStore,
         pool: DevicePool, copier: Copier, counters: Counters,
     ) -> None:  # fmt: skip
         self._index, self._layouts = index, layouts
@@ -82,7 +82,7 @@ class LinkSource:
         self._counters.link_bytes += self.num_bytes(key)
         return self._copier.copy(self.parts(key, slot), urgent=urgent, after=self._last_use[slot])
 
-    def parts(self, key: ExpertKey, slot: int) -> list[Part]:
+    def parts(self, key: ExpertKey, slot: int) -> list[CopyPart]:
         """Pairs of source and target to copy, for an expert that is READY and held in RAM."""
         offsets = self._layouts[key.layer_idx].offsets
         memory = self._pool.tensor(slot)
@@ -138,7 +138,7 @@ class LinkSource:
 class _Move:
     """Disk -> RAM (unless it is there) -> device. The RAM slot is held from its arrival to the end of the copy."""
 
-    def __init__(self, source: LinkSource, key: ExpertKey, slot: int, fetch: Fetch | None, *, urgent: bool) -> None:
+    def __init__(self, source: HostStore, key: ExpertKey, slot: int, fetch: Fetch | None, *, urgent: bool) -> None:
         self._source, self._key, self._slot, self._urgent = source, key, slot, urgent
         self._fetch = fetch
         self._copy: Ticket | None = None

@@ -8,7 +8,7 @@ from offmoe.core.counters import Counters
 from offmoe.core.keys import ExpertKey
 
 
-class AheadBooks:
+class PrefetchTracker:
     """Prefetches into one cache and has not ended: `unused`, of which some is still under way.
 
     `guesses` are those of `unused` that were fetched for the next call of their layer: until then they are not evicted

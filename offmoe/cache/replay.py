@@ -19,7 +19,7 @@ from offmoe.cache.shadow import ShadowCache
 from offmoe.trace.recorder import TraceEvent
 
 
-class LayerCall(NamedTuple):
+class ReplayedCall(NamedTuple):
     """One event. `rows_by_expert` in order of expert id; `starts_pass`: a token, or a piece of a prompt, begins."""
 
     layer_idx: int
@@ -64,24 +64,24 @@ class ReplayResult:
     prefill: Tally = field(default_factory=Tally)
     decode: Tally = field(default_factory=Tally)
 
-    def phase(self, call: LayerCall) -> Tally:
+    def phase(self, call: ReplayedCall) -> Tally:
         """The tally that a call counts in."""
         return self.prefill if call.is_prefill else self.decode
 
 
-def layer_calls(events: Iterable[TraceEvent]) -> list[LayerCall]:
+def layer_calls(events: Iterable[TraceEvent]) -> list[ReplayedCall]:
     """The events of a trace as a cache sees them. A pass begins where the layers begin again."""
-    calls: list[LayerCall] = []
+    calls: list[ReplayedCall] = []
     before = -1
     for event in events:
         starts = event.layer_idx <= before or before < 0
-        calls.append(LayerCall(event.layer_idx, event.rows_by_expert(), event.is_prefill, starts))
+        calls.append(ReplayedCall(event.layer_idx, event.rows_by_expert(), event.is_prefill, starts))
         before = event.layer_idx
     return calls
 
 
-def replay(
-    calls: Sequence[LayerCall], policy: str, num_slots: int, *, top_k: int, expert_bytes: Sequence[int]
+def replay_calls(
+    calls: Sequence[ReplayedCall], policy: str, num_slots: int, *, top_k: int, expert_bytes: Sequence[int]
 ) -> ReplayResult:
     """Replay the calls as the engine would with `num_slots` slots under `policy`, from empty, without prefetching."""
     num_layers = len(expert_bytes)
@@ -127,13 +127,13 @@ class LruCurve:
         )
 
 
-def lru_curve(calls: Sequence[LayerCall], experts_per_layer: Sequence[int], expert_bytes: Sequence[int]) -> LruCurve:
+def lru_curve(calls: Sequence[ReplayedCall], experts_per_layer: Sequence[int], expert_bytes: Sequence[int]) -> LruCurve:
     """LRU over all layers together, at every number of slots from 0 to all, in one pass over the calls.
 
     Mattson's stack distances (IBM Systems Journal 9, 1970), with a call as one event: an expert's distance is the
     number of distinct experts used since its own last use, up to the begin of this call, and it is a hit wherever that
     is less than the slots. After the call its experts are the most recent, in order of expert id. The engine's LRU
-    differs in three things, which `replay` has and no single pass can: within a call hits count as older than misses;
+    differs in three things, which `replay_calls` has and no single pass can: within a call hits are older than misses;
     of a prompt's call that touches more than a layer's share of slots only the busiest experts are kept; and with fewer
     slots than one token needs, each layer has slots of its own.
     """
@@ -178,7 +178,7 @@ def lru_curve(calls: Sequence[LayerCall], experts_per_layer: Sequence[int], expe
 
 
 def replay_belady(
-    calls: Sequence[LayerCall], num_slots: int, expert_bytes: Sequence[int], *, foresight: int | None = None
+    calls: Sequence[ReplayedCall], num_slots: int, expert_bytes: Sequence[int], *, foresight: int | None = None
 ) -> ReplayResult:
     """Belady's MIN with bypass: keeps the experts that are needed soonest, and none that is needed later than those.
 

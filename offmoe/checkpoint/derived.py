@@ -12,7 +12,7 @@ Way = Literal["unrotate", "latent", "pairs", "reshape", "rows", "less_one", "log
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class DerivationStep:
     """One thing that is done to stored tensors; `numbers` by `way`:
 
     unrotate (heads): pairs of rotated rows of each head become two halves
@@ -38,7 +38,7 @@ class DerivedEntry:
 
     name: str
     shape: tuple[int, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[DerivationStep, ...]
     sources: tuple[TensorEntry | QuantEntry, ...]
 
     @property

@@ -32,7 +32,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class ExpertPart:
     """A strided view of source `source_idx`: offset and strides in elements, shape (rows, columns)."""
 
     source_idx: int
@@ -51,9 +51,9 @@ class QuantPart:
 
     format: QuantFormat
     shape: tuple[int, int]
-    codes: Part
-    scales: Part | None
-    zeros: Part | None = None
+    codes: ExpertPart
+    scales: ExpertPart | None
+    zeros: ExpertPart | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +68,8 @@ class MoeLayer:
     name: str
     num_experts: int
     top_k: int
-    up: tuple[Part | QuantPart, ...]
-    down: tuple[Part | QuantPart, ...]
+    up: tuple[ExpertPart | QuantPart, ...]
+    down: tuple[ExpertPart | QuantPart, ...]
     transposed: bool
     spans: tuple[tuple[Span, ...], ...]
     halves: bool = False
@@ -85,7 +85,7 @@ class MoeLayer:
         return self.expert_bytes / sum(math.prod(part.shape) for part in (*self.up, *self.down))
 
     @property
-    def stored_parts(self) -> Iterator[Part]:
+    def stored_parts(self) -> Iterator[ExpertPart]:
         """Every plain part in the order of use: those of `up`, then of `down`; a quantised one is two or three."""
         for part in (*self.up, *self.down):
             yield from stored_parts(part)
@@ -95,14 +95,14 @@ class MoeLayer:
         """True when a matrix is stored in another form than floating point numbers side by side."""
         return any(isinstance(part, QuantPart) for part in (*self.up, *self.down))
 
-    def width(self, part: Part | QuantPart) -> int:
+    def width(self, part: ExpertPart | QuantPart) -> int:
         """The inputs that `part` takes."""
-        return part.shape[0 if self.transposed and isinstance(part, Part) else 1]
+        return part.shape[0 if self.transposed and isinstance(part, ExpertPart) else 1]
 
 
-def stored_parts(part: Part | QuantPart) -> tuple[Part, ...]:
+def stored_parts(part: ExpertPart | QuantPart) -> tuple[ExpertPart, ...]:
     """Stored tensors of `part`: itself, or its codes, scales and zero points."""
-    if isinstance(part, Part):
+    if isinstance(part, ExpertPart):
         return (part,)
     return tuple(stored for stored in (part.codes, part.scales, part.zeros) if stored is not None)
 

@@ -13,9 +13,10 @@ from tempfile import TemporaryDirectory
 from offmoe.checkpoint.gguf.file import is_gguf, no_model, only_model, why_not_gguf
 from offmoe.checkpoint.hub.api import MAIN, Hub
 from offmoe.checkpoint.hub.cache import CachedModel, cache_root, is_offline, missing_weights
-from offmoe.checkpoint.hub.download import Download, Progress
+from offmoe.checkpoint.hub.download import Download
 from offmoe.core.errors import HubUnreachableError, ModelNotFoundError, UsageError
 from offmoe.core.folders import expand
+from offmoe.core.progress import Progress
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from offmoe.checkpoint.expert_index import Part, QuantPart
+from offmoe.checkpoint.expert_index import ExpertPart, QuantPart
 from offmoe.checkpoint.quant_config import CHANNEL, Quantisation
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.tensor_entry import TensorEntry
@@ -111,9 +111,9 @@ def quant_part(
     )  # fmt: skip
 
 
-def _rows(entry: TensorEntry, source: int, rows: tuple[int, int, int], columns: int, per: int) -> Part:
+def _rows(entry: TensorEntry, source: int, rows: tuple[int, int, int], columns: int, per: int) -> ExpertPart:
     first, count, step = rows
-    return Part(
+    return ExpertPart(
         source_idx=source, offset=first // per * columns, shape=(-(-count // per), columns),
         strides=(step * columns, 1), dtype=entry.dtype,
     )  # fmt: skip

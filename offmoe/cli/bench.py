@@ -42,10 +42,10 @@ def run_bench_command(
 
 def _text_ids(engine: Engine, prompt: str | None, count: int) -> list[int]:
     """`count` ids of the prompt, repeated when it is short; of the vocabulary for a model without a tokenizer."""
-    from offmoe.engine.prompt import encode
+    from offmoe.engine.prompt import encode_prompt
 
     if engine.tokenizer is None and prompt is None:
         return [(7 * position + 3) % engine.vocab_size for position in range(count)]
     text = DEFAULT_TEXT if prompt is None else prompt
-    ids = encode(text, engine.tokenizer, vocab_size=engine.vocab_size)
+    ids = encode_prompt(text, engine.tokenizer, vocab_size=engine.vocab_size)
     return (ids * (count // len(ids) + 1))[:count]

@@ -131,8 +131,8 @@ class SlashCommands:
         return ("random" if value is None else str(value)) + ("" if name in self.options else " (the model's default)")
 
     def _sampling(self, options: dict[str, Any]) -> Any:
-        from offmoe.engine.params import SAMPLING_NAMES
-        from offmoe.engine.sampling import resolve_sampling
+        from offmoe.sampling.params import SAMPLING_NAMES
+        from offmoe.sampling.sampler import resolve_sampling
 
         defaults = self._engine.model.generation_config
         assert defaults is not None

@@ -9,14 +9,14 @@ import click
 from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.cli.session import open_engine, peak_line, print_stream
 from offmoe.core.units import format_bytes, format_percent, format_traffic
-from offmoe.planner.inspect import survey
+from offmoe.planner.inspect import inspect_checkpoint
 
 CACHED_SHARE = 0.25
 
 
 def run_demo(prompt: str, *, max_new_tokens: int, seed: int, quiet: bool) -> dict[str, Any]:
     """Stream a continuation of `prompt` and say what it cost; returns the same as a record."""
-    found = survey(demo_model_folder())
+    found = inspect_checkpoint(demo_model_folder())
     total = found.num_moe_layers * found.experts_per_layer
     slots = max(found.top_k, round(total * CACHED_SHARE))
     with open_engine(None, {"expert_slots": slots}, quiet=quiet) as engine:

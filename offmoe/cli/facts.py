@@ -30,17 +30,17 @@ DOES_NOT_FIT = 1  # the exit code of a plan that is one; 2 is for what cannot be
 def inspect(model: str | None, revision: str | None, as_json: bool) -> None:
     """Layers, experts and sizes of a checkpoint, from its headers alone: nothing else of a hub id is fetched."""
     from offmoe.checkpoint.hub.headers import locate_headers
-    from offmoe.planner.inspect import survey
+    from offmoe.planner.inspect import inspect_checkpoint
     from offmoe.report.progress import ProgressReporter
-    from offmoe.report.tables import print_pairs, survey_rows
+    from offmoe.report.tables import inspection_rows, print_pairs
 
     known = make_config(revision=revision).revision
     with ProgressReporter(quiet=as_json) as progress, locate_headers(model, progress, known) as folder:
-        found = survey(folder)
+        found = inspect_checkpoint(folder)
     if as_json:
         print_json(found.as_dict())
     else:
-        print_pairs(str(folder.name), survey_rows(found))
+        print_pairs(str(folder.name), inspection_rows(found))
 
 
 @click.command()

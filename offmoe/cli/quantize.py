@@ -63,14 +63,14 @@ def _compare(source: Path, target: Path, text: str, *, quiet: bool) -> dict[str,
 
 
 def _perplexity(folder: Path, text: str, *, quiet: bool) -> Any:
-    from offmoe.engine.prompt import encode
+    from offmoe.engine.prompt import encode_prompt
     from offmoe.report.perplexity import perplexity
 
     with (
         open_engine(str(folder), {}, quiet=True, baseline_bytes=rss_bytes()) as engine,
         ProgressReporter(quiet=quiet) as progress,
     ):
-        ids = encode(text, engine.tokenizer, vocab_size=engine.vocab_size)
+        ids = encode_prompt(text, engine.tokenizer, vocab_size=engine.vocab_size)
         return perplexity(engine, ids, lambda done, total: progress(f"reading {folder.name}", done, total))
 
 

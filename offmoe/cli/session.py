@@ -74,7 +74,7 @@ def refuse_long_prompt(folder: Path, config: EngineConfig, prompt: str) -> None:
     """
     from offmoe.checkpoint.context_limit import context_limit
     from offmoe.checkpoint.index import read_config
-    from offmoe.engine.prompt import check_room, encode
+    from offmoe.engine.prompt import check_room, encode_prompt
     from offmoe.hf.tokenizer import load_tokenizer
     from offmoe.memory.auto import DEFAULT_CONTEXT_LENGTH
 
@@ -84,7 +84,7 @@ def refuse_long_prompt(folder: Path, config: EngineConfig, prompt: str) -> None:
         return
     tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
     if tokenizer is not None:
-        check_room(len(encode(prompt, tokenizer, vocab_size=len(tokenizer))), context, longest)
+        check_room(len(encode_prompt(prompt, tokenizer, vocab_size=len(tokenizer))), context, longest)
 
 
 def saved_flags(folder: Path, options: dict[str, Any]) -> SavedFlags | None:

@@ -17,7 +17,7 @@ from offmoe.cli.session import check_request, open_engine
 from offmoe.core.saved_flags import SavedFlags, default_path, refuse_unwritable, write_flags
 from offmoe.core.units import format_bandwidth, format_bytes, format_percent, format_seconds
 from offmoe.memory.budget import suggested_mib
-from offmoe.planner.tuning import Curves, TokenCosts, make_curves, measured_costs
+from offmoe.planner.tuning import Curves, TokenCosts, make_curves, token_costs
 from offmoe.report.curves import chart_lines, table_lines
 from offmoe.report.plot import check_plot, write_plot
 from offmoe.report.progress import ProgressReporter
@@ -152,7 +152,7 @@ def _measure(
         )  # fmt: skip
         trace = trace if trace is not None else read_trace(path)
     # With a device, misses that are computed beside its work have no waiting that could be measured like this.
-    return trace, None if engine.plan.device is not None else measured_costs(samples)
+    return trace, None if engine.plan.device is not None else token_costs(samples)
 
 
 def _say_note(path: Path, trace: Trace) -> None:

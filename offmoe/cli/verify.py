@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def run_verify(model: str | None, options: dict[str, Any], prompt: str, num_new: int, *, as_json: bool) -> int:
     """Exit code 0 when every size agrees with the oracle, 1 when one does not."""
     check_request(model, options, quiet=as_json)
-    from offmoe.engine.prompt import encode
-    from offmoe.report.verify import verify
+    from offmoe.engine.prompt import encode_prompt
+    from offmoe.report.verify import verify_output
 
     def engine_with(slots: int | None) -> Engine:
         if slots is None:
@@ -31,10 +31,10 @@ def run_verify(model: str | None, options: dict[str, Any], prompt: str, num_new:
     def choose_ids(engine: Engine) -> list[int]:
         if engine.tokenizer is None:
             return [(7 * position + 3) % engine.vocab_size for position in range(16)]
-        return encode(prompt, engine.tokenizer, vocab_size=engine.vocab_size)
+        return encode_prompt(prompt, engine.tokenizer, vocab_size=engine.vocab_size)
 
     with ProgressReporter(quiet=as_json) as progress:
-        results = verify(engine_with, choose_ids, num_new, progress)
+        results = verify_output(engine_with, choose_ids, num_new, progress)
     for result in results:
         if not as_json:
             click.echo(

@@ -22,14 +22,14 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 # All rows of a layer's cache, keys and values; or its running states, of which the second may be missing.
 States = tuple[torch.Tensor, Any]
 # Tells a layer's attention of the token's angles and of its states, the token's own row the last.
-Place = Callable[[Angles, States], None]
+PlaceRow = Callable[[Angles, States], None]
 # Tells a layer's attention of the token's position.
 Move = Callable[[int], None]
 
 
-def attend(
+def attention_steps(
     steps: Steps, module: nn.Module, layer_idx: int, given: torch.Tensor
-) -> tuple[torch.Tensor, Place, Move | None]:  # fmt: skip
+) -> tuple[torch.Tensor, PlaceRow, Move | None]:  # fmt: skip
     """Append a layer's attention to the row `given`. Returns the row that it answers with, and the functions that tell
     it of the token's place and, where that matters beside its angles, of its position. Raises NoSpecError.
     """
@@ -58,7 +58,7 @@ def attend(
 
 def _grouped(
     steps: Steps, module: nn.Module, layer_idx: int, attention: Heads, x: torch.Tensor
-) -> tuple[torch.Tensor, Place]:
+) -> tuple[torch.Tensor, PlaceRow]:
     program, inner = steps.program, part_of(module, attention.name)
     norms = attention.norms or ()
     if attention.clip is not None:  # after the norms, which are steps of their own then
@@ -92,7 +92,7 @@ def _grouped(
     return heads, place_heads(call, attention)
 
 
-def place_heads(call: Any, attention: Heads) -> Place:
+def place_heads(call: Any, attention: Heads) -> PlaceRow:
     """The function that tells an attention of grouped heads of its place."""
 
     def place(angles: Angles, rows: States) -> None:
@@ -104,7 +104,7 @@ def place_heads(call: Any, attention: Heads) -> Place:
 
 def _latents(
     steps: Steps, module: nn.Module, layer_idx: int, attention: Latents, x: torch.Tensor
-) -> tuple[torch.Tensor, Place, Move | None]:
+) -> tuple[torch.Tensor, PlaceRow, Move | None]:
     program, inner = steps.program, part_of(module, attention.name)
     kernel = steps.read.latents(inner)
     if getattr(inner, "q_proj", None) is not None:
@@ -132,7 +132,7 @@ def _latents(
     return heads, place, move
 
 
-def _delta_net(steps: Steps, module: nn.Module, attention: DeltaNet, x: torch.Tensor) -> tuple[torch.Tensor, Place]:
+def _delta_net(steps: Steps, module: nn.Module, attention: DeltaNet, x: torch.Tensor) -> tuple[torch.Tensor, PlaceRow]:
     inner = part_of(module, attention.name)
     delta = steps.read.delta_net(inner)
     rows = [steps.projected(inner, name, x) for name in attention.projections]
@@ -147,7 +147,9 @@ def _delta_net(steps: Steps, module: nn.Module, attention: DeltaNet, x: torch.Te
     return heads, place
 
 
-def _short_conv(steps: Steps, module: nn.Module, attention: ShortConv, x: torch.Tensor) -> tuple[torch.Tensor, Place]:
+def _short_conv(
+    steps: Steps, module: nn.Module, attention: ShortConv, x: torch.Tensor
+) -> tuple[torch.Tensor, PlaceRow]:
     inner = part_of(module, attention.name)
     conv = steps.read.short_conv(inner, attention)
     parts = steps.projected(inner, attention.projections[0], x)
@@ -162,7 +164,7 @@ def _short_conv(steps: Steps, module: nn.Module, attention: ShortConv, x: torch.
     return mixed, place
 
 
-def _mamba(steps: Steps, module: nn.Module, attention: Mamba, x: torch.Tensor) -> tuple[torch.Tensor, Place]:
+def _mamba(steps: Steps, module: nn.Module, attention: Mamba, x: torch.Tensor) -> tuple[torch.Tensor, PlaceRow]:
     inner = part_of(module, attention.name)
     mamba = steps.read.mamba(inner)
     heads = steps.row("heads", mamba.shape.values)

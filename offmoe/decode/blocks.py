@@ -17,9 +17,9 @@ from offmoe.decode.steps import Steps
 from offmoe.hf.seam import LayerBinding, find_binding
 from offmoe.kernels.cpu.decode import CpuLinear
 from offmoe.kernels.cpu.layer import CpuRoute
-from offmoe.moe.interrupt_safe import JoinedExperts
+from offmoe.moe.interrupt_safe import FusedExperts
 
-Route = tuple[CpuLinear, CpuRoute]
+RouterParts = tuple[CpuLinear, CpuRoute]
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class FusedMoe:
     y: torch.Tensor
 
 
-def choose(steps: Steps, block: nn.Module, route: Route, x: torch.Tensor) -> None:
+def choose(steps: Steps, block: nn.Module, route: RouterParts, x: torch.Tensor) -> None:
     """Append the router's choice for the row x. Raises NoSpecError."""
     program, router, (linear, rule) = steps.program, steps.spec.moe.router, route
     given = _router_input(steps, block, router, x)
@@ -63,7 +63,7 @@ def _router_input(steps: Steps, block: nn.Module, router: Router, x: torch.Tenso
 
 
 def moe_block(
-    steps: Steps, experts: JoinedExperts, module: nn.Module, route: CpuRoute, normed: torch.Tensor, state: torch.Tensor
+    steps: Steps, experts: FusedExperts, module: nn.Module, route: CpuRoute, normed: torch.Tensor, state: torch.Tensor
 ) -> tuple[FusedMoe, torch.Tensor]:
     """Append the experts that were chosen, and what is added to their sum. `state` is the row before the block's norm.
     Returns the experts and the row of the whole block. Raises NoSpecError.
@@ -87,7 +87,7 @@ def moe_block(
 
 
 def _experts(
-    steps: Steps, experts: JoinedExperts, block: nn.Module, route: CpuRoute, x: torch.Tensor
+    steps: Steps, experts: FusedExperts, block: nn.Module, route: CpuRoute, x: torch.Tensor
 ) -> tuple[FusedMoe, torch.Tensor]:  # fmt: skip
     """Append the experts alone. Returns them and the row that they give the block."""
     moe = steps.spec.moe

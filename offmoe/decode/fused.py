@@ -23,15 +23,15 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from offmoe.decode.attends import Angles
 from offmoe.decode.layers import FusedLayer, LayerWriter
-from offmoe.decode.spec import AngleForm, DecoderSpec, part_of
+from offmoe.decode.spec import CosSinForm, DecoderSpec, part_of
 from offmoe.decode.steps import Steps
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.program import CpuProgram
 from offmoe.kv.cache import PreallocatedLayer, SlidingLayer
-from offmoe.moe.interrupt_safe import JoinedExperts, RecoveringExecutor
+from offmoe.moe.interrupt_safe import FusedExperts, InterruptSafeExecutor
 
 # Name of a rotary module, and the layer type that it is asked for.
-Kind = tuple[str, str]
+RotaryKind = tuple[str, str]
 _NO_ANGLES = (torch.empty(0), torch.empty(0))
 # Kinds of angles whose frequencies never change: not `dynamic` and `longrope`, which follow the longest position.
 _FIXED_KINDS = ("default", "linear", "llama3", "yarn", "proportional")
@@ -45,8 +45,8 @@ class FusedStep:
     """
 
     def __init__(
-        self, model: PreTrainedModel, decoder: Any, spec: DecoderSpec, executor: RecoveringExecutor,
-        experts: JoinedExperts, kernels: CpuKernels,
+        self, model: PreTrainedModel, decoder: Any, spec: DecoderSpec, executor: InterruptSafeExecutor,
+        experts: FusedExperts, kernels: CpuKernels,
     ) -> None:  # fmt: skip
         self._executor, self._experts = executor, experts
         self._embed, modules = decoder.get_input_embeddings(), list(decoder.layers)
@@ -73,8 +73,8 @@ class FusedStep:
             program.numbers("cap", self._logits_1V, None, self._logits_1V, scale=spec.logits_cap)
         program.finish()
         self._embedding = spec.embedding
-        self._form = spec.angle_form
-        self._own_angles: dict[Kind, Angles] = {}
+        self._form = spec.cos_sin_form
+        self._own_angles: dict[RotaryKind, Angles] = {}
         self._moves = [layer.move for layer in self.layers if layer.move is not None]
         self._layer_at = {layer.moe.step: layer for layer in self.layers if layer.moe is not None}
         self._hooks = [
@@ -163,7 +163,7 @@ class FusedStep:
         )  # fmt: skip
         moe.y.copy_(y.view(1, -1))
 
-    def _open_rows(self, cache: Any, angles: dict[Kind, Any]) -> None:
+    def _open_rows(self, cache: Any, angles: dict[RotaryKind, Any]) -> None:
         """One token more in every layer's cache. Whole caches of full attention are only longer than before."""
         is_known = self._set_angles(angles) and self._past is not None and self._past() is cache
         num_rows = self._program.num_rows
@@ -180,7 +180,7 @@ class FusedStep:
                 num_rows[idx] = buffers[0].shape[-2]
         self._past = weakref.ref(cache)
 
-    def _set_angles(self, angles: dict[Kind, Any]) -> bool:
+    def _set_angles(self, angles: dict[RotaryKind, Any]) -> bool:
         """Copy them to where the layers read them. False where that is another place than for the token before."""
         are_like = True
         for kind, given in angles.items():
@@ -226,12 +226,14 @@ def _can_append(layer: FusedLayer, rows: Any) -> bool:
     return isinstance(rows, LinearAttentionLayer) and rows.has_previous_state[0] and not rows.record_past
 
 
-def _angle_tables(decoder: Any, spec: DecoderSpec, num_layers: int) -> tuple[list[Kind], dict[Kind, AngleTable]]:
+def _angle_tables(
+    decoder: Any, spec: DecoderSpec, num_layers: int
+) -> tuple[list[RotaryKind], dict[RotaryKind, CosSinTable]]:
     """Each layer's kind of angles, and the table of each kind."""
     if spec.rotary is None:
         return [("", "")] * num_layers, {}
-    tables: dict[Kind, AngleTable] = {}
-    kinds: list[Kind] = []
+    tables: dict[RotaryKind, CosSinTable] = {}
+    kinds: list[RotaryKind] = []
     for layer_idx in range(num_layers):
         name = spec.rotary_of(layer_idx) or ""
         rotary = part_of(decoder, name)
@@ -239,11 +241,11 @@ def _angle_tables(decoder: Any, spec: DecoderSpec, num_layers: int) -> tuple[lis
         layer_type = decoder.config.layer_types[layer_idx] if "layer_type" in parameters else ""
         kinds.append((name, layer_type))
         if kinds[-1] not in tables:
-            tables[kinds[-1]] = AngleTable(rotary, by_name="position_ids" in parameters, kind=layer_type)
+            tables[kinds[-1]] = CosSinTable(rotary, by_name="position_ids" in parameters, kind=layer_type)
     return kinds, tables
 
 
-def _as_pair(angles: Any, form: AngleForm) -> Angles:
+def _as_pair(angles: Any, form: CosSinForm) -> Angles:
     """Cosines and sines as the kernels read them: of complex numbers, or in the form that the spec says."""
     if isinstance(angles, torch.Tensor):
         pairs = torch.view_as_real(angles).flatten(end_dim=-2).float()
@@ -257,7 +259,7 @@ def _as_pair(angles: Any, form: AngleForm) -> Angles:
     return cos.flatten()[:half].float(), sin.flatten()[:half].float()
 
 
-class AngleTable:
+class CosSinTable:
     """Rotary angles (cos, sin), each (1, 1, W), of one position, from a table made for many at once.
 
     The rotary module is ten of torch's operations, a tenth of a millisecond a token when a layer's weights have driven

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from offmoe.decode.attends import Move, Place, attend, place_heads
-from offmoe.decode.blocks import FusedMoe, Route, choose, moe_block, per_layer
+from offmoe.decode.attends import Move, PlaceRow, attention_steps, place_heads
+from offmoe.decode.blocks import FusedMoe, RouterParts, choose, moe_block, per_layer
 from offmoe.decode.spec import Attention, Heads, Latents, part_of
 from offmoe.decode.steps import Steps
 from offmoe.kernels.cpu.layer import CpuTokenLayer
-from offmoe.moe.interrupt_safe import JoinedExperts
+from offmoe.moe.interrupt_safe import FusedExperts
 
 
 @dataclass(kw_only=True)
@@ -24,7 +24,7 @@ class FusedLayer:
 
     `input`, `state`, `normed`: its rows, (1, D): before and after attention, and what the block is given. `has_rows`:
     its cache has keys and values, `has_states`: running states. `seen_by`: modules, by the row that is their input.
-    `extra`: the row of the token's own embedding for this layer, where the family has one. `move`: see `attend`.
+    `extra`: the row of the token's own embedding for this layer, where there is one. `move`: see `attention_steps`.
     """
 
     module: nn.Module
@@ -33,7 +33,7 @@ class FusedLayer:
     input: torch.Tensor
     state: torch.Tensor
     normed: torch.Tensor
-    place: Place
+    place: PlaceRow
     has_rows: bool
     has_states: bool
     moe: FusedMoe | None = None
@@ -45,7 +45,7 @@ class FusedLayer:
 class LayerWriter:
     """Appends decoder layers to a program."""
 
-    def __init__(self, steps: Steps, experts: JoinedExperts) -> None:
+    def __init__(self, steps: Steps, experts: FusedExperts) -> None:
         self._steps, self._experts = steps, experts
 
     def write(self, module: nn.Module, layer_idx: int, x: torch.Tensor, output: torch.Tensor) -> FusedLayer:
@@ -96,7 +96,7 @@ class LayerWriter:
         written.seen_by = [(module, x), (part_of(module, spec.norms[0]), x)]
         block = part_of(module, spec.moe.name)
         if attention is not None:
-            added, written.place, written.move = attend(steps, module, layer_idx, given)
+            added, written.place, written.move = attention_steps(steps, module, layer_idx, given)
         elif part_of(block, spec.moe.experts) is not None:
             route = steps.read.route(block, spec.moe.router)
             choose(steps, block, route, given)
@@ -110,9 +110,9 @@ class LayerWriter:
         return written
 
     def _common(
-        self, module: nn.Module, layer_idx: int, attention: Heads, route: Route | None, x: torch.Tensor,
+        self, module: nn.Module, layer_idx: int, attention: Heads, route: RouterParts | None, x: torch.Tensor,
         state: torch.Tensor,
-    ) -> tuple[Place, torch.Tensor]:  # fmt: skip
+    ) -> tuple[PlaceRow, torch.Tensor]:  # fmt: skip
         """Append a layer up to its router's choice as one job of the kernels."""
         read, spec = self._steps.read, self._steps.spec
         layer = CpuTokenLayer(
@@ -124,13 +124,13 @@ class LayerWriter:
 
     def _apart(
         self, module: nn.Module, layer_idx: int, x: torch.Tensor, state: torch.Tensor
-    ) -> tuple[Place, Move | None, torch.Tensor]:
+    ) -> tuple[PlaceRow, Move | None, torch.Tensor]:
         """Append norm, attention, sum and norm. Returns the row that the block is given."""
         steps, spec = self._steps, self._steps.spec
         given = x
         if spec.norms[0]:
             given = steps.normed(module, spec.norms[0], x, steps.row("given", x.numel()))
-        attended, place, move = attend(steps, module, layer_idx, given)
+        attended, place, move = attention_steps(steps, module, layer_idx, given)
         if spec.norms[1]:
             steps.normed(module, spec.norms[1], attended, attended)
         steps.program.numbers("sum", x, attended, state, scale=spec.residual)

@@ -25,7 +25,7 @@ from offmoe.hf.internals import experts_modules
 from offmoe.hf.seam import ObserverHook, find_binding
 from offmoe.kv.rewind import remember
 from offmoe.loader.loaded import LoadedModel
-from offmoe.moe.interrupt_safe import RecoveringExecutor
+from offmoe.moe.interrupt_safe import InterruptSafeExecutor
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class DecodePaths:
             raise NoSpecError(f"{VARIABLE}=eager")
         if self._kernels is None:
             raise NoSpecError("no CPU kernels")
-        if not isinstance(self._executor, RecoveringExecutor):
+        if not isinstance(self._executor, InterruptSafeExecutor):
             raise NoSpecError("experts are computed on a device")
         decoder: Any = self._model.get_decoder()
         if decoder is None or not hasattr(decoder, "get_input_embeddings"):
@@ -152,7 +152,7 @@ class DecodePaths:
 
     def _make(self) -> None:
         """The step, once the kernels have computed some experts of every layer, as a prompt makes them do."""
-        assert isinstance(self._executor, RecoveringExecutor) and self._kernels is not None
+        assert isinstance(self._executor, InterruptSafeExecutor) and self._kernels is not None
         experts = self._executor.joined()
         bindings = [find_binding(module) for _, module in experts_modules(self._model)]
         if experts is None or not all(b and b.math and experts.knows(b.layer_idx, b.math) for b in bindings):
@@ -192,7 +192,7 @@ class DecodePaths:
             return expected
         rewind()
         rewind = remember(cache)
-        assert isinstance(self._executor, RecoveringExecutor)
+        assert isinstance(self._executor, InterruptSafeExecutor)
         try:
             with torch.inference_mode(), self._calls, self._executor.unrecorded():
                 logits = step(cache, ids, position, count=False)

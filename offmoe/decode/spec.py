@@ -23,7 +23,7 @@ class NoSpecError(Exception):
     """A model, or one of its layers, that the fused step cannot compute; the message says why."""
 
 
-AngleForm = Literal["own", "half", "every_second"]
+CosSinForm = Literal["own", "half", "every_second"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ class DecoderSpec:
         return self.rotary if self.rotary is None or isinstance(self.rotary, str) else self.rotary[layer_idx]
 
     @property
-    def angle_form(self) -> AngleForm:
+    def cos_sin_form(self) -> CosSinForm:
         """Numbers of the model's table of angles that the kernels are given; all but "own" in float32."""
         if isinstance(self.attention, Latents):
             return "half"

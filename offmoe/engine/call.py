@@ -9,19 +9,19 @@ from transformers import PreTrainedTokenizerBase
 
 from offmoe.decode.compiled import DecodeCompiler
 from offmoe.decode.paths import DecodePaths
-from offmoe.engine.logprobs import TokenLogprobs
-from offmoe.engine.params import Chooser
 from offmoe.engine.prefill_chunk import PrefillChunk
 from offmoe.engine.stats import GenerationStats, Totals
 from offmoe.engine.step import generate_step
 from offmoe.engine.stream import Chunk, StopRules, stream_text
 from offmoe.engine.translate import translate_step
-from offmoe.kv.prefix import KeptCache
+from offmoe.kv.prefix import PrefixCache
 from offmoe.loader.loaded import LoadedModel
+from offmoe.sampling.logprobs import TokenLogprobs
+from offmoe.sampling.params import Chooser
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class Request:
     """One request; the fields as `Engine.stream` says. `logprobs`: those of the last token chosen."""
 
     ids: list[int]
@@ -35,7 +35,7 @@ class Call:
 
 
 def answer(
-    call: Call, parts: LoadedModel, totals: Totals, kept: KeptCache, decode: DecodeCompiler | DecodePaths,
+    call: Request, parts: LoadedModel, totals: Totals, kept: PrefixCache, decode: DecodeCompiler | DecodePaths,
     halving: PrefillChunk | None,
 ) -> Generator[Chunk, None, None]:  # fmt: skip
     """Begin a call. The chunks: the prompt is read where `kept` does not hold it, then comes the reply. `totals` gets
@@ -67,7 +67,7 @@ def answer(
     )  # fmt: skip
 
 
-def translate(call: Call, parts: LoadedModel, totals: Totals) -> Generator[Chunk, None, None]:
+def translate(call: Request, parts: LoadedModel, totals: Totals) -> Generator[Chunk, None, None]:
     """The same of an encoder-decoder model: its encoder reads the prompt, its decoder writes."""
     steps = translate_step(parts.model, call.ids, call.choose, on_prefill=call.on_prefill)
     return stream_text(

@@ -10,9 +10,9 @@ from offmoe.chat.messages import chat_ids, check_messages
 from offmoe.chat.saved import read_messages, save_messages
 from offmoe.chat.template import Message, check_arguments, words
 from offmoe.core.errors import UsageError
-from offmoe.engine.params import ChatOptions
 from offmoe.engine.reply import Reply, collect
 from offmoe.engine.stream import Chunk, Stream
+from offmoe.sampling.params import ChatOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -22,13 +22,11 @@ from offmoe.core.errors import DeviceError, EngineBusyError, EngineClosedError, 
 from offmoe.core.forks import OneProcess
 from offmoe.decode.compiled import make_compiler
 from offmoe.decode.paths import DecodePaths
-from offmoe.engine.call import Call, answer, translate
+from offmoe.engine.call import Request, answer, translate
 from offmoe.engine.conversation import Conversation
 from offmoe.engine.ends import end_ids
 from offmoe.engine.engine_stats import EngineStats, engine_stats
-from offmoe.engine.params import ChatOptions, RequestOptions
 from offmoe.engine.prefill_chunk import PrefillChunk
-from offmoe.engine.processors import not_followed
 from offmoe.engine.prompt import is_list_of_prompts
 from offmoe.engine.reasoning import split_reasoning
 from offmoe.engine.reply import Reply, collect
@@ -38,10 +36,12 @@ from offmoe.engine.stream import Chunk, Stream
 from offmoe.engine.tracing import record_trace
 from offmoe.hf.device_failures import explain, explained
 from offmoe.kv.cache import make_kv_cache
-from offmoe.kv.prefix import KeptCache
+from offmoe.kv.prefix import PrefixCache
 from offmoe.loader.load import Progress, load_model
 from offmoe.loader.loaded import LoadedModel
 from offmoe.memory.budget import MemoryPlan
+from offmoe.sampling.params import ChatOptions, RequestOptions
+from offmoe.sampling.processors import not_followed
 from offmoe.trace.file import TraceWriter
 from offmoe.trace.recorder import TraceEvent
 
@@ -98,7 +98,7 @@ class Engine:
         self._totals = Totals()
         compiler = make_compiler(loaded.model, loaded.context_length, self.config, progress)
         self._decode = compiler or DecodePaths(loaded)
-        self._kept = KeptCache(
+        self._kept = PrefixCache(
             loaded.model,
             compiler.empty_cache if compiler else lambda: make_kv_cache(loaded.model, loaded.context_length),
             divisible=loaded.chunkable,
@@ -241,13 +241,13 @@ class Engine:
         """
         return self._begin(self._call(prompt, options))
 
-    def _call(self, prompt: str | Sequence[int], options: RequestOptions) -> Call:
+    def _call(self, prompt: str | Sequence[int], options: RequestOptions) -> Request:
         parts = self._parts
         if self._running.locked():
             raise EngineBusyError(_BUSY)
         return make_call(parts, prompt, options, end_ids=self._end_ids, vocab_size=self.vocab_size)
 
-    def _begin(self, call: Call) -> Stream:
+    def _begin(self, call: Request) -> Stream:
         parts = self._parts
         begin = partial(answer, call, parts, self._totals, self._kept, self._decode, self._halving_chunk)
         if parts.model.config.is_encoder_decoder:

@@ -10,7 +10,7 @@ from offmoe.decode.compiled import DecodeCompiler
 from offmoe.decode.paths import DecodePaths
 from offmoe.engine.stats import Totals
 from offmoe.hf.device_failures import peak_bytes
-from offmoe.kv.prefix import KeptCache
+from offmoe.kv.prefix import PrefixCache
 from offmoe.loader.loaded import LoadedModel
 from offmoe.machine.memory import peak_rss_bytes
 
@@ -110,7 +110,7 @@ class EngineStats(Mapping[str, Any]):
 
 
 def engine_stats(
-    parts: LoadedModel, kept: KeptCache, decoded: Totals, decode: DecodeCompiler | DecodePaths, *, baseline_bytes: int,
+    parts: LoadedModel, kept: PrefixCache, decoded: Totals, decode: DecodeCompiler | DecodePaths, *, baseline_bytes: int,
     predicted: dict[str, float] | None,
 ) -> EngineStats:  # fmt: skip
     """Statistics for `Engine.stats`. `baseline_bytes`: what the process held before it grew by the model."""

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 
-from offmoe.engine.params import Chooser
+from offmoe.sampling.params import Chooser
 
 
 @dataclass(frozen=True, slots=True)

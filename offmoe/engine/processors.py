@@ -28,7 +28,7 @@ from transformers.generation.logits_process import (
 )
 
 from offmoe.core.errors import UsageError
-from offmoe.engine.params import SamplingParams, check_texts
+from offmoe.sampling.params import SamplingParams, check_texts
 
 # Settings that change a reply in transformers and that offmoe has no part for, and the value at which they do nothing.
 _NOT_FOLLOWED: dict[str, Any] = {

@@ -12,7 +12,9 @@ from offmoe.engine.stream import StopRules
 from offmoe.hf.tokenizing import check_rows, check_text, tokenizing
 
 
-def encode(prompt: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int) -> list[int]:
+def encode_prompt(
+    prompt: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int
+) -> list[int]:
     """Token ids of a text, or of a sequence of whole numbers. Raises UsageError."""
     if isinstance(prompt, str):
         if tokenizer is None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from offmoe.engine.logprobs import TokenLogprobs
 from offmoe.engine.stats import GenerationStats
 from offmoe.engine.stream import Chunk, FinishReason
+from offmoe.sampling.logprobs import TokenLogprobs
 
 _SHOWN_LETTERS = 60
 

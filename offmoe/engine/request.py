@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from transformers import GenerationConfig
 
 from offmoe.core.errors import UsageError
-from offmoe.engine.call import Call
-from offmoe.engine.logprobs import LogprobRecorder
-from offmoe.engine.params import RequestOptions, sampling_of
-from offmoe.engine.processors import Rules, joined_stops, publisher_rules, reply_length
-from offmoe.engine.prompt import check_ids, encode, stop_rules
-from offmoe.engine.sampling import make_chooser, resolve_sampling
+from offmoe.engine.call import Request
+from offmoe.engine.prompt import check_ids, encode_prompt, stop_rules
 from offmoe.hf.context import longest_context
 from offmoe.loader.loaded import LoadedModel
+from offmoe.sampling.logprobs import LogprobRecorder
+from offmoe.sampling.params import RequestOptions, sampling_of
+from offmoe.sampling.processors import Rules, joined_stops, publisher_rules, reply_length
+from offmoe.sampling.sampler import make_chooser, resolve_sampling
 
 
 def make_call(
     parts: LoadedModel, prompt: str | Sequence[int], options: RequestOptions, *, end_ids: frozenset[int],
     vocab_size: int,
-) -> Call:  # fmt: skip
+) -> Request:  # fmt: skip
     """Check `prompt` and `options`, which `Engine.stream` describes, for a model whose replies end at `end_ids`.
 
     Raises UsageError, and ContextLengthError for a prompt that leaves no room for a token.
@@ -29,7 +29,7 @@ def make_call(
     assert defaults is not None
     params = sampling_of(options)
     reuse, own_text = _reuse(parts, options), options.get("own_text", False)
-    ids = encode(prompt, parts.tokenizer, vocab_size=vocab_size)
+    ids = encode_prompt(prompt, parts.tokenizer, vocab_size=vocab_size)
     if params.ignore_eos:
         end_ids = frozenset()
     rules = stop_rules(
@@ -45,7 +45,7 @@ def make_call(
         chosen, parts.model.device, _rules(parts, num_held, end_ids), num_prompt=num_held
     )
     recorder = None if params.logprobs is None else LogprobRecorder(choose, params.logprobs)
-    return Call(
+    return Request(
         ids=ids, tokenizer=parts.tokenizer, rules=rules, on_prefill=options.get("on_prefill") or _not_told,
         choose=recorder or choose, logprobs=None if recorder is None else recorder.take, reuse=reuse,
         own_text=own_text,

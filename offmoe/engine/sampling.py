@@ -20,9 +20,9 @@ from transformers.generation.logits_process import (
 )
 
 from offmoe.core.errors import UsageError
-from offmoe.engine.finite import NoTokenError
-from offmoe.engine.params import Chooser, LogitsFunction, SamplingOptions, SamplingParams
-from offmoe.engine.processors import Rules, impossible_rule
+from offmoe.sampling.finite import NoTokenError
+from offmoe.sampling.params import Chooser, LogitsFunction, SamplingOptions, SamplingParams
+from offmoe.sampling.processors import Rules, impossible_rule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

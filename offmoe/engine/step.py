@@ -10,17 +10,17 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.core.errors import NonFiniteError
-from offmoe.engine.finite import NoTokenError, non_finite_error
-from offmoe.engine.params import Chooser
 from offmoe.hf.internals import cache_name, experts_modules
-from offmoe.hf.lengths import angles_of, starts_over
-from offmoe.kv.prefix import KeptCache
+from offmoe.hf.lengths import cos_sin_of, starts_over
+from offmoe.kv.prefix import PrefixCache
 from offmoe.kv.rewind import remember
 from offmoe.machine.memory import give_back_freed_memory
+from offmoe.sampling.finite import NoTokenError, non_finite_error
+from offmoe.sampling.params import Chooser
 
 
 def generate_step(
-    model: PreTrainedModel, prompt_ids: Sequence[int], choose: Chooser, *, kept: KeptCache, chunk: int,
+    model: PreTrainedModel, prompt_ids: Sequence[int], choose: Chooser, *, kept: PrefixCache, chunk: int,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
     decode: Callable[[Forward, torch.Tensor], torch.Tensor] | None = None,
     smaller_chunk: Callable[[int], int] | None = None,
@@ -59,7 +59,7 @@ def generate_step(
             kept.ids.append(token_id)
 
 
-def _no_numbers(model: PreTrainedModel, ids: torch.Tensor, kept: KeptCache, chunk: int) -> NonFiniteError:
+def _no_numbers(model: PreTrainedModel, ids: torch.Tensor, kept: PrefixCache, chunk: int) -> NonFiniteError:
     """The error for logits after `ids` (1, S) that are none. All ids are read again, in the place of what was kept."""
     kept.begin(ids[0].tolist(), reuse=False)
     forward = Forward(model, kept.cache)
@@ -69,7 +69,7 @@ def _no_numbers(model: PreTrainedModel, ids: torch.Tensor, kept: KeptCache, chun
 
 
 def _read_prompt(
-    model: PreTrainedModel, forward: Forward, prompt_ids: Sequence[int], kept: KeptCache, chunk: int,
+    model: PreTrainedModel, forward: Forward, prompt_ids: Sequence[int], kept: PrefixCache, chunk: int,
     on_prefill: Callable[[int, int], None], smaller_chunk: Callable[[int], int] | None,
 ) -> torch.Tensor:  # fmt: skip
     """The last logits, (1, V). One piece may take a minute on a large model, so layers are reported, not pieces."""
@@ -90,7 +90,7 @@ def _read_prompt(
         while begin < total:
             piece = ids[:, begin : begin + chunk]
             size, layers_done = piece.shape[1], 0
-            with angles_of(model, len(prompt_ids)):
+            with cos_sin_of(model, len(prompt_ids)):
                 result = forward(piece) if smaller_chunk is None else forward.unless_out_of_memory(piece)
             if result is None:
                 assert smaller_chunk is not None

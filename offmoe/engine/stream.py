@@ -10,9 +10,9 @@ from typing import Literal, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from offmoe.core.counters import Counters
-from offmoe.engine.logprobs import TokenLogprobs
 from offmoe.engine.stats import GenerationStats
 from offmoe.engine.text import StopMatcher, TextDecoder
+from offmoe.sampling.logprobs import TokenLogprobs
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 

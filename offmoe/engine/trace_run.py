@@ -9,7 +9,7 @@ from typing import Any
 
 from offmoe.core.errors import ContextLengthError
 from offmoe.engine.engine import Engine
-from offmoe.engine.prompt import encode
+from offmoe.engine.prompt import encode_prompt
 from offmoe.machine.costs import TokenSample
 
 _COUNTED = ("disk_stall_ns", "disk_bytes", "waiting_calls")
@@ -17,7 +17,7 @@ _COUNTED = ("disk_stall_ns", "disk_bytes", "waiting_calls")
 
 def encode_all(engine: Engine, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
     """Token ids of every prompt. Raises UsageError, or ContextLengthError naming the prompt that has no room."""
-    ids = [encode(prompt, engine.tokenizer, vocab_size=engine.vocab_size) for prompt in prompts]
+    ids = [encode_prompt(prompt, engine.tokenizer, vocab_size=engine.vocab_size) for prompt in prompts]
     for number, one in enumerate(ids, start=1):
         if len(one) >= engine.context_length:
             raise ContextLengthError(

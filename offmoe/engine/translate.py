@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from offmoe.core.errors import UsageError
-from offmoe.engine.finite import NoTokenError, non_finite_error
-from offmoe.engine.params import Chooser
 from offmoe.hf.internals import cache_name
+from offmoe.sampling.finite import NoTokenError, non_finite_error
+from offmoe.sampling.params import Chooser
 
 
 def translate_step(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart
+from offmoe.checkpoint.expert_index import ExpertPart, MoeLayer, QuantPart
 from offmoe.core.errors import CheckpointError
 from offmoe.formats.quantised import QuantMatrix
 
@@ -61,7 +61,7 @@ def torch_dtype(name: str, *, where: str) -> torch.dtype:
 
 
 def _parts(
-    parts: tuple[Part | QuantPart, ...], slot: torch.Tensor, source_offsets: tuple[int, ...], transposed: bool
+    parts: tuple[ExpertPart | QuantPart, ...], slot: torch.Tensor, source_offsets: tuple[int, ...], transposed: bool
 ) -> tuple[torch.Tensor | QuantMatrix, ...]:
     views = [_matrix(part, slot, source_offsets) for part in parts]
     if transposed:
@@ -72,8 +72,10 @@ def _parts(
     return tuple(joined)
 
 
-def _matrix(part: Part | QuantPart, slot: torch.Tensor, source_offsets: tuple[int, ...]) -> torch.Tensor | QuantMatrix:
-    if isinstance(part, Part):
+def _matrix(
+    part: ExpertPart | QuantPart, slot: torch.Tensor, source_offsets: tuple[int, ...]
+) -> torch.Tensor | QuantMatrix:
+    if isinstance(part, ExpertPart):
         return _view(part, slot, source_offsets)
     return QuantMatrix(
         part.format,
@@ -84,7 +86,7 @@ def _matrix(part: Part | QuantPart, slot: torch.Tensor, source_offsets: tuple[in
     )
 
 
-def _view(part: Part, slot: torch.Tensor, source_offsets: tuple[int, ...]) -> torch.Tensor:
+def _view(part: ExpertPart, slot: torch.Tensor, source_offsets: tuple[int, ...]) -> torch.Tensor:
     dtype, begin = STORED_DTYPES[part.dtype], source_offsets[part.source_idx]
     if begin % dtype.itemsize:  # a header of odd length: the one case that costs a copy
         last = part.offset + sum((n - 1) * s for n, s in zip(part.shape, part.strides, strict=True)) + 1

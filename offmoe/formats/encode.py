@@ -40,7 +40,7 @@ def integer_format(kind: str, *, group: int, scale_dtype: str) -> QuantFormat:
     )
 
 
-def encode(values_NK: torch.Tensor, form: QuantFormat, *, name: str) -> QuantMatrix:
+def encode_matrix(values_NK: torch.Tensor, form: QuantFormat, *, name: str) -> QuantMatrix:
     """`values_NK` (any float type, rows contiguous) in the packed format `form`, whose group divides K.
 
     Raises CheckpointError naming `name` when a number is infinite or none at all.

@@ -24,7 +24,7 @@ def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, An
 
 
 @dataclass(eq=False, slots=True)
-class Call:
+class TracedCall:
     """One call of a module. `begin` and `end` count the events of the layer: a call encloses those in between."""
 
     module: nn.Module
@@ -34,7 +34,7 @@ class Call:
     end: int = 0
     output: Any = None
 
-    def encloses(self, other: Call) -> bool:
+    def encloses(self, other: TracedCall) -> bool:
         """`other` happened within this call."""
         return self.begin < other.begin and other.end < self.end
 
@@ -49,10 +49,10 @@ class LayerTrace:
 
     num_tokens: int
     residents: dict[int, tuple[nn.Module, str]]
-    calls: list[Call] = field(default_factory=list)
+    calls: list[TracedCall] = field(default_factory=list)
 
     @property
-    def layer(self) -> Call:
+    def layer(self) -> TracedCall:
         """The decoder layer's own call."""
         return self.calls[0]
 
@@ -60,11 +60,11 @@ class LayerTrace:
         """Number of a module's calls."""
         return sum(call.module is module for call in self.calls)
 
-    def call_of(self, module: nn.Module) -> Call:
+    def call_of(self, module: nn.Module) -> TracedCall:
         """The first call of a module."""
         return next(call for call in self.calls if call.module is module)
 
-    def producers(self, tensor: torch.Tensor, before: Call) -> list[Call]:
+    def producers(self, tensor: torch.Tensor, before: TracedCall) -> list[TracedCall]:
         """Calls that ended before `before` began and answered with `tensor`; enclosing ones before enclosed ones."""
         return [call for call in self.calls if call.end < before.begin and find_tensor(call.output, tensor) is not None]
 
@@ -76,7 +76,7 @@ class LayerTracer:
         self.trace: LayerTrace | None = None
         self._active = True
         self._num_tokens, self._layer, self._events = num_tokens, layer, 0
-        self._open: list[Call] = []
+        self._open: list[TracedCall] = []
         inside = {id(child) for leaf in leaves for child in leaf.modules() if child is not leaf}
         modules = [module for module in layer.modules() if id(module) not in inside]
         self._residents = {
@@ -113,7 +113,7 @@ class LayerTracer:
             self.trace = LayerTrace(self._num_tokens, self._residents)
         if self.trace is not None:
             self._events += 1
-            call = Call(module, self._copy(args), self._copy(kwargs), begin=self._events)
+            call = TracedCall(module, self._copy(args), self._copy(kwargs), begin=self._events)
             self.trace.calls.append(call)
             self._open.append(call)
 

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 
-from offmoe.checkpoint.derived import DerivedEntry, Step, Way
+from offmoe.checkpoint.derived import DerivationStep, DerivedEntry, Way
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.checkpoint.tensor_entry import TensorEntry
@@ -26,7 +26,7 @@ def derive(index: CheckpointIndex, entry: DerivedEntry, dtype: torch.dtype) -> t
     return tensors[0].reshape(entry.shape)
 
 
-def _done(step: Step, tensors: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+def _done(step: DerivationStep, tensors: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
     return _WAYS[step.way](tensors, step.numbers, shape)
 
 

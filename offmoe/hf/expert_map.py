@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from offmoe.checkpoint.derived import DerivedEntry, StoredTensor
-from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part, QuantPart, Span
+from offmoe.checkpoint.expert_index import ExpertIndex, ExpertPart, MoeLayer, QuantPart, Span
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.quantised import QuantEntry, quant_part
 from offmoe.checkpoint.tensor_entry import TensorEntry
@@ -23,7 +23,7 @@ from offmoe.hf.internals import (
     experts_modules,
     refuse_unknown_operations,
 )
-from offmoe.hf.strides import Matrix, Piece, transpose
+from offmoe.hf.strides import StridedMatrix, StridedPiece, transpose
 from offmoe.memory.family_facts import TOP_K_NAMES
 
 
@@ -100,7 +100,7 @@ class _LayerBuilder:
 
     def add(
         self, param_name: str, param: torch.nn.Parameter, by_param: dict[str, list[str]]
-    ) -> tuple[Part | QuantPart, ...]:
+    ) -> tuple[ExpertPart | QuantPart, ...]:
         """Find the tensors of one parameter; returns the parts of an expert's matrix."""
         where = f"{self._module_name}.{param_name}"
         keys = by_param.get(where, [])
@@ -129,17 +129,19 @@ class _LayerBuilder:
             matrix = transpose(matrix)
         return self._cut(matrix, sources, expected, where)
 
-    def _add_halves(self, halves: list[str], param: torch.nn.Parameter, where: str) -> tuple[Part | QuantPart, ...]:
+    def _add_halves(
+        self, halves: list[str], param: torch.nn.Parameter, where: str
+    ) -> tuple[ExpertPart | QuantPart, ...]:
         """Gate and up stacked apart where the module has them in one parameter: two parts, one after the other."""
         self.halves = self.takes_turns
         self.used_keys.update(halves)
         sources = {half: self._source([self._index.tensors[half]], param, where) for half in halves}
         shapes = {half: source.shape for half, source in sources.items()}
-        pieces: list[Piece] = []
+        pieces: list[StridedPiece] = []
         for half in halves:
             matrix = expert_matrix({half: shapes[half]}, [half], [], (0, 0), where=where)
             pieces += (transpose(matrix) if self._transposed else matrix).pieces
-        matrix = Matrix(tuple(pieces), 1 if self._transposed else 0)
+        matrix = StridedMatrix(tuple(pieces), 1 if self._transposed else 0)
         return self._cut(matrix, sources, (param.shape[1], param.shape[2]), where)
 
     def _is_turned(self, entry: StoredTensor) -> bool:
@@ -147,8 +149,8 @@ class _LayerBuilder:
         return self._index.is_gguf or (isinstance(entry, QuantEntry) and entry.format.kind == "mxfp4")
 
     def _cut(
-        self, matrix: Matrix, sources: dict[str, _Source], expected: tuple[int, int], where: str
-    ) -> tuple[Part | QuantPart, ...]:
+        self, matrix: StridedMatrix, sources: dict[str, _Source], expected: tuple[int, int], where: str
+    ) -> tuple[ExpertPart | QuantPart, ...]:
         if matrix.shape != expected:
             raise CheckpointError(
                 f"{where}: config.json says {list(expected)} an expert, the checkpoint holds {list(matrix.shape)}; "
@@ -232,9 +234,9 @@ def _slices(entry: TensorEntry, num_experts: int) -> list[Span]:
     return [Span(file_idx=entry.file_idx, start=entry.start + e * size, num_bytes=size) for e in range(num_experts)]
 
 
-def _part(piece: Piece, source: _Source, output_axis: int, where: str) -> Part | QuantPart:
+def _part(piece: StridedPiece, source: _Source, output_axis: int, where: str) -> ExpertPart | QuantPart:
     if not isinstance(source.entry, QuantEntry):
-        return Part(
+        return ExpertPart(
             source_idx=source.sources[0], offset=piece.offset, shape=piece.shape, strides=piece.strides,
             dtype=source.entry.dtype,
         )  # fmt: skip

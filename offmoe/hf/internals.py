@@ -39,7 +39,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from offmoe.core.errors import UnsupportedModelError
-from offmoe.hf.strides import Matrix, Piece, concatenate, deinterleave, transpose
+from offmoe.hf.strides import StridedMatrix, StridedPiece, concatenate, deinterleave, transpose
 
 SEAM_NAME = "offmoe"
 _RULES_NAME = "_offmoe_key_rules"
@@ -182,14 +182,14 @@ class KeyMapping:
 def expert_matrix(
     shapes: dict[str, tuple[int, int]], order: list[str], operations: list[object], param_shape: tuple[int, int],
     *, where: str,
-) -> Matrix:  # fmt: skip
+) -> StridedMatrix:  # fmt: skip
     """Effect of the converter's operations on one expert, as strides. No data is touched.
 
     `shapes` maps each source pattern to the shape of one expert's tensor, `order` gives the order of concatenation,
     `param_shape` the shape expected. Raises UnsupportedModelError for an operation with no such description.
     """
     state = {
-        source: Matrix((Piece(source, 0, shapes[source], (shapes[source][1], 1)),), 0)
+        source: StridedMatrix((StridedPiece(source, 0, shapes[source], (shapes[source][1], 1)),), 0)
         for source in order
         if source in shapes
     }
@@ -214,7 +214,9 @@ def _unknown_operation(operation: object, where: str) -> UnsupportedModelError:
     )
 
 
-def _apply(operation: object, state: dict[str, Matrix], param_shape: tuple[int, int], where: str) -> dict[str, Matrix]:
+def _apply(
+    operation: object, state: dict[str, StridedMatrix], param_shape: tuple[int, int], where: str
+) -> dict[str, StridedMatrix]:
     match operation:
         case MergeModulelist(dim=0):
             return state

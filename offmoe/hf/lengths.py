@@ -18,7 +18,7 @@ from offmoe.hf.internals import cache_name
 _KINDS = frozenset({"dynamic", "longrope"})
 
 
-def longest_with_same_angles(model: PreTrainedModel) -> int | None:
+def longest_with_same_cos_sin(model: PreTrainedModel) -> int | None:
     """Tokens up to which rotary angles do not depend on how many there are; None where they never do."""
     config = model.config.get_text_config()
     found = getattr(config, "rope_parameters", None) or {}
@@ -34,7 +34,7 @@ def longest_with_same_angles(model: PreTrainedModel) -> int | None:
 
 
 @contextmanager
-def angles_of(model: PreTrainedModel, length: int) -> Iterator[None]:
+def cos_sin_of(model: PreTrainedModel, length: int) -> Iterator[None]:
     """Let rotary modules turn every token as one of a text of `length` tokens, in whatever pieces it comes.
 
     So a prompt in pieces gets the angles that transformers gives to a whole one. The last position is put behind those
@@ -51,7 +51,7 @@ def angles_of(model: PreTrainedModel, length: int) -> Iterator[None]:
     def without_last(module: Any, args: tuple[Any, ...], angles: Any) -> Any:
         return tuple(part[..., :-1, :] for part in angles)
 
-    longest = longest_with_same_angles(model)
+    longest = longest_with_same_cos_sin(model)
     rotary = [] if longest is None or length <= longest else _rotary_modules(model)
     hooks = [module.register_forward_pre_hook(with_last, with_kwargs=True) for module in rotary]
     hooks += [module.register_forward_hook(without_last) for module in rotary]

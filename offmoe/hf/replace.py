@@ -44,7 +44,7 @@ class KernelLinear(nn.Linear):
     quant_matrix: QuantMatrix | None = None
 
 
-class NativeModule(nn.Module):
+class ReplacedModule(nn.Module):
     """A module in the place of another, whose class its copies have: kernels know weights by their addresses."""
 
     _original: nn.Module
@@ -68,7 +68,7 @@ class NativeModule(nn.Module):
         return copyreg.__newobj__, (type(self._original),), state  # type: ignore[attr-defined]
 
 
-class NativeLinear(NativeModule, KernelLinear):
+class ReplacedLinear(ReplacedModule, KernelLinear):
     """A linear whose few rows the kernels compute."""
 
     _kernel: CpuLinear
@@ -90,7 +90,7 @@ class NativeLinear(NativeModule, KernelLinear):
         return kernel(input)
 
 
-class NativeNorm(NativeModule):
+class ReplacedNorm(ReplacedModule):
     """An RMS norm whose few numbers the kernels compute. A subclass of it is one of the original's class, too."""
 
     _kernel: CpuNorm
@@ -123,7 +123,7 @@ class Float32Kernel(torch.Tensor):
         return super().__torch_function__(func, types, args, named)  # type: ignore[no-untyped-call]
 
 
-class NativeConv(NativeModule, nn.Conv1d):
+class ReplacedConv(ReplacedModule, nn.Conv1d):
     """A depthwise convolution in 16 bits that is computed in float32.
 
     transformers' mixers do not call it: they give its weight to a function of their own. So it is the weight that knows
@@ -142,7 +142,7 @@ class NativeConv(NativeModule, nn.Conv1d):
         return parameter if own_code else parameter.as_subclass(Float32Kernel)
 
 
-class NativeModules:
+class ReplacedModules:
     """The modules of one model that were replaced. `counts`: kind -> how many; `remove` puts the originals back.
 
     `threads` are torch's, for what is left to it.
@@ -152,13 +152,13 @@ class NativeModules:
         self.kernels = kernels
         self.threads = TorchThreads()
         self.counts: Counter[str] = Counter()
-        self._replaced: list[tuple[nn.Module, str, NativeModule]] = []
-        self._norms: dict[type[nn.Module], type[NativeNorm]] = {}
+        self._replaced: list[tuple[nn.Module, str, ReplacedModule]] = []
+        self._norms: dict[type[nn.Module], type[ReplacedNorm]] = {}
 
     @torch.inference_mode()
     def replace(self, model: nn.Module) -> None:
         """All linears and norms within `model` that pass their checks."""
-        made: dict[nn.Module, NativeModule | None] = {}  # a module may have several parents
+        made: dict[nn.Module, ReplacedModule | None] = {}  # a module may have several parents
         for parent in list(model.modules()):
             for name, child in parent._modules.items():
                 if child is None:
@@ -178,7 +178,7 @@ class NativeModules:
                 setattr(parent, name, ours._original)
         self.counts.clear()
 
-    def _make(self, module: nn.Module) -> NativeModule | None:
+    def _make(self, module: nn.Module) -> ReplacedModule | None:
         if "forward" in module.__dict__:
             return None
         if type(module) is nn.Linear:
@@ -187,7 +187,7 @@ class NativeModules:
             if linear is None or rows is None or not agree(linear(rows), module.forward(rows)):
                 return None
             self.counts["linears"] += 1
-            return NativeLinear(module, linear, self.threads)
+            return ReplacedLinear(module, linear, self.threads)
         if type(module) is nn.Conv1d:
             return self._make_conv(module)
         norm = find_norm(self.kernels, module)
@@ -196,14 +196,14 @@ class NativeModules:
         self.counts["norms"] += 1
         kind = type(module)
         if kind not in self._norms:
-            self._norms[kind] = type(f"Native{kind.__name__}", (NativeNorm, kind), {"__module__": __name__})
+            self._norms[kind] = type(f"Native{kind.__name__}", (ReplacedNorm, kind), {"__module__": __name__})
         return self._norms[kind](module, norm)
 
-    def _make_conv(self, module: nn.Conv1d) -> NativeConv | None:
+    def _make_conv(self, module: nn.Conv1d) -> ReplacedConv | None:
         weight = module.weight
         if module.groups != module.in_channels or weight.device.type != "cpu" or not float32_is_faster(weight.dtype):
             return None
-        ours, rows = NativeConv(module), _random_rows(2 * module.kernel_size[0], weight.dtype)
+        ours, rows = ReplacedConv(module), _random_rows(2 * module.kernel_size[0], weight.dtype)
         rows = rows[:1].expand(module.in_channels, -1)
         if not agree(ours(rows), module.forward(rows)):
             return None

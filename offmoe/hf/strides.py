@@ -8,7 +8,7 @@ from offmoe.core.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StridedPiece:
     """A strided 2-D view of one source (offset and strides in elements)."""
 
     source: str
@@ -18,10 +18,10 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
+class StridedMatrix:
     """Pieces joined along `axis` (0 rows, 1 columns): what an expert's slice of the parameter is made of."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StridedPiece, ...]
     axis: int
 
     @property
@@ -32,25 +32,25 @@ class Matrix:
         return (size, other) if self.axis == 0 else (other, size)
 
 
-def concatenate(matrices: list[Matrix], axis: int, where: str) -> Matrix:
+def concatenate(matrices: list[StridedMatrix], axis: int, where: str) -> StridedMatrix:
     """One after another along `axis`. Raises UnsupportedModelError where one was joined along the other axis."""
     if len(matrices) == 1:
         return matrices[0]
-    pieces: list[Piece] = []
+    pieces: list[StridedPiece] = []
     for matrix in matrices:
         if len(matrix.pieces) > 1 and matrix.axis != axis:
             raise UnsupportedModelError(f"{where}: parts joined along two axes; please report this model")
         pieces.extend(matrix.pieces)
-    return Matrix(tuple(pieces), axis)
+    return StridedMatrix(tuple(pieces), axis)
 
 
-def transpose(matrix: Matrix) -> Matrix:
+def transpose(matrix: StridedMatrix) -> StridedMatrix:
     """Rows become columns: other strides."""
-    pieces = tuple(Piece(p.source, p.offset, p.shape[::-1], p.strides[::-1]) for p in matrix.pieces)
-    return Matrix(pieces, 1 - matrix.axis)
+    pieces = tuple(StridedPiece(p.source, p.offset, p.shape[::-1], p.strides[::-1]) for p in matrix.pieces)
+    return StridedMatrix(pieces, 1 - matrix.axis)
 
 
-def deinterleave(matrix: Matrix, axis: int, where: str) -> Matrix:
+def deinterleave(matrix: StridedMatrix, axis: int, where: str) -> StridedMatrix:
     """[a0, b0, a1, b1, ...] along `axis` becomes [a0, a1, ..., b0, b1, ...]: two views of doubled stride.
 
     Raises UnsupportedModelError for what has several pieces.
@@ -61,7 +61,7 @@ def deinterleave(matrix: Matrix, axis: int, where: str) -> Matrix:
     shape, strides, step = list(piece.shape), list(piece.strides), piece.strides[axis]
     shape[axis], strides[axis] = shape[axis] // 2, 2 * step
     halves = tuple(
-        Piece(piece.source, piece.offset + half * step, (shape[0], shape[1]), (strides[0], strides[1]))
+        StridedPiece(piece.source, piece.offset + half * step, (shape[0], shape[1]), (strides[0], strides[1]))
         for half in range(2)
     )
-    return Matrix(halves, axis)
+    return StridedMatrix(halves, axis)

@@ -52,7 +52,7 @@ def keep_to_quota() -> None:
         torch.set_num_threads(num_cores())
 
 
-class Step(Protocol):
+class TokenStep(Protocol):
     """The model's forward of the next ids, after `position` tokens."""
 
     position: int
@@ -108,7 +108,7 @@ class TorchThreads:
         """From now on: the kernels have all linears of the model; `attends`: its attention too."""
         self._attends, self._unread = attends, unread
 
-    def run_token(self, forward: Step, ids: torch.Tensor) -> torch.Tensor:
+    def run_token(self, forward: TokenStep, ids: torch.Tensor) -> torch.Tensor:
         """`forward(ids)`, for one token."""
         is_long = forward.position > LONG_CONTEXT and not self._attends
         own = _own_thread()

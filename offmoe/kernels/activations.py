@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-Activate = Callable[[torch.Tensor], torch.Tensor]
+ActivationFunction = Callable[[torch.Tensor], torch.Tensor]
 
 KINDS = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu_squared")
 # Larger than any limit a model sets.
@@ -58,7 +58,9 @@ class Activation:
         return functional.relu(x) if self.kind == "relu" else functional.relu(x).square()
 
 
-def find_activation(activate: Activate, width_F: int, *, gated: bool, device: torch.device) -> Activation | None:
+def find_activation(
+    activate: ActivationFunction, width_F: int, *, gated: bool, device: torch.device
+) -> Activation | None:
     """The activation that gives what `activate` gives, or None. `device`: where the module's own parameters are."""
     generator = torch.Generator().manual_seed(_SEED)
     shape = (4, 2 * width_F if gated else width_F)
@@ -77,7 +79,9 @@ def find_activation(activate: Activate, width_F: int, *, gated: bool, device: to
     return None
 
 
-def _candidates(activate: Activate, width_F: int, *, gated: bool, device: torch.device) -> Iterator[Activation]:
+def _candidates(
+    activate: ActivationFunction, width_F: int, *, gated: bool, device: torch.device
+) -> Iterator[Activation]:
     def ask(gate: float, up: float, interleaved: bool) -> float:
         pair = torch.tensor([gate, up], dtype=torch.float64, device=device)
         row = (pair.repeat(width_F) if interleaved else pair.repeat_interleave(width_F))[None, :]

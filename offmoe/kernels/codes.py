@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from offmoe.checkpoint.expert_index import Part, QuantPart
+from offmoe.checkpoint.expert_index import ExpertPart, QuantPart
 from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantKind
 from offmoe.formats.dense import STORED_DTYPES
 
@@ -214,5 +214,5 @@ def _bits(part: QuantPart) -> int:
     return 4 if part.format.kind in ("int4", "mxfp4") else 8
 
 
-def _itemsize(part: Part) -> int:
+def _itemsize(part: ExpertPart) -> int:
     return STORED_DTYPES[part.dtype].itemsize

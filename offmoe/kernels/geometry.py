@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart
+from offmoe.checkpoint.expert_index import ExpertPart, MoeLayer, QuantPart
 from offmoe.formats.dense import torch_dtype
 from offmoe.formats.layout import LayerLayout
 from offmoe.kernels.activations import Activation
@@ -24,7 +24,7 @@ TILES_TOGETHER = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Matrix:
+class SlotMatrix:
     """One launch's weights, in elements: see triton_experts. `num_out` counts the outputs after pairing.
 
     With `codes` the elements are words of 32 bits, of GGUF's blocks bytes, and `in_stride` is 1.
@@ -69,7 +69,7 @@ class Tiling:
     shared_bytes: int = 48 * 1024
     has_tiles: bool = True
 
-    def row_blocks(self, matrix: Matrix) -> dict[str, int]:
+    def row_blocks(self, matrix: SlotMatrix) -> dict[str, int]:
         """Blocks of a program that computes one row."""
         if matrix.codes is not None:
             words = self.row_words // (2 if matrix.pairs else 1)
@@ -78,7 +78,7 @@ class Tiling:
         elements = self.row_elements // (2 if matrix.pairs else 1)
         return {**_blocks(matrix, elements, self.row_inputs, self.column_outputs), **self._row_options(self.row_warps)}
 
-    def sum_blocks(self, matrix: Matrix, block_k: int) -> dict[str, int]:
+    def sum_blocks(self, matrix: SlotMatrix, block_k: int) -> dict[str, int]:
         """Blocks of a program that computes a token's `block_k` rows."""
         if matrix.codes is not None:
             blocks = _word_blocks(matrix, matrix.codes, self.sum_words // block_k, self.sum_words_in)
@@ -90,7 +90,7 @@ class Tiling:
     def _row_options(self, num_warps: int) -> dict[str, int]:
         return {"STAGES": self.stages, "num_warps": num_warps, "enable_fp_fusion": True}
 
-    def tile_blocks(self, matrix: Matrix, block_rows: int, itemsize: int) -> dict[str, int]:
+    def tile_blocks(self, matrix: SlotMatrix, block_rows: int, itemsize: int) -> dict[str, int]:
         """Blocks, warps and stages of a tile, as many stages as the shared memory holds."""
         outputs = 64 if block_rows == TILE_ROWS[0] else 128
         block_in = max(16, 128 // itemsize)
@@ -108,7 +108,7 @@ class Tiling:
         }
 
 
-def _blocks(matrix: Matrix, elements: int, inputs: int, column_outputs: int) -> dict[str, int]:
+def _blocks(matrix: SlotMatrix, elements: int, inputs: int, column_outputs: int) -> dict[str, int]:
     """Outputs and inputs of a block: long along the dimension that lies contiguous."""
     elements = max(1, elements)
     if matrix.in_stride == 1 or matrix.out_stride != 1:
@@ -118,7 +118,7 @@ def _blocks(matrix: Matrix, elements: int, inputs: int, column_outputs: int) -> 
     return {"BLOCK_OUT": block_out, "BLOCK_IN": min(elements // block_out, power_of_two(matrix.num_in))}
 
 
-def _word_blocks(matrix: Matrix, codes: Codes | Blocks, words: int, words_in: int) -> dict[str, int]:
+def _word_blocks(matrix: SlotMatrix, codes: Codes | Blocks, words: int, words_in: int) -> dict[str, int]:
     """Outputs and inputs of a block of `words` words of codes, `words_in` of a row; whole spans."""
     block_in = min(words_in, max(SPAN_WORDS, power_of_two(-(-matrix.num_in // codes.codes_a_word))))
     outputs = max(1, min(words // block_in, power_of_two(matrix.num_out)))
@@ -135,7 +135,7 @@ def row_by_row(num_tokens: int, num_rows: int, num_experts: int) -> bool:
     return num_tokens == 1 or 2 * num_rows <= num_experts
 
 
-def tile_rows(num_rows: int, num_experts: int) -> int:
+def rows_a_tile(num_rows: int, num_experts: int) -> int:
     """The least tile that holds an expert's mean share of the rows."""
     mean = num_rows / min(num_rows, num_experts)
     return next((rows for rows in TILE_ROWS if mean <= rows), TILE_ROWS[-1])
@@ -160,7 +160,7 @@ def make_tiles(slot_N: torch.Tensor, block_rows: int, num_experts: int) -> tuple
     return tile_slot_M, tile_row_MB
 
 
-def up_matrices(layer: MoeLayer, layout: LayerLayout, activation: Activation | None) -> tuple[list[Matrix], bool]:
+def up_matrices(layer: MoeLayer, layout: LayerLayout, activation: Activation | None) -> tuple[list[SlotMatrix], bool]:
     """The launches of the up projection, and whether the activation is in them."""
     parts = [_matrix(layer, layout, part) for part in layer.up]
     if activation is None or (not activation.gated and len(parts) > 1):
@@ -181,26 +181,26 @@ def up_matrices(layer: MoeLayer, layout: LayerLayout, activation: Activation | N
     return [replace(paired, num_out=width_F, out_width=width_F)], True
 
 
-def down_matrices(layer: MoeLayer, layout: LayerLayout) -> list[Matrix]:
+def down_matrices(layer: MoeLayer, layout: LayerLayout) -> list[SlotMatrix]:
     """The launches of the down projection."""
     return _side_by_side([_matrix(layer, layout, part) for part in layer.down])
 
 
-def _matrix(layer: MoeLayer, layout: LayerLayout, part: Part | QuantPart) -> Matrix:
+def _matrix(layer: MoeLayer, layout: LayerLayout, part: ExpertPart | QuantPart) -> SlotMatrix:
     if isinstance(part, QuantPart):
         num_out, num_in = part.shape
         base, out_stride = first_word(part, layout.offsets)
         codes = codes_of(part, layout.offsets)
-        return Matrix(num_in=num_in, num_out=num_out, base=base, out_stride=out_stride, in_stride=1, codes=codes)
+        return SlotMatrix(num_in=num_in, num_out=num_out, base=base, out_stride=out_stride, in_stride=1, codes=codes)
     itemsize = torch_dtype(part.dtype, where=layer.name).itemsize
     out_axis = 1 if layer.transposed else 0
-    return Matrix(
+    return SlotMatrix(
         num_in=part.shape[1 - out_axis], num_out=part.shape[out_axis], out_stride=part.strides[out_axis],
         in_stride=part.strides[1 - out_axis], base=layout.offsets[part.source_idx] // itemsize + part.offset,
     )  # fmt: skip
 
 
-def _alike(first: Matrix, second: Matrix) -> bool:
+def _alike(first: SlotMatrix, second: SlotMatrix) -> bool:
     plain = [replace(part, base=0, codes=part.codes and part.codes.at_zero) for part in (first, second)]
     return plain[0] == plain[1]
 
@@ -209,7 +209,7 @@ def _apart(codes: Codes | Blocks | None, pair_rows: int) -> Codes | Blocks | Non
     return replace(codes, pair_rows=pair_rows) if isinstance(codes, Codes) else codes
 
 
-def _pair_of(first: Matrix, second: Matrix) -> Matrix:
+def _pair_of(first: SlotMatrix, second: SlotMatrix) -> SlotMatrix:
     """Gate and up, alike and apart."""
     codes = first.codes
     if isinstance(codes, Codes) and isinstance(second.codes, Codes):
@@ -220,7 +220,7 @@ def _pair_of(first: Matrix, second: Matrix) -> Matrix:
     return replace(first, pairs=HALVES, pair_stride=second.base - first.base, codes=codes)
 
 
-def _side_by_side(parts: list[Matrix]) -> list[Matrix]:
+def _side_by_side(parts: list[SlotMatrix]) -> list[SlotMatrix]:
     out_width, begin, placed = sum(part.num_out for part in parts), 0, []
     for part in parts:
         placed.append(replace(part, out_begin=begin, out_width=out_width))

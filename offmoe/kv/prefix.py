@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from offmoe.hf.lengths import longest_with_same_angles
+from offmoe.hf.lengths import longest_with_same_cos_sin
 from offmoe.kv.cache import PreallocatedLayer, SlidingLayer
 
 
-class KeptCache:
+class PrefixCache:
     """One KV cache for all calls of an engine, and the ids whose states it holds.
 
     Order of a call: `begin`, then within `guarded` the rest of the prompt; what was appended in all layers is added to
@@ -32,7 +32,7 @@ class KeptCache:
         self._make_cache = make_cache
         self._divisible = divisible and not model.config.is_encoder_decoder
         # Beyond it all angles change; states of the first tokens are then of one length or the other.
-        self._longest = longest_with_same_angles(model)
+        self._longest = longest_with_same_cos_sin(model)
         self.turns_at = None if self._longest is None else self._longest + 1
         self._num_seen = 0  # tokens that were held at once, since the cache was empty
         self.cache: DynamicCache | None = None

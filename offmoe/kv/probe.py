@@ -31,7 +31,7 @@ class ModelProbe:
     chunkable: bool
 
 
-def foresee_kv_bytes(model: PreTrainedModel, context_length: int) -> int:
+def predict_kv_bytes(model: PreTrainedModel, context_length: int) -> int:
     """Prediction of what `probe_model` will measure, from shapes alone, for a model without weights.
 
     0 for the few models whose code looks at values on the way (2 of 62 families): the probe says it later.

@@ -16,12 +16,12 @@ from offmoe.core.config import EngineConfig
 from offmoe.core.errors import BudgetError
 from offmoe.core.units import format_bytes
 from offmoe.formats.layout import device_slot_bytes
-from offmoe.kv.probe import ModelProbe, foresee_kv_bytes
+from offmoe.kv.probe import ModelProbe, predict_kv_bytes
 from offmoe.loader.resident import resident_bytes
 from offmoe.machine.memory import available_ram_bytes, rss_bytes
 from offmoe.machine.reservations import Reservation, one_at_a_time, outstanding
 from offmoe.memory.budget import DevicePlan, MemoryPlan, auto_ram
-from offmoe.memory.planner import Division, Machine, ModelSizes
+from offmoe.memory.planner import Machine, MemoryPlanner, ModelSizes
 from offmoe.memory.shape import ModelShape, shape_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ FIRST_RUN_BYTES = 24 << 20
 
 
 class Budgets:
-    """Measures what `Division` divides. Made when the model is built and no weight is read."""
+    """Measures what `MemoryPlanner` divides. Made when the model is built and no weight is read."""
 
     def __init__(
         self, model: PreTrainedModel, experts: ExpertIndex, config: EngineConfig, context_length: int, *,
@@ -53,7 +53,7 @@ class Budgets:
         )  # fmt: skip
         self._runtime_bytes = max(0, rss_bytes() - baseline_bytes)
         self._free_bytes = device.free_bytes() if device is not None else 0
-        self._foreseen_kv_bytes = foresee_kv_bytes(model, context_length)
+        self._foreseen_kv_bytes = predict_kv_bytes(model, context_length)
         with one_at_a_time():
             self._others_bytes = sum(claim.num_bytes for claim in outstanding() if claim.pid != os.getpid())
             self._ram = config.ram if config.ram is not None else baseline_room(baseline_bytes)
@@ -93,14 +93,14 @@ class Budgets:
             )  # fmt: skip
         return plan
 
-    def _division(self, kv_bytes: int, *, chunkable: bool = True) -> Division:
+    def _division(self, kv_bytes: int, *, chunkable: bool = True) -> MemoryPlanner:
         machine = Machine(
             ram_bytes=self._ram, runtime_bytes=self._runtime_bytes,
             vram_free_bytes=None if self._device is None else self._free_bytes,
             is_cuda=self._device is not None and self._device.torch_device.type == "cuda",
             driver_bytes=None if self._device is None else self._device.driver_bytes(),
         )  # fmt: skip
-        return Division(
+        return MemoryPlanner(
             sizes=self._sizes, machine=machine, config=self._config, context_length=self._context_length,
             kv_bytes=kv_bytes, chunkable=chunkable,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from offmoe.cache.host_store import LinkSource
+from offmoe.cache.host_store import HostStore
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.core.keys import ExpertKey
 from offmoe.kernels.reference import ExpertMath
@@ -25,8 +25,8 @@ NUM_EXPERTS = 6
 NUM_ROWS, NUM_REPEATS = 64, 3
 
 
-def measured_costs(
-    experts: ExpertIndex, maths: Sequence[ExpertMath], link: LinkSource, copier: Copier, cpu: CpuExperts, *,
+def measure_miss_costs(
+    experts: ExpertIndex, maths: Sequence[ExpertMath], link: HostStore, copier: Copier, cpu: CpuExperts, *,
     num_device_slots: int, width_D: int,
 ) -> Costs:  # fmt: skip
     """Read a few experts into RAM, where they stay, and copy them to device slots, which must be free."""

@@ -6,13 +6,11 @@ A model that cannot run is refused after kilobytes, with the loader's own words,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from offmoe.checkpoint.locate import locate_model
 from offmoe.core.config import EngineConfig
-
-Progress = Callable[[str, int, int], None]
+from offmoe.core.progress import Progress
 
 
 def fetch_model(

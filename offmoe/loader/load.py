@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,14 @@ from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.quant_config import Quantisation
 from offmoe.core.config import EngineConfig
 from offmoe.core.counters import Counters
+from offmoe.core.progress import Progress
 from offmoe.hf.adapters.base import AdaptedExperts
 from offmoe.hf.context import longest_context
 from offmoe.hf.device_failures import explained, release_unused
 from offmoe.hf.expert_map import map_experts, streamed_parameters
 from offmoe.hf.internals import SEAM_NAME, KeyMapping, Target, experts_modules
 from offmoe.hf.quantised_linears import QuantisedLinears
-from offmoe.hf.replace import KernelLinear, NativeModules
+from offmoe.hf.replace import KernelLinear, ReplacedModules
 from offmoe.hf.seam import LayerBinding, bind
 from offmoe.hf.tokenizer import load_tokenizer, note_end_tokens
 from offmoe.hf.torch_threads import keep_to_quota, spare_forked_children
@@ -42,15 +42,13 @@ from offmoe.loader.resident import load_peak_bytes, load_resident
 from offmoe.loader.serving import Serving, build_serving
 from offmoe.machine.memory import give_back_freed_memory, total_ram_bytes
 from offmoe.machine.reservations import Reservation
-from offmoe.memory.auto import Facts, complete_config
+from offmoe.memory.auto import AutoFacts, complete_config
 from offmoe.memory.budget import MemoryPlan
 from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
 
 if TYPE_CHECKING:
     from offmoe.tiers.device import Device, DevicePool
-
-Progress = Callable[[str, int, int], None]
 # RAM slots where the device has room for every expert: as many reads as are in flight, and as many copies.
 PASSING_SLOTS = 16
 
@@ -88,7 +86,7 @@ def load_model(
                 plan, device_pool = _make_device_pool(plan, device, top_k=experts.top_k)
             native = None
             if device is None and cpu_kernels is not None:  # before lookahead asks the modules
-                native = NativeModules(cpu_kernels)
+                native = ReplacedModules(cpu_kernels)
                 opened.callback(native.remove)
                 native.replace(model)
             pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
@@ -251,15 +249,15 @@ def _make_device_pool(plan: MemoryPlan, device: Device, *, top_k: int) -> tuple[
     return dataclasses.replace(plan, device=fitting, num_slots=num_slots), pool
 
 
-def _finish_modules(model: PreTrainedModel, native: NativeModules, serving: Serving) -> None:
+def _finish_modules(model: PreTrainedModel, native: ReplacedModules, serving: Serving) -> None:
     """Attention of one token by the kernels, too; until the engine is closed."""
     serving.closing.callback(native.remove)
     attention = attend_by_kernels(model, native.kernels)
     if attention is not None:
         serving.closing.callback(attention.close)
     linears = (module for module in model.modules() if isinstance(module, nn.Linear))
-    if serving.cpu_rows is not None and all(isinstance(module, KernelLinear) for module in linears):
-        native.threads.begin(serving.cpu_rows.reasons, attends=attention is not None)
+    if serving.cpu_backend is not None and all(isinstance(module, KernelLinear) for module in linears):
+        native.threads.begin(serving.cpu_backend.reasons, attends=attention is not None)
 
 
 def _take_experts_out(model: PreTrainedModel, experts: ExpertIndex) -> None:
@@ -278,7 +276,7 @@ def _settled(config: EngineConfig, model: PreTrainedModel, device: Device | None
     """`config` with everything settled but memory, which is divided when it is known."""
     # A simulated device would gain nothing by it.
     may_compile = not model.config.is_encoder_decoder and device is not None and device.torch_device.type == "cuda"
-    facts = Facts(
+    facts = AutoFacts(
         has_device=device is not None, may_compile=may_compile,
         longest_context=longest_context(model), total_ram_bytes=total_ram_bytes(),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.core.config import EngineConfig
 from offmoe.hf.internals import experts_modules
-from offmoe.hf.replace import NativeModules
+from offmoe.hf.replace import ReplacedModules
 from offmoe.hf.seam import ClosedExecutor, ExpertsExecutor, attach
 from offmoe.loader.calls import OneCallAtATime
 from offmoe.loader.serving import Serving
@@ -45,7 +45,7 @@ class LoadedModel:
     pools: Pools
     device: Device | None
     serving: Serving
-    native: NativeModules | None
+    native: ReplacedModules | None
     calls: OneCallAtATime
     plan: MemoryPlan
     chunkable: bool
@@ -64,7 +64,7 @@ class LoadedModel:
     @contextmanager
     def uncached(self) -> Iterator[None]:
         """Serve experts without the cache for a while."""
-        rows = self.serving.cpu_rows if self.device is None else None
+        rows = self.serving.cpu_backend if self.device is None else None
         attach_all(self.model, UncachedExecutor(self.experts, self.index.files, rows))
         try:
             yield

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.core.config import EngineConfig
-from offmoe.prefetch.ahead import AheadOfTime
-from offmoe.prefetch.controller import Mode, PrefetchController
+from offmoe.prefetch.ahead import PrefetchCoordinator
+from offmoe.prefetch.controller import PrefetchController, PrefetchMode
 from offmoe.prefetch.lookahead import Lookahead
 from offmoe.prefetch.two_tiers import BelowDevice, TwoTierPrefetcher
 from offmoe.routers.routing import InstalledHooks, map_routing
@@ -26,7 +26,7 @@ FURTHEST_DISK, FURTHEST_LINK = 3, 1
 
 def look_ahead(
     model: PreTrainedModel, experts: ExpertIndex, cache: ExpertCache, host: ExpertCache, config: EngineConfig
-) -> tuple[AheadOfTime, InstalledHooks] | str | None:
+) -> tuple[PrefetchCoordinator, InstalledHooks] | str | None:
     """Make the lookahead, and the hooks to remove at the end; None where nothing is to be fetched ahead, or a reason.
 
     It tells routers' guesses to `cache`, and to `host` below it where that is another tier without room for everything.
@@ -40,7 +40,7 @@ def look_ahead(
     routing = map_routing(model)
     if not routing.order or not any(routing.predictors):
         return "no router of this model could be asked ahead of time: prefetch is off"
-    mode = cast("Mode", config.prefetch)
+    mode = cast("PrefetchMode", config.prefetch)
     from_disk = cache is host
     prefetcher = _prefetcher(cache, experts, mode, from_disk=from_disk)
     whole: PrefetchController | TwoTierPrefetcher = prefetcher
@@ -55,11 +55,11 @@ def look_ahead(
         num_experts=[layer.num_experts for layer in experts.layers],
         wide=wide if mode == "auto" else None,
     )  # fmt: skip
-    return AheadOfTime(lookahead, whole, order=routing.order), routing.install(lookahead)
+    return PrefetchCoordinator(lookahead, whole, order=routing.order), routing.install(lookahead)
 
 
 def _prefetcher(
-    cache: ExpertCache | BelowDevice, experts: ExpertIndex, mode: Mode, *, from_disk: bool
+    cache: ExpertCache | BelowDevice, experts: ExpertIndex, mode: PrefetchMode, *, from_disk: bool
 ) -> PrefetchController:  # fmt: skip
     """Make the controller of one tier."""
     num_ahead = most_ahead(len(cache.slots), experts.top_k, from_disk=from_disk)

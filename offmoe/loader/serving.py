@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from offmoe.cache.auto import AutoPolicy, choose_policy, policy_facts
-from offmoe.cache.backing_store import DiskSource, Source
+from offmoe.cache.backing_store import BackingStore, DiskStore
 from offmoe.cache.expert_cache import ExpertCache
-from offmoe.cache.host_store import LinkSource
+from offmoe.cache.host_store import HostStore
 from offmoe.cache.usage import Usage
 from offmoe.cache.warm_start import WarmStart
 from offmoe.checkpoint.expert_index import ExpertIndex
@@ -25,21 +25,21 @@ from offmoe.hf.internals import experts_modules
 from offmoe.hf.seam import ExpertsExecutor, math_of
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.slot_kernels import SlotKernels, make_slot_kernels
-from offmoe.loader.costs import measured_costs
+from offmoe.loader.costs import measure_miss_costs
 from offmoe.loader.look_ahead import look_ahead
 from offmoe.memory.budget import MemoryPlan
-from offmoe.moe.backends import KernelRows, Rows, TokenRows
-from offmoe.moe.cpu_backend import CpuRows
+from offmoe.moe.backends import ExpertBackend, KernelBackend, TokenRows
+from offmoe.moe.cpu_backend import CpuBackend
 from offmoe.moe.cpu_experts import CpuExperts
 from offmoe.moe.executor import Executor
-from offmoe.moe.interrupt_safe import RecoveringExecutor
+from offmoe.moe.interrupt_safe import InterruptSafeExecutor
 from offmoe.moe.misses import MissPlacer
 from offmoe.moe.resident import ResidentExecutor, preload
 from offmoe.moe.stalls import StreamStalls
-from offmoe.online.ab_test import Trial, Turns
-from offmoe.placement.choose import Mode
+from offmoe.online.ab_test import ABTest, Turns
+from offmoe.placement.choose import PlacementMode
 from offmoe.placement.scheduler import MissScheduler
-from offmoe.prefetch.ahead import AheadOfTime
+from offmoe.prefetch.ahead import PrefetchCoordinator
 from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
 from offmoe.trace.recorder import Recorder
@@ -55,10 +55,10 @@ class Serving:
     cache: ExpertCache
     host: ExpertCache
     executor: ExpertsExecutor
-    ahead: AheadOfTime | None = None
+    ahead: PrefetchCoordinator | None = None
     placer: MissPlacer | None = None
     kernels: SlotKernels | None = None
-    cpu_rows: CpuRows | None = None
+    cpu_backend: CpuBackend | None = None
     warm: WarmStart | None = None
     recorder: Recorder = field(default_factory=Recorder)
     notes: list[str] = field(default_factory=list)
@@ -79,10 +79,10 @@ class Serving:
             found |= {"miss": scheduler.mode.value, "miss_chosen": scheduler.trial.choice.value}
         if self.kernels is not None:
             found["kernels"] = sorted(set(self.kernels.reasons.values())) or "triton"
-        if self.cpu_rows is None:
+        if self.cpu_backend is None:
             found["cpu_kernels"] = ["torch"]
         else:
-            found["cpu_kernels"] = [str(self.cpu_rows.kernels), *sorted(set(self.cpu_rows.reasons.values()))]
+            found["cpu_kernels"] = [str(self.cpu_backend.kernels), *sorted(set(self.cpu_backend.reasons.values()))]
         return found | ({"notes": self.notes} if self.notes else {})
 
     def close(self) -> None:
@@ -105,24 +105,24 @@ def build_serving(
     `progress(stage, done_bytes, total_bytes)`: of page-locking RAM slots, and of bringing all experts to a device that
     has room for them. Kernels that are compiled for the device are counted by number.
     """
-    host_source = DiskSource(experts, pool, disk)
-    cpu_rows = None if cpu_kernels is None else CpuRows(cpu_kernels)
+    host_source = DiskStore(experts, pool, disk)
+    cpu_backend = None if cpu_kernels is None else CpuBackend(cpu_kernels)
     counted = {} if warm is None else warm.load()
     if device is None or device_pool is None:
         cache = make_cache(pool.num_slots, experts, host_source, counters, policy=config.policy, usage=Usage(counted))
-        serving = Serving(cache=cache, host=cache, executor=_NOT_YET, cpu_rows=cpu_rows, warm=warm)
-        executor = Executor(cache, rows=cpu_rows, recorder=serving.recorder)
+        serving = Serving(cache=cache, host=cache, executor=_NOT_YET, cpu_backend=cpu_backend, warm=warm)
+        executor = Executor(cache, rows=cpu_backend, recorder=serving.recorder)
         _fetch_ahead(serving, executor, model, experts, config)
-        serving.executor = RecoveringExecutor(executor)
+        serving.executor = InterruptSafeExecutor(executor)
         return serving
     host = make_cache(
         pool.num_slots, experts, host_source, Counters(), policy=config.policy, usage=Usage(counted), listens=True
     )
     layouts = [layout_of(layer) for layer in experts.layers]
-    link = LinkSource(experts, layouts, host, host_source, device_pool, device.copier, counters)
+    link = HostStore(experts, layouts, host, host_source, device_pool, device.copier, counters)
     stalls = _stalls_of(device)
     cache = make_cache(device_pool.num_slots, experts, link, counters, policy=config.policy, usage=Usage(counted))
-    serving = Serving(cache=cache, host=host, executor=_NOT_YET, cpu_rows=cpu_rows, warm=warm)
+    serving = Serving(cache=cache, host=host, executor=_NOT_YET, cpu_backend=cpu_backend, warm=warm)
     maths = [math_of(module) for _, module in experts_modules(model)]
     slot_of_LE, missing_L = _slot_table(experts, device_pool)
     kernels = serving.kernels = make_slot_kernels(  # before RAM slots take pages: compilers need memory, too
@@ -148,12 +148,12 @@ def build_serving(
     _place_misses(serving, executor, link, experts, maths, config, device, device_pool)
     _fetch_ahead(serving, executor, model, experts, config)
     _take_turns(serving)
-    serving.executor = RecoveringExecutor(executor)
+    serving.executor = InterruptSafeExecutor(executor)
     return serving
 
 
 def make_cache(
-    num_slots: int, experts: ExpertIndex, source: Source, counters: Counters, *, policy: str,
+    num_slots: int, experts: ExpertIndex, source: BackingStore, counters: Counters, *, policy: str,
     usage: Usage | None = None, listens: bool = False,
 ) -> ExpertCache:  # fmt: skip
     """A cache of `num_slots` slots whose policy has the name `policy`. `listens`: only misses of a tier above come."""
@@ -197,24 +197,24 @@ def _slot_table(experts: ExpertIndex, pool: DevicePool) -> tuple[torch.Tensor, t
     return slot_of_LE, torch.zeros(num_layers, dtype=torch.int32, device=device)
 
 
-def _rows(kernels: SlotKernels, pool: DevicePool, *, one_path: bool) -> Rows | None:
+def _rows(kernels: SlotKernels, pool: DevicePool, *, one_path: bool) -> ExpertBackend | None:
     """Kernels where they are faster than the reference: not on a device that is RAM."""
     if pool.slab.device.type == "cpu":
         return None
-    return KernelRows(kernels, one_path=one_path)
+    return KernelBackend(kernels, one_path=one_path)
 
 
 def _place_misses(
-    serving: Serving, executor: Executor, link: LinkSource, experts: ExpertIndex, maths: list[Any],
+    serving: Serving, executor: Executor, link: HostStore, experts: ExpertIndex, maths: list[Any],
     config: EngineConfig, device: Device, pool: DevicePool,
 ) -> None:  # fmt: skip
     """Measure link and CPU where there is a choice, and let the scheduler decide. "stream" needs no CPU side."""
-    mode = Mode(config.miss)
-    if mode is Mode.STREAM:
+    mode = PlacementMode(config.miss)
+    if mode is PlacementMode.STREAM:
         return
-    cpu = executor.cpu = CpuExperts(serving.host, link.settle, serving.cpu_rows)
+    cpu = executor.cpu = CpuExperts(serving.host, link.settle, serving.cpu_backend)
     serving.closing.callback(cpu.close)
-    costs = measured_costs(
+    costs = measure_miss_costs(
         experts, maths, link, device.copier, cpu, num_device_slots=pool.num_slots, width_D=_width(experts)
     )
     serving.placer = executor.placer = MissPlacer(
@@ -244,7 +244,7 @@ def _fetch_ahead(
 
 def _take_turns(serving: Serving) -> None:
     """Misses and prefetching are not compared at the same time; prefetching first: it is off until it was compared."""
-    trials: list[Trial[Any]] = [] if serving.ahead is None else serving.ahead.trials
+    trials: list[ABTest[Any]] = [] if serving.ahead is None else serving.ahead.ab_tests
     if serving.placer is not None:
         trials.append(serving.placer.scheduler.trial)
     if len(trials) > 1:

@@ -18,7 +18,7 @@ _SET = "as set"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class AutoFacts:
     """Facts that settle "auto". None: not known yet, and what depends on it stays open.
 
     `may_compile`: steps of this model on the device; `longest_context` the model's own; `ram_bytes` and `vram_bytes`
@@ -43,7 +43,7 @@ class Complete:
     reasons: dict[str, str]
 
 
-def complete_config(config: EngineConfig, facts: Facts) -> Complete:
+def complete_config(config: EngineConfig, facts: AutoFacts) -> Complete:
     """Settle every "auto" of `config`. Raises UsageError for settings that contradict the facts or each other."""
     values: dict[str, object] = {}
     reasons: dict[str, str] = {}
@@ -102,7 +102,7 @@ def _refuse_more_than_there_is(name: str, given_bytes: int | None, total_bytes: 
         )
 
 
-def _refuse_long_context(config: EngineConfig, facts: Facts) -> None:
+def _refuse_long_context(config: EngineConfig, facts: AutoFacts) -> None:
     longest = facts.longest_context
     if longest is not None and config.context_length is not None and config.context_length > longest:
         raise UsageError(
@@ -111,17 +111,17 @@ def _refuse_long_context(config: EngineConfig, facts: Facts) -> None:
         )
 
 
-def _context(facts: Facts) -> int:
+def _context(facts: AutoFacts) -> int:
     return min(DEFAULT_CONTEXT_LENGTH, facts.longest_context or DEFAULT_CONTEXT_LENGTH)
 
 
-def _why_context(facts: Facts) -> str:
+def _why_context(facts: AutoFacts) -> str:
     if facts.longest_context is not None and facts.longest_context < DEFAULT_CONTEXT_LENGTH:
         return "the model's own limit"
     return f"the default; the model takes {facts.longest_context or 'any number of'} tokens"
 
 
-def _why_device(config: EngineConfig, facts: Facts) -> str:
+def _why_device(config: EngineConfig, facts: AutoFacts) -> str:
     if facts.has_device:
         return "there is one"
     return "vram is set" if config.vram is not None else "there is no CUDA device"

@@ -67,7 +67,7 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Division:
+class MemoryPlanner:
     """`sizes` on `machine` as `config` allows, for `context_length` tokens of `kv_bytes`.
 
     `chunkable`: a prompt may go through the model in pieces.
@@ -111,7 +111,7 @@ class Division:
             staging_bytes=0 if in_ram else STAGING_BYTES, load_bytes=0 if in_ram else sizes.load_bytes, device=device,
         )  # fmt: skip
 
-    def with_runtime(self, runtime_bytes: int) -> Division:
+    def with_runtime(self, runtime_bytes: int) -> MemoryPlanner:
         """The same where libraries take `runtime_bytes`."""
         return replace(self, machine=replace(self.machine, runtime_bytes=runtime_bytes))
 

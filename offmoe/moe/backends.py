@@ -33,7 +33,7 @@ class Computed:
     assigned: list[Assignment]
 
 
-class Rows(Protocol):
+class ExpertBackend(Protocol):
     """Computes rows of a layer."""
 
     def compute(
@@ -72,7 +72,7 @@ class TokenRows:
         return self._kernels.lookup_forward(layer_idx, x_1D, expert_ids_1K, weights_1K)
 
 
-class ReferenceRows:
+class ReferenceBackend:
     """Plain torch on views of the slots, on any device. `multiply`: products of several rows, as torch's `linear`."""
 
     def __init__(self, multiply: Multiply = torch.nn.functional.linear) -> None:
@@ -95,8 +95,8 @@ class ReferenceRows:
                 )
 
 
-class KernelRows:
-    """Kernels that address weights by slot; `ReferenceRows` where rows are so many that large products are faster.
+class KernelBackend:
+    """Kernels that address weights by slot; `ReferenceBackend` where rows are so many that large products are faster.
 
     `one_path`: every row is rounded alike however many come in one call, which depends on what was cached. The kernels
     then serve single tokens only, whose rows they sum one by one: for several tokens they choose their tiles by the
@@ -105,7 +105,7 @@ class KernelRows:
 
     def __init__(self, kernels: SlotKernels, *, one_path: bool = False) -> None:
         self._kernels, self._one_path = kernels, one_path
-        self._reference = ReferenceRows()
+        self._reference = ReferenceBackend()
 
     def compute(
         self, layer_idx: int, math: ExpertMath, experts: list[Computed], x_TD: torch.Tensor, y_SD: torch.Tensor

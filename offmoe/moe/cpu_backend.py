@@ -16,7 +16,7 @@ from offmoe.kernels.cpu.decode import CpuTokenExperts
 from offmoe.kernels.cpu.kernels import CpuKernels, CpuLayer, ExpertRows
 from offmoe.kernels.products import most_rows, multiply
 from offmoe.kernels.reference import ExpertMath
-from offmoe.moe.backends import Computed, ReferenceRows
+from offmoe.moe.backends import Computed, ReferenceBackend
 from offmoe.moe.dispatch import num_rows
 
 # Rows of one expert with quantised weights that go through the kernels whatever the processor; more are a product for
@@ -26,8 +26,8 @@ MAX_QUANTISED_ROWS = 64
 CALL_NUMBERS, LEAST_CALL_ROWS = 1 << 22, 64
 
 
-class CpuRows:
-    """Rows by the kernels, where they know the layer's formats and arithmetic; otherwise by `ReferenceRows`.
+class CpuBackend:
+    """Rows by the kernels, where they know the layer's formats and arithmetic; otherwise by `ReferenceBackend`.
 
     `reasons`: layer -> why its rows are not computed by the kernels, for those seen so far.
     """
@@ -37,7 +37,7 @@ class CpuRows:
         self.reasons: dict[int, str] = {}
         self._layers: dict[int, tuple[ExpertMath, CpuLayer | None]] = {}
         self._tokens: dict[int, CpuTokenExperts] = {}
-        self._reference = ReferenceRows(multiply)
+        self._reference = ReferenceBackend(multiply)
 
     def compute(
         self, layer_idx: int, math: ExpertMath, experts: list[Computed], x_TD: torch.Tensor, y_SD: torch.Tensor

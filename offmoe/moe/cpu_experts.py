@@ -21,14 +21,14 @@ from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import ExpertWeights
 from offmoe.kernels.indices import upload
 from offmoe.kernels.reference import ExpertMath
-from offmoe.moe.backends import Computed, ReferenceRows, Rows
+from offmoe.moe.backends import Computed, ExpertBackend, ReferenceBackend
 from offmoe.moe.dispatch import Assignment
 
 # The most tokens whose states are copied to RAM in every layer call, in case an expert is computed there.
 MAX_TOKENS_ALONG = 16
 
 Group = list[tuple[ExpertWeights, list[Assignment]]]
-Result = tuple[torch.Tensor, torch.Tensor]
+ComputedRows = tuple[torch.Tensor, torch.Tensor]
 Compute = Callable[[list[Computed], torch.Tensor, torch.Tensor], None]
 
 
@@ -36,11 +36,11 @@ class CpuExperts:
     """Computes experts out of `host`, the cache of RAM slots."""
 
     def __init__(
-        self, host: ExpertCache, settle: Callable[[], None], rows: Rows | None = None, *,
+        self, host: ExpertCache, settle: Callable[[], None], rows: ExpertBackend | None = None, *,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
         """`settle` waits until no copy to the device holds a RAM slot. `rows` computes them, by default in torch."""
-        self._host, self._settle, self._rows, self._clock_ns = host, settle, rows or ReferenceRows(), clock_ns
+        self._host, self._settle, self._rows, self._clock_ns = host, settle, rows or ReferenceBackend(), clock_ns
         self._thread = _start_thread()
         self._maths: dict[int, tuple[ExpertMath, ExpertMath]] = {}
         self._can_pin = True
@@ -113,7 +113,7 @@ class CpuJob:
         self._waiting: list[tuple[ExpertKey, list[Assignment]]] = []
         self._held: list[ExpertKey] = []
         self._group: Group = []
-        self._results: list[Future[Result]] = []
+        self._results: list[Future[ComputedRows]] = []
 
     def begin(self, experts: Mapping[ExpertKey, list[Assignment]]) -> None:
         """Begin to compute what RAM has, at once and as one piece of work; the rest when it was read."""
@@ -176,7 +176,7 @@ class CpuJob:
             self._results.append(self._thread.submit(self._compute, group))
 
     @torch.inference_mode()
-    def _compute(self, group: Group) -> Result:
+    def _compute(self, group: Group) -> ComputedRows:
         """On the thread: (choices, rows) of all experts of a group, in the order of their choices."""
         flat = [assignment for _, assigned in group for assignment in assigned]
         choices_N = torch.cat([torch.atleast_1d(torch.as_tensor(each.choices_N)) for each in flat])

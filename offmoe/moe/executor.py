@@ -14,14 +14,14 @@ from offmoe.cache.expert_cache import ExpertCache
 from offmoe.core.counters import Counters
 from offmoe.core.keys import ExpertKey
 from offmoe.kernels.reference import ExpertMath, combine_rows
-from offmoe.moe.backends import ReferenceRows, Rows, TokenRows
-from offmoe.moe.cpu_backend import CpuRows
+from offmoe.moe.backends import ExpertBackend, ReferenceBackend, TokenRows
+from offmoe.moe.cpu_backend import CpuBackend
 from offmoe.moe.cpu_experts import CpuExperts
 from offmoe.moe.dispatch import dispatch
 from offmoe.moe.layer_call import LayerCall
 from offmoe.moe.misses import MissPlacer
 from offmoe.moe.stalls import StreamStalls
-from offmoe.prefetch.ahead import AheadOfTime
+from offmoe.prefetch.ahead import PrefetchCoordinator
 from offmoe.trace.recorder import Recorder, flat_ids
 
 
@@ -29,7 +29,7 @@ class Executor:
     """Runs MoE layers through the expert cache. One call at a time, on the thread that runs the model."""
 
     def __init__(
-        self, cache: ExpertCache, *, rows: Rows | None = None, ahead: AheadOfTime | None = None,
+        self, cache: ExpertCache, *, rows: ExpertBackend | None = None, ahead: PrefetchCoordinator | None = None,
         tokens: TokenRows | None = None, cpu: CpuExperts | None = None, placer: MissPlacer | None = None,
         recorder: Recorder | None = None,
         over_link: bool = False, stalls: StreamStalls | None = None, follow_stream: Callable[[], None] | None = None,
@@ -40,7 +40,7 @@ class Executor:
         `follow_stream`: called before a layer's slots are read (tiers/device.py).
         """
         self.recorder, self.over_link, self.stalls = recorder or Recorder(), over_link, stalls
-        self.cache, self.rows, self.ahead = cache, rows or ReferenceRows(), ahead
+        self.cache, self.rows, self.ahead = cache, rows or ReferenceBackend(), ahead
         self.cpu, self.placer, self.clock_ns, self._tokens = cpu, placer, clock_ns, tokens
         self._follow_stream = follow_stream
         self._counters: Counters = cache.counters
@@ -58,7 +58,7 @@ class Executor:
         if self._follow_stream is not None:
             self._follow_stream()
         num_tokens, top_k = expert_ids_TK.shape
-        if num_tokens == 1 and isinstance(self.rows, CpuRows):
+        if num_tokens == 1 and isinstance(self.rows, CpuBackend):
             y_1D = self._run_ready(self.rows, layer_idx, math, num_experts, x_TD, expert_ids_TK, weights_TK)
             if y_1D is not None:
                 return y_1D
@@ -81,7 +81,7 @@ class Executor:
         return y_TD
 
     def _run_ready(
-        self, rows: CpuRows, layer_idx: int, math: ExpertMath, num_experts: int,
+        self, rows: CpuBackend, layer_idx: int, math: ExpertMath, num_experts: int,
         x_1D: torch.Tensor, expert_ids_1K: torch.Tensor, weights_1K: torch.Tensor,
     ) -> torch.Tensor | None:  # fmt: skip
         """One token whose experts are all here, with nobody looking ahead: one call of the kernels, and no holds, since

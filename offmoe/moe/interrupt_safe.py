@@ -23,7 +23,7 @@ from offmoe.core.keys import ExpertKey
 from offmoe.kernels.cpu.decode import CpuTokenExperts
 from offmoe.kernels.cpu.kernels import CpuLayer, DescribedExpert
 from offmoe.kernels.reference import ExpertMath
-from offmoe.moe.cpu_backend import CpuRows
+from offmoe.moe.cpu_backend import CpuBackend
 from offmoe.moe.executor import Executor
 
 Result = TypeVar("Result")
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 _COUNTED_ONCE = ("hits", "late_hits", "misses", "layer_calls", "waiting_calls")
 
 
-class RecoveringExecutor:
+class InterruptSafeExecutor:
     """Runs layers as `executor` does. After a call was broken off, the cache is at rest and keeps what is whole."""
 
     def __init__(self, executor: Executor) -> None:
@@ -48,12 +48,12 @@ class RecoveringExecutor:
             partial(self._executor.run_layer, layer_idx, math, num_experts, x_TD, expert_ids_TK, weights_TK)
         )
 
-    def joined(self) -> JoinedExperts | None:
+    def joined(self) -> FusedExperts | None:
         """Its experts for calls that compute several layers, made within `guard`; None where rows are not the CPU
         kernels'.
         """
         rows = self._executor.rows
-        return JoinedExperts(self._executor, rows) if isinstance(rows, CpuRows) else None
+        return FusedExperts(self._executor, rows) if isinstance(rows, CpuBackend) else None
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
@@ -91,7 +91,7 @@ class RecoveringExecutor:
 
 
 @dataclass(frozen=True, slots=True)
-class JoinedLayer:
+class FusedExpertsLayer:
     """One MoE layer. `table_E`: the address of each expert's description, null where it is not in RAM."""
 
     layer_idx: int
@@ -100,7 +100,7 @@ class JoinedLayer:
     described: list[DescribedExpert | None]
 
 
-class JoinedExperts:
+class FusedExperts:
     """The experts of several MoE layers for one call of the kernels: where each lies, and the books afterwards.
 
     The kernels look experts up in tables of addresses, one a layer. A table is put right before a call from what came
@@ -109,10 +109,10 @@ class JoinedExperts:
     in order and with the same numbers as when each layer had been computed by itself.
     """
 
-    def __init__(self, executor: Executor, rows: CpuRows) -> None:
+    def __init__(self, executor: Executor, rows: CpuBackend) -> None:
         """`rows`: by the kernels, in RAM."""
         self._executor, self._rows = executor, rows
-        self._layers: dict[int, JoinedLayer] = {}
+        self._layers: dict[int, FusedExpertsLayer] = {}
         self._contents = executor.cache.contents
 
     @property
@@ -127,14 +127,14 @@ class JoinedExperts:
 
     def layer(
         self, layer_idx: int, math: ExpertMath, num_experts: int, x_1D: torch.Tensor, weights_1K: torch.Tensor
-    ) -> JoinedLayer:
+    ) -> FusedExpertsLayer:
         """The layer whose experts are given such a row and such weights. Some of its experts were seen, and the kernels
         compute them: `knows` said True.
         """
         kernels_layer = self._rows.seen(layer_idx, math)
         assert kernels_layer is not None, f"{layer_idx=}"
         experts = CpuTokenExperts(self._rows.kernels, kernels_layer, weights_1K.numel(), x_1D, weights_1K)
-        joined = JoinedLayer(layer_idx, experts, (ctypes.c_void_p * num_experts)(), [None] * num_experts)
+        joined = FusedExpertsLayer(layer_idx, experts, (ctypes.c_void_p * num_experts)(), [None] * num_experts)
         self._layers[layer_idx] = joined
         self._put_right(joined, range(num_experts))
         return joined
@@ -148,7 +148,7 @@ class JoinedExperts:
             if joined is not None:
                 self._put_right(joined, (key.expert_idx,))
 
-    def _put_right(self, joined: JoinedLayer, experts: Iterable[int]) -> None:
+    def _put_right(self, joined: FusedExpertsLayer, experts: Iterable[int]) -> None:
         layer: CpuLayer = joined.experts.layer
         for expert_idx in experts:
             weights = self._contents.find(ExpertKey(joined.layer_idx, expert_idx))

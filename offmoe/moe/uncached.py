@@ -13,15 +13,15 @@ from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import view_expert, writable_bytes
 from offmoe.kernels.reference import ExpertMath, combine_rows
-from offmoe.moe.backends import Computed, ReferenceRows, Rows
+from offmoe.moe.backends import Computed, ExpertBackend, ReferenceBackend
 from offmoe.moe.dispatch import dispatch
 
 
 class UncachedExecutor:
     """Runs layers as Executor does, without cache, threads or direct reads."""
 
-    def __init__(self, index: ExpertIndex, files: list[ShardFile], rows: Rows | None = None) -> None:
-        self._index, self._files, self._rows = index, files, rows or ReferenceRows()
+    def __init__(self, index: ExpertIndex, files: list[ShardFile], rows: ExpertBackend | None = None) -> None:
+        self._index, self._files, self._rows = index, files, rows or ReferenceBackend()
 
     def run_layer(
         self, layer_idx: int, math: ExpertMath, num_experts: int,

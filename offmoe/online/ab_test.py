@@ -59,7 +59,7 @@ class Turns:
             self._holder = None
 
 
-class Trial(Generic[Setting]):
+class ABTest(Generic[Setting]):
     """Says under which setting to work next (`current`) and is told what came of it (`observe`).
 
     A block is `block` observations, of which the first `settle` are not counted: they pay for what the setting before
@@ -92,7 +92,7 @@ class Trial(Generic[Setting]):
 
     def __repr__(self) -> str:
         doing = f"comparing {self._comparison.live}" if self._comparison else f"next in {self._left}"
-        return f"<Trial {self.choice!r} [{doing} | {self.num_comparisons} comparisons, {self.lost_s:.3f} s lost]>"
+        return f"<ABTest {self.choice!r} [{doing} | {self.num_comparisons} comparisons, {self.lost_s:.3f} s lost]>"
 
     @property
     def current(self) -> Setting:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import cycle
 
 from offmoe.machine.costs import Costs
-from offmoe.tiers.copier import Copier, Part, Ticket, count_bytes
+from offmoe.tiers.copier import Copier, CopyPart, Ticket, count_bytes
 
 # Seconds of each of the three phases (link, CPU, both), and bytes of each: whichever is reached first ends it.
 PHASE_S, PHASE_BYTES = 0.06, 1 << 30
@@ -21,7 +21,7 @@ SMALL_BYTES = 4096
 
 
 def measure(
-    copier: Copier, experts: Sequence[Sequence[Part]], compute: Callable[[int], None], *,
+    copier: Copier, experts: Sequence[Sequence[CopyPart]], compute: Callable[[int], None], *,
     disk_bytes_per_s: float, cpu_flops_per_s: float, cpu_latency_s: float = 0.0,
     synchronize: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.perf_counter,
     phase_s: float = PHASE_S, phase_bytes: int = PHASE_BYTES,
@@ -55,7 +55,7 @@ class _Probe:
     """The three phases. Between them nothing is under way."""
 
     def __init__(
-        self, copier: Copier, experts: Sequence[Sequence[Part]], compute: Callable[[int], None],
+        self, copier: Copier, experts: Sequence[Sequence[CopyPart]], compute: Callable[[int], None],
         synchronize: Callable[[], None], clock: Callable[[], float], phase_s: float, phase_bytes: int,
     ) -> None:  # fmt: skip
         self._copier, self._experts, self._compute = copier, experts, compute

@@ -19,7 +19,7 @@ from offmoe.machine.costs import Costs
 GIVE_UP_SHARE = 0.5
 
 
-class Mode(Enum):
+class PlacementMode(Enum):
     """`miss=` of the configuration. STREAM and CPU force every miss that has a choice."""
 
     AUTO = "auto"
@@ -81,14 +81,14 @@ class Miss:
         return self.num_bytes if self.read_left_bytes is None else self.read_left_bytes
 
 
-def decide(misses: Sequence[Miss], costs: Costs, mode: Mode) -> list[Placement]:
+def decide(misses: Sequence[Miss], costs: Costs, mode: PlacementMode) -> list[Placement]:
     """A placement for each miss, in the order given.
 
     A copy that is under way is waited for: it is computed on the CPU only in AUTO, where waiting would take far longer
     (GIVE_UP_SHARE). Of the others those are copied that the cache would keep: most rows, then most worth, then first.
     """
-    if mode is not Mode.AUTO:
-        return [Placement.FETCH if m.is_under_way or mode is Mode.STREAM else Placement.CPU for m in misses]
+    if mode is not PlacementMode.AUTO:
+        return [Placement.FETCH if m.is_under_way or mode is PlacementMode.STREAM else Placement.CPU for m in misses]
     if misses and all(miss == misses[0] for miss in misses):  # decoding, most of the time
         num_copied = _num_copied_of_equals(misses[0], len(misses), costs)
         return [Placement.FETCH] * num_copied + [Placement.CPU] * (len(misses) - num_copied)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from offmoe.machine.costs import Costs
-from offmoe.online.ab_test import Trial
-from offmoe.placement.choose import Miss, Mode, Placement, decide, makespan_s
+from offmoe.online.ab_test import ABTest
+from offmoe.placement.choose import Miss, Placement, PlacementMode, decide, makespan_s
 
 # Layer calls in a block of the comparison, and those at its beginning that are not counted (a copy or a product of the
 # setting before may run into the first). Many rounds: those that are not told apart sooner are nearly equal.
@@ -35,11 +35,11 @@ class MissScheduler:
     """
 
     def __init__(
-        self, costs: Costs, *, mode: Mode = Mode.AUTO, trial: Trial[Mode] | None = None,
+        self, costs: Costs, *, mode: PlacementMode = PlacementMode.AUTO, trial: ABTest[PlacementMode] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         self.costs, self.mode = costs, mode
-        self.trial = trial or Trial(list(Mode), block=BLOCK_CALLS, settle=SETTLE_CALLS, max_rounds=MAX_ROUNDS)
+        self.trial = trial or ABTest(list(PlacementMode), block=BLOCK_CALLS, settle=SETTLE_CALLS, max_rounds=MAX_ROUNDS)
         self._clock = clock
         self._call: _Call | None = None
         self._overhead_s = 0.0
@@ -62,8 +62,8 @@ class MissScheduler:
         self._call = _Call(layer_idx, now_s, setting, misses, judged)
         return placements
 
-    def _setting(self, misses: Sequence[Miss], *, judged: bool) -> Mode:
-        if self.mode is not Mode.AUTO or not judged:
+    def _setting(self, misses: Sequence[Miss], *, judged: bool) -> PlacementMode:
+        if self.mode is not PlacementMode.AUTO or not judged:
             return self.mode
         self._num_misses += SMOOTHING * (len(misses) - self._num_misses) if self._num_misses else len(misses)
         self._consider()
@@ -92,22 +92,22 @@ class MissScheduler:
         if self._considered_at is not None and self._considered_at[2] and at[1] != self._considered_at[1]:
             self._calls_until_all = HOPELESS_AFTER
         self._considered_at = at
-        self.trial.consider(list(Mode) if self._calls_until_all <= 0 else self._hopeful(typical))
+        self.trial.consider(list(PlacementMode) if self._calls_until_all <= 0 else self._hopeful(typical))
 
-    def _hopeful(self, typical: int) -> list[Mode]:
+    def _hopeful(self, typical: int) -> list[PlacementMode]:
         """Placements that might be faster than the model's best, and is not the same under another name."""
-        hopeful = [Mode.AUTO]
-        for mode in (Mode.STREAM, Mode.CPU):
+        hopeful = [PlacementMode.AUTO]
+        for mode in (PlacementMode.STREAM, PlacementMode.CPU):
             sets = [[Miss(num_bytes=1 << 24)] * num for num in range(1, max(MANY_MISSES, typical) + 1)]
-            if any(self._placed(misses, mode) != self._placed(misses, Mode.AUTO) for misses in sets):
-                best_s, mine_s = (self._forecast_s(sets[typical - 1], m) for m in (Mode.AUTO, mode))
+            if any(self._placed(misses, mode) != self._placed(misses, PlacementMode.AUTO) for misses in sets):
+                best_s, mine_s = (self._forecast_s(sets[typical - 1], m) for m in (PlacementMode.AUTO, mode))
                 hopeful += [mode] if mine_s <= HOPELESS_FACTOR * best_s else []
         return hopeful
 
-    def _placed(self, misses: Sequence[Miss], mode: Mode) -> list[Placement]:
+    def _placed(self, misses: Sequence[Miss], mode: PlacementMode) -> list[Placement]:
         return decide(misses, self.costs, mode)
 
-    def _forecast_s(self, misses: Sequence[Miss], mode: Mode) -> float:
+    def _forecast_s(self, misses: Sequence[Miss], mode: PlacementMode) -> float:
         return makespan_s(misses, self._placed(misses, mode), self.costs)
 
     def _end_call(self, call: _Call, seconds: float) -> None:
@@ -116,7 +116,7 @@ class MissScheduler:
             weight = SMOOTHING if self._overhead_s else 1.0
             self._overhead_s += weight * (seconds - self._overhead_s)
             return
-        if self.mode is Mode.AUTO and call.is_judged:
+        if self.mode is PlacementMode.AUTO and call.is_judged:
             self.trial.observe(call.setting, seconds, self._expected_s(call.misses))
 
     def _expected_s(self, misses: Sequence[Miss]) -> float:
@@ -132,6 +132,6 @@ class _Call:
 
     layer_idx: int
     begin_s: float
-    setting: Mode
+    setting: PlacementMode
     misses: Sequence[Miss]
     is_judged: bool

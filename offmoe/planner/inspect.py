@@ -34,7 +34,7 @@ _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survey:
+class Inspection:
     """Contents of a checkpoint. Bytes on disk; `resident` is everything that is loaded and no routed expert.
 
     `unused_bytes` are of tensors that are not loaded: layers beyond the last, for guessing tokens ahead, a tied head
@@ -68,7 +68,7 @@ class Survey:
         return self.num_moe_layers * self.top_k * self.expert_bytes
 
 
-def survey(folder: Path) -> Survey:
+def inspect_checkpoint(folder: Path) -> Inspection:
     """Describe the checkpoint in `folder`. Raises CheckpointError, or UnsupportedModelError for a dense model."""
     config = read_config(folder)
     index = CheckpointIndex.open(folder, read_quantisation(config))
@@ -85,7 +85,7 @@ def survey(folder: Path) -> Survey:
     num_experts = max([idx + 1 for _, idx, _ in per_expert] + [count for _, count in stacked])
     expert_total = sum(entry.num_bytes for entry in experts)
     resident_total = sum(entry.num_bytes for entry in loaded.resident)
-    return Survey(
+    return Inspection(
         model_type=str(config.get("model_type")),
         architecture=_architecture(config),
         num_layers=num_hidden_layers(config),

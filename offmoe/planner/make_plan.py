@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from offmoe.checkpoint.gguf.file import is_gguf
-from offmoe.checkpoint.hub.download import Progress
 from offmoe.checkpoint.hub.headers import locate_headers
 from offmoe.checkpoint.identity import model_hash
 from offmoe.checkpoint.shard_file import ShardFile
 from offmoe.core.config import EngineConfig
 from offmoe.core.errors import OffmoeError, UsageError
+from offmoe.core.progress import Progress
 from offmoe.core.units import MIB, format_bytes, format_percent
 from offmoe.machine.memory import available_ram_bytes, free_vram_bytes, total_ram_bytes, total_vram_bytes
 from offmoe.machine.record import DriveSpeed, MachineRecord, read_record
-from offmoe.memory.auto import Facts
+from offmoe.memory.auto import AutoFacts
 from offmoe.planner.hit_rates import published_curve, traced_curve
 from offmoe.planner.machines import find_machine
 from offmoe.planner.model_facts import read_facts
@@ -63,7 +63,7 @@ def run_plan(
     )  # fmt: skip
 
 
-def foresee(folder: Path, config: EngineConfig) -> Plan | None:
+def predict_plan(folder: Path, config: EngineConfig) -> Plan | None:
     """The plan before loading, on a machine that was probed; None elsewhere, and for what the loader will refuse."""
     if read_record() is None:
         return None
@@ -91,22 +91,22 @@ def against_plan(totals: Mapping[str, Any]) -> str | None:
     )
 
 
-def _known(device: str, other: MachineRecord | None, *, direct: bool, longest: int | None) -> Facts:
+def _known(device: str, other: MachineRecord | None, *, direct: bool, longest: int | None) -> AutoFacts:
     if other is not None:
-        return Facts(
+        return AutoFacts(
             has_device=other.vram_bytes is not None, longest_context=longest, ram_bytes=other.ram_bytes,
             vram_bytes=other.vram_bytes, direct_reads=direct, total_ram_bytes=other.ram_bytes,
             total_vram_bytes=other.vram_bytes,
         )  # fmt: skip
     vram = None if device == "cpu" else free_vram_bytes()
-    return Facts(
+    return AutoFacts(
         has_device=vram is not None, longest_context=longest, ram_bytes=available_ram_bytes(), vram_bytes=vram,
         direct_reads=direct, total_ram_bytes=total_ram_bytes(),
         total_vram_bytes=None if vram is None else total_vram_bytes(),
     )  # fmt: skip
 
 
-def _refuse_absent_device(config: EngineConfig, known: Facts, machine: str | None) -> None:
+def _refuse_absent_device(config: EngineConfig, known: AutoFacts, machine: str | None) -> None:
     """Raise UsageError for a plan of a device that the machine does not have."""
     asked = "vram is set" if config.vram is not None else f"device is {config.device}"
     if known.has_device or (config.vram is None and not config.device.startswith("cuda")):

@@ -182,8 +182,8 @@ def _turned(config: dict[str, Any], stacked: list[tuple[StoredTensor, int]]) -> 
     width = largest_number(text_config(config), "hidden_size", 0)
     for entry, _ in stacked:
         if isinstance(entry, TensorEntry) and entry.name.endswith("gate_up_proj"):
-            is_turned = len(entry.shape) == 3 and entry.shape[1] == width != entry.shape[2]
-            return f"{_kind(entry)} turned" if is_turned and _kind(entry) == "bf16" else None
+            is_transposed = len(entry.shape) == 3 and entry.shape[1] == width != entry.shape[2]
+            return f"{_kind(entry)} turned" if is_transposed and _kind(entry) == "bf16" else None
     return None
 
 

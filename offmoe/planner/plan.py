@@ -9,13 +9,13 @@ from offmoe.core.config import EngineConfig
 from offmoe.core.errors import BudgetError, UsageError
 from offmoe.core.units import format_seconds
 from offmoe.machine.record import DriveSpeed, MachineRecord
-from offmoe.memory.auto import Complete, Facts, complete_config
+from offmoe.memory.auto import AutoFacts, Complete, complete_config
 from offmoe.memory.budget import CUDA_CONTEXT_BYTES, MemoryPlan
 from offmoe.memory.kv_bytes import KvEstimate, estimate_kv
-from offmoe.memory.planner import Division, Machine
+from offmoe.memory.planner import Machine, MemoryPlanner
 from offmoe.planner.hit_rates import HitCurve
 from offmoe.planner.model_facts import ModelFacts
-from offmoe.planner.predict import Prediction, predict
+from offmoe.planner.predict import SpeedPrediction, predict
 
 DEFAULT_PROMPT_TOKENS = 512
 
@@ -32,7 +32,7 @@ class Plan:
     kv: KvEstimate
     memory: MemoryPlan | None
     refusal: str | None
-    prediction: Prediction | None
+    prediction: SpeedPrediction | None
     record: MachineRecord | None
 
     def line(self) -> str:
@@ -79,7 +79,7 @@ class Plan:
 
 
 def make_plan(
-    facts: ModelFacts, config: EngineConfig, known: Facts, *, record: MachineRecord | None, libraries_bytes: int,
+    facts: ModelFacts, config: EngineConfig, known: AutoFacts, *, record: MachineRecord | None, libraries_bytes: int,
     curve: HitCurve, drive: DriveSpeed | None, prompt_tokens: int | None,
 ) -> Plan:  # fmt: skip
     """The plan for `facts` on a machine of which `known` is known; pure. Raises UsageError for impossible settings."""
@@ -92,7 +92,7 @@ def make_plan(
     kv = estimate_kv(facts.config, item_bytes=facts.item_bytes, context_length=context)
     on_device = complete.config.device != "cpu"
     sizes = replace(facts.sizes, resident_bytes=facts.device_resident_bytes) if on_device else facts.sizes
-    division = Division(
+    division = MemoryPlanner(
         sizes=sizes,
         machine=Machine(
             ram_bytes=complete.config.ram or 0, runtime_bytes=libraries_bytes + facts.tokenizer_bytes,

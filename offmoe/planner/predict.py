@@ -17,7 +17,7 @@ _FLOPS_A_WEIGHT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class SpeedStep:
     """A part of a token's or a prompt's time. `rate` in bytes (or `unit`) a second; seconds below 0 are saved."""
 
     what: str
@@ -28,12 +28,12 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
+class SpeedPrediction:
     """Times of one decoded token at half of the context, and of a prompt of `prompt_tokens` on an empty cache."""
 
-    decode_steps: tuple[Step, ...]
+    decode_steps: tuple[SpeedStep, ...]
     decode_tok_per_s: float
-    prompt_steps: tuple[Step, ...]
+    prompt_steps: tuple[SpeedStep, ...]
     prompt_tokens: int
     ttft_s: float
     hit_rate: float
@@ -44,7 +44,7 @@ class Prediction:
 def predict(
     facts: ModelFacts, plan: MemoryPlan, record: MachineRecord, curve: HitCurve, *, drive: DriveSpeed, direct: bool,
     prompt_tokens: int, context_length: int,
-) -> Prediction:  # fmt: skip
+) -> SpeedPrediction:  # fmt: skip
     """Decode is the sum of its steps: what overlaps is one step at the rate of both."""
     disk = (drive.direct_bytes_per_s if direct else None) or drive.buffered_bytes_per_s or drive.direct_bytes_per_s
     assert disk is not None, f"{drive=}"
@@ -55,7 +55,7 @@ def predict(
     else:
         decode = _decode_on_device(facts, plan, record, hit_rate, ram_rate, disk)
     prompt = _prompt(facts, plan, record, disk, prompt_tokens)
-    return Prediction(
+    return SpeedPrediction(
         decode_steps=decode, decode_tok_per_s=1 / sum(step.seconds for step in decode), prompt_steps=prompt,
         prompt_tokens=prompt_tokens, ttft_s=sum(step.seconds for step in prompt), hit_rate=hit_rate,
         ram_hit_rate=ram_rate, hit_source=curve.source,
@@ -64,7 +64,7 @@ def predict(
 
 def _decode_on_cpu(
     facts: ModelFacts, plan: MemoryPlan, record: MachineRecord, hit_rate: float, disk: float, num_tokens: int
-) -> tuple[Step, ...]:
+) -> tuple[SpeedStep, ...]:
     small = facts.dense_bytes + facts.routed_bytes <= record.cache_bytes / 2
     costs = record.cached_layers if small else record.layers
     faster = record.cached_bytes_per_s / record.cpu_rate("bf16") if small else 1.0
@@ -92,7 +92,7 @@ def _decode_on_cpu(
 
 def _missing(
     facts: ModelFacts, costs: LayerCosts, hit_rate: float, disk: float, rate: float
-) -> Iterator[Step]:  # fmt: skip
+) -> Iterator[SpeedStep]:  # fmt: skip
     """Time of fetches. A layer's missing experts are read together, while those that are there are computed."""
     num_layers, per_layer = facts.num_moe_layers, facts.sizes.top_k
     yield _times("layers, while experts are missing", num_layers, costs.watched_s)
@@ -105,13 +105,13 @@ def _missing(
         chance = math.comb(per_layer, missed) * (1 - hit_rate) ** missed * hit_rate ** (per_layer - missed)
         waiting_s = costs.fetch_s + missed * facts.expert_bytes / disk
         hidden_s += num_layers * chance * min(waiting_s, (per_layer - missed) * facts.expert_bytes / rate)
-    yield Step(what="of that, while others are computed", amount=calls, rate=-calls / max(hidden_s, 1e-9),
+    yield SpeedStep(what="of that, while others are computed", amount=calls, rate=-calls / max(hidden_s, 1e-9),
                seconds=-hidden_s, unit="times")  # fmt: skip
 
 
 def _decode_on_device(
     facts: ModelFacts, plan: MemoryPlan, record: MachineRecord, hit_rate: float, ram_rate: float, disk: float
-) -> tuple[Step, ...]:
+) -> tuple[SpeedStep, ...]:
     assert plan.device is not None and record.device_bytes_per_s and record.link_pinned_bytes_per_s, f"{record=}"
     speed = record.device_bytes_per_s
     missed = (1 - hit_rate) * facts.routed_bytes
@@ -135,7 +135,7 @@ def _decode_on_device(
 
 def _prompt(
     facts: ModelFacts, plan: MemoryPlan, record: MachineRecord, disk: float, num_tokens: int
-) -> tuple[Step, ...]:
+) -> tuple[SpeedStep, ...]:
     """Every chunk reads the experts that it touches once: all of the first chunk's from disk, the cache is empty."""
     chunk = min(num_tokens, plan.prefill_chunk)
     per_layer = facts.sizes.num_experts / facts.num_moe_layers
@@ -152,13 +152,13 @@ def _prompt(
     return (*steps, _read("experts, over the link", num_chunks * touched * facts.expert_bytes, link))
 
 
-def _read(what: str, num_bytes: float, rate: float) -> Step:
-    return Step(what=what, amount=num_bytes, rate=rate, seconds=num_bytes / rate)
+def _read(what: str, num_bytes: float, rate: float) -> SpeedStep:
+    return SpeedStep(what=what, amount=num_bytes, rate=rate, seconds=num_bytes / rate)
 
 
-def _times(what: str, amount: float, each_s: float) -> Step:
-    return Step(what=what, amount=amount, rate=1 / max(each_s, 1e-9), seconds=amount * each_s, unit="times")
+def _times(what: str, amount: float, each_s: float) -> SpeedStep:
+    return SpeedStep(what=what, amount=amount, rate=1 / max(each_s, 1e-9), seconds=amount * each_s, unit="times")
 
 
-def _compute(what: str, operations: float, rate: float) -> Step:
-    return Step(what=what, amount=operations, rate=rate, seconds=operations / rate, unit="operations")
+def _compute(what: str, operations: float, rate: float) -> SpeedStep:
+    return SpeedStep(what=what, amount=operations, rate=rate, seconds=operations / rate, unit="operations")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from offmoe.cache.policy import POLICY_NAMES
-from offmoe.cache.replay import ReplayResult, layer_calls, lru_curve, replay, replay_belady
+from offmoe.cache.replay import ReplayResult, layer_calls, lru_curve, replay_belady, replay_calls
 from offmoe.core.errors import TraceError
 from offmoe.machine.costs import TokenSample
 from offmoe.trace.file import Trace
@@ -42,7 +42,7 @@ class TokenCosts:
         return 1 / (self.fixed_s + fetch_s)
 
 
-def measured_costs(samples: Sequence[TokenSample]) -> TokenCosts | None:
+def token_costs(samples: Sequence[TokenSample]) -> TokenCosts | None:
     """Costs from the tokens of a run without prefetching; those of more than five times the median time are left out:
     then the machine did something else.
 
@@ -131,7 +131,7 @@ def make_curves(
         )  # fmt: skip
 
     def run(policy: str, size: int) -> ReplayResult:
-        return replay(calls, policy, size, top_k=header.top_k, expert_bytes=header.expert_bytes)
+        return replay_calls(calls, policy, size, top_k=header.top_k, expert_bytes=header.expert_bytes)
 
     def replays() -> Iterator[ReplayResult]:
         yield from (run(policy, trial_size) for policy in POLICY_NAMES)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from offmoe.online.ab_test import Trial
+from offmoe.online.ab_test import ABTest
 from offmoe.prefetch.controller import PrefetchController
 from offmoe.prefetch.lookahead import Lookahead
 from offmoe.prefetch.two_tiers import TwoTierPrefetcher
 
 
-class AheadOfTime:
+class PrefetchCoordinator:
     """A forward pass runs the layers of `order`; each tells when its router spoke, when it waits and when it ended.
 
     While nothing is fetched ahead, and nothing is under way, the passes of single tokens go by unwatched: hooks
@@ -37,9 +37,9 @@ class AheadOfTime:
         return self.lookahead.is_asleep
 
     @property
-    def trials(self) -> list[Trial[int]]:
+    def ab_tests(self) -> list[ABTest[int]]:
         """The comparisons that it makes."""
-        return self.prefetcher.trials
+        return self.prefetcher.ab_tests
 
     def pending(self) -> dict[int, torch.Tensor]:
         """Predictions on the device that the host does not have yet; hand them over with `take`."""

@@ -45,7 +45,7 @@ class Candidate:
     chance: float
 
 
-class Chances:
+class PrefetchConfidence:
     """Chance that a guess comes true: a layer's own experience, and before there is any, that of all layers."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Chances:
             f"{distance}: {self.common(distance, 0):.0%}"
             for distance in sorted({distance for distance, _ in self._common})
         )
-        return f"<Chances [of first choices, by distance: {shown or 'nothing learnt'}]>"
+        return f"<PrefetchConfidence [of first choices, by distance: {shown or 'nothing learnt'}]>"
 
     def common(self, distance: int, rank: int) -> float:
         """Confidence of all layers together."""

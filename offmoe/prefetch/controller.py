@@ -22,11 +22,11 @@ from collections.abc import Collection, Iterable
 from typing import Literal
 
 from offmoe.core.keys import ExpertKey
-from offmoe.online.ab_test import Trial
-from offmoe.prefetch.confidence import Chances, is_worth
-from offmoe.prefetch.requests import AheadCache, Wanted, WantedKeys
+from offmoe.online.ab_test import ABTest
+from offmoe.prefetch.confidence import PrefetchConfidence, is_worth
+from offmoe.prefetch.requests import LayerRequest, PrefetchTarget, RequestedKeys
 
-Mode = Literal["auto", "off"] | int
+PrefetchMode = Literal["auto", "off"] | int
 
 # Layers that may run past the time a prediction was made for before it is forgotten: families skip and repeat layers.
 SLACK_CALLS = 2
@@ -44,8 +44,8 @@ class PrefetchController:
     """The queue and the budget of fetches ahead of time into one cache, and whether there are any."""
 
     def __init__(
-        self, cache: AheadCache, *, budget_bytes: int, mode: Mode = "auto", furthest: int = 1,
-        trial: Trial[int] | None = None, far_when_idle: bool = False,
+        self, cache: PrefetchTarget, *, budget_bytes: int, mode: PrefetchMode = "auto", furthest: int = 1,
+        trial: ABTest[int] | None = None, far_when_idle: bool = False,
     ) -> None:  # fmt: skip
         """`mode`: "off", a fixed number of layers ahead, or "auto": `trial` chooses between 0, nothing, and `furthest`.
 
@@ -54,14 +54,14 @@ class PrefetchController:
         """
         self.cache, self._budget_bytes, self._far_when_idle = cache, budget_bytes, far_when_idle
         self._mode, self._furthest = mode, furthest
-        self.trial: Trial[int] | None = None
+        self.trial: ABTest[int] | None = None
         if mode == "auto":
-            self.trial = Trial((0, furthest)) if trial is None else trial
+            self.trial = ABTest((0, furthest)) if trial is None else trial
         self.distance = self.trial.current if self.trial is not None else 0 if mode == "off" else int(mode)
-        self.chances = None if self.trial is None else Chances()
+        self.chances = None if self.trial is None else PrefetchConfidence()
         self.busy = 0.0
-        self._wanted: dict[int, Wanted] = {}
-        self._keep = WantedKeys(self._wanted)
+        self._wanted: dict[int, LayerRequest] = {}
+        self._keep = RequestedKeys(self._wanted)
         self._num_calls = self._pass_stall_ns = 0
         self._is_demand_waiting = self._is_observing = False
 
@@ -83,7 +83,7 @@ class PrefetchController:
         return len(self.cache.guesses)
 
     @property
-    def trials(self) -> list[Trial[int]]:
+    def ab_tests(self) -> list[ABTest[int]]:
         """The comparison that it makes; none where the user has chosen."""
         return [] if self.trial is None else [self.trial]
 
@@ -102,7 +102,7 @@ class PrefetchController:
         is_far = self._far_when_idle and self.chances is not None and distance > 1
         return not (is_far and any(wanted.queue for wanted in self._wanted.values()))
 
-    def want(
+    def request(
         self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, whole_layer: bool = False,
         num_sure: int | None = None,
     ) -> None:  # fmt: skip
@@ -123,11 +123,11 @@ class PrefetchController:
         if self.chances is not None and num_sure is not None:
             queue = self._choose(self.chances, layer_idx, distance, queue)
             experts = experts[:num_sure]
-        wanted = Wanted(experts, queue, due=self._num_calls + distance, whole_layer=whole_layer)
+        wanted = LayerRequest(experts, queue, due=self._num_calls + distance, whole_layer=whole_layer)
         self._wanted[layer_idx] = wanted
         self._take_back(layer_idx, wanted.experts)
 
-    def _choose(self, chances: Chances, layer_idx: int, distance: int, ranked: list[int]) -> list[int]:
+    def _choose(self, chances: PrefetchConfidence, layer_idx: int, distance: int, ranked: list[int]) -> list[int]:
         """Choose what of a guess is worth fetching; fetches of an earlier guess are judged again by this one."""
         cache, price = self.cache, max(IDLE_PRICE, self.busy)
         keys = ((rank, ExpertKey(layer_idx, expert)) for rank, expert in enumerate(ranked))
@@ -193,7 +193,7 @@ class PrefetchController:
             if not self._pump_layer(layer_idx, wanted):
                 return
 
-    def _pump_layer(self, layer_idx: int, wanted: Wanted) -> bool:
+    def _pump_layer(self, layer_idx: int, wanted: LayerRequest) -> bool:
         """Start what `wanted` has queued; False when nothing more can be started now, for any layer."""
         cache, queue = self.cache, wanted.queue
         is_far = self._far_when_idle and wanted.due > self._num_calls + 1
@@ -229,7 +229,7 @@ class PrefetchController:
             turns = self.trial.turns
             if turns is not None:
                 turns.give_back(self.trial)
-            self.trial = Trial((0, self._furthest))
+            self.trial = ABTest((0, self._furthest))
             self.trial.turns = turns
         self._is_observing = False
         self.distance = self.trial.current

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from offmoe.prefetch.lookahead import Predictor
 from offmoe.trace.recorder import Recorder
 
 MAX_DISTANCE = 3
-Predictor = Callable[[torch.Tensor], "torch.Tensor | None"]
 
 
 class GuessWriter:

@@ -30,7 +30,7 @@ class Prefetcher(Protocol):
     def is_on(self, distance: int = 1) -> bool:
         """True when a prediction for a layer so many layers ahead would be acted upon."""
 
-    def want(
+    def request(
         self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, whole_layer: bool = False,
         num_sure: int | None = None,
     ) -> None:  # fmt: skip
@@ -47,7 +47,7 @@ class Prefetcher(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
+class RouterGuess:
     """A guess that was handed to the prefetcher. `distance` 0: from the layer's own input, before its attention."""
 
     layer_idx: int
@@ -84,7 +84,7 @@ class Lookahead:
     def __init__(
         self, predictors: Sequence[Predictor | None], prefetcher: Prefetcher, *, order: Sequence[int],
         num_experts: Sequence[int], distance: int = 1, wide: Sequence[WidePredictor | None] | None = None,
-        predictions: Callable[[Prediction], None] | None = None,
+        predictions: Callable[[RouterGuess], None] | None = None,
     ) -> None:  # fmt: skip
         """`predictors` and `num_experts`: one a layer, by its number. `order`: the numbers as the layers run.
 
@@ -204,9 +204,9 @@ class Lookahead:
         self, layer_idx: int, expert_ids: Sequence[int], distance: int, *, whole_layer: bool,
         num_sure: int | None = None,
     ) -> None:  # fmt: skip
-        self._prefetcher.want(layer_idx, expert_ids, distance=distance, whole_layer=whole_layer, num_sure=num_sure)
+        self._prefetcher.request(layer_idx, expert_ids, distance=distance, whole_layer=whole_layer, num_sure=num_sure)
         if self._predictions is not None:
-            self._predictions(Prediction(layer_idx, tuple(expert_ids), distance, whole_layer))
+            self._predictions(RouterGuess(layer_idx, tuple(expert_ids), distance, whole_layer))
 
 
 def rank_experts(ids_TK: Sequence[Sequence[int]], num_experts: int) -> list[int]:

@@ -11,7 +11,7 @@ from offmoe.core.counters import Counters
 from offmoe.core.keys import ExpertKey
 
 
-class AheadCache(Protocol):
+class PrefetchTarget(Protocol):
     """Methods of `ExpertCache` that a prefetcher uses."""
 
     slots: SlotTable
@@ -51,7 +51,7 @@ class AheadCache(Protocol):
         """Settle what has arrived: it becomes READY."""
 
 
-class Wanted:
+class LayerRequest:
     """Expected needs of one layer: `experts`, all of it, and `queue`, what of it is to be fetched and was not
     begun yet. `due`: the layer call, counted from the first, that is expected to be its own.
     """
@@ -64,10 +64,10 @@ class Wanted:
         self.due, self.whole_layer = due, whole_layer
 
 
-class WantedKeys(Collection[ExpertKey]):
+class RequestedKeys(Collection[ExpertKey]):
     """The wanted keys of all layers, as they are now."""
 
-    def __init__(self, wanted: dict[int, Wanted]) -> None:
+    def __init__(self, wanted: dict[int, LayerRequest]) -> None:
         self._wanted = wanted
 
     def __contains__(self, key: object) -> bool:

@@ -13,7 +13,7 @@ from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.slots import SlotTable
 from offmoe.core.counters import Counters
 from offmoe.core.keys import ExpertKey
-from offmoe.online.ab_test import Trial
+from offmoe.online.ab_test import ABTest
 from offmoe.prefetch.controller import PrefetchController
 
 
@@ -88,9 +88,9 @@ class TwoTierPrefetcher:
         return f"<TwoTierPrefetcher [link: {self.over_link!r} | disk: {self.from_disk!r}]>"
 
     @property
-    def trials(self) -> list[Trial[int]]:
+    def ab_tests(self) -> list[ABTest[int]]:
         """The comparisons of both, the link's first."""
-        return [*self.over_link.trials, *self.from_disk.trials]
+        return [*self.over_link.ab_tests, *self.from_disk.ab_tests]
 
     @property
     def is_idle(self) -> bool:
@@ -101,16 +101,16 @@ class TwoTierPrefetcher:
         """True when either would act upon a prediction."""
         return self.over_link.is_on(distance) or self.from_disk.is_on(distance)
 
-    def want(
+    def request(
         self, layer_idx: int, expert_ids: Iterable[int], *, distance: int, whole_layer: bool = False,
         num_sure: int | None = None,
     ) -> None:  # fmt: skip
         """Both act upon it. A prefill that touches whole layers goes through RAM to the device anyway."""
         ids = list(expert_ids)
         if whole_layer or self.over_link.is_on(distance):
-            self.over_link.want(layer_idx, ids, distance=distance, whole_layer=whole_layer, num_sure=num_sure)
+            self.over_link.request(layer_idx, ids, distance=distance, whole_layer=whole_layer, num_sure=num_sure)
         if not whole_layer:
-            self.from_disk.want(layer_idx, ids, distance=distance, num_sure=num_sure)
+            self.from_disk.request(layer_idx, ids, distance=distance, num_sure=num_sure)
 
     def router_spoke(self, layer_idx: int, expert_ids: Iterable[int]) -> None:
         """The layer runs now: before anything of it is used."""

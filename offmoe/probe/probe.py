@@ -13,6 +13,7 @@ import torch
 
 from offmoe.checkpoint.gguf.file import SUFFIX
 from offmoe.core.errors import CheckpointError, DeviceError
+from offmoe.core.progress import Progress
 from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.machine.memory import cpu_cache_bytes, num_cores
 from offmoe.machine.record import DriveSpeed, MachineRecord, drive_key
@@ -21,7 +22,6 @@ from offmoe.probe.layers import measure_costs
 from offmoe.probe.sample_experts import best_s
 from offmoe.tiers.device import Device, open_device
 
-Progress = Callable[[str, int, int], None]
 _COPIED_BYTES = 256 << 20
 
 

@@ -77,10 +77,11 @@ def cpu_speeds(
         if form is not None and kernels is None:
             continue
         progress(name)
-        is_turned = name in (TURNED, TURNED_OFF_LINES)
-        is_wide = is_turned and working_set >= WORKING_SET_BYTES
+        is_transposed = name in (TURNED, TURNED_OFF_LINES)
+        is_wide = is_transposed and working_set >= WORKING_SET_BYTES
         experts = SampleExperts(
-            form, turned=is_turned, working_set=working_set, shift=OFF_LINE_BYTES if name == TURNED_OFF_LINES else 0,
+            form, turned=is_transposed, working_set=working_set,
+            shift=OFF_LINE_BYTES if name == TURNED_OFF_LINES else 0,
             width_D=TURNED_WIDTH if is_wide else WIDTH_D, width_F=TURNED_WIDTH if is_wide else WIDTH_F,
             experts_a_call=TURNED_A_CALL if is_wide else EXPERTS_A_CALL,
         )  # fmt: skip

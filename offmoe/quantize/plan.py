@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from offmoe.checkpoint.expert_index import ExpertIndex, MoeLayer, Part
+from offmoe.checkpoint.expert_index import ExpertIndex, ExpertPart, MoeLayer
 from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.checkpoint.tensor_entry import FLOAT_TYPES, ITEM_BITS, TensorEntry
@@ -25,7 +25,7 @@ from offmoe.formats.encode import integer_format
 from offmoe.hf.internals import KeyMapping, Target, expert_matrix
 
 GROUPS = (32, 64, 128)
-Kind = Literal["int8", "int4"]
+IntegerFormat = Literal["int8", "int4"]
 # A shard is what a run that is cut off may have to write again.
 SHARD_BYTES = 1 << 30
 # One expert and matrix each, as the hub has them: gate, up, down.
@@ -38,7 +38,7 @@ _SCALE_TYPES = {"BF16": "BF16", "F16": "F16", "F32": "F32", "F64": "F32"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Matrix:
+class PlannedMatrix:
     """A matrix (N outputs, K inputs) to be encoded: its rows lie one after the other from byte `start` of a file."""
 
     name: str
@@ -81,12 +81,12 @@ class Matrix:
 class ShardPlan:
     """One file: the shapes of its matrices, then `items` in order. Tensors are copied as they are."""
 
-    items: tuple[Matrix | TensorEntry, ...]
+    items: tuple[PlannedMatrix | TensorEntry, ...]
 
     @property
-    def matrices(self) -> tuple[Matrix, ...]:
+    def matrices(self) -> tuple[PlannedMatrix, ...]:
         """Those of `items` that are encoded."""
-        return tuple(item for item in self.items if isinstance(item, Matrix))
+        return tuple(item for item in self.items if isinstance(item, PlannedMatrix))
 
     @property
     def planned(self) -> PlannedShard:
@@ -94,7 +94,7 @@ class ShardPlan:
         tensors = [matrix.written_shape for matrix in self.matrices]
         align_from = len(tensors)
         for item in self.items:
-            tensors += item.written if isinstance(item, Matrix) else [
+            tensors += item.written if isinstance(item, PlannedMatrix) else [
                 PlannedTensor(name=item.name, dtype=item.dtype, shape=item.shape)
             ]  # fmt: skip
         return PlannedShard(tensors=tuple(tensors), align_from=align_from)
@@ -116,10 +116,10 @@ class QuantisePlan:
         return sum(shard.planned.num_bytes for shard in self.shards)
 
 
-def make_plan(
+def plan_quantization(
     model: PreTrainedModel, index: CheckpointIndex, mapping: KeyMapping, targets: dict[str, Target],
-    experts: ExpertIndex, expert_keys: set[str], *, kind: Kind, dense: Kind | None, group: int,
-    head: Kind | None = None,
+    experts: ExpertIndex, expert_keys: set[str], *, kind: IntegerFormat, dense: IntegerFormat | None, group: int,
+    head: IntegerFormat | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantisePlan:  # fmt: skip
     """Decide for every tensor of `index`. Nothing is read. `dense` is what other linear layers become, `head` what the
@@ -133,7 +133,7 @@ def make_plan(
         _refuse_group(expert, group)
         chosen.append(tuple(_matrix(named, group, kind) for named in expert))
     linear = dict(_dense(model, index, targets, group, dense, head))
-    rest: list[tuple[Matrix | TensorEntry, ...]] = []
+    rest: list[tuple[PlannedMatrix | TensorEntry, ...]] = []
     ignored = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     for key, entry in index.tensors.items():
         if key in expert_keys or not isinstance(entry, TensorEntry):
@@ -151,10 +151,10 @@ def make_plan(
 Named = tuple[str, tuple[int, int], str, int, int]  # name, shape, dtype, file_idx, start
 
 
-def _matrix(named: Named, group: int, kind: Kind) -> Matrix:
+def _matrix(named: Named, group: int, kind: IntegerFormat) -> PlannedMatrix:
     name, shape, dtype, file_idx, start = named
     form = integer_format(kind, group=group, scale_dtype=_SCALE_TYPES[dtype])
-    return Matrix(name=name, shape=shape, dtype=dtype, file_idx=file_idx, start=start, format=form)
+    return PlannedMatrix(name=name, shape=shape, dtype=dtype, file_idx=file_idx, start=start, format=form)
 
 
 def _refuse_group(expert: list[Named], group: int) -> None:
@@ -195,22 +195,22 @@ def _experts(experts: ExpertIndex, index: CheckpointIndex, mapping: KeyMapping) 
             yield [(name.format(expert_idx), *place) for name, place in zip(templates, places, strict=True)]
 
 
-Place = tuple[tuple[int, int], str, int, int]
+PlannedPlace = tuple[tuple[int, int], str, int, int]
 
 
 def _bytes(shape: tuple[int, int], dtype: str) -> int:
     return shape[0] * shape[1] * ITEM_BITS[dtype] // 8
 
 
-def _places(layer: MoeLayer, expert_idx: int, part: object) -> Iterator[Place]:
-    assert isinstance(part, Part), "a quantised source is refused before"
+def _places(layer: MoeLayer, expert_idx: int, part: object) -> Iterator[PlannedPlace]:
+    assert isinstance(part, ExpertPart), "a quantised source is refused before"
     if part.strides != (part.shape[1], 1):
         raise _refused(layer, "have rows that do not lie one after the other")
     span = layer.spans[expert_idx][part.source_idx]
     yield part.shape, part.dtype, span.file_idx, span.start + part.offset * ITEM_BITS[part.dtype] // 8
 
 
-def _named(names: dict[tuple[int, int], str], place: Place, layer: MoeLayer) -> str:
+def _named(names: dict[tuple[int, int], str], place: PlannedPlace, layer: MoeLayer) -> str:
     name = names.get(place[2:])
     if name is None:
         raise _refused(layer, "share tensors in a way that has no names for one matrix each")
@@ -244,9 +244,9 @@ def _refused(layer: MoeLayer, why: str) -> UnsupportedModelError:
 
 
 def _dense(
-    model: PreTrainedModel, index: CheckpointIndex, targets: dict[str, Target], group: int, dense: Kind | None,
-    head: Kind | None,
-) -> Iterator[tuple[str, Matrix]]:  # fmt: skip
+    model: PreTrainedModel, index: CheckpointIndex, targets: dict[str, Target], group: int, dense: IntegerFormat | None,
+    head: IntegerFormat | None,
+) -> Iterator[tuple[str, PlannedMatrix]]:  # fmt: skip
     """Linear layers of the text model's layers, but routers, as `dense`, and the output head as `head`; not where
     `group` does not divide the width. Raises UsageError for a head that is the embeddings, which stay.
     """
@@ -270,9 +270,9 @@ def _dense(
             )
 
 
-def _shards(items: list[tuple[Matrix | TensorEntry, ...]], shard_bytes: int) -> Iterator[ShardPlan]:
+def _shards(items: list[tuple[PlannedMatrix | TensorEntry, ...]], shard_bytes: int) -> Iterator[ShardPlan]:
     """Cut between experts, never inside of one."""
-    shard: list[Matrix | TensorEntry] = []
+    shard: list[PlannedMatrix | TensorEntry] = []
     size = 0
     for item in items:
         num_bytes = sum(_written_bytes(part) for part in item)
@@ -284,7 +284,7 @@ def _shards(items: list[tuple[Matrix | TensorEntry, ...]], shard_bytes: int) -> 
     yield ShardPlan(items=tuple(shard))
 
 
-def _written_bytes(item: Matrix | TensorEntry) -> int:
+def _written_bytes(item: PlannedMatrix | TensorEntry) -> int:
     if isinstance(item, TensorEntry):
         return item.num_bytes
     return sum(tensor.num_bytes for tensor in (*item.written, item.written_shape))

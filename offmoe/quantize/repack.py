@@ -22,6 +22,7 @@ from offmoe.checkpoint.json_file import read_json
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.checkpoint.writer import CONFIG_NAME, CheckpointWriter, PlannedShard, PlannedTensor
 from offmoe.core.errors import CheckpointError, UnsupportedModelError
+from offmoe.core.progress import Progress
 from offmoe.formats.dense import writable_bytes
 from offmoe.formats.repack import WORD_BITS, Packing, Repacked, repack
 from offmoe.hf.stored import read_tensor
@@ -29,7 +30,6 @@ from offmoe.hf.stored import read_tensor
 SHARD_BYTES = 2 << 30
 METHODS = ("gptq", "awq")
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

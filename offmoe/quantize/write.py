@@ -23,19 +23,19 @@ from offmoe.checkpoint.json_file import read_json
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.checkpoint.writer import CONFIG_NAME, CheckpointWriter, refuse_target
 from offmoe.core.errors import UsageError
+from offmoe.core.progress import Progress
 from offmoe.formats.dense import TORCH_DTYPES, writable_bytes
 from offmoe.hf.device_failures import explained
 from offmoe.hf.expert_map import map_experts
 from offmoe.hf.internals import KeyMapping
 from offmoe.kernels.cpu import CpuKernels, load_cpu_kernels
-from offmoe.kernels.cpu.quantise import encode
+from offmoe.kernels.cpu.quantise import encode_by_library
 from offmoe.loader.build import build_on_meta, read_model_config
 from offmoe.machine.memory import num_cores
-from offmoe.quantize.plan import SHARD_BYTES, Kind, Matrix, QuantisePlan, ShardPlan, make_plan
+from offmoe.quantize.plan import SHARD_BYTES, IntegerFormat, PlannedMatrix, QuantisePlan, ShardPlan, plan_quantization
 from offmoe.quantize.repack import Scheme, find_scheme, repack_checkpoint
 
 _BITS = {"int4": 4, "int8": 8}
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +44,9 @@ class QuantiseOptions:
     `group` columns share a scale.
     """
 
-    expert_format: Kind
-    dense: Kind | None = None
-    head: Kind | None = None
+    expert_format: IntegerFormat
+    dense: IntegerFormat | None = None
+    head: IntegerFormat | None = None
     group: int = 32
     trust_remote_code: bool = False
     shard_bytes: int = SHARD_BYTES
@@ -103,7 +103,7 @@ def quantise(source: Path, target: Path, options: QuantiseOptions, progress: Pro
         mapping = KeyMapping(model)
         targets = mapping.targets(index.tensors)
         experts, expert_keys = map_experts(model, index, mapping, targets)
-        plan = make_plan(
+        plan = plan_quantization(
             model, index, mapping, targets, experts, expert_keys, kind=options.expert_format, dense=options.dense,
             head=options.head, group=options.group, shard_bytes=options.shard_bytes,
         )  # fmt: skip
@@ -210,15 +210,15 @@ def _shard_bytes(
     yield from stages.run(shard.items, max(0, skip - len(shapes)), count)
 
 
-def _written_bytes(item: Matrix | TensorEntry) -> int:
+def _written_bytes(item: PlannedMatrix | TensorEntry) -> int:
     return item.num_bytes if isinstance(item, TensorEntry) else sum(part.num_bytes for part in item.written)
 
 
 # Rows of a matrix and whether they are its last, or a piece of a tensor that is copied.
-_Source = tuple[Matrix, torch.Tensor, bool] | memoryview
+_Source = tuple[PlannedMatrix, torch.Tensor, bool] | memoryview
 
 
-def _read(items: Sequence[Matrix | TensorEntry], index: CheckpointIndex) -> Iterator[_Source]:
+def _read(items: Sequence[PlannedMatrix | TensorEntry], index: CheckpointIndex) -> Iterator[_Source]:
     for item in items:
         if isinstance(item, TensorEntry):
             yield from copied(item, index)
@@ -242,7 +242,7 @@ def _encoded(pieces: Iterator[_Source], kernels: CpuKernels | None) -> Iterator[
             yield piece, len(piece)
             continue
         matrix, values, is_last = piece
-        made = encode(kernels, values, matrix.format, name=f"{matrix.name}.weight")
+        made = encode_by_library(kernels, values, matrix.format, name=f"{matrix.name}.weight")
         assert made.scales is not None, f"{matrix.format=}"
         scales.append(made.scales)
         yield writable_bytes(made.codes), values.nbytes

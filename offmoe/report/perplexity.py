@@ -13,7 +13,7 @@ import torch
 
 from offmoe.core.errors import UsageError
 from offmoe.engine.engine import Engine
-from offmoe.engine.finite import non_finite_error
+from offmoe.sampling.finite import non_finite_error
 
 WINDOW = 512
 # Rows of logits that exist in float32 at once.

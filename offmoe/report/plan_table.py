@@ -12,12 +12,12 @@ from offmoe.core.units import (
 from offmoe.machine.record import BUSY_SHARE, MachineRecord
 from offmoe.memory.budget import EXPECTED_GROWTH_BYTES, DevicePlan, MemoryPlan
 from offmoe.planner.plan import Plan
-from offmoe.planner.predict import Prediction, Step
+from offmoe.planner.predict import SpeedPrediction, SpeedStep
 
-Rows = list[tuple[str, str]]
+TableRows = list[tuple[str, str]]
 
 
-def plan_tables(plan: Plan) -> list[tuple[str, Rows]]:
+def plan_tables(plan: Plan) -> list[tuple[str, TableRows]]:
     """(title, rows) of every table."""
     tables = [(plan.facts.name, _size_rows(plan))]
     if plan.memory is not None:
@@ -28,7 +28,7 @@ def plan_tables(plan: Plan) -> list[tuple[str, Rows]]:
     return tables
 
 
-def _size_rows(plan: Plan) -> Rows:
+def _size_rows(plan: Plan) -> TableRows:
     facts = plan.facts
     rows = [
         ("on disk", f"{format_bytes(facts.total_bytes)} ({facts.total_bytes} bytes)"),
@@ -42,7 +42,7 @@ def _size_rows(plan: Plan) -> Rows:
     return rows
 
 
-def _memory_tables(memory: MemoryPlan, kv_how: str) -> list[tuple[str, Rows]]:
+def _memory_tables(memory: MemoryPlan, kv_how: str) -> list[tuple[str, TableRows]]:
     tables = []
     if memory.device is not None:
         tables.append((f"device, {format_bytes(memory.device.vram_bytes)}", _device_rows(memory.device, kv_how)))
@@ -67,7 +67,7 @@ def _memory_tables(memory: MemoryPlan, kv_how: str) -> list[tuple[str, Rows]]:
     return [*tables, (f"RAM, {format_bytes(memory.ram_bytes)}", rows)]
 
 
-def _device_rows(device: DevicePlan, kv_how: str) -> Rows:
+def _device_rows(device: DevicePlan, kv_how: str) -> TableRows:
     return [
         ("driver", format_bytes(device.context_bytes)),
         ("resident weights", format_bytes(device.resident_bytes)),
@@ -84,7 +84,7 @@ def _slots(num_slots: int, num_experts: int, slot_bytes: int) -> str:
     return f"{size}: {format_percent(num_slots / num_experts)} of the experts"
 
 
-def _setting_rows(plan: Plan) -> Rows:
+def _setting_rows(plan: Plan) -> TableRows:
     config, reasons = plan.complete.config.as_dict(), plan.complete.reasons
     rows = [(name, f"{_shown(name, config[name])}: {reason}") for name, reason in reasons.items()]
     if plan.memory is not None:
@@ -96,7 +96,7 @@ def _shown(name: str, value: object) -> str:
     return format_bytes(value) if name in ("ram", "vram") and isinstance(value, int) else str(value)
 
 
-def _speed_rows(speed: Prediction) -> Rows:
+def _speed_rows(speed: SpeedPrediction) -> TableRows:
     rows = [("hits", f"{format_percent(speed.hit_rate)} ({speed.hit_source})")]
     if speed.ram_hit_rate > speed.hit_rate:
         rows.append(("hits, RAM counted", format_percent(speed.ram_hit_rate)))
@@ -108,7 +108,7 @@ def _speed_rows(speed: Prediction) -> Rows:
     return rows
 
 
-def _arithmetic(step: Step) -> str:
+def _arithmetic(step: SpeedStep) -> str:
     seconds = _seconds(step.seconds)
     if step.unit == "bytes":
         return f"{format_traffic(step.amount)} / {format_bandwidth(step.rate)} = {seconds}"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from offmoe.core.units import format_bytes
-from offmoe.planner.inspect import Survey
+from offmoe.planner.inspect import Inspection
 
 
 def print_pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -25,9 +25,9 @@ def print_pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def survey_rows(survey: Survey) -> list[tuple[str, str]]:
+def inspection_rows(inspect_checkpoint: Inspection) -> list[tuple[str, str]]:
     """The lines of `offmoe inspect`."""
-    s = survey
+    s = inspect_checkpoint
     formats = ", ".join(f"{name} {format_bytes(size)}" for name, size in s.formats.items())
     return [
         ("architecture", f"{s.architecture} ({s.model_type})"),

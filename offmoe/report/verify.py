@@ -10,7 +10,7 @@ import torch
 
 from offmoe.core.errors import UsageError
 from offmoe.engine.engine import Engine
-from offmoe.engine.sampling import greedy
+from offmoe.sampling.sampler import greedy
 
 # Largest difference of logits, relative to the largest logit, that counts as equal. The arithmetic is the same
 # instructions on the same bytes, so 0 is expected; the allowance is for a matrix product that splits rows otherwise.
@@ -73,7 +73,7 @@ def run_and_record(
     return chosen, torch.stack(logits)
 
 
-def verify(
+def verify_output(
     open_engine: Callable[[int | None], Engine], choose_ids: Callable[[Engine], list[int]], num_new: int,
     progress: Callable[[str, int, int], None],
 ) -> list[VerifyResult]:  # fmt: skip

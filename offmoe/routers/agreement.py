@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offmoe.hf.call_trace import Call, LayerTrace, find_tensor, tensors_in
+from offmoe.hf.call_trace import LayerTrace, TracedCall, find_tensor, tensors_in
 from offmoe.routers.predictor import Form, Side, Tail
 
 # What a module may raise when it is called on a state of another kind than it was made for.
@@ -28,7 +28,9 @@ def decoder_layer_of(modules: dict[str, nn.Module], experts_name: str) -> nn.Mod
     return modules[".".join(parts[:-1])]
 
 
-def candidates(trace: LayerTrace, experts_call: Call, used_ids: torch.Tensor) -> Iterator[tuple[Call, int | None]]:
+def candidates(
+    trace: LayerTrace, experts_call: TracedCall, used_ids: torch.Tensor
+) -> Iterator[tuple[TracedCall, int | None]]:
     """Calls that may end the tail: modules that answer with the ids, then the block that calls the experts."""
     for call in trace.producers(used_ids, experts_call):
         yield call, find_tensor(call.output, used_ids)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offmoe.hf.call_trace import Call, LayerTrace, find_tensor, same_values, tensors_in
+from offmoe.hf.call_trace import LayerTrace, TracedCall, find_tensor, same_values, tensors_in
 from offmoe.hf.seam import ids_that_reach_experts
 
 
@@ -96,7 +96,7 @@ _Argument = _State | _Constant | _Resident | _FromLayer
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TailStep:
     """One module of the tail, and how the layer calls it."""
 
     module: nn.Module
@@ -155,7 +155,7 @@ class Tail:
     then.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[TailStep, ...]
     experts: nn.Module
     scores_idx: int | None = None
 
@@ -207,7 +207,7 @@ class Tail:
         return self.steps[-1].run(state, side)
 
 
-def find_tail(trace: LayerTrace, last: Call, output_idx: int | None, experts: nn.Module) -> Tail | None:
+def find_tail(trace: LayerTrace, last: TracedCall, output_idx: int | None, experts: nn.Module) -> Tail | None:
     """The chain that ends with the call `last`, as far back as it is understood; None when even `last` is not.
 
     Only `last` may look at the layer's other arguments: for the steps before it these are states of the layers passed,
@@ -232,7 +232,7 @@ def find_tail(trace: LayerTrace, last: Call, output_idx: int | None, experts: nn
         steps.insert(0, step)
 
 
-def _understand(trace: LayerTrace, call: Call, output_idx: int | None) -> Step | None:
+def _understand(trace: LayerTrace, call: TracedCall, output_idx: int | None) -> TailStep | None:
     """Recipe to call the module again with another state; None when it is given something that only this moment has."""
     layer_arguments = trace.layer.arguments()
     layer_state = layer_state_name(trace)
@@ -250,7 +250,7 @@ def _understand(trace: LayerTrace, call: Call, output_idx: int | None) -> Step |
         return None
     args = tuple(argument for name, argument in arguments.items() if isinstance(name, int))
     kwargs = {name: argument for name, argument in arguments.items() if isinstance(name, str)}
-    return Step(call.module, args, kwargs, state_form, state_name, output_idx)
+    return TailStep(call.module, args, kwargs, state_form, state_name, output_idx)
 
 
 def _recognise(

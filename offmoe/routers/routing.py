@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from offmoe.hf.call_trace import Call, LayerTrace, LayerTracer, by_name
+from offmoe.hf.call_trace import LayerTrace, LayerTracer, TracedCall, by_name
 from offmoe.hf.internals import cache_name, experts_modules
 from offmoe.hf.seam import LayerBinding, ObserverHook, StateObserver, find_binding
 from offmoe.kv.cache import make_kv_cache
@@ -42,7 +42,7 @@ class RoutingObserver(StateObserver, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predictor:
+class RouterPredictor:
     """Asks one layer's router about a state, without running the layer."""
 
     tail: Tail
@@ -76,7 +76,7 @@ class LayerRouting:
 
     layer_idx: int
     name: str
-    predictor: Predictor | None = None
+    predictor: RouterPredictor | None = None
     reason: str | None = None
     # The layer's module, and its argument that is the state.
     decoder_layer: nn.Module
@@ -116,7 +116,7 @@ class RoutingMap:
     side: Side
 
     @property
-    def predictors(self) -> list[Predictor | None]:
+    def predictors(self) -> list[RouterPredictor | None]:
         """One a layer."""
         return [layer.predictor for layer in self.layers]
 
@@ -242,7 +242,7 @@ class _Search:
                     self.layers[layer_idx] = self._settle(self.layers[layer_idx], trace, calls[0])
                     self.order.append(layer_idx)
 
-    def _settle(self, layer: LayerRouting, trace: LayerTrace, experts_call: Call) -> LayerRouting:
+    def _settle(self, layer: LayerRouting, trace: LayerTrace, experts_call: TracedCall) -> LayerRouting:
         used_ids = ids_given_to_experts(experts_call.args, experts_call.kwargs).reshape(trace.num_tokens, -1)
         input_name = layer_state_name(trace)
         layer = replace(layer, reason=NOT_FOUND)
@@ -253,5 +253,5 @@ class _Search:
             tail = find_tail(trace, last, output_idx, experts_call.module)
             if tail is not None and agrees(tail, trace, used_ids):
                 tail = with_scores(tail, trace, used_ids)
-                return replace(layer, predictor=Predictor(tail=tail, side=self.side), reason=None)
+                return replace(layer, predictor=RouterPredictor(tail=tail, side=self.side), reason=None)
         return layer

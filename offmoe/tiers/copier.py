@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-Part = tuple[torch.Tensor, torch.Tensor]
+CopyPart = tuple[torch.Tensor, torch.Tensor]
 """What to copy and where to: contiguous uint8 tensors of one dimension and equal size."""
 
 
@@ -48,7 +48,7 @@ class Ticket(Protocol):
 class Copier(Protocol):
     """Moves bytes between memories. One thread calls it."""
 
-    def copy(self, parts: Sequence[Part], *, urgent: bool = True, after: object | None = None) -> Ticket:
+    def copy(self, parts: Sequence[CopyPart], *, urgent: bool = True, after: object | None = None) -> Ticket:
         """Start copying each source over its destination. Sources and destinations must live until `done()`.
 
         An urgent copy overtakes those that are not, also one that is half carried. Nothing is written before the point
@@ -65,7 +65,7 @@ class Copier(Protocol):
         """Finish what was started and release threads; no copy may be started afterwards."""
 
 
-def check_parts(parts: Sequence[Part]) -> None:
+def check_parts(parts: Sequence[CopyPart]) -> None:
     """Raise ValueError unless each source can be copied over its destination byte for byte."""
     for src, dst in parts:
         if src.dtype != torch.uint8 or dst.dtype != torch.uint8 or src.nbytes != dst.nbytes:
@@ -80,9 +80,9 @@ def check_parts(parts: Sequence[Part]) -> None:
             )
 
 
-def split(parts: Sequence[Part], chunk_bytes: int) -> Iterator[list[Part]]:
+def split(parts: Sequence[CopyPart], chunk_bytes: int) -> Iterator[list[CopyPart]]:
     """The parts in order, cut and gathered to chunks of `chunk_bytes`; the last one may be smaller."""
-    chunk: list[Part] = []
+    chunk: list[CopyPart] = []
     room = chunk_bytes
     for src, dst in parts:
         begin = 0
@@ -99,7 +99,7 @@ def split(parts: Sequence[Part], chunk_bytes: int) -> Iterator[list[Part]]:
         yield chunk
 
 
-def count_bytes(parts: Sequence[Part]) -> int:
+def count_bytes(parts: Sequence[CopyPart]) -> int:
     """Bytes that copying `parts` moves."""
     return sum(src.nbytes for src, _ in parts)
 

@@ -27,7 +27,7 @@ import torch
 
 from offmoe.core.errors import DeviceError
 from offmoe.memory.budget import CUDA_CONTEXT_BYTES
-from offmoe.tiers.copier import Copier, Part
+from offmoe.tiers.copier import Copier, CopyPart
 from offmoe.tiers.cuda_events import CudaArrival, CudaMark, CudaMoment, EventPool, as_device_error, one_sentence
 from offmoe.tiers.device import DevicePool
 from offmoe.tiers.driver_memory import free_by_uuid
@@ -58,7 +58,7 @@ class CudaLink:
         self._streams = {False: torch.cuda.Stream(device), True: torch.cuda.Stream(device, priority=-1)}
         self._pinned: list[tuple[int, int]] = []
 
-    def reads(self, parts: Sequence[Part]) -> bool:
+    def reads(self, parts: Sequence[CopyPart]) -> bool:
         """True for slabs told to `add_pinned`."""
         return all(
             any(begin <= src.data_ptr() and src.data_ptr() + src.nbytes <= end for begin, end in self._pinned)
@@ -73,7 +73,7 @@ class CudaLink:
         """Nothing is page-locked any more."""
         self._pinned = []
 
-    def begin(self, parts: Sequence[Part], *, urgent: bool, after: object | None) -> CudaArrival:
+    def begin(self, parts: Sequence[CopyPart], *, urgent: bool, after: object | None) -> CudaArrival:
         """Queue on a side stream. Returns before the bytes were read, unless a source is pageable."""
         stream = self._streams[urgent]
         try:

@@ -28,7 +28,7 @@ from typing import Protocol
 
 import torch
 
-from offmoe.tiers.copier import Part, Ticket, check_parts, count_bytes, move_bytes, split
+from offmoe.tiers.copier import CopyPart, Ticket, check_parts, count_bytes, move_bytes, split
 from offmoe.tiers.work_queue import Job, WorkQueue
 
 CHUNK_BYTES = 2 << 20
@@ -55,10 +55,10 @@ class Arrival(Protocol):
 class Link(Protocol):
     """Two lanes to a device. `begin` is called by the worker and by the thread that owns the copier."""
 
-    def reads(self, parts: Sequence[Part]) -> bool:
+    def reads(self, parts: Sequence[CopyPart]) -> bool:
         """True when the device can read all sources itself, while the caller goes on."""
 
-    def begin(self, parts: Sequence[Part], *, urgent: bool, after: object | None) -> Arrival:
+    def begin(self, parts: Sequence[CopyPart], *, urgent: bool, after: object | None) -> Arrival:
         """Queue on a lane, behind the point `after`. On failure nothing is left queued."""
 
     def mark(self) -> object | None:
@@ -128,7 +128,7 @@ class RingCopier:
     def __repr__(self) -> str:
         return f"<RingCopier [{'staged' if self._has_ring else 'no staging'} | {self._queue!r}]>"
 
-    def copy(self, parts: Sequence[Part], *, urgent: bool = True, after: object | None = None) -> Ticket:
+    def copy(self, parts: Sequence[CopyPart], *, urgent: bool = True, after: object | None = None) -> Ticket:
         """See Copier."""
         check_parts(parts)
         if not self._is_open:
@@ -167,7 +167,7 @@ class RingCopier:
         self._queue.close(finish=True)
         self._link.synchronize()
 
-    def _begin(self, ticket: RingTicket, parts: Sequence[Part], *, urgent: bool) -> Arrival:
+    def _begin(self, ticket: RingTicket, parts: Sequence[CopyPart], *, urgent: bool) -> Arrival:
         arrival = self._link.begin(parts, urgent=urgent, after=ticket.after)
         ticket.arrivals[urgent] = arrival
         return arrival
@@ -181,7 +181,7 @@ class RingCopier:
             self._in_flight_bytes -= oldest_bytes
             oldest.wait()
 
-    def _carry_pinned(self, ticket: RingTicket, chunk: Sequence[Part]) -> None:
+    def _carry_pinned(self, ticket: RingTicket, chunk: Sequence[CopyPart]) -> None:
         num_bytes = count_bytes(chunk)
         self._wait_for_room(ticket, num_bytes)
         urgent = ticket.urgent
@@ -190,7 +190,7 @@ class RingCopier:
             self._in_flight.append((num_bytes, arrival))
             self._in_flight_bytes += num_bytes
 
-    def _carry(self, ticket: RingTicket, chunk: Sequence[Part]) -> None:
+    def _carry(self, ticket: RingTicket, chunk: Sequence[CopyPart]) -> None:
         urgent = ticket.urgent
         if self._has_ring and not self._link.reads(chunk):
             staging = self._take_staging()
@@ -219,7 +219,7 @@ class RingCopier:
         return self._free.pop()
 
 
-def _stage(chunk: Sequence[Part], staging: torch.Tensor) -> list[Part]:
+def _stage(chunk: Sequence[CopyPart], staging: torch.Tensor) -> list[CopyPart]:
     """Move the sources into `staging`; the parts with their sources there."""
     begin, parts = 0, []
     for src, dst in chunk:

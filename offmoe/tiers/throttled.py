@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from offmoe.tiers.copier import Part, Ticket, check_parts, count_bytes, move_bytes, split
+from offmoe.tiers.copier import CopyPart, Ticket, check_parts, count_bytes, move_bytes, split
 from offmoe.tiers.work_queue import WorkQueue
 
 CHUNK_BYTES = 2 << 20
@@ -45,7 +45,7 @@ class ThrottledCopier:
     def __repr__(self) -> str:
         return f"<ThrottledCopier [{self._num_copies} copies, {self.carried_bytes} bytes carried | {self._queue!r}]>"
 
-    def copy(self, parts: Sequence[Part], *, urgent: bool = True, after: object | None = None) -> Ticket:
+    def copy(self, parts: Sequence[CopyPart], *, urgent: bool = True, after: object | None = None) -> Ticket:
         """Queue the copy."""
         check_parts(parts)
         asked_at = self._clock()
@@ -67,7 +67,7 @@ class ThrottledCopier:
         """Carry what is queued, then end the thread."""
         self._queue.close(finish=True)
 
-    def _carry(self, copy_idx: int, chunk: Sequence[Part], asked_at: float, latency_s: float) -> None:
+    def _carry(self, copy_idx: int, chunk: Sequence[CopyPart], asked_at: float, latency_s: float) -> None:
         num_bytes = count_bytes(chunk)
         self._free_at = max(self._free_at, asked_at) + latency_s + num_bytes / self._bytes_per_s
         self._sleep(max(0.0, self._free_at - self._clock()))

@@ -23,13 +23,13 @@ from offmoe.core.errors import ResourceError
 from offmoe.core.forks import OneProcess
 from offmoe.tiers.copier import CancelledMoveError
 
-Piece = Callable[[], None]
+JobPiece = Callable[[], None]
 
 
 class Job:
     """Pieces of work that end together; a `Ticket`. Made by `WorkQueue.submit`."""
 
-    def __init__(self, queue: WorkQueue, crew: _Crew, pieces: Sequence[Piece], *, urgent: bool) -> None:
+    def __init__(self, queue: WorkQueue, crew: _Crew, pieces: Sequence[JobPiece], *, urgent: bool) -> None:
         self._queue = queue  # keeps its threads while the job lives
         self._crew = crew
         self._pieces = pieces
@@ -215,7 +215,7 @@ class WorkQueue:
         urgent, others = (len(lane) for lane in self._crew.lanes)
         return f"<WorkQueue {self._name} [{self._num_threads} threads | queued: {urgent} urgent, {others} others]>"
 
-    def submit(self, pieces: Sequence[Piece], *, urgent: bool) -> Job:
+    def submit(self, pieces: Sequence[JobPiece], *, urgent: bool) -> Job:
         """Queue a job. A piece that raises does not stop the others. Raises ValueError after close(), ResourceError
         where a restart got no thread and there is none yet.
         """

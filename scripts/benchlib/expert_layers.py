@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart, Span
+from offmoe.checkpoint.expert_index import ExpertPart, MoeLayer, QuantPart, Span
 from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat
 from offmoe.formats.dense import STORED_DTYPES
 
@@ -47,11 +47,11 @@ def fits(shape: Shape, format_: QuantFormat | None) -> bool:
 
 def make_layer(shape: Shape, format_: QuantFormat | None) -> MoeLayer:
     """A source for every tensor, as published."""
-    up, num_bytes, parts = (shape.width_F, shape.width_D), list[int](), list[Part | QuantPart]()
+    up, num_bytes, parts = (shape.width_F, shape.width_D), list[int](), list[ExpertPart | QuantPart]()
 
-    def part(size: tuple[int, int], dtype: str) -> Part:
+    def part(size: tuple[int, int], dtype: str) -> ExpertPart:
         num_bytes.append(size[0] * size[1] * STORED_DTYPES[dtype].itemsize)
-        return Part(source_idx=len(num_bytes) - 1, offset=0, shape=size, strides=(size[1], 1), dtype=dtype)
+        return ExpertPart(source_idx=len(num_bytes) - 1, offset=0, shape=size, strides=(size[1], 1), dtype=dtype)
 
     for size in (up, up, up[::-1]):
         if format_ is None:

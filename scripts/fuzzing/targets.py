@@ -118,10 +118,10 @@ def _write_checkpoint(case: dict[str, Any], folder: Path) -> None:
 
 def _describe(path: Path) -> None:
     """Read a checkpoint as `inspect` and `plan` do."""
-    from offmoe.planner.inspect import survey
+    from offmoe.planner.inspect import inspect_checkpoint
     from offmoe.planner.model_facts import read_facts
 
-    survey(path)
+    inspect_checkpoint(path)
     read_facts(path, direct=True)
 
 
@@ -141,7 +141,8 @@ def _read_model(data: bytes, folder: Path) -> None:
 
 
 def _build(path: Path) -> None:
-    from offmoe.engine.sampling import resolve_sampling
+    from offmoe.sampling.sampler import resolve_sampling
+
     from offmoe.hf.expert_map import map_experts
     from offmoe.hf.internals import KeyMapping
     from offmoe.loader.build import build_on_meta, read_model_config
@@ -247,10 +248,10 @@ MESSAGES = [
 
 def _use_tokenizer(tokenizer: Any) -> None:
     from offmoe.chat.messages import chat_ids
-    from offmoe.engine.prompt import encode
+    from offmoe.engine.prompt import encode_prompt
     from offmoe.engine.text import TextDecoder
 
-    encode("one 2 three\u00e9 \U0001f600", tokenizer, vocab_size=1 << 20)
+    encode_prompt("one 2 three\u00e9 \U0001f600", tokenizer, vocab_size=1 << 20)
     chat_ids(tokenizer, MESSAGES)
     TextDecoder(tokenizer).add(1)
 

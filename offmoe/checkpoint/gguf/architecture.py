@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from offmoe.checkpoint.derived import DerivedEntry, Step, StoredTensor
-from offmoe.checkpoint.gguf.facts import Facts
+from offmoe.checkpoint.derived import DerivationStep, DerivedEntry, StoredTensor
+from offmoe.checkpoint.gguf.facts import GgufFacts
 from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.core.errors import CheckpointError
@@ -39,7 +39,7 @@ class Architecture:
     read them. `is_partial`: a head may be rotated in part. `is_whole`: `config` gives all of the config but for tokens.
     """
 
-    config: Callable[[Facts], dict[str, Any]]
+    config: Callable[[GgufFacts], dict[str, Any]]
     modules: Mapping[str, str]
     experts: Mapping[str, str] = field(default_factory=dict)
     stacked: Mapping[str, str] = field(default_factory=dict)
@@ -92,7 +92,7 @@ def stacked_of(module: str) -> dict[str, str]:
     return {part: f"{module}.{part}_proj" for part in ("gate", "up", "down")} | {"gate_up": f"{module}.gate_up_proj"}
 
 
-def derived(entry: Stored, *steps: Step, shape: tuple[int, ...] | None = None) -> DerivedEntry:
+def derived(entry: Stored, *steps: DerivationStep, shape: tuple[int, ...] | None = None) -> DerivedEntry:
     """`entry` after `steps`."""
     return DerivedEntry(name=entry.name, shape=shape or entry.shape, steps=steps, sources=(entry,))
 
@@ -102,40 +102,40 @@ def unrotate(entry: Stored, config: Mapping[str, Any]) -> StoredTensor:
     heads = config["num_attention_heads" if ".q_proj" in entry.name else "num_key_value_heads"]
     if not heads or entry.shape[0] % (2 * heads):
         raise CheckpointError(f"the GGUF file has {entry.shape[0]} rows in {entry.name!r} for {heads} heads")
-    return derived(entry, Step("unrotate", (heads,)))
+    return derived(entry, DerivationStep("unrotate", (heads,)))
 
 
 def as_row(entry: Stored, config: Mapping[str, Any]) -> StoredTensor:
     """A matrix of one row that is stored without its dimension."""
-    return derived(entry, Step("reshape"), shape=(1, *entry.shape)) if len(entry.shape) == 1 else entry
+    return derived(entry, DerivationStep("reshape"), shape=(1, *entry.shape)) if len(entry.shape) == 1 else entry
 
 
 def less_one(entry: Stored, config: Mapping[str, Any]) -> StoredTensor:
     """A norm's weights that are stored with 1 added."""
-    return derived(entry, Step("less_one"))
+    return derived(entry, DerivationStep("less_one"))
 
 
 def as_convolution(entry: Stored, config: Mapping[str, Any]) -> StoredTensor:
     """A depthwise convolution, (channels, 1, width), that is stored without its middle dimension."""
     width = entry.shape[-1]
-    return derived(entry, Step("reshape"), shape=(math.prod(entry.shape) // width, 1, width))
+    return derived(entry, DerivationStep("reshape"), shape=(math.prod(entry.shape) // width, 1, width))
 
 
 def logarithm(entry: Stored, config: Mapping[str, Any]) -> StoredTensor:
     """A_log, stored as -exp(A_log)."""
-    return derived(entry, Step("log"))
+    return derived(entry, DerivationStep("log"))
 
 
 def rows(name: str, sources: tuple[Stored, ...], config: Mapping[str, Any]) -> StoredTensor:
     """Matrices that the model has in one, one below the other."""
     shape = (sum(source.shape[0] for source in sources), *sources[0].shape[1:])
-    return DerivedEntry(name=name, shape=shape, steps=(Step("rows"),), sources=sources)
+    return DerivedEntry(name=name, shape=shape, steps=(DerivationStep("rows"),), sources=sources)
 
 
 def pairs(name: str, sources: tuple[Stored, ...], config: Mapping[str, Any]) -> StoredTensor:
     """Biases of gate and up that take turns in the model."""
     shape = (*sources[0].shape[:-1], 2 * sources[0].shape[-1])
-    return DerivedEntry(name=name, shape=shape, steps=(Step("pairs"),), sources=sources)
+    return DerivedEntry(name=name, shape=shape, steps=(DerivationStep("pairs"),), sources=sources)
 
 
 def latent(name: str, sources: tuple[Stored, ...], config: Mapping[str, Any]) -> StoredTensor:
@@ -149,7 +149,7 @@ def latent(name: str, sources: tuple[Stored, ...], config: Mapping[str, Any]) ->
             f"{list(expected[0])} and {list(expected[1])}; get another conversion of the model"
         )
     shape = (heads * (config["qk_nope_head_dim"] + config["v_head_dim"]), rank)
-    return DerivedEntry(name=name, shape=shape, steps=(Step("latent"),), sources=sources)
+    return DerivedEntry(name=name, shape=shape, steps=(DerivationStep("latent"),), sources=sources)
 
 
 LATENT_JOINS: dict[tuple[str, ...], tuple[str, Join]] = {

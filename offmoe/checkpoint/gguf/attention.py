@@ -23,14 +23,14 @@ from offmoe.checkpoint.gguf.architecture import (
     stacked_of,
     unrotate,
 )
-from offmoe.checkpoint.gguf.facts import Facts
+from offmoe.checkpoint.gguf.facts import GgufFacts
 from offmoe.checkpoint.gguf.rope import rope
 from offmoe.core.errors import UnsupportedModelError
 
 _UNROTATED = {"attn_q": unrotate, "attn_k": unrotate}
 
 
-def _mixtral(facts: Facts) -> dict[str, Any]:
+def _mixtral(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     return {
         "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": num_experts,
@@ -38,7 +38,7 @@ def _mixtral(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _qwen2_moe(facts: Facts) -> dict[str, Any]:
+def _qwen2_moe(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     return {
         "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "num_experts": num_experts,
@@ -48,7 +48,7 @@ def _qwen2_moe(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _qwen3_moe(facts: Facts) -> dict[str, Any]:
+def _qwen3_moe(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     return {
         "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": num_experts,
@@ -56,14 +56,14 @@ def _qwen3_moe(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _qwen3_vl_moe(facts: Facts) -> dict[str, Any]:
+def _qwen3_vl_moe(facts: GgufFacts) -> dict[str, Any]:
     """The language model. With text alone its three kinds of positions are one, and early layers get nothing added."""
     facts.get("rope.dimension_sections")
     facts.get("n_deepstack_layers")
     return _qwen3_moe(facts)
 
 
-def _olmoe(facts: Facts) -> dict[str, Any]:
+def _olmoe(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     return {
         "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": num_experts,
@@ -72,7 +72,7 @@ def _olmoe(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _gpt_oss(facts: Facts) -> dict[str, Any]:
+def _gpt_oss(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     positions = rope(facts, rotated=facts.size("attention.key_length"))
     if positions["rope_type"] == "yarn":
@@ -84,7 +84,7 @@ def _gpt_oss(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _granite(facts: Facts) -> dict[str, Any]:
+def _granite(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     head = facts.size("attention.key_length", facts.size("embedding_length") // facts.size("attention.head_count"))
     config = {
@@ -97,7 +97,7 @@ def _granite(facts: Facts) -> dict[str, Any]:
     return config | _shared_granite(facts)
 
 
-def _shared_granite(facts: Facts) -> dict[str, Any]:
+def _shared_granite(facts: GgufFacts) -> dict[str, Any]:
     if not facts.has("blk.*.ffn_gate_shexp.weight"):
         return {}
     return {
@@ -106,7 +106,7 @@ def _shared_granite(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _bailing(facts: Facts) -> dict[str, Any]:
+def _bailing(facts: GgufFacts) -> dict[str, Any]:
     """Ling 1: the same sums as Granite's with a shared expert and multipliers of 1, which transformers has."""
     facts.expect("expert_weights_norm", True)
     head = facts.size("attention.key_length", facts.size("embedding_length") // facts.size("attention.head_count"))
@@ -118,7 +118,7 @@ def _bailing(facts: Facts) -> dict[str, Any]:
     } | _shared_granite(facts)  # fmt: skip
 
 
-def _minimax_m2(facts: Facts) -> dict[str, Any]:
+def _minimax_m2(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     return {
         "model_type": "minimax_m2", "architectures": ["MiniMaxM2ForCausalLM"], "num_local_experts": num_experts,
@@ -126,7 +126,7 @@ def _minimax_m2(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _phimoe(facts: Facts) -> dict[str, Any]:
+def _phimoe(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     head = facts.size("embedding_length") // facts.size("attention.head_count")
     positions = rope(facts, rotated=head)
@@ -140,7 +140,7 @@ def _phimoe(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _dbrx(facts: Facts) -> dict[str, Any]:
+def _dbrx(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     heads = facts.size("attention.head_count")
     eps = facts.get("attention.layer_norm_epsilon", 1e-5)
@@ -164,7 +164,7 @@ def _dbrx(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _grok(facts: Facts) -> dict[str, Any]:
+def _grok(facts: GgufFacts) -> dict[str, Any]:
     """Grok-1. Defaults are those of files that were written before the keys were there."""
     if facts.has("blk.*.ffn_gate.weight"):
         raise UnsupportedModelError("the GGUF file holds Grok-2, whose layers have a dense part too; Grok-1 is read")
@@ -186,7 +186,7 @@ def _grok(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _llama4(facts: Facts) -> dict[str, Any]:
+def _llama4(facts: GgufFacts) -> dict[str, Any]:
     """llama.cpp has the chunks, the temperature and the layers without positions in its code, not in its files."""
     num_experts, width = facts.experts()
     num_layers, with_experts = facts.num_layers(), facts.layers_with("ffn_gate_inp.")

@@ -12,7 +12,7 @@ from typing import Any
 
 from offmoe.checkpoint.gguf.architecture import Architecture
 from offmoe.checkpoint.gguf.architectures import ARCHITECTURES, REFUSED
-from offmoe.checkpoint.gguf.facts import Facts
+from offmoe.checkpoint.gguf.facts import GgufFacts
 from offmoe.checkpoint.gguf.header import GgufHeader
 from offmoe.checkpoint.gguf.rope import rope
 from offmoe.core.errors import CheckpointError, UnsupportedModelError
@@ -32,7 +32,7 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     architecture = ARCHITECTURES.get(header.architecture)
     if architecture is None:
         raise _unknown(header.architecture)
-    facts = Facts(header)
+    facts = GgufFacts(header)
     if not facts.number("expert_count", 0):
         raise UnsupportedModelError(
             f"the GGUF file holds a dense model ({header.architecture}): it has no experts to stream; use transformers "
@@ -86,7 +86,7 @@ def gguf_sampling(header: GgufHeader) -> dict[str, float | bool]:
     }
 
 
-def _common(facts: Facts, architecture: Architecture) -> dict[str, Any]:
+def _common(facts: GgufFacts, architecture: Architecture) -> dict[str, Any]:
     metadata = facts.header.metadata
     num_layers = facts.num_layers()
     heads, width = facts.size("attention.head_count"), facts.size("embedding_length")

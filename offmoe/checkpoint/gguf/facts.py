@@ -38,7 +38,7 @@ _USUAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-class Facts:
+class GgufFacts:
     """Metadata under the architecture's prefix, and shapes. Every key that is asked for counts as read."""
 
     def __init__(self, header: GgufHeader) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from offmoe.checkpoint.derived import DerivedEntry, Step, StoredTensor
+from offmoe.checkpoint.derived import DerivationStep, DerivedEntry, StoredTensor
 from offmoe.checkpoint.gguf.architecture import (
     ATTENTION,
     FFN_NORM,
@@ -27,12 +27,12 @@ from offmoe.checkpoint.gguf.architecture import (
     logarithm,
     mlp,
 )
-from offmoe.checkpoint.gguf.facts import Facts
+from offmoe.checkpoint.gguf.facts import GgufFacts
 from offmoe.checkpoint.gguf.sigmoid import latent_sizes
 from offmoe.core.errors import CheckpointError
 
 
-def _delta_net(facts: Facts) -> dict[str, Any]:
+def _delta_net(facts: GgufFacts) -> dict[str, Any]:
     """Sizes of Qwen's gated delta nets, and which layers have them."""
     facts.get("full_attention_interval")
     facts.get("attention.recurrent_layers")
@@ -55,19 +55,19 @@ def _delta_net(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _qwen3_next(facts: Facts) -> dict[str, Any]:
+def _qwen3_next(facts: GgufFacts) -> dict[str, Any]:
     return _delta_net(facts) | {
         "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "norm_topk_prob": True,
         "decoder_sparse_step": 1, "mlp_only_layers": [],
     }  # fmt: skip
 
 
-def _qwen3_5_moe(facts: Facts) -> dict[str, Any]:
+def _qwen3_5_moe(facts: GgufFacts) -> dict[str, Any]:
     facts.get("rope.dimension_sections")  # of pictures: text has one kind of positions
     return _delta_net(facts) | {"model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"]}
 
 
-def _lfm2_moe(facts: Facts) -> dict[str, Any]:
+def _lfm2_moe(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     num_layers, convolutions = facts.num_layers(), facts.layers_with("shortconv.")
     dense = set(range(num_layers)) - facts.layers_with("ffn_gate_inp.")
@@ -80,7 +80,7 @@ def _lfm2_moe(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _kimi_linear(facts: Facts) -> dict[str, Any]:
+def _kimi_linear(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     num_layers, linear = facts.num_layers(), facts.layers_with("ssm_a")
     with_experts, groups = facts.layers_with("ffn_gate_inp."), max(1, facts.number("expert_group_count", 0))
@@ -115,7 +115,9 @@ def _ungrouped(name: str, sources: tuple[Stored, ...], config: Mapping[str, Any]
             f"{value}; get another conversion of the model"
         )
     shape = (qkv.shape[0] + z.shape[0], qkv.shape[1])
-    return DerivedEntry(name=name, shape=shape, steps=(Step("ungroup", (groups, key, key, value)),), sources=sources)
+    return DerivedEntry(
+        name=name, shape=shape, steps=(DerivationStep("ungroup", (groups, key, key, value)),), sources=sources
+    )
 
 
 def _untiled(axis: int, *, is_value: bool, has_keys: bool = False, after: Undo | None = None) -> Undo:
@@ -125,7 +127,7 @@ def _untiled(axis: int, *, is_value: bool, has_keys: bool = False, after: Undo |
         groups, of_a_group = _heads(config)
         first = 2 * groups * config["linear_key_head_dim"] if has_keys else 0
         size = config["linear_value_head_dim"] if is_value else 1
-        step = Step("untile", (axis, first, groups, of_a_group, size))
+        step = DerivationStep("untile", (axis, first, groups, of_a_group, size))
         later = after(entry, config) if after else None
         steps, shape = (later.steps, later.shape) if isinstance(later, DerivedEntry) else ((), entry.shape)
         return derived(entry, step, *steps, shape=shape)
@@ -134,7 +136,7 @@ def _untiled(axis: int, *, is_value: bool, has_keys: bool = False, after: Undo |
 
 
 def _kimi_decay(entry: Stored, config: Mapping[str, Any]) -> StoredTensor:
-    return derived(entry, Step("log"), shape=(1, 1, math.prod(entry.shape), 1))
+    return derived(entry, DerivationStep("log"), shape=(1, 1, math.prod(entry.shape), 1))
 
 
 _QWEN = ATTENTION | QK_NORMS | POST_ATTENTION_NORM | mlp("mlp.shared_expert", "_shexp") | {

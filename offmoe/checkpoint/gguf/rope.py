@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from offmoe.checkpoint.gguf.facts import Facts
+from offmoe.checkpoint.gguf.facts import GgufFacts
 from offmoe.checkpoint.gguf.header import GgufHeader
 from offmoe.core.errors import UnsupportedModelError
 
@@ -26,7 +26,7 @@ class Frequencies:
     attention: float
 
 
-def rope(facts: Facts, *, rotated: int) -> dict[str, Any]:
+def rope(facts: GgufFacts, *, rotated: int) -> dict[str, Any]:
     """The parameters of a model that rotates `rotated` numbers of a head. Raises UnsupportedModelError for a scaling
     that is not read.
     """
@@ -59,7 +59,7 @@ def rope(facts: Facts, *, rotated: int) -> dict[str, Any]:
 
 def frequencies(header: GgufHeader) -> Frequencies | None:
     """The file's changes of the model's own angles, None without any."""
-    facts = Facts(header)
+    facts = GgufFacts(header)
     factors = header.factors.get(FREQUENCIES, ())
     attention = facts.positive("rope.scaling.attn_factor", 1.0)
     if facts.get("rope.scaling.type") == "longrope":  # in the config
@@ -67,7 +67,7 @@ def frequencies(header: GgufHeader) -> Frequencies | None:
     return Frequencies(factors, attention) if factors or attention != 1.0 else None
 
 
-def _yarn(facts: Facts, theta: float, factor: float, original: int) -> dict[str, Any]:
+def _yarn(facts: GgufFacts, theta: float, factor: float, original: int) -> dict[str, Any]:
     facts.expect("rope.scaling.yarn_ext_factor", -1.0, 1.0)
     facts.expect("rope.scaling.yarn_attn_factor", -1.0, 1.0)
     return {

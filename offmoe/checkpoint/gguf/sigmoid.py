@@ -19,7 +19,7 @@ from offmoe.checkpoint.gguf.architecture import (
     experts_of,
     mlp,
 )
-from offmoe.checkpoint.gguf.facts import Facts
+from offmoe.checkpoint.gguf.facts import GgufFacts
 from offmoe.checkpoint.gguf.rope import rope
 from offmoe.core.errors import CheckpointError, UnsupportedModelError
 
@@ -27,7 +27,7 @@ _CORRECTION = dict.fromkeys(("exp_probs_b.bias", "exp_probs_b"), "mlp.gate.e_sco
 _ROUTED = mlp("mlp") | mlp("mlp.shared_experts", "_shexp") | {"ffn_gate_inp": "mlp.gate"}
 
 
-def _routed(facts: Facts, *, norm: bool = False) -> dict[str, Any]:
+def _routed(facts: GgufFacts, *, norm: bool = False) -> dict[str, Any]:
     """The experts, as DeepSeek's configs say it. Without a number of groups there is one, as in llama.cpp."""
     num_experts, width = facts.experts()
     shared = "blk.*.ffn_gate_shexp.weight"
@@ -45,7 +45,7 @@ def _routed(facts: Facts, *, norm: bool = False) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def latent_sizes(facts: Facts) -> dict[str, Any]:
+def latent_sizes(facts: GgufFacts) -> dict[str, Any]:
     """Sizes of multi-head latent attention."""
     rotary = facts.size("rope.dimension_count")
     head = facts.size("attention.key_length_mla", facts.size("attention.key_length"))
@@ -61,7 +61,7 @@ def latent_sizes(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _deepseek(facts: Facts) -> dict[str, Any]:
+def _deepseek(facts: GgufFacts) -> dict[str, Any]:
     """DeepSeek-V2 where experts are scored by a softmax, V3 (Kimi K2 too) where they are by a sigmoid."""
     sizes, routed = latent_sizes(facts), _routed(facts)
     facts.expect("rope.scaling.attn_factor", 1.0)
@@ -79,7 +79,7 @@ def _deepseek(facts: Facts) -> dict[str, Any]:
     return config | {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], **grouped}
 
 
-def _glm4_moe(facts: Facts) -> dict[str, Any]:
+def _glm4_moe(facts: GgufFacts) -> dict[str, Any]:
     facts.get("rope.dimension_sections")  # of pictures
     return _routed(facts, norm=True) | {
         "model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"],
@@ -87,14 +87,14 @@ def _glm4_moe(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _dots1(facts: Facts) -> dict[str, Any]:
+def _dots1(facts: GgufFacts) -> dict[str, Any]:
     return _routed(facts) | {
         "model_type": "dots1", "architectures": ["Dots1ForCausalLM"], "sliding_window": None,
         "layer_types": ["full_attention"] * facts.num_layers(),
     }  # fmt: skip
 
 
-def _ernie(facts: Facts) -> dict[str, Any]:
+def _ernie(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     with_experts = sorted(facts.layers_with("ffn_gate_inp."))
     step = facts.size("interleave_moe_layer_step", 1)
@@ -112,7 +112,7 @@ def _ernie(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _hunyuan(facts: Facts) -> dict[str, Any]:
+def _hunyuan(facts: GgufFacts) -> dict[str, Any]:
     num_experts, width = facts.experts()
     shared = facts.rows("blk.*.ffn_gate_shexp.weight")
     if shared != width:
@@ -123,7 +123,7 @@ def _hunyuan(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _bailing2(facts: Facts) -> dict[str, Any]:
+def _bailing2(facts: GgufFacts) -> dict[str, Any]:
     """Ling 2: GLM-4.5's layers with norms of queries and keys, which transformers has."""
     return _glm4_moe(facts) | {"use_qk_norm": True}
 

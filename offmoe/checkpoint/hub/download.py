@@ -22,9 +22,9 @@ from offmoe.checkpoint.hub.cache import CachedModel, cache_root, indexed_names
 from offmoe.checkpoint.hub.files import gguf_parts, small_names, weight_names
 from offmoe.checkpoint.index import INDEX_NAME, QUANT_CONFIG_NAME
 from offmoe.core.errors import CheckpointError, HubUnreachableError, OutputError
+from offmoe.core.progress import Progress
 from offmoe.core.units import format_bytes
 
-Progress = Callable[[str, int, int], None]
 _NUM_THREADS = 4
 _PIECE_BYTES = 1 << 20
 # Breaks of a connection in a row without a byte between them before the download is given up.

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from offmoe.checkpoint.hub.api import MAIN, Hub
-from offmoe.checkpoint.hub.download import Progress, fetch_headers
+from offmoe.checkpoint.hub.download import fetch_headers
 from offmoe.checkpoint.hub.files import gguf_parts, weight_names
 from offmoe.checkpoint.index import (
     INDEX_NAME,
@@ -27,6 +27,7 @@ from offmoe.checkpoint.json_file import read_json
 from offmoe.checkpoint.locate import hub_name, is_hub_id, locate_cached, locate_model, refuse_offline
 from offmoe.checkpoint.quant_config import read_quantisation
 from offmoe.core.errors import CheckpointError, HubUnreachableError, ModelNotFoundError
+from offmoe.core.progress import Progress
 
 
 @contextmanager

@@ -19,8 +19,7 @@ from torch import nn
 
 from offmoe.hf.internals import KeyRule
 from offmoe.hf.seam import serve_experts
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
+from offmoe.kernels.activations import ActivationFunction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +43,9 @@ class AdaptedExperts(nn.Module):
     has_post_expert_norm = False
 
     def __init__(
-        self, *, num_experts: int, width: int, expert_width: int, top_k: int, act_fn: Activation, dtype: torch.dtype,
-        has_gate: bool = True, has_bias: bool = False, is_transposed: bool = False,
-        apply_gate: Activation | None = None, identity_beyond: bool = False,
+        self, *, num_experts: int, width: int, expert_width: int, top_k: int, act_fn: ActivationFunction,
+        dtype: torch.dtype, has_gate: bool = True, has_bias: bool = False, is_transposed: bool = False,
+        apply_gate: ActivationFunction | None = None, identity_beyond: bool = False,
     ) -> None:  # fmt: skip
         """`apply_gate` takes (N, 2F) gate and up to (N, F); without it, act_fn(gate) * up."""
         super().__init__()

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from offmoe.hf.adapters.base import Activation, AdaptedExperts, Adapter
+from offmoe.hf.adapters.base import AdaptedExperts, Adapter
+from offmoe.kernels.activations import ActivationFunction
 
 
 def _adapt(moe: Any) -> None:
@@ -18,7 +19,7 @@ def _adapt(moe: Any) -> None:
     )  # fmt: skip
 
 
-def _clamped(act_fn: Activation, limit: float) -> Activation:
+def _clamped(act_fn: ActivationFunction, limit: float) -> ActivationFunction:
     def apply_gate(gate_up_NF: torch.Tensor) -> torch.Tensor:
         gate_NF, up_NF = gate_up_NF.chunk(2, dim=-1)
         return act_fn(gate_NF).clamp(max=limit) * up_NF.clamp(min=-limit, max=limit)

@@ -38,7 +38,7 @@ class CpuNorm:
         assert bias_D is None or (kind == "centred" and bias_D.is_contiguous() and bias_D.dtype == weight_D.dtype)
         self.weight_D, self.eps, self.kind = weight_D, eps, kind
         self._kernels, self._bias_D = kernels, bias_D
-        self.call = structs.Norm(
+        self.call = structs.CNorm(
             weight=weight_D.data_ptr(), bias=None if bias_D is None else bias_D.data_ptr(), width=weight_D.numel(),
             eps=eps, kind=NORM_KINDS[kind], type=structs.TYPES[weight_D.dtype],
         )  # fmt: skip
@@ -87,7 +87,7 @@ class CpuAttention:
         sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
         self._keep = (query_norm, key_norm, sinks_H)
         norm = query_norm
-        self.struct = structs.Attend(
+        self.struct = structs.CAttend(
             query_norm=None if query_norm is None else query_norm.weight_D.data_ptr(),
             key_norm=None if key_norm is None else key_norm.weight_D.data_ptr(),
             sinks=None if sinks_H is None else sinks_H.data_ptr(),
@@ -131,7 +131,7 @@ class CpuAttention:
 
 
 def set_position(
-    call: structs.Attend, cos: torch.Tensor | None, sin: torch.Tensor | None, keys_GSW: torch.Tensor,
+    call: structs.CAttend, cos: torch.Tensor | None, sin: torch.Tensor | None, keys_GSW: torch.Tensor,
     values_GSW: torch.Tensor, *, half_angles: bool,
 ) -> None:  # fmt: skip
     """Set what changes from token to token; see `CpuAttention`. Caches may have dimensions of size 1 before G."""
@@ -164,7 +164,7 @@ class CpuLinear:
         self.dtype, (self.num_outputs, self.num_inputs) = dtype, weight_NK.shape
         self.in_tiles = kernels.has_tiles and not self.matrix.struct.transposed
         type_idx, size = structs.TYPES[dtype], dtype.itemsize
-        self.call = structs.Linear(
+        self.call = structs.CLinear(
             matrix=ctypes.addressof(self.matrix.struct), bias=None if bias_N is None else bias_N.data_ptr(),
             x_row_bytes=self.num_inputs * size, y_row_bytes=self.num_outputs * size, type=type_idx, x_type=type_idx,
         )  # fmt: skip
@@ -196,7 +196,7 @@ class CpuTokenExperts:
         self._numbers = (ctypes.c_int32 * (top_k + 1))(*range(top_k + 1))
         self._tokens = (ctypes.c_int32 * top_k)()
         x_bytes, numbers = layer.width * x.element_size(), ctypes.addressof(self._numbers)
-        self._call = structs.Call(
+        self._call = structs.CCall(
             activation=ctypes.addressof(layer.activation), experts=ctypes.addressof(self._addresses), begin=numbers,
             token=ctypes.addressof(self._tokens), choice=numbers, y=self._y_KD.data_ptr(), x_row_bytes=x_bytes,
             y_row_bytes=layer.width * self._y_KD.element_size(), total_row_bytes=x_bytes, num_experts=top_k,
@@ -208,10 +208,10 @@ class CpuTokenExperts:
 
     def call_between(
         self, x_1D: torch.Tensor, weights_1K: torch.Tensor, y_1D: torch.Tensor, chosen_K: ctypes.Array[ctypes.c_void_p]
-    ) -> structs.Call:
+    ) -> structs.CCall:
         """A call that always reads and writes there, for the experts that `chosen_K` points at. Keep this object."""
         assert self.takes(x_1D, weights_1K) and y_1D.dtype == x_1D.dtype and len(chosen_K) == len(self._tokens)
-        call = structs.Call.from_buffer_copy(self._call)
+        call = structs.CCall.from_buffer_copy(self._call)
         call.x, call.weights, call.total = x_1D.data_ptr(), weights_1K.data_ptr(), y_1D.data_ptr()
         call.experts = ctypes.addressof(chosen_K)
         return call

@@ -60,18 +60,18 @@ class CpuDelta:
         self.shape = shape
         rate_H, bias_H = log_rate_H.float().exp().contiguous(), decay_bias_H.float().contiguous()
         self._keep = (conv_CT, norm_V, rate_H, bias_H)
-        self._call = structs.Delta(
+        self._call = structs.CDelta(
             conv=conv_CT.data_ptr(), rate=rate_H.data_ptr(), decay_bias=bias_H.data_ptr(), norm=norm_V.data_ptr(),
             num_keys=shape.num_keys, num_values=shape.num_values, key_width=shape.key_width,
             value_width=shape.value_width, taps=shape.taps, eps=eps, type=structs.TYPES[shape.dtype],
         )  # fmt: skip
 
-    def call_between(self, inputs: dict[str, DeltaInput], output: torch.Tensor) -> structs.Delta:
+    def call_between(self, inputs: dict[str, DeltaInput], output: torch.Tensor) -> structs.CDelta:
         """A call that always reads `inputs` (query, key, value, gate, beta, decay) and writes (H * V) numbers; its
         states are to be set. Keep it.
         """
         assert output.numel() == self.shape.num_values * self.shape.value_width, f"{output.shape=}"
-        call = structs.Delta.from_buffer_copy(self._call)
+        call = structs.CDelta.from_buffer_copy(self._call)
         call.output = output.data_ptr()
         for name, given in inputs.items():
             assert given.row.dtype == self.shape.dtype and given.row.is_contiguous(), f"{name=}"
@@ -97,6 +97,6 @@ def states_fit(
     )  # fmt: skip
 
 
-def set_states(call: structs.Delta | structs.Mamba, conv_state: torch.Tensor, state: torch.Tensor) -> None:
+def set_states(call: structs.CDelta | structs.CMamba, conv_state: torch.Tensor, state: torch.Tensor) -> None:
     """The layer's running states, which the call changes; `takes` said True."""
     call.conv_state, call.state = ctypes.c_void_p(conv_state.data_ptr()), ctypes.c_void_p(state.data_ptr())

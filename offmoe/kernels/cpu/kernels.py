@@ -36,14 +36,14 @@ class DescribedExpert:
     """One expert at one place in memory. `address` is that of its struct, which lives as long as this object."""
 
     place: int
-    struct: structs.Expert
+    struct: structs.CExpert
     address: int
     keep: tuple[object, ...]
 
 
-def describe_activation(activation: Activation) -> structs.Activation:
+def describe_activation(activation: Activation) -> structs.CActivation:
     """The activation as the library reads it."""
-    return structs.Activation(
+    return structs.CActivation(
         curve=structs.CURVES[activation.kind], gated=int(activation.gated), interleaved=int(activation.interleaved),
         alpha=activation.alpha, gate_limit=numbers.inf if activation.gate_limit is None else activation.gate_limit,
         up_limit=numbers.inf if activation.up_limit is None else activation.up_limit, offset=activation.offset,
@@ -75,9 +75,9 @@ class CpuLayer:
         up, down = (
             [describe(part, transposed=self.math.transposed) for part in parts] for parts in (weights.up, weights.down)
         )
-        ups, downs = ((structs.Matrix * len(parts))(*(part.struct for part in parts)) for parts in (up, down))
+        ups, downs = ((structs.CMatrix * len(parts))(*(part.struct for part in parts)) for parts in (up, down))
         up_bias, down_bias = self.math.up_bias_EF, self.math.down_bias_ED
-        struct = structs.Expert(
+        struct = structs.CExpert(
             up=ups,
             down=downs,
             up_bias=None if up_bias is None else up_bias[expert_idx].data_ptr(),
@@ -166,7 +166,7 @@ class CpuKernels:
             (ctypes.c_int32 * num_rows)(*tokens), (ctypes.c_int32 * num_rows)(*choices),
         )  # fmt: skip
         experts_at, begin_at, tokens_at, choices_at = (ctypes.addressof(array) for array in arrays)
-        call = structs.Call(
+        call = structs.CCall(
             ctypes.addressof(layer.activation), experts_at, begin_at, tokens_at, choices_at, x_TD.data_ptr(),
             y_SD.data_ptr(), None, None, x_TD.stride(0) * x_TD.element_size(), y_SD.stride(0) * y_SD.element_size(), 0,
             len(rows), len(x_TD), 0, structs.TYPES[layer.math.dtype], structs.TYPES[x_TD.dtype], 0, 0, layer.width,

@@ -59,9 +59,9 @@ class CpuLatentAttention:
         weight_HXC = weight.view(shape.num_heads, -1, shape.latent)
         keys = [describe(matrix[: shape.key_width].t()).struct for matrix in weight_HXC]
         values = [describe(matrix[shape.key_width :]).struct for matrix in weight_HXC]
-        matrices = [(structs.Matrix * shape.num_heads)(*some) for some in (keys, values)]
+        matrices = [(structs.CMatrix * shape.num_heads)(*some) for some in (keys, values)]
         self._keep = (norm, weight, matrices)
-        self._call = structs.Latent(
+        self._call = structs.CLatent(
             norm=norm.weight_D.data_ptr(), keys=ctypes.addressof(matrices[0]), values=ctypes.addressof(matrices[1]),
             num_heads=shape.num_heads, key_width=shape.key_width, rotated=shape.rotated, latent=shape.latent,
             value_width=shape.value_width, eps=norm.eps, scale=shape.scale, norm_kind=NORM_KINDS[norm.kind],
@@ -82,13 +82,13 @@ class CpuLatentAttention:
             and latents.stride(-2) >= shape.latent + shape.rotated
         )
 
-    def call_between(self, query: torch.Tensor, compressed: torch.Tensor, output: torch.Tensor) -> structs.Latent:
+    def call_between(self, query: torch.Tensor, compressed: torch.Tensor, output: torch.Tensor) -> structs.CLatent:
         """A call that always reads and writes these rows; its cache, angles and rotation are to be set. Keep it."""
         shape = self.shape
         assert query.numel() == shape.num_heads * (shape.key_width + shape.rotated), f"{query.shape=}"
         assert compressed.numel() == shape.latent + shape.rotated, f"{compressed.shape=}"
         assert output.numel() == shape.num_heads * shape.value_width, f"{output.shape=}"
-        call = structs.Latent.from_buffer_copy(self._call)
+        call = structs.CLatent.from_buffer_copy(self._call)
         call.query, call.compressed, call.output = query.data_ptr(), compressed.data_ptr(), output.data_ptr()
         return call
 

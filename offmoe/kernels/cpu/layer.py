@@ -73,7 +73,7 @@ class CpuRoute:
         self.ids_1K = torch.zeros(1, rule.top_k, dtype=torch.int64)
         self.weights_1K = torch.zeros(1, rule.top_k, dtype=rule.weights_dtype)
         num_groups, kept, best = rule.groups or (1, 1, 1)
-        self.struct = structs.Route(
+        self.struct = structs.CRoute(
             correction=None if rule.correction_E is None else rule.correction_E.data_ptr(),
             expert_scale=None if rule.expert_scale_E is None else rule.expert_scale_E.data_ptr(),
             ids=self.ids_1K.data_ptr(), weights=self.weights_1K.data_ptr(), scale=rule.scale,
@@ -116,7 +116,7 @@ class CpuTokenLayer:
         self._kernels, self._width = kernels, width
         self._keep = (attention, norms, tuple(projections), router, heads)
         self.normed_1D = torch.empty(1, width, dtype=shape.dtype)
-        call = self._call = structs.Layer(
+        call = self._call = structs.CLayer(
             attend=attention.struct, input_norm=first.weight_D.data_ptr(), output_norm=second.weight_D.data_ptr(),
             projections=tuple(ctypes.addressof(linear.matrix.struct) for linear in projections),
             biases=tuple(None if linear.bias_N is None else linear.bias_N.data_ptr() for linear in projections),
@@ -139,10 +139,10 @@ class CpuTokenLayer:
         """The router that ends it."""
         return self._keep[3]
 
-    def call_between(self, x_1D: torch.Tensor, state_1D: torch.Tensor) -> structs.Layer:
+    def call_between(self, x_1D: torch.Tensor, state_1D: torch.Tensor) -> structs.CLayer:
         """A call that always reads and writes these rows; its cache and angles are to be set. Keep this object."""
         assert self.takes(x_1D) and self.takes(state_1D), f"{x_1D.shape=} {state_1D.shape=}"
-        call = structs.Layer.from_buffer_copy(self._call)
+        call = structs.CLayer.from_buffer_copy(self._call)
         call.x, call.state = x_1D.data_ptr(), state_1D.data_ptr()
         return call
 

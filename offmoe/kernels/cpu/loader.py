@@ -15,7 +15,7 @@ import torch
 
 from offmoe.core.errors import UsageError
 from offmoe.kernels.cpu.kernels import CpuKernels
-from offmoe.kernels.cpu.structs import ABI_VERSION, places
+from offmoe.kernels.cpu.structs import ABI_VERSION, field_places
 from offmoe.machine.instruction_sets import instruction_sets
 from offmoe.machine.memory import num_cores
 
@@ -131,7 +131,7 @@ def check_structs(library: ctypes.CDLL) -> None:
     offset, size = ctypes.c_int64(), ctypes.c_int64()
     while (name := library.offmoe_layout(len(theirs), ctypes.byref(offset), ctypes.byref(size))) is not None:
         theirs[name.decode()] = (offset.value, size.value)
-    ours = places()
+    ours = field_places()
     for struct in (*theirs, *ours):
         if theirs.get(struct) != ours.get(struct):
             raise OSError(

@@ -59,19 +59,19 @@ class CpuMamba:
         # The module rounds the bias to the type of the time first.
         bias_H, skip_H = time_bias_H.to(shape.dtype).float().contiguous(), skip_H.float().contiguous()
         self._keep = (conv_CT, conv_bias_C, norm_V, rate_H, bias_H, skip_H)
-        self._call = structs.Mamba(
+        self._call = structs.CMamba(
             conv=conv_CT.data_ptr(), conv_bias=None if conv_bias_C is None else conv_bias_C.data_ptr(),
             rate=rate_H.data_ptr(), time_bias=bias_H.data_ptr(), skip=skip_H.data_ptr(), norm=norm_V.data_ptr(),
             num_heads=shape.num_heads, num_groups=shape.num_groups, width=shape.width, size=shape.size,
             taps=shape.taps, eps=eps, type=structs.TYPES[shape.dtype],
         )  # fmt: skip
 
-    def call_between(self, x: torch.Tensor, y: torch.Tensor) -> structs.Mamba:
+    def call_between(self, x: torch.Tensor, y: torch.Tensor) -> structs.CMamba:
         """A call that always reads H * W + C + H numbers and writes H * W; its states are to be set. Keep it."""
         shape = self.shape
         assert x.numel() == shape.values + shape.channels + shape.num_heads and y.numel() == shape.values, f"{x.shape=}"
         assert x.dtype == y.dtype == shape.dtype and x.is_contiguous() and y.is_contiguous(), f"{x.dtype=}"
-        call = structs.Mamba.from_buffer_copy(self._call)
+        call = structs.CMamba.from_buffer_copy(self._call)
         call.input, call.output = x.data_ptr(), y.data_ptr()
         return call
 

@@ -20,7 +20,7 @@ GROUP_COLUMNS = 32
 class CpuMatrix:
     """One matrix, (N, K). `weight` keeps its memory alive; what a slot holds may change under it, where it lies not."""
 
-    struct: structs.Matrix
+    struct: structs.CMatrix
     weight: Weight
 
 
@@ -53,7 +53,7 @@ def describe(weight: Weight, *, transposed: bool = False) -> CpuMatrix:
     matrix = weight.t() if transposed else weight
     num_rows, num_columns = matrix.shape
     along_rows = matrix.stride(1) != 1 and num_columns > 1
-    struct = structs.Matrix(
+    struct = structs.CMatrix(
         codes=matrix.data_ptr(),
         rows=num_rows,
         columns=num_columns,
@@ -82,10 +82,10 @@ def _unreadable_codes(weight: QuantMatrix) -> str | None:
     return None
 
 
-def _codes(weight: QuantMatrix) -> structs.Matrix:
+def _codes(weight: QuantMatrix) -> structs.CMatrix:
     form, scales, zeros = weight.format, weight.scales, weight.zeros
     assert form.is_blocks or scales is not None, f"{form=}"
-    return structs.Matrix(
+    return structs.CMatrix(
         codes=weight.codes.data_ptr(),
         scales=None if scales is None else scales.data_ptr(),
         zeros=None if zeros is None else zeros.data_ptr(),

@@ -24,17 +24,17 @@ class CpuMlp:
         self._begin, self._one_row = (ctypes.c_int32 * 2)(), (ctypes.c_int32 * 2)(0, 1)
         self._rows = (ctypes.c_int32 * max_rows)(*range(max_rows))
         row_bytes, rows = layer.width * math.dtype.itemsize, ctypes.addressof(self._rows)
-        self._call = structs.Call(
+        self._call = structs.CCall(
             activation=ctypes.addressof(layer.activation), experts=ctypes.addressof(self._address),
             begin=ctypes.addressof(self._begin), token=rows, choice=rows, x_row_bytes=row_bytes, y_row_bytes=row_bytes,
             num_experts=1, type=structs.TYPES[math.dtype], x_type=structs.TYPES[math.dtype], width=layer.width,
             hidden=layer.hidden,
         )  # fmt: skip
 
-    def call_between(self, x_1D: torch.Tensor, y_1D: torch.Tensor) -> structs.Call:
+    def call_between(self, x_1D: torch.Tensor, y_1D: torch.Tensor) -> structs.CCall:
         """A call that always reads and writes these rows. Keep this object."""
         assert self.takes(x_1D) and self.takes(y_1D) and len(x_1D) == 1, f"{x_1D.shape=} {y_1D.shape=}"
-        call = structs.Call.from_buffer_copy(self._call)
+        call = structs.CCall.from_buffer_copy(self._call)
         call.x, call.y, call.begin, call.num_tokens = (
             x_1D.data_ptr(), y_1D.data_ptr(), ctypes.addressof(self._one_row), 1
         )  # fmt: skip

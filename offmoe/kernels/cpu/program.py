@@ -53,8 +53,8 @@ class CpuProgram:
         self._steps: list[tuple[int, object, int | None]] = []
         self._keep: list[object] = []
         self.num_rows = (ctypes.c_int64 * num_caches)()
-        self._ops = (structs.Op * 0)()
-        self._call = structs.Program()
+        self._ops = (structs.COp * 0)()
+        self._call = structs.CProgram()
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -69,34 +69,34 @@ class CpuProgram:
         """y = norm(x). Several norms one after another where x is several times as wide as the weight."""
         width = norm.weight_D.numel()
         assert x.numel() == y.numel() and x.numel() % width == 0 and x.dtype == y.dtype == norm.weight_D.dtype
-        call = structs.Norm.from_buffer_copy(norm.call)
+        call = structs.CNorm.from_buffer_copy(norm.call)
         call.x, call.y, call.rows = x.data_ptr(), y.data_ptr(), x.numel() // width
         self._add("norm", call, norm, x, y)
 
     def linear(self, linear: CpuLinear, x: torch.Tensor, y: torch.Tensor) -> None:
         """y = linear(x); x may be of another type than the linear computes in."""
         assert x.numel() == linear.num_inputs and y.numel() == linear.num_outputs and y.dtype == linear.dtype
-        call = structs.Linear.from_buffer_copy(linear.call)
+        call = structs.CLinear.from_buffer_copy(linear.call)
         call.x, call.y, call.num_x = x.data_ptr(), y.data_ptr(), 1
         call.x_type, call.x_row_bytes = structs.TYPES[x.dtype], x.numel() * x.element_size()
         self._add("linear", call, linear, x, y)
 
-    def layer(self, layer: CpuTokenLayer, cache_idx: int, x: torch.Tensor, state: torch.Tensor) -> structs.Attend:
+    def layer(self, layer: CpuTokenLayer, cache_idx: int, x: torch.Tensor, state: torch.Tensor) -> structs.CAttend:
         """Norm, attention, sum, norm and router of a common layer; what follows reads `layer.normed_1D` and its route.
 
         Returns the struct whose angles and cache are to be set (`set_position`).
         """
         call = layer.call_between(x, state)
         self._add("layer", call, layer, x, state, cache_idx=cache_idx)
-        attend: structs.Attend = call.attend
+        attend: structs.CAttend = call.attend
         return attend
 
     def attend(
         self, attention: CpuAttention, cache_idx: int, projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         y: torch.Tensor,
-    ) -> structs.Attend:  # fmt: skip
+    ) -> structs.CAttend:  # fmt: skip
         """Attention of projected query, key and value. Returns the struct as `layer` does."""
-        call = structs.Attend.from_buffer_copy(attention.struct)
+        call = structs.CAttend.from_buffer_copy(attention.struct)
         call.query, call.key, call.value = (row.data_ptr() for row in projected)
         call.output = y.data_ptr()
         self._add("attend", call, attention, projected, y, cache_idx=cache_idx)
@@ -105,26 +105,26 @@ class CpuProgram:
     def latent(
         self, attention: CpuLatentAttention, cache_idx: int, query: torch.Tensor, compressed: torch.Tensor,
         y: torch.Tensor, rotation: Rotation,
-    ) -> structs.Latent:  # fmt: skip
+    ) -> structs.CLatent:  # fmt: skip
         """Attention to latents. Returns the struct whose angles and cache are to be set."""
         call = attention.call_between(query, compressed, y)
         call.rotation = ROTATIONS[rotation]
         self._add("latent", call, attention, query, compressed, y, cache_idx=cache_idx)
         return call
 
-    def delta(self, delta: CpuDelta, inputs: dict[str, DeltaInput], y: torch.Tensor) -> structs.Delta:
+    def delta(self, delta: CpuDelta, inputs: dict[str, DeltaInput], y: torch.Tensor) -> structs.CDelta:
         """y = a gated delta net's heads. Returns the struct whose states are to be set (`set_states`)."""
         call = delta.call_between(inputs, y)
         self._add("delta", call, delta, list(inputs.values()), y)
         return call
 
-    def conv(self, conv: CpuShortConv, x: torch.Tensor, y: torch.Tensor) -> structs.ShortConv:
+    def conv(self, conv: CpuShortConv, x: torch.Tensor, y: torch.Tensor) -> structs.CShortConv:
         """y = a gated short convolution of x. Returns the struct whose state is to be set."""
         call = conv.call_between(x, y)
         self._add("conv", call, conv, x, y)
         return call
 
-    def mamba(self, mamba: CpuMamba, x: torch.Tensor, y: torch.Tensor) -> structs.Mamba:
+    def mamba(self, mamba: CpuMamba, x: torch.Tensor, y: torch.Tensor) -> structs.CMamba:
         """y = a Mamba-2 mixer's heads. Returns the struct whose states are to be set."""
         call = mamba.call_between(x, y)
         self._add("mamba", call, mamba, x, y)
@@ -134,7 +134,7 @@ class CpuProgram:
         """`to` = f(gate) * up."""
         assert gate.shape == up.shape == to.shape and gate.dtype == up.dtype == to.dtype, f"{gate.shape=} {up.shape=}"
         struct = describe_activation(activation)
-        call = structs.Activate(
+        call = structs.CActivate(
             activation=ctypes.addressof(struct), gate=gate.data_ptr(), up=up.data_ptr(), to=to.data_ptr(),
             count=gate.numel(), type=structs.TYPES[gate.dtype],
         )  # fmt: skip
@@ -144,7 +144,7 @@ class CpuProgram:
         """`to` = pieces of `width` numbers of x, which begin at `begin`, `begin` + `stride`, ..."""
         rows, size = to.numel() // width, x.element_size()
         assert begin + (rows - 1) * stride + width <= x.numel() and x.dtype == to.dtype, f"{x.shape=} {to.shape=}"
-        call = structs.Copy(
+        call = structs.CCopy(
             x=x.data_ptr() + begin * size, to=to.data_ptr(), rows=rows, row_bytes=width * size, x_stride=stride * size
         )
         self._add("copy", call, x, to)
@@ -153,7 +153,7 @@ class CpuProgram:
         """The router's choice, in `route.ids_1K` and `route.weights_1K`, from its logits (1, E)."""
         assert logits.numel() == route.rule.num_experts and logits.dtype == route.logits_dtype, f"{logits.shape=}"
         scores = torch.empty(4 * logits.numel())
-        call = structs.Choice(
+        call = structs.CChoice(
             route=ctypes.addressof(route.struct), logits=logits.data_ptr(), scores=scores.data_ptr()
         )  # fmt: skip
         self._add("choose", call, route, logits, scores)
@@ -167,7 +167,7 @@ class CpuProgram:
         assert len(table_E) == route.rule.num_experts, f"{route.rule=}"
         chosen_K = (ctypes.c_void_p * route.rule.top_k)()
         inner = experts.call_between(x, route.weights_1K, y, chosen_K)
-        call = structs.Lookup(
+        call = structs.CLookup(
             experts=ctypes.addressof(inner), ids=route.ids_1K.data_ptr(), table=ctypes.addressof(table_E),
             chosen=ctypes.addressof(chosen_K),
         )  # fmt: skip
@@ -185,7 +185,7 @@ class CpuProgram:
         """
         assert x.numel() == to.numel() and x.dtype == to.dtype and x.is_contiguous() and to.is_contiguous()
         assert y is None or (y.dtype == x.dtype and x.numel() % y.numel() == 0 and y.is_contiguous()), f"{y=}"
-        call = structs.Numbers(
+        call = structs.CNumbers(
             x=x.data_ptr(), y=None if y is None else y.data_ptr(), to=to.data_ptr(), count=x.numel(),
             y_count=0 if y is None else y.numel(), scale=scale, what=_ELEMENTWISE[what], type=structs.TYPES[x.dtype],
         )  # fmt: skip
@@ -198,7 +198,7 @@ class CpuProgram:
 
     def finish(self) -> None:
         """No step comes after this; now it can be called."""
-        self._ops = (structs.Op * len(self._steps))()
+        self._ops = (structs.COp * len(self._steps))()
         for op, (kind, call, cache_idx) in zip(self._ops, self._steps, strict=True):
             op.kind, op.call = kind, ctypes.addressof(call)  # type: ignore[arg-type]
             if cache_idx is not None:

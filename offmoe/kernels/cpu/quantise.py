@@ -21,10 +21,12 @@ from offmoe.kernels.cpu.kernels import CpuKernels
 GROUPS = (32, 64, 128)
 
 
-def encode(kernels: CpuKernels | None, values_NK: torch.Tensor, form: QuantFormat, *, name: str) -> QuantMatrix:
+def encode_by_library(
+    kernels: CpuKernels | None, values_NK: torch.Tensor, form: QuantFormat, *, name: str
+) -> QuantMatrix:
     """`formats.encode.encode` with `kernels`; with PyTorch where there are none, or for other groups."""
     if kernels is None or form.group not in GROUPS:
-        return reference.encode(values_NK, form, name=name)
+        return reference.encode_matrix(values_NK, form, name=name)
     num_rows, width = values_NK.shape
     assert width % form.group == 0, f"{width=} {form=}"
     values_NK = values_NK.contiguous() if values_NK.dtype in structs.TYPES else values_NK.float().contiguous()
@@ -32,7 +34,7 @@ def encode(kernels: CpuKernels | None, values_NK: torch.Tensor, form: QuantForma
     scales_NG = torch.empty(num_rows, width // form.group, dtype=TORCH_DTYPES[form.scale_dtype])
     codes = torch.empty(num_rows, width * bits // 32, dtype=torch.int32)
     divisors = reference.DIVISORS[form.kind]
-    call = structs.Encode(
+    call = structs.CEncode(
         values=values_NK.data_ptr(), codes=codes.data_ptr(), scales=scales_NG.data_ptr(),
         divisors=ctypes.addressof(array := (ctypes.c_float * len(divisors))(*divisors)), num_groups=scales_NG.numel(),
         num_divisors=len(array), group=form.group, bits_a_code=bits, offset=form.offset,

@@ -1,6 +1,6 @@
 """The structs of `src/abi.h`, field by field, and the numbers of its enums.
 
-The loader compares `places` with what the library says of itself (`src/layout.cpp`).
+The loader compares `field_places` with what the library says of itself (`src/layout.cpp`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ QUANT_KINDS = {
 CURVES = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu_squared": 5}
 
 
-class Matrix(ctypes.Structure):
+class CMatrix(ctypes.Structure):
     """N rows of K columns; strides in bytes."""
 
     _fields_ = (
@@ -34,7 +34,7 @@ class Matrix(ctypes.Structure):
     )  # fmt: skip
 
 
-class Activation(ctypes.Structure):
+class CActivation(ctypes.Structure):
     """f(gate) * (up + offset), or f(up)."""
 
     _fields_ = (
@@ -43,16 +43,16 @@ class Activation(ctypes.Structure):
     )  # fmt: skip
 
 
-class Expert(ctypes.Structure):
+class CExpert(ctypes.Structure):
     """Two matrices in parts, and their biases."""
 
     _fields_ = (
-        ("up", POINTER(Matrix)), ("down", POINTER(Matrix)), ("up_bias", c_void_p), ("down_bias", c_void_p),
+        ("up", POINTER(CMatrix)), ("down", POINTER(CMatrix)), ("up_bias", c_void_p), ("down_bias", c_void_p),
         ("num_up", c_int32), ("num_down", c_int32),
     )  # fmt: skip
 
 
-class Encode(ctypes.Structure):
+class CEncode(ctypes.Structure):
     """Numbers to be given codes and scales."""
 
     _fields_ = (
@@ -63,7 +63,7 @@ class Encode(ctypes.Structure):
     )  # fmt: skip
 
 
-class Call(ctypes.Structure):
+class CCall(ctypes.Structure):
     """Rows of several experts of one layer."""
 
     _fields_ = (
@@ -76,7 +76,7 @@ class Call(ctypes.Structure):
     )  # fmt: skip
 
 
-class Linear(ctypes.Structure):
+class CLinear(ctypes.Structure):
     """One matrix and a few rows."""
 
     _fields_ = (
@@ -86,7 +86,7 @@ class Linear(ctypes.Structure):
     )  # fmt: skip
 
 
-class Norm(ctypes.Structure):
+class CNorm(ctypes.Structure):
     """Rows to be normed."""
 
     _fields_ = (
@@ -95,7 +95,7 @@ class Norm(ctypes.Structure):
     )  # fmt: skip
 
 
-class Attend(ctypes.Structure):
+class CAttend(ctypes.Structure):
     """One token's attention; strides in bytes."""
 
     _fields_ = (
@@ -111,7 +111,7 @@ class Attend(ctypes.Structure):
     )  # fmt: skip
 
 
-class Latent(ctypes.Structure):
+class CLatent(ctypes.Structure):
     """One token's attention to latents; strides in bytes."""
 
     _fields_ = (
@@ -123,7 +123,7 @@ class Latent(ctypes.Structure):
     )  # fmt: skip
 
 
-class Route(ctypes.Structure):
+class CRoute(ctypes.Structure):
     """From logits to experts and their weights."""
 
     _fields_ = (
@@ -135,36 +135,36 @@ class Route(ctypes.Structure):
     )  # fmt: skip
 
 
-class Layer(ctypes.Structure):
+class CLayer(ctypes.Structure):
     """One token through a decoder layer up to its experts."""
 
     _fields_ = (
-        ("attend", Attend), ("x", c_void_p), ("input_norm", c_void_p), ("output_norm", c_void_p),
+        ("attend", CAttend), ("x", c_void_p), ("input_norm", c_void_p), ("output_norm", c_void_p),
         ("projections", c_void_p * 4), ("biases", c_void_p * 4), ("state", c_void_p), ("normed", c_void_p),
-        ("router", c_void_p), ("router_bias", c_void_p), ("route", Route), ("width", c_int64),
+        ("router", c_void_p), ("router_bias", c_void_p), ("route", CRoute), ("width", c_int64),
         ("input_eps", c_float), ("output_eps", c_float), ("input_kind", c_int32), ("output_kind", c_int32),
     )  # fmt: skip
 
 
-class Lookup(ctypes.Structure):
+class CLookup(ctypes.Structure):
     """The experts that a router chose, and their weighted sum."""
 
     _fields_ = (("experts", c_void_p), ("ids", c_void_p), ("table", c_void_p), ("chosen", c_void_p))
 
 
-class Choice(ctypes.Structure):
+class CChoice(ctypes.Structure):
     """One choice of experts and weights by a row of logits."""
 
     _fields_ = (("route", c_void_p), ("logits", c_void_p), ("scores", c_void_p))
 
 
-class Copy(ctypes.Structure):
+class CCopy(ctypes.Structure):
     """Rows that lie apart, put together."""
 
     _fields_ = (("x", c_void_p), ("to", c_void_p), ("rows", c_int64), ("row_bytes", c_int64), ("x_stride", c_int64))
 
 
-class Delta(ctypes.Structure):
+class CDelta(ctypes.Structure):
     """One token through a gated delta net; strides in numbers."""
 
     _fields_ = (
@@ -178,7 +178,7 @@ class Delta(ctypes.Structure):
     )  # fmt: skip
 
 
-class ShortConv(ctypes.Structure):
+class CShortConv(ctypes.Structure):
     """One token through a short convolution."""
 
     _fields_ = (
@@ -187,7 +187,7 @@ class ShortConv(ctypes.Structure):
     )  # fmt: skip
 
 
-class Mamba(ctypes.Structure):
+class CMamba(ctypes.Structure):
     """One token through a Mamba-2 mixer."""
 
     _fields_ = (
@@ -198,7 +198,7 @@ class Mamba(ctypes.Structure):
     )  # fmt: skip
 
 
-class Activate(ctypes.Structure):
+class CActivate(ctypes.Structure):
     """f(gate) * up of one row."""
 
     _fields_ = (
@@ -207,7 +207,7 @@ class Activate(ctypes.Structure):
     )  # fmt: skip
 
 
-class Numbers(ctypes.Structure):
+class CNumbers(ctypes.Structure):
     """Elementwise arithmetic on one row, or on two."""
 
     _fields_ = (
@@ -216,13 +216,13 @@ class Numbers(ctypes.Structure):
     )  # fmt: skip
 
 
-class Op(ctypes.Structure):
+class COp(ctypes.Structure):
     """One step of a program."""
 
     _fields_ = (("call", c_void_p), ("num_rows", c_void_p), ("ended_ns", c_int64), ("kind", c_int32))
 
 
-class Program(ctypes.Structure):
+class CProgram(ctypes.Structure):
     """One token through a decoder."""
 
     _fields_ = (("ops", c_void_p), ("begin", c_int64), ("end", c_int64))
@@ -234,7 +234,7 @@ MIRRORS: tuple[type[ctypes.Structure], ...] = tuple(
 )
 
 
-def places() -> dict[str, tuple[int, int]]:
+def field_places() -> dict[str, tuple[int, int]]:
     """Offset and size in bytes of every struct ("Matrix") and field ("Matrix.codes")."""
     found = {mirror.__name__: (0, ctypes.sizeof(mirror)) for mirror in MIRRORS}
     for mirror in MIRRORS:

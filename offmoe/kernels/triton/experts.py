@@ -26,7 +26,7 @@ import triton.language as tl
 
 from offmoe.kernels.triton import gguf as triton_gguf
 from offmoe.kernels.triton import quantised as triton_quantised
-from offmoe.kernels.triton.blocks import outputs_inside, places
+from offmoe.kernels.triton.blocks import output_places, outputs_inside
 
 NO_ACTIVATION, SILU, GELU, GELU_TANH, RELU, RELU_SQUARED = range(6)
 
@@ -98,7 +98,7 @@ def _row_products(
 ):  # fmt: skip
     """(O, K) float32: row k of the inputs with the outputs of its slot."""
     if FORMAT.is_blocks:
-        products = triton_gguf.row_products(
+        products = triton_gguf.gguf_row_products(
             in_ptr, in_rows, ready, code_ptr, scale_ptr, slot, block, inside, NUM_IN, SLOT, BASE, OUT_STRIDE, PAIRS,
             PAIR_STRIDE, FORMAT, BLOCK_OUT, BLOCK_IN, STAGES,
         )  # fmt: skip
@@ -118,7 +118,7 @@ def _weight_block(
 ):  # fmt: skip
     """(BLOCK_IN, O): the values from column `begin` on."""
     if FORMAT.is_blocks:
-        weights = triton_gguf.weight_block(
+        weights = triton_gguf.gguf_weight_block(
             code_ptr, scale_ptr, slot, block, inside, begin, like_ptr, NUM_IN, SLOT, BASE, OUT_STRIDE, PAIRS,
             PAIR_STRIDE, FORMAT, BLOCK_OUT, BLOCK_IN,
         )  # fmt: skip
@@ -160,7 +160,9 @@ def choose_rows(
         in_row = tl.load(token_ptr + row).to(tl.int64)
     inside = outputs_inside(block, NUM_OUT, PAIRS, BLOCK_OUT)
     if FORMAT is None:
-        weights_at = slab_ptr + slot * SLOT + BASE + places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[:, None]
+        weights_at = (
+            slab_ptr + slot * SLOT + BASE + output_places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[:, None]
+        )
         sums = tl.zeros((inside.shape[0], BLOCK_IN), tl.float32)
         for begin in tl.range(0, NUM_IN, BLOCK_IN, num_stages=STAGES):
             inputs = begin + tl.arange(0, BLOCK_IN)
@@ -177,7 +179,7 @@ def choose_rows(
         ).T  # fmt: skip
     bias = 0.0
     if HAS_BIAS:
-        starts = places(block, BIAS_STRIDE, BIAS_PAIR, PAIRS, BLOCK_OUT)
+        starts = output_places(block, BIAS_STRIDE, BIAS_PAIR, PAIRS, BLOCK_OUT)
         bias_at = bias_ptr + expert * BIAS_WIDTH + OUT_BEGIN + starts
         bias = tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
     value = _finished(
@@ -269,7 +271,9 @@ def tile_rows(
     else:
         in_rows = tl.load(token_ptr + rows, mask=used, other=0).to(tl.int64)
     inside = outputs_inside(block, NUM_OUT, PAIRS, BLOCK_OUT)
-    weights_at = slab_ptr + slot * SLOT + BASE + places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[None, :]
+    weights_at = (
+        slab_ptr + slot * SLOT + BASE + output_places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[None, :]
+    )
     sums = tl.zeros((BLOCK_ROWS, inside.shape[0]), tl.float32)
     for begin in range(0, NUM_IN, BLOCK_IN):
         inputs = begin + tl.arange(0, BLOCK_IN)
@@ -289,7 +293,7 @@ def tile_rows(
     bias = 0.0
     if HAS_BIAS:
         expert = tl.load(expert_ptr + tl.max(rows, axis=0)).to(tl.int64)
-        starts = places(block, BIAS_STRIDE, BIAS_PAIR, PAIRS, BLOCK_OUT)
+        starts = output_places(block, BIAS_STRIDE, BIAS_PAIR, PAIRS, BLOCK_OUT)
         bias_at = bias_ptr + expert * BIAS_WIDTH + OUT_BEGIN + starts
         bias = tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
     value = _finished(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from offmoe.kernels.triton.blocks import places
+from offmoe.kernels.triton.blocks import output_places
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _scales(byte_ptr, half_ptr, at, within, mask, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def row_products(
+def gguf_row_products(
     in_ptr, in_rows, ready, byte_ptr, half_ptr, slot, block, inside,
     NUM_IN: tl.constexpr, SLOT: tl.constexpr, BASE: tl.constexpr, OUT_STRIDE: tl.constexpr, PAIRS: tl.constexpr,
     PAIR_STRIDE: tl.constexpr, FORMAT: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
@@ -94,7 +94,7 @@ def row_products(
     """(O, K) float32: row k of the inputs with the outputs of its slot, 0 where `ready` is false."""
     SPANS: tl.constexpr = BLOCK_IN // 16
     K: tl.constexpr = in_rows.shape[0]
-    rows_at = places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[:, None] + (slot * SLOT + BASE)[None, :]
+    rows_at = output_places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[:, None] + (slot * SLOT + BASE)[None, :]
     used = inside[:, None, None] & ready[None, :, None]
     sums = tl.zeros((inside.shape[0], K, SPANS), tl.float32)
     for begin in tl.range(0, NUM_IN, BLOCK_IN, num_stages=STAGES):
@@ -114,13 +114,13 @@ def row_products(
 
 
 @triton.jit
-def weight_block(
+def gguf_weight_block(
     byte_ptr, half_ptr, slot, block, inside, begin, like_ptr,
     NUM_IN: tl.constexpr, SLOT: tl.constexpr, BASE: tl.constexpr, OUT_STRIDE: tl.constexpr, PAIRS: tl.constexpr,
     PAIR_STRIDE: tl.constexpr, FORMAT: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_IN, O): the values from column `begin` on, computed in float32, rounded to the type of `like_ptr`."""
-    rows_at = slot * SLOT + BASE + places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)
+    rows_at = slot * SLOT + BASE + output_places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)
     spans = begin // 16 + tl.arange(0, BLOCK_IN // 16)
     within = spans % FORMAT.num_spans
     mask = inside[:, None, None] & (spans < NUM_IN // 16)[None, None, :]

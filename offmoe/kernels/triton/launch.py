@@ -20,7 +20,7 @@ from offmoe.kernels.codes import Blocks
 from offmoe.kernels.geometry import (
     TILES_TOGETHER,
     TURNS,
-    Matrix,
+    SlotMatrix,
     Tiling,
     down_matrices,
     power_of_two,
@@ -115,7 +115,7 @@ class LayerKernels:
         return self._tiles(self.down, hidden_NF, 1, expert_N, tiles, self._no_act, bias, is_down=True)
 
     def _rows(
-        self, matrices: list[Matrix], inputs: torch.Tensor, token_N: torch.Tensor | int, expert_N: torch.Tensor,
+        self, matrices: list[SlotMatrix], inputs: torch.Tensor, token_N: torch.Tensor | int, expert_N: torch.Tensor,
         slot_N: torch.Tensor, act: dict[str, Any], bias: torch.Tensor | None,
         *, missing: torch.Tensor | None = None, lookup: bool = False, is_down: bool = False,
     ) -> torch.Tensor:  # fmt: skip
@@ -133,7 +133,7 @@ class LayerKernels:
         return out
 
     def _tiles(
-        self, matrices: list[Matrix], inputs: torch.Tensor, token_N: torch.Tensor | int, expert_N: torch.Tensor,
+        self, matrices: list[SlotMatrix], inputs: torch.Tensor, token_N: torch.Tensor | int, expert_N: torch.Tensor,
         tiles: tuple[torch.Tensor, torch.Tensor], act: dict[str, Any], bias: torch.Tensor | None,
         *, is_down: bool = False,
     ) -> torch.Tensor:  # fmt: skip
@@ -150,7 +150,7 @@ class LayerKernels:
             )  # fmt: skip
         return out
 
-    def _views_of(self, matrix: Matrix) -> tuple[torch.Tensor | None, ...]:
+    def _views_of(self, matrix: SlotMatrix) -> tuple[torch.Tensor | None, ...]:
         """The slab as weights, scales and zero points: made once, as a view costs as much as a launch."""
         codes = matrix.codes
         if codes is None:
@@ -160,7 +160,7 @@ class LayerKernels:
         zeros = self._slab.view(STORED_DTYPES[codes.zero_type]) if codes.zero_rows else None
         return self._slab.view(torch.int32), self._slab.view(STORED_DTYPES[codes.scale_type]), zeros
 
-    def _place(self, matrix: Matrix) -> dict[str, Any]:
+    def _place(self, matrix: SlotMatrix) -> dict[str, Any]:
         itemsize = self._math.dtype.itemsize if matrix.codes is None else matrix.codes.itemsize
         return {
             "NUM_IN": matrix.num_in, "NUM_OUT": matrix.num_out, "OUT_WIDTH": matrix.out_width,
@@ -184,7 +184,7 @@ class _Compile:
         return partial(self._kernel.warmup, grid=grid)
 
 
-def _pairs(matrix: Matrix, bias: torch.Tensor | None) -> dict[str, int]:
+def _pairs(matrix: SlotMatrix, bias: torch.Tensor | None) -> dict[str, int]:
     return {
         "PAIRS": matrix.pairs, "PAIR_STRIDE": matrix.pair_stride, "HAS_BIAS": bias is not None,
         "BIAS_WIDTH": matrix.out_width * (2 if matrix.pairs else 1), "BIAS_STRIDE": 1,

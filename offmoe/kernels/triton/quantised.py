@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from offmoe.kernels.triton.blocks import places
+from offmoe.kernels.triton.blocks import output_places
 
 
 @triton.jit
@@ -117,10 +117,10 @@ def row_products(
     WORDS: tl.constexpr = BLOCK_IN // PER_WORD
     SPANS: tl.constexpr = WORDS // 4
     K: tl.constexpr = in_rows.shape[0]
-    rows = places(block, 1, FORMAT.pair_rows, PAIRS, BLOCK_OUT)
-    halves = places(block, 0, 1 if PAIRS == 1 else 0, PAIRS, BLOCK_OUT)
+    rows = output_places(block, 1, FORMAT.pair_rows, PAIRS, BLOCK_OUT)
+    halves = output_places(block, 0, 1 if PAIRS == 1 else 0, PAIRS, BLOCK_OUT)
     words_at = word_ptr + slot[None, :, None] * SLOT + BASE
-    words_at += places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[:, None, None]
+    words_at += output_places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[:, None, None]
     factors = _factors(4 * PER_WORD, FORMAT)[None, None, None, :]
     used = inside[:, None, None] & ready[None, :, None]
     sums = tl.zeros((inside.shape[0], K, SPANS), tl.float32)
@@ -152,12 +152,12 @@ def weight_block(
     """(BLOCK_IN, O): the values from column `begin` on, computed in float32, rounded to the type of `like_ptr`."""
     PER_WORD: tl.constexpr = 32 // FORMAT.bits
     SPANS: tl.constexpr = BLOCK_IN // PER_WORD // 4
-    rows = places(block, 1, FORMAT.pair_rows, PAIRS, BLOCK_OUT)
-    halves = places(block, 0, 1 if PAIRS == 1 else 0, PAIRS, BLOCK_OUT)
+    rows = output_places(block, 1, FORMAT.pair_rows, PAIRS, BLOCK_OUT)
+    halves = output_places(block, 0, 1 if PAIRS == 1 else 0, PAIRS, BLOCK_OUT)
     slots = tl.full((1,), 0, tl.int64) + slot
     numbers = begin // PER_WORD + tl.arange(0, BLOCK_IN // PER_WORD)
     words_at = word_ptr + slot * SLOT + BASE
-    words_at += places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[:, None, None] + numbers[None, None, :]
+    words_at += output_places(block, OUT_STRIDE, PAIR_STRIDE, PAIRS, BLOCK_OUT)[:, None, None] + numbers[None, None, :]
     mask = inside[:, None, None] & (numbers < NUM_IN // PER_WORD)[None, None, :]
     words = tl.load(words_at, mask=mask, other=0)  # of three dimensions at once, so that a span stays in its lane
     spans = begin + tl.arange(0, SPANS) * (4 * PER_WORD)

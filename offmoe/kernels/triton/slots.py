@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from offmoe.checkpoint.expert_index import MoeLayer, Part, QuantPart
+from offmoe.checkpoint.expert_index import ExpertPart, MoeLayer, QuantPart
 from offmoe.formats.dense import torch_dtype
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation, find_activation
 from offmoe.kernels.codes import obstacle
-from offmoe.kernels.geometry import Tiling, make_tiles, row_by_row, tile_rows
+from offmoe.kernels.geometry import Tiling, make_tiles, row_by_row, rows_a_tile
 from offmoe.kernels.reference import ExpertMath, combine_rows
 from offmoe.kernels.slot_kernels import TorchSlotKernels, look_up
 from offmoe.kernels.triton.check import TOLERANCES, LaunchCheck, compile_together, current, failure_of
@@ -113,7 +113,7 @@ class TritonSlotKernels:
                 tokens, slots, experts = to_device(x_TD.device, token_N, slot_N, expert_N)
                 y_ND = kernels.project(kernels.choose(x_TD, tokens, experts, slots), experts, slots)
             else:
-                tiles = make_tiles(slot_N, tile_rows(num_rows, num_experts), num_experts)
+                tiles = make_tiles(slot_N, rows_a_tile(num_rows, num_experts), num_experts)
                 tokens, slots, experts, *tiles_on_device = to_device(x_TD.device, token_N, slot_N, expert_N, *tiles)
                 y_ND = kernels.tiles(x_TD, tokens, experts, *tiles_on_device)
             if math.post_norm is not None:  # which may make something of nothing
@@ -191,7 +191,7 @@ def tiling_of(device: torch.device) -> Tiling:
 
 def _activation_of(layer: MoeLayer, math: ExpertMath, device: torch.device) -> Activation | None:
     width_F = layer.width(layer.down[0])
-    widths = (part.shape[1 if layer.transposed and isinstance(part, Part) else 0] for part in layer.up)
+    widths = (part.shape[1 if layer.transposed and isinstance(part, ExpertPart) else 0] for part in layer.up)
     gated = sum(widths) == 2 * width_F
     return find_activation(math.activate, width_F, gated=gated, device=device)
 
@@ -202,7 +202,7 @@ def _obstacle(layer: MoeLayer, math: ExpertMath, capability: tuple[int, int] | N
         return f"the device (compute capability {major}.{minor}) has no bfloat16: 8.0 is the first that has"
     if math.dtype not in TOLERANCES:
         return f"it is computed in {str(math.dtype).removeprefix('torch.')}"
-    plain = [part for part in (*layer.up, *layer.down) if isinstance(part, Part)]
+    plain = [part for part in (*layer.up, *layer.down) if isinstance(part, ExpertPart)]
     stored = {torch_dtype(part.dtype, where=layer.name) for part in plain}
     if stored and stored != {math.dtype}:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(stored, key=str))
