@@ -103,7 +103,7 @@ def dequantised_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTr
         folder, dtype=dtype, experts_implementation="eager", attn_implementation="eager", quantization_config=how
     )
     assert isinstance(model, PreTrainedModel)
-    return model.eval()
+    return model.to(dtype).eval()  # transformers 5.20 leaves mxfp4 in bfloat16: the same values
 
 
 def decompressed_tensors(folder: Path, scheme: Scheme) -> dict[str, torch.Tensor]:

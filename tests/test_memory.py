@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,23 @@ def latent_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@cache
+def larger_libraries_mib() -> int:
+    """MiB that libraries take here beyond the 405 that these budgets are made for: torch with CUDA has more."""
+    look = "import psutil, torch, transformers; from transformers.models.qwen3_moe import modeling_qwen3_moe"
+    command = [sys.executable, "-c", f"{look}; print(psutil.Process().memory_info().rss >> 20)"]
+    return max(0, int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) - 405)
+
+
 def grow(checkpoint: Path, ram_mib: int, num_tokens: int) -> dict[str, int]:
     """What a process says of itself that read a prompt of `num_tokens`, half of its context, and wrote some."""
+    ram_mib += larger_libraries_mib()
     command = [sys.executable, "-c", SCRIPT, str(checkpoint), f"{ram_mib}MiB", str(num_tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     record: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    assert record["growth"] <= ram_mib << 20
+    assert record["planned_bytes"] <= ram_mib << 20
     return record
 
 
@@ -81,8 +93,6 @@ def grow(checkpoint: Path, ram_mib: int, num_tokens: int) -> dict[str, int]:
 @pytest.mark.parametrize("ram_mib", [600, 700])
 def test_growth_stays_under_the_budget(checkpoint: Path, ram_mib: int) -> None:
     record = grow(checkpoint, ram_mib, 512)
-    assert record["growth"] <= ram_mib << 20
-    assert record["planned_bytes"] <= ram_mib << 20
     assert record["experts_cached"] < NUM_EXPERTS
     assert record["misses"] > 0
     # A read brings one expert, never a layer: no more bytes than misses times an expert and its alignment, beside what
@@ -93,7 +103,6 @@ def test_growth_stays_under_the_budget(checkpoint: Path, ram_mib: int) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_growth_with_latent_attention(latent_checkpoint: Path) -> None:
     record = grow(latent_checkpoint, 660, 1600)
-    assert record["growth"] <= 660 << 20
     assert record["misses"] > 0
 
 
@@ -160,7 +169,6 @@ def test_quantised_experts_are_never_unpacked_whole(form: str, checkpoint: Path,
         source.mkdir()
         save_published(form, checkpoint, source)
     record = grow(source, 740, 512)
-    assert record["growth"] <= 740 << 20
     assert record["experts_cached"] == NUM_EXPERTS
 
 
@@ -175,6 +183,5 @@ def test_growth_with_sinks(tmp_path: Path) -> None:
     torch.manual_seed(0)
     GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     record = grow(tmp_path, 660, 1600)
-    assert record["growth"] <= 660 << 20
     assert record["misses"] > 0
     assert record["prefill_chunk"] > 64

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from commands import invoke, succeed
 from published import write_published
 
@@ -17,6 +18,10 @@ from offmoe.checkpoint.locate import demo_model_folder
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.skipif(
+    f"transformers=={transformers.__version__}\n" not in (ROOT / "constraints.txt").read_text(encoding="utf-8"),
+    reason="the table is made with the pinned transformers",
+)
 def test_models_table_is_current() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "scripts/models_table.py"), "--check"], check=False)
     assert done.returncode == 0, "run python scripts/models_table.py"

@@ -172,6 +172,9 @@ class WeightReader:
         types = {part.dtype for part in (conv, norm.weight, inner.D)}
         if types != {self._dtype} or shape.taps > MOST_MAMBA_TAPS or inner.activation not in ("silu", "swish"):
             raise NoSpecError("a Mamba mixer is of another kind")
+        # Granite's of older transformers (5.20) has one norm for all groups.
+        if shape.num_groups > 1 and getattr(norm, "group_size", None) != norm.weight.numel() // shape.num_groups:
+            raise NoSpecError("a Mamba mixer's norm is not one a group")
         bias = None if inner.conv1d.bias is None else inner.conv1d.bias.detach()
         return CpuMamba(
             shape, conv.flatten(1).contiguous(), bias, norm.weight.detach(), inner.A_log.detach(),
