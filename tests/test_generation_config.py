@@ -11,13 +11,13 @@ import torch
 from adapted_families import build_adapted
 from engines import PROMPT, open_tiny, save_tiny
 from families import save_layout
-from offmoe.sampling.processors import not_followed, publisher_rules, reply_length
-from offmoe.sampling.sampler import make_chooser, resolve_sampling
 from test_field_reports import always, byte_tokenizer, edit_json
 from transformers import GenerationConfig, PreTrainedModel
 
 import offmoe
 from offmoe.core.errors import UsageError
+from offmoe.sampling.processors import not_followed, publisher_rules, reply_length
+from offmoe.sampling.sampler import make_chooser, resolve_sampling
 
 NUM_NEW = 14
 

@@ -14,8 +14,6 @@ from gguf import GGMLQuantizationType as Type
 from gguf_makers import MODELS, make_model, save_gguf
 from gguf_parts import split_gguf
 from makers import Measured, one_line
-from offmoe.sampling.params import SamplingParams
-from offmoe.sampling.sampler import resolve_sampling
 from transformers import AutoTokenizer
 
 import offmoe
@@ -25,6 +23,8 @@ from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.core.errors import CheckpointError
 from offmoe.hf.tokenizer import load_tokenizer
 from offmoe.planner.inspect import inspect_checkpoint
+from offmoe.sampling.params import SamplingParams
+from offmoe.sampling.sampler import resolve_sampling
 from offmoe.tiers.device import SimulatedDevice
 
 NUM_PROMPT, NUM_NEW = 12, 24

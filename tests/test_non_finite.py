@@ -12,14 +12,14 @@ import torch
 from commands import fail
 from engines import PROMPT, assert_at_rest, open_tiny, save_tiny
 from makers import one_line
-from offmoe.sampling.finite import is_finite
-from offmoe.sampling.sampler import make_chooser, resolve_sampling
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 import offmoe
 from offmoe.core.errors import NonFiniteError, UsageError
 from offmoe.report.perplexity import perplexity
+from offmoe.sampling.finite import is_finite
+from offmoe.sampling.sampler import make_chooser, resolve_sampling
 
 
 def spoil(folder: Path, part: str, value: float) -> Path:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from engines import PROMPT, assert_at_rest, open_tiny, save_tiny
 from makers import one_line
-from offmoe.sampling.params import REQUEST_NAMES, ChatOptions, RequestOptions, SamplingOptions
 from patience import PATIENCE_S
 from transformers import LogitsProcessor, PreTrainedModel
 
 import offmoe
 from offmoe import SamplingParams, UsageError
+from offmoe.sampling.params import REQUEST_NAMES, ChatOptions, RequestOptions, SamplingOptions
 
 NUM_NEW = 16
 

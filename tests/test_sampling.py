@@ -10,12 +10,12 @@ import pytest
 import torch
 from engines import PROMPT, TINY_EXPERTS, open_tiny, save_tiny
 from makers import one_line
-from offmoe.sampling.params import SamplingParams
-from offmoe.sampling.sampler import resolve_sampling
 from transformers import GenerationConfig, PreTrainedModel
 
 import offmoe
 from offmoe.core.errors import UsageError
+from offmoe.sampling.params import SamplingParams
+from offmoe.sampling.sampler import resolve_sampling
 
 NUM_NEW = 24
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}

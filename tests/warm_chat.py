@@ -193,11 +193,11 @@ def _read_slowly() -> None:
 def _say(text: str, pause_s: float) -> None:
     """Every chooser made from now on says the next part of `text`."""
     import torch
-    from offmoe.sampling.params import Chooser, SamplingParams
     from transformers import AutoTokenizer
 
     from offmoe.checkpoint.locate import demo_model_folder
     from offmoe.engine import request
+    from offmoe.sampling.params import Chooser, SamplingParams
 
     parts = itertools.cycle(text.split("\n===\n"))
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())

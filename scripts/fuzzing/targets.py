@@ -141,11 +141,10 @@ def _read_model(data: bytes, folder: Path) -> None:
 
 
 def _build(path: Path) -> None:
-    from offmoe.sampling.sampler import resolve_sampling
-
     from offmoe.hf.expert_map import map_experts
     from offmoe.hf.internals import KeyMapping
     from offmoe.loader.build import build_on_meta, read_model_config
+    from offmoe.sampling.sampler import resolve_sampling
 
     config, quantisation = read_model_config(path, trust_remote_code=False)
     index = CheckpointIndex.open(path, quantisation)
