@@ -235,10 +235,12 @@ MIRRORS: tuple[type[ctypes.Structure], ...] = tuple(
 
 
 def field_places() -> dict[str, tuple[int, int]]:
-    """Offset and size in bytes of every struct ("Matrix") and field ("Matrix.codes")."""
-    found = {mirror.__name__: (0, ctypes.sizeof(mirror)) for mirror in MIRRORS}
+    """Offset and size in bytes of every struct ("Matrix") and field ("Matrix.codes"), under their names in abi.h."""
+    found = {}
     for mirror in MIRRORS:
+        struct = mirror.__name__.removeprefix("C")
+        found[struct] = (0, ctypes.sizeof(mirror))
         for name, *_ in mirror._fields_:
             field = getattr(mirror, name)
-            found[f"{mirror.__name__}.{name}"] = (field.offset, field.size)
+            found[f"{struct}.{name}"] = (field.offset, field.size)
     return found
