@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(find_spec("mypy") is None, reason="needs mypy, of the extra `check`")
 # As a user's may be: types of torch and transformers take mypy two minutes, and are theirs.
 SETTINGS = """
 [mypy-torch.*,transformers.*,sympy.*,numpy.*]

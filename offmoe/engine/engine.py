@@ -20,6 +20,7 @@ from offmoe.checkpoint.index import read_config
 from offmoe.core.config import EngineConfig
 from offmoe.core.errors import DeviceError, EngineBusyError, EngineClosedError, OffmoeError, UsageError
 from offmoe.core.forks import OneProcess
+from offmoe.core.progress import Progress
 from offmoe.decode.compiled import make_compiler
 from offmoe.decode.paths import DecodePaths
 from offmoe.engine.call import Request, answer, translate
@@ -37,7 +38,7 @@ from offmoe.engine.tracing import record_trace
 from offmoe.hf.device_failures import explain, explained
 from offmoe.kv.cache import make_kv_cache
 from offmoe.kv.prefix import PrefixCache
-from offmoe.loader.load import Progress, load_model
+from offmoe.loader.load import load_model
 from offmoe.loader.loaded import LoadedModel
 from offmoe.memory.budget import MemoryPlan
 from offmoe.sampling.params import ChatOptions, RequestOptions

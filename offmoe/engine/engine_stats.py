@@ -110,8 +110,8 @@ class EngineStats(Mapping[str, Any]):
 
 
 def engine_stats(
-    parts: LoadedModel, kept: PrefixCache, decoded: Totals, decode: DecodeCompiler | DecodePaths, *, baseline_bytes: int,
-    predicted: dict[str, float] | None,
+    parts: LoadedModel, kept: PrefixCache, decoded: Totals, decode: DecodeCompiler | DecodePaths, *,
+    baseline_bytes: int, predicted: dict[str, float] | None,
 ) -> EngineStats:  # fmt: skip
     """Statistics for `Engine.stats`. `baseline_bytes`: what the process held before it grew by the model."""
     cache, plan, device = parts.cache, parts.plan, parts.device
