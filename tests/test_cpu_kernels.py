@@ -221,7 +221,7 @@ class Route(ctypes.Structure):
 def test_a_struct_that_python_has_otherwise_refuses_the_library(
     monkeypatch: pytest.MonkeyPatch, mirror: type[ctypes.Structure], said: str
 ) -> None:
-    others = [known for known in structs.MIRRORS if known.__name__ != mirror.__name__]
+    others = [known for known in structs.MIRRORS if known.__name__ != f"C{mirror.__name__}"]
     monkeypatch.setattr(structs, "MIRRORS", (*others, mirror))
     kernels, note = load_cpu_kernels()
     assert kernels is None and note.startswith(said)
@@ -230,6 +230,10 @@ def test_a_struct_that_python_has_otherwise_refuses_the_library(
 
 
 def test_every_struct_has_a_mirror_that_is_compared() -> None:
-    mirrors = {kind.__name__ for kind in vars(structs).values() if isinstance(kind, type) and kind in structs.MIRRORS}
+    mirrors = {
+        kind.__name__.removeprefix("C")
+        for kind in vars(structs).values()
+        if isinstance(kind, type) and kind in structs.MIRRORS
+    }
     declared = set(re.findall(r"^struct (\w+) \{", (Path(structs.__file__).parent / "src" / "abi.h").read_text(), re.M))
     assert mirrors == declared
