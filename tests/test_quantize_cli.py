@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import TIMEOUT_S, command_line, environment, fail, last_json, run, succeed
+from commands import TIMEOUT_S, command_line, environment, fail, invoke, last_json, run, succeed
 from engines import leaves_nothing, save_tiny
 
 import offmoe
@@ -150,3 +150,11 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert not [path.name for path in target.iterdir() if path.name.startswith(".") or path.suffix == ".writing"]
     assert "192 in all" in succeed("inspect", target).stdout
+
+
+def test_the_old_name_of_the_format_is_said() -> None:
+    result = invoke("quantize", DEMO, "never-written", "--experts", "int4", "--eval", "no-such-file")
+    assert (
+        result.stderr.splitlines()[0] == "--experts is called --expert-format now; the next release drops the old name"
+    )
+    assert "--eval no-such-file cannot be read" in result.stderr and result.exit_code == 2

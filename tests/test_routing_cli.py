@@ -16,6 +16,7 @@ from engines import leaves_nothing, open_tiny, save_tiny
 from patience import PATIENCE_S
 
 from offmoe.checkpoint.identity import model_hash
+from offmoe.core.saved_flags import read_flags, write_flags
 from offmoe.trace.reader import read_trace
 
 RAM = ("--ram", "4GiB")
@@ -236,3 +237,13 @@ def test_a_damaged_file_of_flags_warns_or_is_refused_if_named(
     assert own.exit_code == 0 and own.stderr.startswith("warning: ") and words in own.stderr.splitlines()[0]
     assert words in fail(*bench, "--config", saved(tmp_path))
     assert "cannot be read: No such file" in fail(*bench, "--config", tmp_path / "no")
+
+
+def test_old_names_of_expert_slots_are_read_and_said(recorded: Path, tiny: Path, tmp_path: Path) -> None:
+    new, old = (succeed("replay", recorded, flag, 6, "--json") for flag in ("--expert-slots", "--experts"))
+    assert last_json(old.stdout) == last_json(new.stdout)
+    assert old.stderr == "--experts is called --expert-slots now; the next release drops the old name\n"
+    path = tmp_path / "flags.json"
+    write_flags(path, model_hash(tiny), tiny.name, {"experts": 6, "policy": "lru"})
+    found = read_flags(path, model_hash(tiny), {})
+    assert found is not None and found.flags == {"expert_slots": 6, "policy": "lru"}
