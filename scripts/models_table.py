@@ -1,4 +1,4 @@
-"""Write the table of supported models into README.md: the families that the tests run, and what the tests measured.
+"""Write the table of supported models into docs/models.md: the families that the tests run, and what the tests measured.
 
 `python scripts/models_table.py` rewrites the part between the markers from benchmarks/families.json; `--check` only
 says whether it is current. `--measure` runs the tests first and writes that file (with `--files` only these, and the
@@ -161,12 +161,12 @@ def main() -> int:
         new = measure(options.files or list(FILES))
         found = {name: found.get(name, {}) | new.get(name, {}) for name in found | new} if options.files else new
         write(found)
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    page = ROOT / "docs" / "models.md"
+    text = page.read_text(encoding="utf-8")
     table = current(text, found)
     if options.check:
         return int(table != text)
-    readme.write_text(table, encoding="utf-8")
+    page.write_text(table, encoding="utf-8")
     return 0
 
 

@@ -121,7 +121,7 @@ def messages(page: Path, header: str) -> list[str]:
 
 
 MESSAGES = [
-    *messages(ROOT / "README.md", "| message | what to do |"),
+    *messages(ROOT / "docs" / "troubleshooting.md", "| message | what to do |"),
     *messages(ROOT / "docs" / "adding-a-family.md", "| message | what it means |"),
 ]
 

@@ -106,7 +106,7 @@ def test_experts_that_nothing_serves(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     )  # fmt: skip
     transformers.DbrxForCausalLM._from_config(dbrx).save_pretrained(tmp_path)
-    refuse(tmp_path, UnsupportedModelError, "dbrx", "where offmoe cannot serve them", "offmoe runs", "README")
+    refuse(tmp_path, UnsupportedModelError, "dbrx", "where offmoe cannot serve them", "offmoe runs", "docs/models.md")
 
 
 class _Bomb:

@@ -44,9 +44,9 @@ def test_a_token_is_few_functions(
     assert figures["lines"] <= lines
 
 
-def test_the_readme_names_functions_that_run(counted: tuple[dict[str, Any], dict[str, set[str]]]) -> None:
-    readme, ran = (ROOT / "README.md").read_text(encoding="utf-8"), counted[1]
-    walk = readme[readme.index("In code, each hop") : readme.index("beside it `Lookahead`")]
+def test_the_walk_names_functions_that_run(counted: tuple[dict[str, Any], dict[str, set[str]]]) -> None:
+    page, ran = (ROOT / "docs" / "internals.md").read_text(encoding="utf-8"), counted[1]
+    walk = page[page.index("In code, each hop") : page.index("beside it `Lookahead`")]
     begin, *ways = (re.findall(r"`(\w+\.\w+|[a-z]+_\w+)`", part) for part in re.split(r"\n- ", walk))
     assert set(begin[1:]) <= ran["fused"] & ran["eager"] and begin[0] == "Engine.stream"
     for path, names in zip(("fused", "eager"), ways, strict=True):

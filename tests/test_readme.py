@@ -1,4 +1,4 @@
-"""The README says what the code does."""
+"""README and pages of the docs say what the code does."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def test_models_table_is_current() -> None:
 
 
 def examples(language: str) -> list[str]:
-    """The code blocks of the README that a user may copy."""
-    return re.findall(
-        rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
+    """The code blocks of README and command-line page that a user may copy."""
+    pages = (ROOT / "README.md", ROOT / "docs" / "command-line.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("number", range(len(examples("python"))))
@@ -40,7 +40,7 @@ def test_python_examples_run(number: int, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     code = examples("python")[number].replace("path/to/Qwen3-30B-A3B", str(demo_model_folder()))
     assert str(demo_model_folder()) in code
-    exec(compile(code, f"README.md, example {number}", "exec"), {})
+    exec(compile(code, f"example {number}", "exec"), {})
 
 
 COMMANDS = [
@@ -60,13 +60,12 @@ def test_commands_run(line: str) -> None:
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize(("page", "rows"), [("README.md", 9), ("docs/tuning.md", 11)])
+@pytest.mark.parametrize(("page", "rows"), [("README.md", 9), ("docs/command-line.md", 9), ("docs/tuning.md", 11)])
 def test_the_plan_that_is_shown_is_what_plan_says(page: str, rows: int, tmp_path: Path) -> None:
     """Line by line, but for the width of its columns."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    block = next(
-        block for block in re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) if "a token " in block
-    )
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    block = next(block for language, block in blocks if not language and "a token " in block)
     shown = [line.partition("(from:")[0].split() for line in block.splitlines() if not line.startswith(("...", "$"))]
     model = write_published("qwen3-30b-a3b", tmp_path / "model")
     said = [line.split() for line in succeed("plan", model, "--for", "laptop without GPU, 32 GB").stdout.splitlines()]

@@ -137,7 +137,7 @@ def build_on_meta(config: PreTrainedConfig, index: CheckpointIndex, *, trust_rem
         if _looks_moe(index):
             raise UnsupportedModelError(
                 f"{type(model).__name__} ({config.model_type}) keeps its experts where offmoe cannot serve them"
-                f"{_nearest(config.model_type)}; see the models table in the README"
+                f"{_nearest(config.model_type)}; see docs/models.md"
             )
         raise UnsupportedModelError(
             f"{type(model).__name__} is a dense model: it has no experts to stream; use transformers or llama.cpp"
