@@ -1,4 +1,4 @@
-"""Write the table of supported models into docs/models.md: the families that the tests run, and what the tests measured.
+"""Write the table of supported models into docs/models.md: the families that tests run, and what the tests measured.
 
 `python scripts/models_table.py` rewrites the part between the markers from benchmarks/families.json; `--check` only
 says whether it is current. `--measure` runs the tests first and writes that file (with `--files` only these, and the

@@ -7,10 +7,11 @@ from pathlib import Path
 import structure
 
 
-def test_a_room_can_be_read_and_no_docstring_opens_with_a_riddle() -> None:
+def test_rooms_can_be_read_and_a_name_means_one_thing() -> None:
     found = structure.measure()
     assert found.over["rooms"] == []
     assert found.over["docstrings"] == []
+    assert found.over["names defined twice"] == []
 
 
 def test_the_measure_sees_what_it_is_for(tmp_path: Path) -> None:

@@ -66,14 +66,19 @@ def has_fused_sinks(module: nn.Module) -> bool:
 
 
 def _calls(module: nn.Module, name: str) -> bool:
-    return name in getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    return name in getattr(getattr(_forward_of(module), "__code__", None), "co_names", ())
+
+
+def _forward_of(module: nn.Module) -> Any:
+    """The family's own forward, below the decorators that transformers 5.24 puts around it for renamed arguments."""
+    return inspect.unwrap(type(module).forward)
 
 
 def _asks_for_names(module: nn.Module) -> bool:
     """Its code does something else for another name of the attention function than "eager"."""
     if not _calls(module, "_attn_implementation"):
         return False
-    flat = [item for const in type(module).forward.__code__.co_consts for item in _items(const)]
+    flat = [item for const in _forward_of(module).__code__.co_consts for item in _items(const)]
     return EAGER in flat or "sdpa" in flat
 
 
@@ -83,7 +88,7 @@ def _items(const: object) -> tuple[object, ...]:
 
 def _own_function(module: nn.Module) -> Any:
     """The family's eager function; None where the module has none of the known kind."""
-    forward = type(module).forward
+    forward = _forward_of(module)
     eager = forward.__globals__.get("eager_attention_forward") if isinstance(forward, types.FunctionType) else None
     if eager is None or set(inspect.signature(eager).parameters) != _PARAMETERS:
         return None
