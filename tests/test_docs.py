@@ -67,6 +67,18 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert found, name
 
 
+def test_promises_have_tests() -> None:
+    """Each row of tests/PROMISES.md names a test file, and a test in it, that are there."""
+    rows = [row for row in text_of(ROOT / "tests" / "PROMISES.md").splitlines() if row.startswith("| ")][1:]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", row)
+        assert named, row
+        for file, test in named:
+            text = text_of(ROOT / "tests" / file)
+            assert not test or re.search(rf"^def {test}\(", text, re.MULTILINE), f"{file}::{test}"
+
+
 @cache
 def known_flags() -> set[str]:
     flags = {flag for command in main.commands.values() for param in command.params for flag in param.opts}
