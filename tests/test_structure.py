@@ -12,6 +12,7 @@ def test_rooms_can_be_read_and_a_name_means_one_thing() -> None:
     assert found.over["rooms"] == []
     assert found.over["docstrings"] == []
     assert found.over["names defined twice"] == []
+    assert found.over["imports of transformers"] == []
 
 
 def test_the_measure_sees_what_it_is_for(tmp_path: Path) -> None:

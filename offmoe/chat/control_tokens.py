@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from offmoe.core.errors import UsageError
+from offmoe.hf.door import PreTrainedTokenizerBase
 
 # What opens a block of reasoning, and what ends it.
 REASONING_TAGS = (

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from offmoe.chat.control_tokens import HiddenTokens
 from offmoe.chat.render_time import limited_time
 from offmoe.chat.template import Message, check_arguments, check_length, render, words
 from offmoe.core.errors import UsageError
+from offmoe.hf.door import PreTrainedTokenizerBase
 from offmoe.hf.tokenizing import check_rows, check_text, tokenizing
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

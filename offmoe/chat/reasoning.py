@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from transformers import PreTrainedTokenizerBase
-
 from offmoe.chat.control_tokens import REASONING_TAGS as TAGS
 from offmoe.chat.template import template_text
+from offmoe.hf.door import PreTrainedTokenizerBase
 
 _CHANNEL, _MESSAGE, _START, _END = "<|channel|>", "<|message|>", "<|start|>", "<|end|>"
 _ANSWER_CHANNEL = "final"

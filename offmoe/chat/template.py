@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, TemplateError, meta
-from transformers import PreTrainedTokenizerBase
 
 from offmoe.chat.control_tokens import REASONING_TAGS, unused_character
 from offmoe.core.errors import UsageError
+from offmoe.hf.door import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 # What apply_chat_template takes besides variables of the template.

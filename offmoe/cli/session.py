@@ -107,9 +107,9 @@ def saved_flags(folder: Path, options: dict[str, Any]) -> SavedFlags | None:
 
 def hush_libraries() -> None:
     """transformers' advice would mix with the reply; its errors are raised, not logged."""
-    import transformers
+    from offmoe.hf.door import log_errors_only
 
-    transformers.utils.logging.set_verbosity_error()
+    log_errors_only()
 
 
 class PromptProgress(ProgressReporter):

@@ -28,13 +28,13 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.core.config import EngineConfig
 from offmoe.core.errors import OffmoeError
 from offmoe.decode.compare import allowed_difference, difference
 from offmoe.decode.compile_thread import CompileThread, is_compiling
 from offmoe.decode.compiled_step import CompiledStep, Lowering, lower_with_inductor
+from offmoe.hf.door import DynamicCache, PreTrainedModel
 from offmoe.kv.cache import make_kv_cache
 from offmoe.kv.static_cache import StaticKv, UnsupportedCacheError
 

@@ -20,11 +20,11 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
 
 from offmoe.attention.grouped import group_attention
 from offmoe.decode.compile_thread import interruptible
 from offmoe.decode.process_state import ProcessState
+from offmoe.hf.door import PreTrainedModel
 from offmoe.hf.internals import cache_name
 from offmoe.hf.seam import LayerBinding, binding_of_handle, define_experts_operators, is_observed
 from offmoe.kv.static_cache import StaticKv

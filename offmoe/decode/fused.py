@@ -18,16 +18,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import LinearAttentionLayer
 
 from offmoe.decode.attends import Angles
 from offmoe.decode.layers import FusedLayer, LayerWriter
 from offmoe.decode.spec import CosSinForm, DecoderSpec, part_of
 from offmoe.decode.steps import Steps
+from offmoe.hf.door import PreTrainedModel
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.program import CpuProgram
-from offmoe.kv.cache import PreallocatedLayer, SlidingLayer
+from offmoe.kv.cache import PreallocatedLayer, can_append
 from offmoe.moe.interrupt_safe import FusedExperts, InterruptSafeExecutor
 
 # Name of a rotary module, and the layer type that it is asked for.
@@ -88,7 +87,7 @@ class FusedStep:
         layers = [] if cache is None else cache.layers
         return (
             len(layers) == len(self.layers)
-            and all(map(_can_append, self.layers, layers))
+            and all(map(can_append, self.layers, layers))
             and all(layer.moe is None or layer.moe.binding.executor is self._executor for layer in self.layers)
         )
 
@@ -215,15 +214,6 @@ class _Told:
     def _tell(self) -> None:
         *_, tell, row = self._left.popleft()
         tell(row)
-
-
-def _can_append(layer: FusedLayer, rows: Any) -> bool:
-    """Whether a layer of the KV cache has tokens already, and room for one more."""
-    if layer.has_rows:
-        return isinstance(rows, (PreallocatedLayer, SlidingLayer)) and rows.can_open
-    if not layer.has_states:
-        return True
-    return isinstance(rows, LinearAttentionLayer) and rows.has_previous_state[0] and not rows.record_past
 
 
 def _angle_tables(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from offmoe.decode.compiled import DecodeCompiler
 from offmoe.decode.paths import DecodePaths
 from offmoe.engine.prefill_chunk import PrefillChunk
@@ -14,6 +12,7 @@ from offmoe.engine.stats import GenerationStats, Totals
 from offmoe.engine.step import generate_step
 from offmoe.engine.stream import Chunk, StopRules, stream_text
 from offmoe.engine.translate import translate_step
+from offmoe.hf.door import PreTrainedTokenizerBase
 from offmoe.kv.prefix import PrefixCache
 from offmoe.loader.loaded import LoadedModel
 from offmoe.sampling.logprobs import TokenLogprobs

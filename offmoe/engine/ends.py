@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-
 from offmoe.chat.control_tokens import control_tokens
+from offmoe.hf.door import GenerationConfig, PreTrainedTokenizerBase
 
 # Names of end tokens of published models. The list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp), with
 # those of DeepSeek, Llama 4 and Hunyuan. They count as control tokens only: as plain text they mean nothing.

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
-from transformers import PreTrainedModel
-
 from offmoe.chat.messages import chat_ids
 from offmoe.chat.template import Message
 from offmoe.checkpoint.gguf.file import is_gguf
@@ -36,6 +34,7 @@ from offmoe.engine.stats import Totals
 from offmoe.engine.stream import Chunk, Stream
 from offmoe.engine.tracing import record_trace
 from offmoe.hf.device_failures import explain, explained
+from offmoe.hf.door import PreTrainedModel
 from offmoe.kv.cache import make_kv_cache
 from offmoe.kv.prefix import PrefixCache
 from offmoe.loader.load import load_model

@@ -5,10 +5,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from offmoe.core.errors import ContextLengthError, UsageError
 from offmoe.engine.stream import StopRules
+from offmoe.hf.door import PreTrainedTokenizerBase
 from offmoe.hf.tokenizing import check_rows, check_text, tokenizing
 
 

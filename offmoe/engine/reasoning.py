@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 
-from transformers import PreTrainedTokenizerBase
-
 from offmoe.chat.reasoning import make_splitter
 from offmoe.engine.stream import Chunk, Stream
+from offmoe.hf.door import PreTrainedTokenizerBase
 
 
 def split_reasoning(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import GenerationConfig
-
 from offmoe.core.errors import UsageError
 from offmoe.engine.call import Request
 from offmoe.engine.prompt import check_ids, encode_prompt, stop_rules
 from offmoe.hf.context import longest_context
+from offmoe.hf.door import GenerationConfig
 from offmoe.loader.loaded import LoadedModel
 from offmoe.sampling.logprobs import LogprobRecorder
 from offmoe.sampling.params import RequestOptions, sampling_of

@@ -7,9 +7,9 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.core.errors import NonFiniteError
+from offmoe.hf.door import DynamicCache, PreTrainedModel
 from offmoe.hf.internals import cache_name, experts_modules
 from offmoe.hf.lengths import cos_sin_of, starts_over
 from offmoe.kv.prefix import PrefixCache

@@ -7,11 +7,10 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from transformers import PreTrainedTokenizerBase
-
 from offmoe.core.counters import Counters
 from offmoe.engine.stats import GenerationStats
 from offmoe.engine.text import StopMatcher, TextDecoder
+from offmoe.hf.door import PreTrainedTokenizerBase
 from offmoe.sampling.logprobs import TokenLogprobs
 
 FinishReason: TypeAlias = Literal["stop", "length"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from offmoe.chat.control_tokens import control_tokens
+from offmoe.hf.door import PreTrainedTokenizerBase
 from offmoe.hf.tokenizing import tokenizing
 
 _REPLACEMENT = "\ufffd"

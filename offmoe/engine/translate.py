@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from offmoe.core.errors import UsageError
+from offmoe.hf.door import PreTrainedModel
 from offmoe.hf.internals import cache_name
 from offmoe.sampling.finite import NoTokenError, non_finite_error
 from offmoe.sampling.params import Chooser

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from offmoe.hf.internals import brings_own_cache
 
@@ -239,6 +239,15 @@ def make_kv_cache(model: PreTrainedModel, capacity: int) -> DynamicCache | None:
     cache = DynamicCache(config=model.config)
     cache.layers = [_in_place(layer, capacity) for layer in cache.layers]
     return cache
+
+
+def can_append(layer: Any, rows: Any) -> bool:
+    """Whether `rows`, the cache of a layer that `has_rows` or `has_states`, holds tokens and has room for one more."""
+    if layer.has_rows:
+        return isinstance(rows, (PreallocatedLayer, SlidingLayer)) and rows.can_open
+    if not layer.has_states:
+        return True
+    return isinstance(rows, LinearAttentionLayer) and rows.has_previous_state[0] and not rows.record_past
 
 
 def _in_place(layer: Any, capacity: int) -> Any:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from offmoe.checkpoint.expert_index import ExpertIndex, ExpertPart, MoeLayer
 from offmoe.checkpoint.index import CheckpointIndex
@@ -22,6 +21,7 @@ from offmoe.checkpoint.tensor_entry import FLOAT_TYPES, ITEM_BITS, TensorEntry
 from offmoe.checkpoint.writer import PlannedShard, PlannedTensor
 from offmoe.core.errors import UnsupportedModelError, UsageError
 from offmoe.formats.encode import integer_format
+from offmoe.hf.door import PreTrainedModel
 from offmoe.hf.internals import KeyMapping, Target, expert_matrix
 
 GROUPS = (32, 64, 128)

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import transformers
 
 import offmoe
 from offmoe.core.errors import ContextLengthError, UsageError
 from offmoe.engine.engine import Engine
 from offmoe.engine.prompt import check_ids
 from offmoe.engine.stats import GenerationStats
+from offmoe.hf.door import transformers_version
 from offmoe.machine.memory import num_cores
 
 # In the record where there is a device.
@@ -97,7 +97,7 @@ def _record(engine: Engine) -> dict[str, Any]:
             "machine": platform.machine(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": transformers_version(),
             "offmoe": offmoe.__version__,
         },
     }

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from offmoe.hf.call_trace import LayerTrace, LayerTracer, TracedCall, by_name
+from offmoe.hf.door import PreTrainedModel
 from offmoe.hf.internals import cache_name, experts_modules
 from offmoe.hf.seam import LayerBinding, ObserverHook, StateObserver, find_binding
 from offmoe.kv.cache import make_kv_cache

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from offmoe.core.errors import NonFiniteError
+from offmoe.hf.door import PreTrainedModel
 
 
 class NoTokenError(Exception):

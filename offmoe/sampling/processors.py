@@ -11,23 +11,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.generation.logits_process import (
+
+from offmoe.core.errors import UsageError
+from offmoe.hf.door import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
+    GenerationConfig,
     LogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerBase,
     SequenceBiasLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TypicalLogitsWarper,
 )
-
-from offmoe.core.errors import UsageError
 from offmoe.sampling.params import SamplingParams, check_texts
 
 # Settings that change a reply in transformers and that offmoe has no part for, and the value at which they do nothing.

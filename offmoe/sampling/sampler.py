@@ -8,8 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.generation.logits_process import (
+
+from offmoe.core.errors import UsageError
+from offmoe.hf.door import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -18,8 +20,6 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-
-from offmoe.core.errors import UsageError
 from offmoe.sampling.finite import NoTokenError
 from offmoe.sampling.params import Chooser, LogitsFunction, SamplingOptions, SamplingParams
 from offmoe.sampling.processors import Rules, impossible_rule
