@@ -24,6 +24,7 @@ from benchlib.machine import describe_machine, describe_versions
 
 import offmoe
 from offmoe.decode.compiled import DecodeCompiler
+from offmoe.engine.parts import parts_of
 from offmoe.engine.step import Forward
 from offmoe.hf.internals import experts_modules
 
@@ -89,7 +90,7 @@ def _deep(name: str, num_layers: int, context: int) -> Any:
 
 def _alternate(engine: offmoe.Engine, args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds a layer: medians over steps, and the median of the blocks' ratios."""
-    compiler = engine._decode
+    compiler = parts_of(engine).decode
     assert isinstance(compiler, DecodeCompiler) and compiler.cache is not None, f"{compiler=}"
     step = compiler._step
     assert step is not None

@@ -32,7 +32,7 @@ from benchlib.sizes import parse_bytes
 
 import offmoe
 from offmoe.core.errors import OffmoeError
-from offmoe.decode.paths import DecodePaths
+from offmoe.engine.parts import parts_of
 
 ROOT = Path(__file__).parents[1]
 SYSTEMS = ("fused", "eager")
@@ -50,8 +50,7 @@ class Timed:
 
 def use(engine: offmoe.Engine, system: str) -> AbstractContextManager[None]:
     """Context in which tokens take that way."""
-    assert isinstance(engine._decode, DecodePaths), f"{engine._decode=}"
-    return nullcontext() if system == "fused" else engine._decode.only_eager("timed")
+    return nullcontext() if system == "fused" else parts_of(engine).only_eager("timed")
 
 
 def time_tokens(engine: offmoe.Engine, num_tokens: int, cold: torch.Tensor | None) -> list[float]:

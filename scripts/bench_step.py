@@ -64,11 +64,12 @@ QUIET: dict[str, Any] = {"prefetch": "off", "compile": "off", "warm_start": Fals
 def with_offmoe(options: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
     """Times of `offmoe.load`'s engine."""
     import offmoe
+    from offmoe.engine.parts import parts_of
 
     with offmoe.load(options.model, ram=options.ram, **QUIET) as engine:
         found = measured(lambda prompt, rest: engine_steps(engine, prompt, iter(rest), len(rest)), ids, options.prefill)
         stats, model = engine.stats(), engine.model
-        layers = engine._parts.experts.layers
+        layers = parts_of(engine).experts.layers
         found |= {"path": stats.get("decode_path"), "reason": stats.get("decode_path_reason")}
         found |= {"hit_rate": round(stats["hit_rate"], 4), "version": offmoe.__file__}
         token_bytes = resident_bytes(model) + engine.top_k * sum(layer.expert_bytes for layer in layers)

@@ -29,6 +29,7 @@ from benchlib.device_systems import Place
 from benchlib.ledger import Ledger, TimeIsUpError
 
 import offmoe
+from offmoe.engine.parts import parts_of
 from offmoe.tiers.copier import Copier
 from offmoe.tiers.device import Device, SimulatedDevice
 from offmoe.tiers.host import HostPool
@@ -215,7 +216,7 @@ def measure_token(ledger: Ledger, *, simulate: bool) -> None:
         with load_demo(simulate=simulate, expert_slots=slots, prefetch="off") as engine:
             generate(engine, NUM_TOKENS)
             stats = generate(engine, NUM_TOKENS)
-            layers = len(engine._parts.experts.layers)  # the host's work a layer is told by no public door
+            layers = len(parts_of(engine).experts.layers)  # the host's work a layer is told by no public door
             counts, num_steps = stats.decode.as_dict(), len(stats.step_s)
             ledger.add(
                 "token", case=case, layers=layers, us_a_layer=1e6 * statistics.median(stats.step_s) / layers,

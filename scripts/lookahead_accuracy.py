@@ -33,6 +33,7 @@ from torch import nn
 
 import offmoe
 from offmoe.core.errors import OffmoeError
+from offmoe.engine.parts import parts_of
 from offmoe.hf.internals import experts_modules
 from offmoe.routers.predictor import ids_given_to_experts
 from offmoe.routers.routing import RoutingMap, map_routing
@@ -135,7 +136,7 @@ def measure(folder: Path, num_tokens: int, ram: str) -> tuple[Guesses, dict[str,
         if engine.tokenizer is None:
             raise ScriptError(f"{folder} has no tokenizer, and the documents are text")
         found = map_routing(engine.model)
-        layer = engine._parts.experts.layers[0]
+        layer = parts_of(engine).experts.layers[0]
         guesses = Guesses(engine.model, found, layer.num_experts)
         hooks, counted = found.install(guesses), 0
         for kind in KINDS:

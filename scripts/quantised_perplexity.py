@@ -26,6 +26,7 @@ from demo_corpus import KINDS, Document, load_documents
 from demo_eval import windows
 
 import offmoe
+from offmoe.engine.parts import parts_of
 from offmoe.quantize.write import QuantiseOptions, quantise
 from offmoe.report.perplexity import Perplexity, perplexity
 
@@ -68,10 +69,8 @@ def measure(folder: Path, name: str, documents: list[Document], tokens_per_kind:
             ids = torch.cat(pieces, dim=1)[0, :tokens_per_kind].tolist()
             by_kind[kind] = perplexity(engine, ids)
             print(f"{name}: {kind} {by_kind[kind].value:.3f}", file=sys.stderr)
-        index = engine._parts.index
-        return Row(
-            name=name, total_bytes=index.num_bytes, expert_bytes=engine._parts.experts.num_bytes, by_kind=by_kind
-        )
+        parts = parts_of(engine)
+        return Row(name=name, total_bytes=parts.index.num_bytes, expert_bytes=parts.experts.num_bytes, by_kind=by_kind)
 
 
 def measure_all(tokens_per_kind: int) -> list[Row]:

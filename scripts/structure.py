@@ -13,6 +13,7 @@ import ast
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def measure(package: Path = PACKAGE) -> Structure:
     found.over["names defined twice"] = [
         f"{public}: {', '.join(places)}" for public, places in sorted(homes.items()) if len(set(places)) > 1
     ]
+    found.over["import circles"] = [" ".join(circle) for circle in import_circles(package)]
     found.over["rooms"] = [f"{room} {lines}" for room, lines in found.rooms.most_common() if lines > MOST_ROOM]
     return found
 
@@ -84,6 +86,33 @@ def _public_names(tree: ast.Module) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
+def import_circles(package: Path) -> list[list[str]]:
+    """Modules that import each other by some way round, those imported late or for types alone among them."""
+    homes = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        homes[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    known = {name: _imported_modules(path, homes) - {name} for name, path in homes.items()}
+    reached = {name: set(below) for name, below in known.items()}
+    for through in known:  # Warshall's transitive closure
+        for below in reached.values():
+            if through in below:
+                below |= reached[through]
+    circles = {frozenset(other for other in reached[name] if name in reached[other]) for name in known}
+    return sorted(sorted(circle) for circle in circles if circle)
+
+
+def _imported_modules(path: Path, homes: Collection[str]) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in homes else node.module for name in whole}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & set(homes)
+
+
 def upward_imports() -> int:
     """Broken contracts of import-linter, 0 if it is content."""
     program = [str(Path(sys.executable).parent / "lint-imports"), "--no-logo"]
@@ -105,6 +134,7 @@ def main() -> None:
         ("functions", f"functions over {MOST_FUNCTION} lines"),
         ("docstrings", f"docstrings that open with {' / '.join(OPENINGS)}"),
         ("names defined twice", "public names defined twice"),
+        ("import circles", "circles of modules that import each other"),
         ("imports of transformers", f"imports of transformers outside {', '.join(KNOW_TRANSFORMERS)}"),
     ):  # fmt: skip
         print(f"{what:64} {len(found.over[kind])}")

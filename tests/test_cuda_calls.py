@@ -13,7 +13,7 @@ from makers import one_line
 
 from offmoe.core.errors import DeviceError
 from offmoe.tiers.cuda import CudaDevice, CudaLink
-from offmoe.tiers.device import open_device
+from offmoe.tiers.open_device import open_device
 
 GPU = torch.device("cuda", 0)
 

@@ -12,7 +12,8 @@ from makers import one_line
 from offmoe.core.errors import BudgetError, DeviceError, UsageError
 from offmoe.tiers.cuda import why_no_cuda
 from offmoe.tiers.cuda_events import as_device_error
-from offmoe.tiers.device import SLOT_ALIGN_BYTES, DevicePool, SimulatedDevice, open_device
+from offmoe.tiers.device import SLOT_ALIGN_BYTES, DevicePool, SimulatedDevice
+from offmoe.tiers.open_device import open_device
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,8 @@ from stream_clocks import Stream, World
 
 import offmoe
 from offmoe.checkpoint.shard_file import ShardFile
-from offmoe.kernels.slot_kernels import TorchSlotKernels, make_slot_kernels
+from offmoe.kernels.make_slot_kernels import make_slot_kernels
+from offmoe.kernels.slot_kernels import TorchSlotKernels
 from offmoe.moe.executor import Executor
 from offmoe.moe.resident import ResidentExecutor
 from offmoe.tiers.device import DevicePool

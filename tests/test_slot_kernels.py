@@ -12,8 +12,9 @@ import torch
 from offmoe.formats.dense import ExpertWeights, view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation, find_activation
+from offmoe.kernels.make_slot_kernels import make_slot_kernels
 from offmoe.kernels.reference import combine_rows, experts_forward, one_token_forward
-from offmoe.kernels.slot_kernels import TorchSlotKernels, make_slot_kernels
+from offmoe.kernels.slot_kernels import TorchSlotKernels
 from offmoe.moe.backends import Computed, KernelBackend, ReferenceBackend
 from offmoe.moe.dispatch import Assignment, dispatch
 

@@ -14,7 +14,8 @@ from triton_interpreter import interpreted, outer, pass_under_the_interpreter
 
 from offmoe.kernels.activations import Activation
 from offmoe.kernels.geometry import Tiling
-from offmoe.kernels.slot_kernels import SlotKernels, TorchSlotKernels, make_slot_kernels
+from offmoe.kernels.make_slot_kernels import make_slot_kernels
+from offmoe.kernels.slot_kernels import SlotKernels, TorchSlotKernels
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 

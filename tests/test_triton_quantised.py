@@ -16,7 +16,8 @@ from offmoe.checkpoint.expert_index import MoeLayer, QuantPart
 from offmoe.formats.dense import view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.formats.quantised import QuantMatrix
-from offmoe.kernels.slot_kernels import TorchSlotKernels, make_slot_kernels
+from offmoe.kernels.make_slot_kernels import make_slot_kernels
+from offmoe.kernels.slot_kernels import TorchSlotKernels
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 

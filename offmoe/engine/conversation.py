@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from offmoe.chat.messages import chat_ids, check_messages
 from offmoe.chat.saved import read_messages, save_messages
@@ -12,12 +12,24 @@ from offmoe.chat.template import Message, check_arguments, words
 from offmoe.core.errors import UsageError
 from offmoe.engine.reply import Reply, collect
 from offmoe.engine.stream import Chunk, Stream
-from offmoe.sampling.params import ChatOptions
+from offmoe.hf.door import PreTrainedTokenizerBase
+from offmoe.sampling.params import ChatOptions, RequestOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from offmoe.engine.engine import Engine
+
+class ConversationEngine(Protocol):
+    """The part of an engine that a conversation works with."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    folder: Path
+
+    def stream_chat(
+        self, messages: Sequence[Message], *, chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False, **options: Unpack[RequestOptions],
+    ) -> Stream:  # fmt: skip
+        """See `Engine.stream_chat`."""
 
 
 class Conversation:
@@ -29,8 +41,8 @@ class Conversation:
     """
 
     def __init__(
-        self, engine: Engine, *, system: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
-        allow_control_tokens: bool = False,
+        self, engine: ConversationEngine, *, system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, allow_control_tokens: bool = False,
     ) -> None:  # fmt: skip
         """Raises UsageError when the engine has no tokenizer. Other options as of `Engine.stream_chat`."""
         if engine.tokenizer is None:

@@ -1,4 +1,4 @@
-"""Rows of experts computed from the slots of a slab: by Triton where it is there and agrees, else by plain torch.
+"""Rows of experts computed from the slots of a slab: the contract, and plain torch, the reference of all kernels.
 
 A row is (token, expert, slot). `expert` picks the bias, `slot` says where the weights lie; slot -1 means they are not
 there, and the row comes out as zero. Shapes: N rows, T tokens, K experts a token, D model width.
@@ -9,8 +9,8 @@ has run: a mark of the copier after the call, given to the next copy into that s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -19,8 +19,6 @@ from offmoe.formats.dense import ExpertWeights, view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.indices import upload
 from offmoe.kernels.reference import ExpertMath, combine_rows, experts_forward, one_token_forward
-
-Backend = Literal["auto", "torch", "triton"]
 
 
 class SlotKernels(Protocol):
@@ -63,31 +61,6 @@ def look_up(
     slot_TK = slot_of_E[expert_ids_TK.clamp(0, num_experts - 1)].masked_fill(~known, -1)
     missing += (known & (slot_TK < 0)).sum()
     return slot_TK
-
-
-def make_slot_kernels(
-    layers: Sequence[MoeLayer], maths: Sequence[ExpertMath], slab: torch.Tensor, slot_bytes: int,
-    *, slot_of_LE: torch.Tensor | None = None, missing_L: torch.Tensor | None = None, backend: Backend = "auto",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> SlotKernels:  # fmt: skip
-    """The kernels of a model whose experts lie in `slab` (uint8, slots of `slot_bytes`), one math a layer.
-
-    "auto" takes Triton on a CUDA device. There it tries every kind of layer on random weights, which it writes into the
-    first slots: call it before anything is kept there. A layer whose kernels fail or disagree is left to torch, with a
-    reason. The first time on a machine the compiler runs, some seconds a kind of layer: `progress(done, total)` counts
-    kernels.
-    `slot_of_LE` (int32, the slot of every expert or -1) and `missing_L` (int32) are read and written on the device.
-    """
-    fallback = TorchSlotKernels(layers, maths, slab, slot_bytes, slot_of_LE=slot_of_LE, missing_L=missing_L)
-    if backend == "torch" or (backend == "auto" and slab.device.type != "cuda"):
-        fallback.reasons = dict.fromkeys(range(len(layers)), f"computed by torch on {slab.device.type}")
-        return fallback
-    try:
-        from offmoe.kernels.triton.slots import make_triton_kernels
-    except ImportError as error:
-        fallback.reasons = dict.fromkeys(range(len(layers)), f"triton cannot be imported: {error}")
-        return fallback
-    return make_triton_kernels(layers, maths, slab, slot_bytes, fallback, slot_of_LE, missing_L, progress)
 
 
 class TorchSlotKernels:

@@ -231,7 +231,7 @@ def choose_device(config: EngineConfig) -> Device | None:
     """
     if config.device == "auto" and config.vram is None and not torch.cuda.is_available():
         return None
-    from offmoe.tiers.device import open_device
+    from offmoe.tiers.open_device import open_device
 
     return open_device("cuda" if config.device == "auto" and config.vram is not None else config.device)
 

@@ -24,7 +24,8 @@ from offmoe.formats.layout import layout_of
 from offmoe.hf.internals import experts_modules
 from offmoe.hf.seam import ExpertsExecutor, math_of
 from offmoe.kernels.cpu.kernels import CpuKernels
-from offmoe.kernels.slot_kernels import SlotKernels, make_slot_kernels
+from offmoe.kernels.make_slot_kernels import make_slot_kernels
+from offmoe.kernels.slot_kernels import SlotKernels
 from offmoe.loader.costs import measure_miss_costs
 from offmoe.loader.look_ahead import look_ahead
 from offmoe.memory.budget import MemoryPlan

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
+from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.fetch import Fetch
 from offmoe.cache.keeping import MAX_READS_IN_FLIGHT, experts_to_keep
 from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import ExpertWeights
 from offmoe.kernels.reference import ExpertMath
-from offmoe.moe.backends import Computed
-from offmoe.moe.cpu_experts import CpuJob
+from offmoe.moe.backends import Computed, ExpertBackend
+from offmoe.moe.cpu_experts import CpuExperts, CpuJob
 from offmoe.moe.dispatch import Assignment, num_rows
+from offmoe.moe.misses import MissPlacer
+from offmoe.moe.stalls import StreamStalls
+from offmoe.prefetch.ahead import PrefetchCoordinator
 
-if TYPE_CHECKING:
-    from offmoe.moe.executor import Executor
+
+class LayerParts(Protocol):
+    """The parts of an executor that a layer call works with."""
+
+    cache: ExpertCache
+    rows: ExpertBackend
+    ahead: PrefetchCoordinator | None
+    cpu: CpuExperts | None
+    placer: MissPlacer | None
+    stalls: StreamStalls | None
+    over_link: bool
+    clock_ns: Callable[[], int]
 
 
 class LayerCall:
     """The state of one layer call. Whatever happens in it, no hold and no unfinished fetch is left behind."""
 
     def __init__(
-        self, executor: Executor, layer_idx: int, math: ExpertMath, x_TD: torch.Tensor, y_SD: torch.Tensor,
+        self, executor: LayerParts, layer_idx: int, math: ExpertMath, x_TD: torch.Tensor, y_SD: torch.Tensor,
         host_x_TD: torch.Tensor | None,
     ) -> None:  # fmt: skip
         self._executor, self._cache, self._counters = executor, executor.cache, executor.cache.counters

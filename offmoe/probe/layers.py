@@ -24,8 +24,8 @@ from torch import nn
 
 from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.core.config import make_config
-from offmoe.decode.paths import DecodePaths
 from offmoe.engine.engine import Engine
+from offmoe.engine.parts import parts_of
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.machine.record import LayerCosts
 from offmoe.probe.speeds import cached_speed
@@ -76,7 +76,7 @@ def measure_costs(baseline_bytes: int, kernels: CpuKernels | None) -> ModelCosts
         resident = {name: _resident_costs(engine, cold, rate) for name, cold in memories.items()}
         step_s = {name: _decode(engine, cold)[0] for name, cold in memories.items()}
         num_experts, libraries_bytes = engine.plan.num_experts, engine.plan.runtime_bytes
-        num_layers, per_layer = len(engine._parts.experts.layers), engine.top_k
+        num_layers, per_layer = len(parts_of(engine).experts.layers), engine.top_k
     watched, fetching = (_with_slots(num_slots, memories) for num_slots in (num_experts - 1, num_experts // 2))
     found = {}
     for name, costs in resident.items():
@@ -98,8 +98,7 @@ def _resident_costs(engine: Engine, cold: torch.Tensor | None, rate: float) -> d
     if cold is None or engine.stats().decode_path == "fused":  # without hooks, which cost something themselves
         by_depth = _times_by_depth(engine, cold)
     whole_s, whole_token_s = by_depth or _layer_times(engine, cold)
-    assert isinstance(engine._decode, DecodePaths), f"{engine._decode=}"
-    with engine._decode.only_eager("layers are measured one by one"):
+    with parts_of(engine).only_eager("layers are measured one by one"):
         modules_s, token_s = _layer_times(engine, cold)
     return {
         "whole_s": max(0.0, whole_s - layer_bytes / rate), "modules_s": max(0.0, modules_s - layer_bytes / rate),
@@ -202,7 +201,7 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def _bytes_of(engine: Engine) -> tuple[float, float]:
     """Bytes that a token reads of one layer, its experts counted, and beside the layers."""
-    experts, layers = engine._parts.experts, _decoder_layers(engine.model)
+    experts, layers = parts_of(engine).experts, _decoder_layers(engine.model)
     routed = len(experts.layers) * experts.top_k * experts.layers[0].expert_bytes
     inside = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
     head = engine.model.get_output_embeddings()

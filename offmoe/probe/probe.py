@@ -20,7 +20,8 @@ from offmoe.machine.record import DriveSpeed, MachineRecord, drive_key
 from offmoe.probe import speeds
 from offmoe.probe.layers import measure_costs
 from offmoe.probe.sample_experts import best_s
-from offmoe.tiers.device import Device, open_device
+from offmoe.tiers.device import Device
+from offmoe.tiers.open_device import open_device
 
 _COPIED_BYTES = 256 << 20
 

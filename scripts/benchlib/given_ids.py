@@ -10,6 +10,7 @@ import torch
 
 import offmoe
 from offmoe.core.counters import Counters
+from offmoe.engine.parts import parts_of
 
 
 class GivenIds:
@@ -55,7 +56,7 @@ class GivenIds:
         return self._counters().minus(self._before)
 
     def _counters(self) -> Counters:
-        return self.engine._parts.cache.counters.copy()
+        return parts_of(self.engine).counters()
 
     def close(self) -> None:
         """End the engine."""
@@ -89,7 +90,7 @@ class Toggled:
     """
 
     def __init__(self, system: GivenIds, expert_bytes: int) -> None:
-        serving = system.engine._parts.serving
+        serving = parts_of(system.engine).serving
         assert serving.ahead is not None, "the engine does not fetch ahead"
         self._system, self._ahead, self._expert_bytes = system, serving.ahead, expert_bytes
         self._executor = serving.executor._executor  # type: ignore[attr-defined]

@@ -11,8 +11,9 @@ import torch
 from offmoe.core.errors import BudgetError, DeviceError
 from offmoe.tiers.copier import CancelledMoveError, Ticket
 from offmoe.tiers.cuda import CudaDevice
-from offmoe.tiers.device import DevicePool, open_device
+from offmoe.tiers.device import DevicePool
 from offmoe.tiers.host import HostPool
+from offmoe.tiers.open_device import open_device
 
 NUM_SLOTS = 12
 SLOT_BYTES = 5 << 20

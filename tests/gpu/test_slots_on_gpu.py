@@ -15,7 +15,8 @@ import quant_cases
 import slot_cases as cases
 import torch
 
-from offmoe.kernels.slot_kernels import SlotKernels, TorchSlotKernels, make_slot_kernels
+from offmoe.kernels.make_slot_kernels import make_slot_kernels
+from offmoe.kernels.slot_kernels import SlotKernels, TorchSlotKernels
 
 pytest.importorskip("triton")
 
