@@ -22,7 +22,7 @@ from virtual_device import DEVICE_SPEED, EXPERT_BYTES, Engine, Machine, Pass, ma
 
 from offmoe.moe.executor import Executor
 from offmoe.placement.choose import PlacementMode
-from offmoe.prefetch.controller import PlacementMode as PrefetchMode
+from offmoe.prefetch.controller import PrefetchMode
 
 NUM_EXPERTS, TOP_K = 16, 4
 DEEP, SHALLOW = 24, 4

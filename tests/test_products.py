@@ -19,7 +19,7 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_rows", [LEAST_ROWS, BLOCK_ROWS + 3])
-@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.usefixtures("in_float32")
 def test_a_product_is_rounded_once(
     dtype: torch.dtype, num_rows: int, is_transposed: bool, monkeypatch: pytest.MonkeyPatch

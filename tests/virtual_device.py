@@ -39,7 +39,7 @@ from offmoe.online.ab_test import Turns
 from offmoe.placement.choose import PlacementMode
 from offmoe.placement.scheduler import MissScheduler
 from offmoe.prefetch.ahead import PrefetchCoordinator
-from offmoe.prefetch.controller import PlacementMode as PrefetchMode
+from offmoe.prefetch.controller import PrefetchMode
 from offmoe.prefetch.controller import PrefetchController
 from offmoe.prefetch.lookahead import Lookahead
 from offmoe.tiers.copier import CancelledMoveError, CopyPart, check_parts, count_bytes, move_bytes
