@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import benchlib.test_helpers  # noqa: F401
+import families
 import torch
 from benchlib.machine import describe_machine, describe_versions
 
@@ -29,8 +31,6 @@ from offmoe.engine.step import Forward
 from offmoe.hf.internals import experts_modules
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-import families  # noqa: E402 - the tests' models
 
 NUM_PROMPT = 32
 

@@ -1,4 +1,4 @@
-"""Compare the CPU kernels of every instruction set with the portable ones (tests/cpp/compare.cpp).
+"""Compare the CPU kernels of every instruction set with the portable ones (tests/kernels/cpp/compare.cpp).
 
     python scripts/compare_kernels.py                    # of this processor
     python scripts/compare_kernels.py --target aarch64   # cross-compiled, run by qemu-aarch64-static

@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels with the programs in tests/cpp that call all of them.
+"""Compiles the CPU kernels with the programs in tests/kernels/cpp that call all of them.
 
 Objects are kept and made again when a source or a header has changed.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import kernels_build
 
 ROOT = Path(__file__).parents[1]
-DRIVER = ROOT / "tests" / "cpp"
+DRIVER = ROOT / "tests" / "kernels" / "cpp"
 PROGRAMS = ("driver", "compare")  # sources with a main function
 COMMON = ("-std=c++17", "-Wno-psabi", "-Wno-uninitialized", "-fno-math-errno", "-pthread")
 

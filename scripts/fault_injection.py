@@ -1,7 +1,7 @@
 """Fails every single call that operations make to the system, one a run, and counts what came of it.
 
-Operations and the judgement of outcomes: tests/fault_operations.py. Rows go to stderr as they are made; the last line
-of stdout is the result as JSON. The exit code is 1 when an outcome was wrong.
+Operations and the judgement of outcomes: tests/faults/fault_operations.py. Rows go to stderr as they are made; the last
+line of stdout is the result as JSON. The exit code is 1 when an outcome was wrong.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-import torch  # noqa: E402
-from engines import save_speaking, save_tiny  # noqa: E402
-from families import build, save_layout  # noqa: E402
-from fault_operations import OPERATIONS, Case  # noqa: E402
-from faults import COPIES, SEAMS  # noqa: E402
+import benchlib.test_helpers  # noqa: F401
+import torch
+from engines import save_speaking, save_tiny
+from families import build, save_layout
+from fault_operations import OPERATIONS, Case
+from faults import COPIES, SEAMS
 
 WIDTHS: dict[str, object] = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96}
 

@@ -16,13 +16,15 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import benchlib.test_helpers  # noqa: F401
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 BEGIN, END = "<!-- models table: begin -->", "<!-- models table: end -->"
 MEASURED = ROOT / "benchmarks" / "families.json"
 FILES = (
-    "tests/test_families_exact.py", "tests/test_adapters.py", "tests/test_adapted_ways.py", "tests/test_grok1.py",
-    "tests/test_quantised_models.py", "tests/test_gguf_models.py",
+    "tests/families/test_families_exact.py", "tests/families/test_adapters.py",
+    "tests/families/test_adapted_ways.py", "tests/families/test_grok1.py",
+    "tests/families/test_quantised_models.py", "tests/families/test_gguf_models.py",
 )  # fmt: skip
 # The ways of test_families_exact: each layout is served in another.
 DOOR = ("published, read ahead", "stacked, device", "shards")
@@ -61,7 +63,7 @@ def make_table(found: Found) -> str:
             described = f"{family.model_class}{', ' + family.notes if family.notes else ''}"
             forms = ("published", "device") if name in ENCODER_DECODERS else ("published", "shards", "device")
             rows.append(row(name, family.name, described, forms))
-    numpy = "Grok1ForCausalLM, offmoe's own, against NumPy (`tests/test_grok1.py`)"
+    numpy = "Grok1ForCausalLM, offmoe's own, against NumPy (`tests/families/test_grok1.py`)"
     rows.append(row("grok-1", "grok-1", numpy, ("published", "device")))
     lines = [
         "| family | class | exact: largest difference | read as, run on | quantised forms | decode on a CPU |",

@@ -1,4 +1,4 @@
-"""Build the CPU kernels with a driver that calls all of them (tests/cpp), under sanitizers, and run it.
+"""Build the CPU kernels with a driver that calls all of them (tests/kernels/cpp), under sanitizers, and run it.
 
     python scripts/sanitize.py                     # AddressSanitizer with UBSan, then ThreadSanitizer
     python scripts/sanitize.py thread --share 1    # one of the two; every case

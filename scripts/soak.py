@@ -30,17 +30,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+import benchlib.test_helpers  # noqa: F401
+import psutil
+import torch
+from benchlib.machine import describe_machine
+from engines import assert_at_rest, save_speaking, save_tiny
 
-import psutil  # noqa: E402
-import torch  # noqa: E402
-from benchlib.machine import describe_machine  # noqa: E402
-from engines import assert_at_rest, save_speaking, save_tiny  # noqa: E402
-
-import offmoe  # noqa: E402
-from offmoe.core.errors import OffmoeError  # noqa: E402
-from offmoe.engine.conversation import Conversation  # noqa: E402
+import offmoe
+from offmoe.core.errors import OffmoeError
+from offmoe.engine.conversation import Conversation
 
 # Of 32 experts.
 HOME_SLOTS = 10

@@ -3,7 +3,7 @@
     python scripts/structure.py            # the table
     python scripts/structure.py --list     # and each thing that is over a goal
 
-A room is a folder with its own files, without the rooms in it. `tests/test_structure.py` holds the goals.
+A room is a folder with its own files, without the rooms in it. `tests/project/test_structure.py` holds the goals.
 """
 
 from __future__ import annotations

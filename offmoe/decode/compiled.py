@@ -13,7 +13,7 @@ that, which is why compile="on" waits instead:
   attention kernel's rounding);
 - it puts the default type and the default random states back, which is undone (process_state.py);
 - its tracer replaces the call of every module of the process meanwhile, for a tenth of the time; modules of other
-  threads are called as ever through it (tests/test_compile_beside.py);
+  threads are called as ever through it (tests/decode/test_compile_beside.py);
 - it runs in Python, so that eager steps meanwhile share the interpreter with it
   (benchmarks/2026-11-22-compiled-steps.md).
 """

@@ -2,7 +2,7 @@
 
 A layer is computed whole by the CPU kernels, or its modules one by one. Among the latter some do much more in Python
 than others; the classes are from layers of tiny models of every family, with caches emptied before each: 0.4 to 0.9 ms,
-0.9 to 1.3, and above. tests/test_plan_speed.py holds the first question to the loader.
+0.9 to 1.3, and above. tests/planner/test_plan_speed.py holds the first question to the loader.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from offmoe.checkpoint.header import read_header
 from offmoe.checkpoint.index import INDEX_NAME, CheckpointIndex, read_config
 from offmoe.checkpoint.locate import demo_model_folder
 
-SEEDS = Path(__file__).parents[2] / "tests" / "fuzz_seeds"
+SEEDS = Path(__file__).parents[2] / "tests" / "faults" / "fuzz_seeds"
 _MOST_FILE_BYTES = 1 << 20
 Mutate = Callable[[bytes, random.Random, Sequence[bytes]], bytes]
 

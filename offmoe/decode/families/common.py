@@ -1,7 +1,7 @@
 """The families that the fused step computes: what each one's layers are, read from its config.
 
 Checked against transformers 5.20 to 5.24: the first tokens of every engine are computed both ways, and
-tests/test_decode_families.py holds the path of every family. Sources are the families' modeling files.
+tests/decode/test_decode_families.py holds the path of every family. Sources are the families' modeling files.
 """
 
 from __future__ import annotations
