@@ -32,8 +32,11 @@ _DEFAULT = "default"
 _PART_AS_TEXT = re.compile(r"""['"]type['"]: ?['"]text['"]""")
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
-    """The prompt after which the model's turn comes.
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], arguments: Mapping[str, Any], *,
+    continue_final_message: bool = False,
+) -> str:  # fmt: skip
+    """The prompt after which the model's turn comes, or goes on from its begin in the last message.
 
     Templates differ in what they take for a message's content, a text or a list of parts, and some print nothing for
     the other form. So the forms are tried in turn, beginning with the one given, until the template takes one and
@@ -41,6 +44,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], argu
     reason.
     """
     arguments = check_arguments(tokenizer, arguments)
+    if continue_final_message:
+        arguments["continue_final_message"] = True
     reasons: list[str] = []
     cause: Exception | None = None
     for attempt in _forms(messages):
@@ -81,7 +86,10 @@ def template_text(tokenizer: PreTrainedTokenizerBase, name: object = None) -> st
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
-    rendered = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **arguments)
+    is_begun = "continue_final_message" in arguments
+    rendered = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=not is_begun, **arguments
+    )
     assert isinstance(rendered, str)
     return rendered
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from offmoe.decode.compiled import DecodeCompiler
 from offmoe.decode.paths import DecodePaths
 from offmoe.engine.prefill_chunk import PrefillChunk
+from offmoe.engine.prompt_logprobs import PromptScorer
 from offmoe.engine.stats import GenerationStats, Totals
 from offmoe.engine.step import generate_step
-from offmoe.engine.stream import Chunk, StopRules, stream_text
+from offmoe.engine.stream import Chunk, StopRules, StreamClosed, stream_text
 from offmoe.engine.translate import translate_step
 from offmoe.hf.door import PreTrainedTokenizerBase
 from offmoe.kv.prefix import PrefixCache
 from offmoe.loader.loaded import LoadedModel
 from offmoe.sampling.logprobs import TokenLogprobs
-from offmoe.sampling.params import Chooser
+from offmoe.sampling.params import Chooser, PrefillProgress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request; the fields as `Engine.stream` says. `logprobs`: those of the last token chosen."""
+    """One request; the fields as `Engine.stream` says. `logprobs`: those of the last token chosen. `closed` is set when
+    nobody waits for the reply any more.
+    """
 
     ids: list[int]
     tokenizer: PreTrainedTokenizerBase | None
@@ -29,8 +34,16 @@ class Request:
     choose: Chooser
     logprobs: Callable[[], TokenLogprobs] | None
     on_prefill: Callable[[int, int], None]
+    on_progress: Callable[[PrefillProgress], None] | None
+    scorer: PromptScorer | None
     reuse: bool | None
     own_text: bool
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...] | None:
+        """Those of the prompt, once it was read; None where they were not asked for."""
+        return None if self.scorer is None else tuple(self.scorer.found)
 
 
 def answer(
@@ -44,9 +57,13 @@ def answer(
     decode.begin(num_held=len(kept.ids))
     num_reused = kept.begin(call.ids, reuse=call.reuse)
 
+    tell = _teller(call, parts, num_reused)
+
     def on_prefill(done: int, total: int) -> None:
+        if call.closed.is_set():
+            raise StreamClosed
         recorder.reading_prompt = done < total
-        call.on_prefill(done, total)
+        tell(done, total)
 
     def on_end(stats: GenerationStats) -> None:
         recorder.reading_prompt = False
@@ -57,18 +74,40 @@ def answer(
     steps = generate_step(
         parts.model, call.ids, call.choose, kept=kept, chunk=halving.size if halving else parts.plan.prefill_chunk,
         on_prefill=on_prefill, decode=decode,
-        smaller_chunk=halving.halve if halving else None,
+        smaller_chunk=halving.halve if halving else None, scorer=call.scorer,
     )  # fmt: skip
     return stream_text(
         steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
         num_reused=num_reused, on_end=on_end, after=() if call.own_text else call.ids,
         way=lambda: (decode.path, decode.reason), logprobs=call.logprobs,
+        prompt_logprobs=None if call.scorer is None else lambda: call.prompt_logprobs,
     )  # fmt: skip
+
+
+def _teller(call: Request, parts: LoadedModel, num_reused: int) -> Callable[[int, int], None]:
+    """A function that tells the caller of the prompt's progress, in both of the ways that there are."""
+    counters, began = parts.cache.counters, time.perf_counter()
+    disk_bytes = counters.disk_bytes
+
+    def tell(done: int, total: int) -> None:
+        call.on_prefill(done, total)
+        if call.on_progress is not None:
+            call.on_progress(
+                PrefillProgress(
+                    done_tokens=done,
+                    total_tokens=total,
+                    reused_tokens=num_reused,
+                    disk_bytes=counters.disk_bytes - disk_bytes,
+                    elapsed_s=time.perf_counter() - began,
+                )
+            )
+
+    return tell
 
 
 def translate(call: Request, parts: LoadedModel, totals: Totals) -> Generator[Chunk, None, None]:
     """The same of an encoder-decoder model: its encoder reads the prompt, its decoder writes."""
-    steps = translate_step(parts.model, call.ids, call.choose, on_prefill=call.on_prefill)
+    steps = translate_step(parts.model, call.ids, call.choose, on_prefill=_teller(call, parts, 0))
     return stream_text(
         steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
         on_end=totals.add, logprobs=call.logprobs,

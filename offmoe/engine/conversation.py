@@ -27,7 +27,7 @@ class ConversationEngine(Protocol):
 
     def stream_chat(
         self, messages: Sequence[Message], *, chat_template_kwargs: Mapping[str, Any] | None = None,
-        allow_control_tokens: bool = False, **options: Unpack[RequestOptions],
+        allow_control_tokens: bool = False, continue_final_message: bool = False, **options: Unpack[RequestOptions],
     ) -> Stream:  # fmt: skip
         """See `Engine.stream_chat`."""
 
@@ -127,7 +127,7 @@ class Conversation:
     def _exchange(self, asked: list[Message], options: ChatOptions) -> Stream:
         given: ChatOptions = {**self._template, **options}
         chunks = self._engine.stream_chat(asked, **given)  # what is wrong with the request is raised here, at once
-        return Stream(self._remember(asked, chunks))
+        return Stream(self._remember(asked, chunks), chunks.closed, prompt_ids=chunks.prompt_ids)
 
     def _remember(self, asked: list[Message], chunks: Stream) -> Generator[Chunk, None, None]:
         answer: list[str] = []

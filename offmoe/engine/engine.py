@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
-from offmoe.chat.messages import chat_ids
 from offmoe.chat.template import Message
 from offmoe.checkpoint.gguf.file import is_gguf
 from offmoe.checkpoint.index import read_config
 from offmoe.core.config import EngineConfig
-from offmoe.core.errors import DeviceError, EngineBusyError, EngineClosedError, OffmoeError, UsageError
+from offmoe.core.errors import DeviceError, EngineClosedError
 from offmoe.core.forks import OneProcess
 from offmoe.core.progress import Progress
 from offmoe.decode.compiled import make_compiler
@@ -26,21 +24,22 @@ from offmoe.engine.conversation import Conversation
 from offmoe.engine.ends import end_ids
 from offmoe.engine.engine_stats import EngineStats, engine_stats
 from offmoe.engine.prefill_chunk import PrefillChunk
-from offmoe.engine.prompt import is_list_of_prompts
-from offmoe.engine.reasoning import split_reasoning
+from offmoe.engine.prompt import chat_prompt, encode_prompt, is_list_of_prompts
+from offmoe.engine.reasoning import split_reasoning, with_marks
 from offmoe.engine.reply import Reply, collect
+from offmoe.engine.reply_lock import ReplyLock
 from offmoe.engine.request import make_call
 from offmoe.engine.stats import Totals
-from offmoe.engine.stream import Chunk, Stream
+from offmoe.engine.stream import Stream
 from offmoe.engine.tracing import record_trace
-from offmoe.hf.device_failures import explain, explained
+from offmoe.hf.device_failures import explained
 from offmoe.hf.door import PreTrainedModel
 from offmoe.kv.cache import make_kv_cache
 from offmoe.kv.prefix import PrefixCache
 from offmoe.loader.load import load_model
 from offmoe.loader.loaded import LoadedModel
 from offmoe.memory.budget import MemoryPlan
-from offmoe.sampling.params import ChatOptions, RequestOptions
+from offmoe.sampling.params import ChatOptions, ChatPromptOptions, RequestOptions, seeds_of
 from offmoe.sampling.processors import not_followed
 from offmoe.trace.file import TraceWriter
 from offmoe.trace.recorder import TraceEvent
@@ -49,8 +48,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from offmoe.tiers.device import Device
-
-_BUSY = "the engine is generating; finish or close that stream first"
 
 
 class Engine:
@@ -94,7 +91,7 @@ class Engine:
         if (note := not_followed(loaded.model.generation_config, has_text=has_text)) is not None:
             loaded.serving.notes.append(note)
         self._process = OneProcess()
-        self._running = threading.Lock()
+        self._lock = ReplyLock(lambda: self._loaded is not None, self._give_up)
         self._totals = Totals()
         compiler = make_compiler(loaded.model, loaded.context_length, self.config, progress)
         self._decode = compiler or DecodePaths(loaded)
@@ -178,16 +175,37 @@ class Engine:
     def generate(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> Reply: ...
 
     @overload
+    def generate(self, prompt: str | Sequence[int], *, n: int, **options: Unpack[RequestOptions]) -> list[Reply]: ...
+
+    @overload
     def generate(
-        self, prompt: list[str] | tuple[str, ...] | Sequence[Sequence[int]], **options: Unpack[RequestOptions]
+        self,
+        prompt: list[str] | tuple[str, ...] | Sequence[Sequence[int]],
+        *,
+        n: int | None = None,
+        **options: Unpack[RequestOptions],
     ) -> list[Reply]: ...
 
-    def generate(self, prompt: Any, **options: Unpack[RequestOptions]) -> Reply | list[Reply]:
-        """Return the reply to `prompt` (text or token ids), or one for each of a list. Options as in `stream`."""
-        if not is_list_of_prompts(prompt):
+    def generate(self, prompt: Any, *, n: int | None = None, **options: Unpack[RequestOptions]) -> Reply | list[Reply]:
+        """Return the reply to `prompt` (text or token ids), or one for each of a list. Options as in `stream`.
+
+        `n`: that many replies to each prompt, which is read once; their seeds are `seed`, `seed` + 1, ...
+        """
+        asked = seeds_of(n, options)
+        if not is_list_of_prompts(prompt) and asked is None:
             return collect(self.stream(prompt, **options))
-        calls = [self._call(each, options) for each in prompt]  # a wrong one is refused before the first is answered
+        prompts = prompt if is_list_of_prompts(prompt) else [prompt]
+        # A wrong one is refused before the first is answered.
+        calls = [self._call(each, {**options, **change}) for each in prompts for change in asked or [{}]]
         return [collect(self._begin(call)) for call in calls]
+
+    def tokenize(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids that `stream` reads for `prompt`. Raises UsageError. From any thread, also during a reply."""
+        return encode_prompt(prompt, self.tokenizer, vocab_size=self.vocab_size)
+
+    def tokenize_chat(self, messages: Sequence[Message], **options: Unpack[ChatPromptOptions]) -> list[int]:
+        """Token ids that `stream_chat` reads for `messages`; options as there. From any thread, also during a reply."""
+        return chat_prompt(self.model, self.tokenizer, messages, options, folder=self.folder)
 
     def chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Reply:
         """The model's next turn, through the tokenizer's chat template. Options as in `stream_chat`."""
@@ -195,22 +213,24 @@ class Engine:
 
     def stream_chat(
         self, messages: Sequence[Message], *, chat_template_kwargs: Mapping[str, Any] | None = None,
-        allow_control_tokens: bool = False, **options: Unpack[RequestOptions],
+        allow_control_tokens: bool = False, continue_final_message: bool = False, raw: bool = False,
+        **options: Unpack[RequestOptions],
     ) -> Stream:  # fmt: skip
         """Stream the reply of `chat`, chunk by chunk; `chunk.reasoning` tells what the model thinks from what it says.
 
+        `continue_final_message`: the last message is the model's own, and the reply goes on from its end. `raw`: the
+        text as the model wrote it, reasoning and the spelling of control tokens with it.
         `chat_template_kwargs` and `allow_control_tokens` as in `chat.chat_ids`, other options as in `stream`.
         """
-        if self.model.config.is_encoder_decoder:
-            raise UsageError("an encoder-decoder model rewrites a text and holds no conversation; use generate")
-        if self.tokenizer is None:
-            raise UsageError(f"{self.folder} has no tokenizer, which a conversation needs; use generate with token ids")
-        ids = chat_ids(
-            self.tokenizer, messages, vocab_size=self.vocab_size, arguments=chat_template_kwargs,
-            allow_control_tokens=allow_control_tokens,
+        ids = self.tokenize_chat(
+            messages, chat_template_kwargs=chat_template_kwargs, allow_control_tokens=allow_control_tokens,
+            continue_final_message=continue_final_message,
         )  # fmt: skip
-        given: RequestOptions = {"own_text": True, **options}
-        return Stream(split_reasoning(self.stream(ids, **given), self.tokenizer, ids))
+        assert self.tokenizer is not None
+        given: RequestOptions = {"own_text": not continue_final_message, **options}
+        chunks = self.stream(ids, **given)
+        parts = with_marks(chunks, self.tokenizer) if raw else split_reasoning(chunks, self.tokenizer, ids)
+        return Stream(parts, chunks.closed, prompt_ids=ids)
 
     def conversation(
         self, *, system: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -226,9 +246,10 @@ class Engine:
 
         `prompt` is text or token ids. Options are the fields of SamplingParams by name, or `sampling`: one as a
         whole; a field that is given by name too wins. What is set nowhere comes from the model's generation_config.
-        `on_prefill(done, total)` is told of the prompt's progress, in tokens that have to be read. `choose` replaces
-        sampling by a function (ids, logits) -> id. `own_text`: the reply does not continue the prompt's text, and
-        begins without the space before its first word.
+        `on_prefill(done, total)` is told of the prompt's progress, in tokens that have to be read, `on_progress` of
+        the same with bytes, as PrefillProgress. `choose` replaces sampling by a function (ids, logits) -> id.
+        `own_text`: the reply does not continue the prompt's text, and begins without the space before its first word.
+        `queued`: only the first `next` finds out whether the engine is busy.
 
         `reuse`: what the KV cache holds of the prompt from the last call is not read again. True: the longest common
         prefix. False: nothing. Default: False with placement_invariant; True with `own_text`, as chats are; else when
@@ -243,8 +264,8 @@ class Engine:
 
     def _call(self, prompt: str | Sequence[int], options: RequestOptions) -> Request:
         parts = self._parts
-        if self._running.locked():
-            raise EngineBusyError(_BUSY)
+        if not options.get("queued"):
+            self._lock.check()
         return make_call(parts, prompt, options, end_ids=self._end_ids, vocab_size=self.vocab_size)
 
     def _begin(self, call: Request) -> Stream:
@@ -252,28 +273,7 @@ class Engine:
         begin = partial(answer, call, parts, self._totals, self._kept, self._decode, self._halving_chunk)
         if parts.model.config.is_encoder_decoder:
             begin = partial(translate, call, parts, self._totals)
-        return Stream(self._exclusively(begin))
-
-    def _exclusively(self, begin: Callable[[], Generator[Chunk, None, None]]) -> Generator[Chunk, None, None]:
-        """The chunks of `begin()`, with the engine held from the first to the last, or to the generator's end."""
-        device = self._parts.device  # raises when the engine was closed since the call
-        if not self._running.acquire(blocking=False):
-            raise EngineBusyError(_BUSY)
-        better: OffmoeError | None = None
-        try:
-            yield from begin()
-        except Exception as error:
-            if self._loaded is None:  # whatever a close in another thread broke off, the user should hear of the close
-                raise EngineClosedError("the engine was closed while it was generating; load the model again") from None
-            better = error if isinstance(error, DeviceError) else explain(error, device)
-            if better is None:
-                raise
-        finally:
-            self._running.release()
-        if isinstance(better, DeviceError):
-            self._give_up()
-        if better is not None:  # not in the handler: a traceback that is referred to keeps tensors on the device
-            raise better
+        return Stream(self._lock.hold(lambda: self._parts.device, begin, call.closed), call.closed, prompt_ids=call.ids)
 
     def close(self) -> None:
         """Release threads, files and memory. A second close does nothing; in a forked child the copy is forgotten."""

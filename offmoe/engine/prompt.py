@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from pathlib import Path
 
+from offmoe.chat.messages import chat_ids
+from offmoe.chat.template import Message
 from offmoe.core.errors import ContextLengthError, UsageError
 from offmoe.engine.stream import StopRules
-from offmoe.hf.door import PreTrainedTokenizerBase
+from offmoe.hf.door import PreTrainedModel, PreTrainedTokenizerBase
 from offmoe.hf.tokenizing import check_rows, check_text, tokenizing
+from offmoe.sampling.params import ChatPromptOptions
 
 
 def encode_prompt(
@@ -26,6 +30,22 @@ def encode_prompt(
     if not ids:
         raise UsageError("the prompt is empty; give at least one token")
     return ids
+
+
+def chat_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Message],
+    options: ChatPromptOptions, *, folder: Path,
+) -> list[int]:  # fmt: skip
+    """Token ids of a conversation whose next turn is the model's. Raises UsageError, also where it can have none."""
+    if model.config.is_encoder_decoder:
+        raise UsageError("an encoder-decoder model rewrites a text and holds no conversation; use generate")
+    if tokenizer is None:
+        raise UsageError(f"{folder} has no tokenizer, which a conversation needs; use generate with token ids")
+    return chat_ids(
+        tokenizer, messages, vocab_size=int(model.config.get_text_config().vocab_size),
+        arguments=options.get("chat_template_kwargs"), allow_control_tokens=options.get("allow_control_tokens", False),
+        continue_final_message=options.get("continue_final_message", False),
+    )  # fmt: skip
 
 
 def is_list_of_prompts(prompt: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 
+from offmoe.chat.control_tokens import control_tokens
 from offmoe.chat.reasoning import make_splitter
 from offmoe.engine.stream import Chunk, Stream
 from offmoe.hf.door import PreTrainedTokenizerBase
@@ -25,3 +26,11 @@ def split_reasoning(
                 yield Chunk(text, reasoning=reasoning)
             reasoning, text = parts[-1] if parts else (False, "")
             yield replace(chunk, text=text, reasoning=reasoning)
+
+
+def with_marks(chunks: Stream, tokenizer: PreTrainedTokenizerBase) -> Generator[Chunk, None, None]:
+    """The same chunks, control tokens being text by their spelling. Closes `chunks` when it ends."""
+    marks = control_tokens(tokenizer)
+    with chunks:
+        for chunk in chunks:
+            yield replace(chunk, text=chunk.text + "".join(marks.get(token_id, "") for token_id in chunk.token_ids))

@@ -25,6 +25,7 @@ class Reply:
     finish_reason: FinishReason
     stop_reason: int | str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     stats: GenerationStats
 
     @property
@@ -42,8 +43,10 @@ def collect(chunks: Iterable[Chunk]) -> Reply:
     texts: dict[bool, list[str]] = {False: [], True: []}
     ids: list[int] = []
     logprobs: list[TokenLogprobs] = []
+    of_prompt: tuple[TokenLogprobs | None, ...] | None = None
     last = Chunk("")
     for last in chunks:
+        of_prompt = of_prompt or last.prompt_logprobs
         texts[last.reasoning].append(last.text)
         ids += last.token_ids
         logprobs += last.logprobs or ()
@@ -51,5 +54,5 @@ def collect(chunks: Iterable[Chunk]) -> Reply:
     return Reply(
         text="".join(texts[False]), reasoning="".join(texts[True]), token_ids=tuple(ids),
         finish_reason=last.finish_reason, stop_reason=last.stop_reason,
-        logprobs=None if last.logprobs is None else tuple(logprobs), stats=last.stats,
+        logprobs=None if last.logprobs is None else tuple(logprobs), prompt_logprobs=of_prompt, stats=last.stats,
     )  # fmt: skip

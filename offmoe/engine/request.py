@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from offmoe.core.errors import UsageError
 from offmoe.engine.call import Request
 from offmoe.engine.prompt import check_ids, encode_prompt, stop_rules
+from offmoe.engine.prompt_logprobs import PromptScorer
 from offmoe.hf.context import longest_context
 from offmoe.hf.door import GenerationConfig
 from offmoe.loader.loaded import LoadedModel
@@ -43,12 +44,27 @@ def make_call(
     choose = options.get("choose") or make_chooser(
         chosen, parts.model.device, _rules(parts, num_held, end_ids), num_prompt=num_held
     )
+    if params.logit_bias:
+        check_ids(list(params.logit_bias), vocab_size=vocab_size)
+    scorer = _scorer(parts, params.prompt_logprobs)
     recorder = None if params.logprobs is None else LogprobRecorder(choose, params.logprobs)
     return Request(
         ids=ids, tokenizer=parts.tokenizer, rules=rules, on_prefill=options.get("on_prefill") or _not_told,
-        choose=recorder or choose, logprobs=None if recorder is None else recorder.take, reuse=reuse,
-        own_text=own_text,
+        on_progress=options.get("on_progress"), choose=recorder or choose,
+        logprobs=None if recorder is None else recorder.take, scorer=scorer,
+        reuse=reuse if scorer is None else False, own_text=own_text,
     )  # fmt: skip
+
+
+def _scorer(parts: LoadedModel, num_top: int | None) -> PromptScorer | None:
+    """A scorer of the prompt that gives `num_top` likeliest tokens, in the memory of a prefill chunk's work."""
+    if num_top is None:
+        return None
+    if parts.model.config.is_encoder_decoder:
+        raise UsageError("prompt_logprobs: an encoder-decoder model reads its prompt without saying how likely it is")
+    plan = parts.plan
+    workspace = plan.workspace_bytes if plan.device is None else plan.device.workspace_bytes
+    return PromptScorer(parts.model, num_top, workspace_bytes=workspace)
 
 
 def _reuse(parts: LoadedModel, options: RequestOptions) -> bool | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from offmoe.core.errors import NonFiniteError
+from offmoe.engine.prompt_logprobs import HeadUnknownError, PromptScorer
 from offmoe.hf.door import DynamicCache, PreTrainedModel
 from offmoe.hf.internals import cache_name, experts_modules
 from offmoe.hf.lengths import cos_sin_of, starts_over
@@ -23,7 +24,7 @@ def generate_step(
     model: PreTrainedModel, prompt_ids: Sequence[int], choose: Chooser, *, kept: PrefixCache, chunk: int,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
     decode: Callable[[Forward, torch.Tensor], torch.Tensor] | None = None,
-    smaller_chunk: Callable[[int], int] | None = None,
+    smaller_chunk: Callable[[int], int] | None = None, scorer: PromptScorer | None = None,
 ) -> Iterator[int]:  # fmt: skip
     """Yield token ids without end; the caller stops. The first id comes after the whole prompt was read.
 
@@ -32,14 +33,25 @@ def generate_step(
     layer of each piece, in tokens that were not kept. `choose` sees all ids of this call, (1, S), and the last logits,
     (1, V). For ids after the prompt, `decode(forward, ids)` takes the place of `forward(ids)`. When the device has no
     memory for a piece of N tokens, `smaller_chunk(N)` says in what pieces to go on, or raises; without it the prompt
-    fails. Raises NonFiniteError for logits that no token can be chosen from.
+    fails. `scorer` is given the logits of all of the prompt, of which nothing may be kept then. Raises NonFiniteError
+    for logits that no token can be chosen from.
     """
     with kept.guarded():
         forward = Forward(model, kept.cache, position=len(kept.ids))
         ids = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.device)
         logits = kept.logits
         if logits is None:
-            logits = _read_prompt(model, forward, prompt_ids, kept, chunk, on_prefill, smaller_chunk)
+            forward.scorer = scorer
+            try:
+                logits = _read_prompt(model, forward, prompt_ids, kept, chunk, on_prefill, smaller_chunk)
+            except HeadUnknownError:
+                assert scorer is not None
+                scorer.restart()
+                kept.begin(prompt_ids, reuse=False)
+                forward = Forward(model, kept.cache)
+                forward.scorer = scorer
+                logits = _read_prompt(model, forward, prompt_ids, kept, scorer.rows, on_prefill, smaller_chunk)
+            forward.scorer = None
             kept.prompt_ends(logits)
         while True:
             try:
@@ -73,6 +85,8 @@ def _read_prompt(
     on_prefill: Callable[[int, int], None], smaller_chunk: Callable[[int], int] | None,
 ) -> torch.Tensor:  # fmt: skip
     """The last logits, (1, V). One piece may take a minute on a large model, so layers are reported, not pieces."""
+    if forward.scorer is not None and forward.scorer.in_short_pieces:
+        chunk = min(chunk, forward.scorer.rows)
     layers = [module for _, module in experts_modules(model)]
     new_ids = list(prompt_ids[len(kept.ids) :])
     ids = torch.tensor([new_ids], dtype=torch.long, device=model.device)
@@ -121,6 +135,8 @@ class Forward:
         self._cache_name = cache_name(model)
         self._takes_positions = "position_ids" in accepted
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        # Given the logits of all tokens that are read, while it is set.
+        self.scorer: PromptScorer | None = None
 
     @property
     def cache(self) -> DynamicCache | None:
@@ -137,8 +153,13 @@ class Forward:
             else {}
         )
         cache = {self._cache_name: self._cache}
-        output = self._model(input_ids=ids, use_cache=True, **cache, **positions, **self._options)
+        scorer = self.scorer
+        with contextlib.nullcontext() if scorer is None else scorer.watching():
+            options = self._options if scorer is None else {}
+            output = self._model(input_ids=ids, use_cache=True, **cache, **positions, **options)
         self._cache = getattr(output, self._cache_name)
+        if scorer is not None:
+            scorer.score(ids, output.logits)
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 

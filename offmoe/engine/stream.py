@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class Chunk:
                    (max_new_tokens, or the context is full)
     stop_reason    the stop string or the one of stop_token_ids that ended the reply; None for the model's end token
     logprobs       for each of token_ids, if they were asked for: token id to log probability and rank
+    prompt_logprobs  in the first chunk, if they were asked for: the same for every token of the prompt; None for its
+                   first one
     stats          in the last chunk: the cost of the reply
     reasoning      the text is not the answer yet (chats only)
     """
@@ -36,8 +39,13 @@ class Chunk:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     stats: GenerationStats | None = None
     reasoning: bool = False
+
+
+class StreamClosed(Exception):  # noqa: N818 - an end, and no error
+    """Raised inside of a reply whose stream was closed while its prompt was read. No caller sees it."""
 
 
 class Stream(Iterator[Chunk]):
@@ -46,20 +54,37 @@ class Stream(Iterator[Chunk]):
     Leaving a `with` statement closes it. `close` may be called from another thread while the stream waits for a token.
     """
 
-    def __init__(self, chunks: Generator[Chunk, None, None]) -> None:
+    def __init__(
+        self, chunks: Generator[Chunk, None, None], closed: threading.Event | None = None, *,
+        prompt_ids: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """`closed` tells who makes the chunks that nobody waits for them; one for all streams around one reply."""
         self._chunks = chunks
-        self._is_closed = False
+        # What the reply answers.
+        self.prompt_ids = tuple(prompt_ids)
+        self.closed = closed or threading.Event()
 
     def __next__(self) -> Chunk:
-        chunk = next(self._chunks)
-        if self._is_closed:  # by another thread, meanwhile
+        try:
+            chunk = next(self._chunks)
+        except StreamClosed:
+            raise StopIteration from None
+        if self.closed.is_set():  # by another thread, meanwhile
             self._chunks.close()
             raise StopIteration
         return chunk
 
+    @property
+    def is_closed(self) -> bool:
+        """Nobody waits for the rest; false for a stream that came to its end."""
+        return self.closed.is_set()
+
     def close(self) -> None:
-        """End the reply at its next token and free the engine. A second close does nothing."""
-        self._is_closed = True
+        """End the reply at its next token, or in its prompt after the layer at work, and free the engine.
+
+        A second close does nothing.
+        """
+        self.closed.set()
         try:
             self._chunks.close()
         except ValueError as error:
@@ -89,26 +114,34 @@ def stream_text(
     on_end: Callable[[GenerationStats], None] = lambda stats: None,
     after: Sequence[int] = (), way: Callable[[], tuple[str, str]] = lambda: ("", ""),
     logprobs: Callable[[], TokenLogprobs] | None = None,
+    prompt_logprobs: Callable[[], tuple[TokenLogprobs | None, ...] | None] | None = None,
 ) -> Generator[Chunk, None, None]:  # fmt: skip
     """Chunks of text for the ids of `steps`, until a rule ends them. Without a tokenizer, chunks have ids only.
 
     `num_reused` of the prompt's tokens were in the KV cache already. `on_end` is told what it cost, also when it is
     broken off. `after`: ids whose text the reply continues. `way`: the last token's decode path and its reason.
-    `logprobs`: those of the last token.
+    `logprobs`: those of the last token. `prompt_logprobs`: those of the prompt, asked for once it was read.
     """
     decoder = TextDecoder(tokenizer, after=after) if tokenizer is not None else None
     stops = StopMatcher(rules.stop_strings)
     meter = Meter(counters, num_prompt_tokens, num_reused, clock, way)
     reason: FinishReason = "length"
     stop_reason: int | str | None = None
+    of_prompt: tuple[TokenLogprobs | None, ...] | None = None
     try:
         for token_id in steps:
             meter.token()
+            of_prompt = prompt_logprobs() if prompt_logprobs is not None and meter.num_tokens == 1 else None
+            if rules.max_new_tokens == 0:
+                meter.is_prompt_only = True
+                break
             if token_id in rules.stop_token_ids or token_id in rules.end_ids:
                 reason, stop_reason = "stop", token_id if token_id in rules.stop_token_ids else None
                 break
             text = stops.add(decoder.add(token_id), control=decoder.spelling(token_id)) if decoder else ""
-            yield Chunk(text, (token_id,), logprobs=None if logprobs is None else (logprobs(),))
+            found = None if logprobs is None else (logprobs(),)
+            yield Chunk(text, (token_id,), logprobs=found, prompt_logprobs=of_prompt)
+            of_prompt = None
             if stops.met is not None or meter.num_tokens >= rules.max_new_tokens:
                 break
     finally:
@@ -117,7 +150,10 @@ def stream_text(
     if stops.met is not None:
         reason, stop_reason = "stop", stops.met
     none = None if logprobs is None else ()
-    yield Chunk(rest + stops.flush(), finish_reason=reason, stop_reason=stop_reason, logprobs=none, stats=meter.stats())
+    yield Chunk(
+        rest + stops.flush(), finish_reason=reason, stop_reason=stop_reason, logprobs=none, prompt_logprobs=of_prompt,
+        stats=meter.stats(),
+    )  # fmt: skip
 
 
 class Meter:
@@ -132,6 +168,8 @@ class Meter:
         self._times = [clock()]
         self._at_start = counters.copy()
         self._at_first = self._at_start
+        # The first token was asked for its time only.
+        self.is_prompt_only = False
 
     @property
     def num_tokens(self) -> int:
@@ -150,7 +188,7 @@ class Meter:
         return GenerationStats(
             prompt_tokens=self._num_prompt_tokens,
             reused_tokens=self._num_reused,
-            new_tokens=self.num_tokens,
+            new_tokens=0 if self.is_prompt_only else self.num_tokens,
             prefill_s=times[1] - times[0] if self.num_tokens else 0.0,
             step_s=tuple(after - before for before, after in zip(times[1:-1], times[2:], strict=True)),
             prefill=self._at_first.minus(self._at_start),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
@@ -21,13 +21,29 @@ LogitsFunction: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor
 Chooser: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], int]"
 
 _SMALLEST_TOP_P = 1e-6
+_LARGEST_BIAS = 100.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillProgress:
+    """Progress of a prompt: `done_tokens` of `total_tokens` that have to be read, beside `reused_tokens` that are kept.
+
+    `disk_bytes` were read for it, in `elapsed_s` seconds.
+    """
+
+    done_tokens: int
+    total_tokens: int
+    reused_tokens: int
+    disk_bytes: int
+    elapsed_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """Rules for choosing the tokens of a reply and for ending it. None: what the model's generation_config says.
 
-    max_new_tokens      tokens of the reply at most, at least 1; default: the model's own setting, else 256
+    max_new_tokens      tokens of the reply at most, at least 1; default: the model's own setting, else 256; 0
+                        goes with prompt_logprobs: the prompt is read, and nothing written
     temperature         0 is greedy; default: greedy unless the model's publisher set sampling
     top_p               sample from the likeliest tokens that sum to this, above 0 to 1
     top_k               sample from that many likeliest tokens; 0: from all
@@ -39,7 +55,9 @@ class SamplingParams:
     stop                text, or several, that end the reply and are not part of it
     stop_token_ids      token ids that end the reply and are not part of it
     ignore_eos          go on after the model's end token
+    logit_bias          token id to a number from -100 to 100, added to the token's logit
     logprobs            log probabilities of the chosen token and of this many likeliest ones, by the model's own logits
+    prompt_logprobs     the same for every token of the prompt but the first; the whole prompt is read for it
     logits_processor    function, or several, (token_ids_S, logits_V) -> logits_V, applied before everything else
 
     Raises UsageError for a value out of range. Field names are vLLM's; its max_tokens is max_new_tokens here, as in
@@ -58,7 +76,9 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
+    logit_bias: Mapping[int, float] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logits_processor: LogitsFunction | Sequence[LogitsFunction] | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +86,8 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, check(name, value))
+        if self.max_new_tokens == 0 and self.prompt_logprobs is None:
+            raise UsageError("max_new_tokens is 0; use a whole number of at least 1 (0 goes with prompt_logprobs)")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -95,7 +117,9 @@ class SamplingOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool
+    logit_bias: Mapping[int, float] | None
     logprobs: int | None
+    prompt_logprobs: int | None
     logits_processor: LogitsFunction | Sequence[LogitsFunction] | None
 
 
@@ -105,19 +129,26 @@ class RequestOptions(SamplingOptions, total=False):
     sampling: SamplingParams | None
     choose: Chooser | None
     on_prefill: Callable[[int, int], None]
+    on_progress: Callable[[PrefillProgress], None]
     reuse: bool | None
     own_text: bool
+    queued: bool
 
 
-class ChatOptions(RequestOptions, total=False):
-    """Keywords of `Engine.stream_chat`, `Engine.chat` and the calls of a Conversation."""
+class ChatPromptOptions(TypedDict, total=False):
+    """Keywords of `Engine.tokenize_chat`: how messages become a prompt."""
 
-    chat_template_kwargs: dict[str, Any] | None
+    chat_template_kwargs: Mapping[str, Any] | None
     allow_control_tokens: bool
+    continue_final_message: bool
+
+
+class ChatOptions(RequestOptions, ChatPromptOptions, total=False):
+    """Keywords of `Engine.stream_chat`, `Engine.chat` and the calls of a Conversation."""
 
 
 SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams))
-REQUEST_NAMES = (*SAMPLING_NAMES, "sampling", "choose", "on_prefill", "reuse", "own_text")
+REQUEST_NAMES = (*SAMPLING_NAMES, "sampling", "choose", "on_prefill", "on_progress", "reuse", "own_text", "queued")
 
 
 def sampling_of(options: RequestOptions) -> SamplingParams:
@@ -131,6 +162,17 @@ def sampling_of(options: RequestOptions) -> SamplingParams:
         raise UsageError(f"sampling is a {type(params).__name__}; use offmoe.SamplingParams(...)")
     given: dict[str, Any] = {name: value for name, value in options.items() if name in SAMPLING_NAMES}
     return replace(params, **given) if given else params
+
+
+def seeds_of(n: object, options: RequestOptions) -> list[RequestOptions] | None:
+    """Changes of `options` for each of `n` replies to one prompt; None where there is one, which is no list then.
+
+    Raises UsageError.
+    """
+    if n is None:
+        return None
+    seed = sampling_of(options).seed
+    return [{} if seed is None else {"seed": seed + idx} for idx in range(_whole(1)("n", n))]
 
 
 def _number(low: float, high: float | None = None) -> Callable[[str, object], float]:
@@ -164,6 +206,11 @@ def _whole(low: int) -> Callable[[str, object], int]:
     return check
 
 
+def _length(name: str, value: object) -> int:
+    """0 has a meaning too, with prompt_logprobs."""
+    return 0 if type(value) is int and value == 0 else _whole(1)(name, value)
+
+
 def _switch(name: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
@@ -185,6 +232,18 @@ def _ids(name: str, value: Any) -> tuple[int, ...]:
         raise UsageError(f"{name} is {value!r}; use a list of token ids") from None
 
 
+def _biases(name: str, value: Any) -> dict[int, float]:
+    """Token ids to numbers; ids may be texts of digits, which is all that JSON has for keys."""
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{name} is {value!r}; use a mapping of token ids to numbers between -100 and 100")
+    check = _number(-_LARGEST_BIAS, _LARGEST_BIAS)
+    try:
+        ids = {int(key) if isinstance(key, str) else operator.index(key): bias for key, bias in value.items()}
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} has a key that is no token id among {list(value)[:3]!r}; use whole numbers") from None
+    return {token_id: check(f"{name}[{token_id}]", bias) for token_id, bias in ids.items()}
+
+
 def _functions(name: str, value: object) -> tuple[LogitsFunction, ...]:
     functions = (value,) if callable(value) else tuple(value) if isinstance(value, (list, tuple)) else ()
     if not all(callable(function) for function in functions) or not (functions or value in ([], ())):
@@ -193,8 +252,9 @@ def _functions(name: str, value: object) -> tuple[LogitsFunction, ...]:
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "max_new_tokens": _whole(1), "temperature": _number(0.0), "top_p": _share, "top_k": _whole(0),
+    "max_new_tokens": _length, "temperature": _number(0.0), "top_p": _share, "top_k": _whole(0),
     "min_p": _number(0.0, 1.0), "repetition_penalty": _number(1e-6), "presence_penalty": _number(-2.0, 2.0),
     "frequency_penalty": _number(-2.0, 2.0), "seed": _whole(0), "stop": check_texts, "stop_token_ids": _ids,
-    "ignore_eos": _switch, "logprobs": _whole(0), "logits_processor": _functions,
+    "ignore_eos": _switch, "logit_bias": _biases, "logprobs": _whole(0),
+    "prompt_logprobs": _whole(0), "logits_processor": _functions,
 }  # fmt: skip

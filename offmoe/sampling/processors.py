@@ -120,8 +120,10 @@ def reply_length(given: int | None, config: GenerationConfig | None) -> int:
 
     Not the publisher's `max_length`: old configs have transformers' former default of 20 there, prompt included.
     """
+    if given is not None:
+        return given
     published = None if config is None else config.max_new_tokens
-    length = SamplingParams(max_new_tokens=published if given is None else given).max_new_tokens
+    length = SamplingParams(max_new_tokens=published).max_new_tokens
     return _USUAL_LENGTH if length is None else length
 
 

@@ -16,6 +16,7 @@ from offmoe.hf.door import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -115,6 +116,8 @@ def make_chooser(
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.presence_penalty or sampling.frequency_penalty:
         processors.append(_ReplyPenalties(num_prompt, sampling.presence_penalty, sampling.frequency_penalty))
+    if sampling.logit_bias:
+        processors.append(SequenceBiasLogitsProcessor({(id_,): bias for id_, bias in sampling.logit_bias.items()}))
     processors.extend(rules.always)
     if sampling.temperature < _GREEDY_BELOW:
         return partial(_choose, processors, _largest, functions=sampling.processors)

@@ -241,3 +241,18 @@ def test_retry_answers_the_question_that_was_stopped(engine: offmoe.Engine) -> N
     chat.reset()
     with pytest.raises(UsageError, match="nothing was asked"):
         chat.retry()
+
+
+def test_a_message_that_was_begun_is_gone_on_with(engine: offmoe.Engine) -> None:
+    asked = [{"role": "user", "content": "hello"}]
+    begun = [*asked, {"role": "assistant", "content": "Good morning to"}]
+    ids = engine.tokenize_chat(begun, continue_final_message=True)
+    assert engine.tokenizer is not None
+    assert engine.tokenizer.decode(ids).endswith("Good morning to")
+    assert ids[: len(engine.tokenize_chat(asked))] == engine.tokenize_chat(asked)
+    stream = engine.stream_chat(begun, continue_final_message=True, raw=True, max_new_tokens=3)
+    assert stream.prompt_ids == tuple(ids) and list(stream)
+    for wrong in (asked, [*asked, {"role": "assistant", "content": " "}]):
+        with pytest.raises(UsageError, match="continue_final_message"):
+            engine.tokenize_chat(wrong, continue_final_message=True)
+    assert engine.tokenize("hello") == engine.tokenizer("hello")["input_ids"]

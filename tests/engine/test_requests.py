@@ -42,7 +42,8 @@ def test_names_and_types_of_keywords_are_those_of_the_record() -> None:
     keywords = {name: getattr(kind, "__forward_arg__", kind) for name, kind in SamplingOptions.__annotations__.items()}
     assert keywords == {field.name: field.type for field in dataclasses.fields(SamplingParams)}
     assert set(REQUEST_NAMES) == RequestOptions.__optional_keys__ and not RequestOptions.__required_keys__
-    assert {"chat_template_kwargs", "allow_control_tokens"} == ChatOptions.__optional_keys__ - set(REQUEST_NAMES)
+    of_chats = {"chat_template_kwargs", "allow_control_tokens", "continue_final_message"}
+    assert of_chats == ChatOptions.__optional_keys__ - set(REQUEST_NAMES)
     for field in dataclasses.fields(SamplingParams):
         (line,) = [
             line for line in str(SamplingParams.__doc__).splitlines() if line.strip().startswith(field.name + " ")

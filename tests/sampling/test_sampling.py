@@ -110,3 +110,32 @@ def test_numbers_of_any_kind_are_numbers(engine: offmoe.Engine) -> None:
         "seed": np.int32(4),
     }
     assert sample(engine, **given) == sample(engine, temperature=1.0, top_k=7, repetition_penalty=2.0, seed=4)
+
+
+def test_a_bias_adds_to_a_logit(engine: offmoe.Engine) -> None:
+    usual = sample(engine, temperature=0)
+    assert usual[0] != 7
+    assert set(sample(engine, temperature=0, logit_bias={7: 100})) == {7}
+    assert set(sample(engine, temperature=0, logit_bias={"7": 100})) == {7}, "as JSON has it"
+    assert usual[0] not in sample(engine, temperature=0, logit_bias={usual[0]: -100})
+    assert sample(engine, temperature=0, logit_bias={}) == usual
+    for bias, words in (
+        ({7: 101}, r"logit_bias\[7\] is 101"),
+        ({999: 1}, "999"),
+        ({"x": 1}, "no token id"),
+        (3, "mapping"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            sample(engine, logit_bias=bias)
+
+
+def test_several_replies_to_one_prompt(engine: offmoe.Engine) -> None:
+    replies = engine.generate(PROMPT, n=3, seed=4, temperature=1.5, max_new_tokens=8, reuse=True)
+    assert [reply.token_ids for reply in replies] == [
+        engine.generate(PROMPT, seed=4 + idx, temperature=1.5, max_new_tokens=8).token_ids for idx in range(3)
+    ]
+    assert len({reply.token_ids for reply in replies}) == 3
+    assert replies[1].stats.reused_tokens == len(PROMPT)
+    assert len(engine.generate([PROMPT, PROMPT[:4]], n=2, max_new_tokens=1)) == 4
+    with pytest.raises(UsageError, match="n is 0"):
+        engine.generate(PROMPT, n=0)
