@@ -158,3 +158,42 @@ def _first_mark(text: str) -> tuple[int, str] | None:
 def _overlap(text: str, mark: str) -> int:
     """Length of the longest end of `text` that begins `mark`, but is not all of it."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+
+
+class ReasoningGate:
+    """Says which tokens of a reply are still reasoning, so that a grammar begins with the answer. For one reply."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer, self._ids = tokenizer, list[int]()
+        opened = _left_open(tokenizer, prompt_ids)
+        has_channels = _CHANNEL in template_text(tokenizer)
+        self._until = _CHANNEL + _ANSWER_CHANNEL + _MESSAGE if has_channels else opened[1] if opened else ""
+        pairs = [] if self._until else TAGS
+        vocabulary = tokenizer.get_vocab()
+        self._closers = {vocabulary[mark]: close for mark, close in pairs if mark in vocabulary}
+        self._openers = frozenset(self._closers)
+
+    @property
+    def openers(self) -> frozenset[int]:
+        """Tokens that may begin a block of reasoning, while nothing was said yet."""
+        return self._openers
+
+    @property
+    def is_reasoning(self) -> bool:
+        """The tokens that come next are no answer."""
+        return bool(self._until)
+
+    def add(self, token_id: int) -> bool:
+        """Whether this token of the reply is the answer's."""
+        closer, self._closers, self._openers = self._closers.get(token_id), {}, frozenset()
+        if closer is not None:
+            self._until = closer
+            return False
+        if not self._until:
+            return True
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids[-_TAIL_TOKENS:], skip_special_tokens=False)
+        assert isinstance(text, str)
+        if self._until in text:
+            self._until = ""
+        return False

@@ -9,6 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -19,6 +20,7 @@ from offmoe.machine.memory import rss_bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _CONFIG_KEY = "offmoe.config"
+_MOST_FILE_BYTES = 256 << 10
 EXPERT_FORMATS = ("int4", "int8")
 REVISION_HELP = "Branch, tag or commit of a model on the hub. Default: its main branch."
 
@@ -118,6 +120,45 @@ def sampling_options(command: Command) -> Command:
 def choice_options(command: Command) -> Command:
     """The flags of how tokens are chosen."""
     return functools.reduce(lambda f, option: option(f), reversed(_CHOICE_FLAGS), command)
+
+
+def grammar_options(command: Command) -> Command:
+    """The flags that say what form a reply has: at most one of them is given."""
+    options = [
+        click.option(
+            "--json-schema", metavar="FILE",
+            help="The reply is JSON that the schema in FILE takes.",
+        ),
+        click.option("--regex", metavar="TEXT", help="The reply is a text that this regular expression matches."),
+        click.option(
+            "--grammar", metavar="FILE", help="The reply is a text of the Lark grammar in FILE.",
+        ),
+    ]  # fmt: skip
+    return functools.reduce(lambda f, option: option(f), reversed(options), command)
+
+
+def read_grammar_files(options: dict[str, Any]) -> None:
+    """Put the text of the files that --json-schema and --grammar name in the place of their names. Errors name them."""
+    for name in ("json_schema", "grammar"):
+        if options.get(name) is not None:
+            options[name] = _read_file("--" + name.replace("_", "-"), options[name])
+
+
+def _read_file(flag: str, path: str) -> str:
+    """The text of a small file."""
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_MOST_FILE_BYTES + 1)
+        text = data.decode()
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{flag} {path} is no text") from None
+    if not text.strip():
+        raise UsageError(f"{flag} {path} is empty")
+    if len(data) > _MOST_FILE_BYTES:
+        raise UsageError(f"{flag} {path} has more than {_MOST_FILE_BYTES >> 10} KiB, which is the most")
+    return text
 
 
 def json_option(command: Command) -> Command:

@@ -9,8 +9,10 @@ import click
 from offmoe.cli.options import (
     choice_options,
     engine_options,
+    grammar_options,
     json_option,
     print_json,
+    read_grammar_files,
     read_stdin,
     sampling_options,
     split_engine_options,
@@ -25,6 +27,7 @@ DEMO_PROMPT = "def read_lines(path):\n    "
 @click.argument("model", required=False)
 @click.option("--prompt", required=True, help='The text to continue; "-" reads it from standard input.')
 @sampling_options
+@grammar_options
 @engine_options
 @json_option
 @user_errors
@@ -32,6 +35,7 @@ def generate(model: str | None, prompt: str, stop: tuple[str, ...], as_json: boo
     """Continue a prompt."""
     from offmoe.cli.generate import run_generate
 
+    read_grammar_files(options)
     engine_given, sampling = split_engine_options(options)
     text = read_stdin() if prompt == "-" else prompt
     record = run_generate(model, engine_given, {"stop": stop, **sampling}, text, quiet=as_json)
@@ -66,6 +70,7 @@ def generate(model: str | None, prompt: str, stop: tuple[str, ...], as_json: boo
 @click.option("--plain", is_flag=True, help="Replies as the model writes them, no formatted Markdown.")
 @click.option("--no-history", is_flag=True, help="Do not remember the lines typed.")
 @choice_options
+@grammar_options
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print each reply as a line of JSON.")
 @user_errors
@@ -80,6 +85,7 @@ def chat(
     """
     from offmoe.cli.chat_start import TemplateOptions, start_chat
 
+    read_grammar_files(options)
     template = TemplateOptions(template_arguments(template_args), thinking, allow_control_tokens)
     start_chat(model, dash, {"stop": stop, **options}, template)
 

@@ -39,6 +39,7 @@ from offmoe.kv.prefix import PrefixCache
 from offmoe.loader.load import load_model
 from offmoe.loader.loaded import LoadedModel
 from offmoe.memory.budget import MemoryPlan
+from offmoe.sampling.grammar import GrammarCompiler
 from offmoe.sampling.params import ChatOptions, ChatPromptOptions, RequestOptions, seeds_of
 from offmoe.sampling.processors import not_followed
 from offmoe.trace.file import TraceWriter
@@ -87,6 +88,8 @@ class Engine:
         # What a GGUF file says of ends is in the generation config already.
         stated = {} if is_gguf(self.folder) else read_config(self.folder)
         self._end_ids = end_ids(loaded.model.generation_config, stated, loaded.tokenizer)
+        vocab_size = int(loaded.model.config.get_text_config().vocab_size)
+        self._grammars = GrammarCompiler(loaded.tokenizer, vocab_size=vocab_size, end_ids=self._end_ids)
         has_text = loaded.tokenizer is not None
         if (note := not_followed(loaded.model.generation_config, has_text=has_text)) is not None:
             loaded.serving.notes.append(note)
@@ -227,7 +230,7 @@ class Engine:
             continue_final_message=continue_final_message,
         )  # fmt: skip
         assert self.tokenizer is not None
-        given: RequestOptions = {"own_text": not continue_final_message, **options}
+        given: RequestOptions = {"own_text": not continue_final_message, "after_reasoning": True, **options}
         chunks = self.stream(ids, **given)
         parts = with_marks(chunks, self.tokenizer) if raw else split_reasoning(chunks, self.tokenizer, ids)
         return Stream(parts, chunks.closed, prompt_ids=ids)
@@ -266,7 +269,9 @@ class Engine:
         parts = self._parts
         if not options.get("queued"):
             self._lock.check()
-        return make_call(parts, prompt, options, end_ids=self._end_ids, vocab_size=self.vocab_size)
+        return make_call(
+            parts, prompt, options, end_ids=self._end_ids, vocab_size=self.vocab_size, grammars=self._grammars
+        )
 
     def _begin(self, call: Request) -> Stream:
         parts = self._parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from offmoe.chat.reasoning import ReasoningGate
 from offmoe.core.errors import UsageError
 from offmoe.engine.call import Request
 from offmoe.engine.prompt import check_ids, encode_prompt, stop_rules
@@ -11,15 +12,16 @@ from offmoe.engine.prompt_logprobs import PromptScorer
 from offmoe.hf.context import longest_context
 from offmoe.hf.door import GenerationConfig
 from offmoe.loader.loaded import LoadedModel
+from offmoe.sampling.grammar import GrammarCompiler, GrammarMask
 from offmoe.sampling.logprobs import LogprobRecorder
-from offmoe.sampling.params import RequestOptions, sampling_of
+from offmoe.sampling.params import RequestOptions, SamplingParams, sampling_of
 from offmoe.sampling.processors import Rules, joined_stops, publisher_rules, reply_length
 from offmoe.sampling.sampler import make_chooser, resolve_sampling
 
 
 def make_call(
     parts: LoadedModel, prompt: str | Sequence[int], options: RequestOptions, *, end_ids: frozenset[int],
-    vocab_size: int,
+    vocab_size: int, grammars: GrammarCompiler,
 ) -> Request:  # fmt: skip
     """Check `prompt` and `options`, which `Engine.stream` describes, for a model whose replies end at `end_ids`.
 
@@ -42,8 +44,9 @@ def make_call(
     num_held = 1 if parts.model.config.is_encoder_decoder else len(ids)  # a decoder begins with one token of its own
     chosen = resolve_sampling(defaults, params)
     choose = options.get("choose") or make_chooser(
-        chosen, parts.model.device, _rules(parts, num_held, end_ids), num_prompt=num_held
-    )
+        chosen, parts.model.device, _rules(parts, num_held, end_ids), num_prompt=num_held,
+        mask=_mask(parts, options, params, grammars, ids, num_held),
+    )  # fmt: skip
     if params.logit_bias:
         check_ids(list(params.logit_bias), vocab_size=vocab_size)
     scorer = _scorer(parts, params.prompt_logprobs)
@@ -54,6 +57,20 @@ def make_call(
         logprobs=None if recorder is None else recorder.take, scorer=scorer,
         reuse=reuse if scorer is None else False, own_text=own_text,
     )  # fmt: skip
+
+
+def _mask(
+    parts: LoadedModel, options: RequestOptions, params: SamplingParams, grammars: GrammarCompiler,
+    ids: Sequence[int], num_held: int,
+) -> GrammarMask | None:  # fmt: skip
+    """The rule of the grammar that is asked for, if there is any."""
+    matcher = grammars.matcher(params)
+    if matcher is None:
+        return None
+    gate = None
+    if options.get("after_reasoning") and parts.tokenizer is not None:
+        gate = ReasoningGate(parts.tokenizer, ids)
+    return GrammarMask(matcher, num_held, gate=gate)
 
 
 def _scorer(parts: LoadedModel, num_top: int | None) -> PromptScorer | None:

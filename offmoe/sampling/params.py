@@ -22,6 +22,8 @@ Chooser: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], int]"
 
 _SMALLEST_TOP_P = 1e-6
 _LARGEST_BIAS = 100.0
+# At most one of them says what a reply may be.
+GRAMMAR_NAMES = ("json_schema", "regex", "grammar")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +60,9 @@ class SamplingParams:
     logit_bias          token id to a number from -100 to 100, added to the token's logit
     logprobs            log probabilities of the chosen token and of this many likeliest ones, by the model's own logits
     prompt_logprobs     the same for every token of the prompt but the first; the whole prompt is read for it
+    json_schema         the reply is JSON that this schema (a mapping, or its text; True: any object) takes
+    regex               the reply is a text that this regular expression matches as a whole
+    grammar             the reply is a text of this grammar, in Lark's form as llguidance reads it
     logits_processor    function, or several, (token_ids_S, logits_V) -> logits_V, applied before everything else
 
     Raises UsageError for a value out of range. Field names are vLLM's; its max_tokens is max_new_tokens here, as in
@@ -79,6 +84,9 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | str | bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
     logits_processor: LogitsFunction | Sequence[LogitsFunction] | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +94,9 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, check(name, value))
+        grammars = [name for name in GRAMMAR_NAMES if getattr(self, name) is not None]
+        if len(grammars) > 1:
+            raise UsageError(f"{' and '.join(grammars)} exclude each other; give one of them")
         if self.max_new_tokens == 0 and self.prompt_logprobs is None:
             raise UsageError("max_new_tokens is 0; use a whole number of at least 1 (0 goes with prompt_logprobs)")
 
@@ -120,6 +131,9 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     logprobs: int | None
     prompt_logprobs: int | None
+    json_schema: Mapping[str, Any] | str | bool | None
+    regex: str | None
+    grammar: str | None
     logits_processor: LogitsFunction | Sequence[LogitsFunction] | None
 
 
@@ -133,6 +147,7 @@ class RequestOptions(SamplingOptions, total=False):
     reuse: bool | None
     own_text: bool
     queued: bool
+    after_reasoning: bool
 
 
 class ChatPromptOptions(TypedDict, total=False):
@@ -148,7 +163,10 @@ class ChatOptions(RequestOptions, ChatPromptOptions, total=False):
 
 
 SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams))
-REQUEST_NAMES = (*SAMPLING_NAMES, "sampling", "choose", "on_prefill", "on_progress", "reuse", "own_text", "queued")
+REQUEST_NAMES = (
+    *SAMPLING_NAMES, "sampling", "choose", "on_prefill", "on_progress", "reuse", "own_text", "queued",
+    "after_reasoning",
+)  # fmt: skip
 
 
 def sampling_of(options: RequestOptions) -> SamplingParams:
@@ -211,6 +229,18 @@ def _length(name: str, value: object) -> int:
     return 0 if type(value) is int and value == 0 else _whole(1)(name, value)
 
 
+def _schema(name: str, value: object) -> object:
+    if value is True or isinstance(value, Mapping) or (isinstance(value, str) and value):
+        return value
+    raise UsageError(f"{name} is {value!r}; use a schema, its text, or True for any object")
+
+
+def _text(name: str, value: object) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise UsageError(f"{name} is {value!r}; use a text that is not empty")
+
+
 def _switch(name: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
@@ -256,5 +286,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "min_p": _number(0.0, 1.0), "repetition_penalty": _number(1e-6), "presence_penalty": _number(-2.0, 2.0),
     "frequency_penalty": _number(-2.0, 2.0), "seed": _whole(0), "stop": check_texts, "stop_token_ids": _ids,
     "ignore_eos": _switch, "logit_bias": _biases, "logprobs": _whole(0),
-    "prompt_logprobs": _whole(0), "logits_processor": _functions,
+    "prompt_logprobs": _whole(0), "json_schema": _schema, "regex": _text, "grammar": _text,
+    "logits_processor": _functions,
 }  # fmt: skip

@@ -102,16 +102,17 @@ def greedy(ids: torch.Tensor, logits: torch.Tensor) -> int:
 
 
 def make_chooser(
-    sampling: SamplingParams, device: torch.device | None = None, rules: Rules = NO_RULES, *, num_prompt: int = 0
+    sampling: SamplingParams, device: torch.device | None = None, rules: Rules = NO_RULES, *, num_prompt: int = 0,
+    mask: LogitsProcessor | None = None,
 ) -> Chooser:  # fmt: skip
     """A function (ids (1, S), logits (1, V)) -> token id for resolved `sampling`. `rules` are the publisher's, for the
-    reply at hand, whose ids begin with `num_prompt` of the prompt.
+    reply at hand, whose ids begin with `num_prompt` of the prompt. `mask` rules out tokens before all else.
 
     It computes on `device`, where the logits are (None: the CPU); the id alone comes from there, at one wait. The
     function raises NoTokenError for logits that are not finite, UsageError where the rules leave no token.
     """
     assert sampling.temperature is not None and sampling.repetition_penalty is not None, "resolved"
-    processors = LogitsProcessorList(rules.first)
+    processors = LogitsProcessorList([*([] if mask is None else [mask]), *rules.first])
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.presence_penalty or sampling.frequency_penalty:
