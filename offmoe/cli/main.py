@@ -11,6 +11,7 @@ from offmoe.cli.group import OneLineGroup
 from offmoe.cli.options import begin_process
 from offmoe.cli.replies import chat, demo, generate
 from offmoe.cli.routing import replay, trace, tune
+from offmoe.cli.serve import serve
 from offmoe.cli.smaller import quantize
 
 
@@ -31,7 +32,7 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (generate, chat, demo, inspect, probe, plan, verify, bench, quantize, trace, replay, tune):
+for _command in (generate, chat, serve, demo, inspect, probe, plan, verify, bench, quantize, trace, replay, tune):
     main.add_command(_command)
 
 

@@ -12,6 +12,7 @@ from offmoe.checkpoint.identity import model_hash
 from offmoe.cli.options import named_config, process_baseline_bytes
 from offmoe.core.config import EngineConfig, make_config
 from offmoe.core.errors import UsageError
+from offmoe.core.progress import Progress
 from offmoe.core.saved_flags import SavedFlags, default_path, read_flags
 from offmoe.core.units import format_bytes, format_traffic
 from offmoe.loader.fetch import fetch_model
@@ -34,13 +35,13 @@ def check_request(model: str | None, options: dict[str, Any], *, quiet: bool = F
 
 def open_engine(
     model: str | None, options: dict[str, Any], *, quiet: bool = False, baseline_bytes: int | None = None,
-    use_saved: bool = True, prompt: str | None = None,
+    use_saved: bool = True, prompt: str | None = None, tell_progress: Progress = lambda stage, done, total: None,
 ) -> Engine:  # fmt: skip
     """Load with plan and progress on stderr, then say what goes where (unless `quiet`); at the end what came of it.
 
     The budget counts from `baseline_bytes`, by default from the begin of the process. `use_saved`: with the flags that
     `offmoe tune` chose for this model, where `options` leave them open; which ones is said. A `prompt` without room in
-    the context is refused before weights are read.
+    the context is refused before weights are read. `tell_progress` is told of the load, too.
     """
     from offmoe.api import load_engine
 
@@ -58,7 +59,12 @@ def open_engine(
         if not quiet:
             click.echo(line, err=True)
 
-    with ProgressReporter(quiet=quiet) as progress:
+    with ProgressReporter(quiet=quiet) as shown:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            shown(stage, done, total)
+            tell_progress(stage, done, total)
+
         engine = load_engine(folder, make_config(**options), baseline_bytes=baseline, progress=progress, tell=tell)
     if not quiet:
         click.echo(f"{engine.folder.name}: {engine.plan.line()}", err=True)

@@ -102,7 +102,7 @@ def test_a_device_where_there_is_none(command: str, flags: tuple[str, str]) -> N
 @pytest.mark.parametrize("command", WITH_MODEL)
 @pytest.mark.parametrize("as_json", [False, True])
 def test_no_such_model(command: str, as_json: bool, tmp_path: Path) -> None:
-    flags = ("--json",) if as_json and command != "chat" else ()
+    flags = ("--json",) if as_json and command not in {"chat", "serve"} else ()
     text = fail(command, tmp_path / "nowhere", *NEEDED.get(command, ()), *flags)
     assert text.startswith(f"{tmp_path / 'nowhere'} does not exist")
     (tmp_path / "empty").mkdir()

@@ -13,7 +13,7 @@ from patience import PATIENCE_S
 
 from offmoe.cli.main import main
 
-COMMANDS = ("bench", "chat", "demo", "generate", "inspect", "quantize", "replay", "trace", "tune", "verify")
+COMMANDS = ("bench", "chat", "demo", "generate", "inspect", "quantize", "replay", "serve", "trace", "tune", "verify")
 TIMEOUT_S = PATIENCE_S
 
 

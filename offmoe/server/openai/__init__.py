@@ -1,0 +1,1 @@
+"""OpenAI's endpoints: requests checked, replies in their form. Knows prepared generations, no engine."""

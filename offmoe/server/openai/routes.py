@@ -1,0 +1,111 @@
+"""OpenAI's endpoints: check a request off the event loop, put it into the queue, answer in its form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from offmoe.engine.engine import Engine
+from offmoe.server.body import read_request
+from offmoe.server.chat_prompt import engine_messages, template_kwargs
+from offmoe.server.errors import invalid
+from offmoe.server.openai.chat import ChatHead, ChatJsonForm, ChatStreamForm
+from offmoe.server.openai.completions import CompletionHead, CompletionJsonForm, CompletionStreamForm
+from offmoe.server.openai.logprobs import TokenNames
+from offmoe.server.openai.options import chat_options, completion_options
+from offmoe.server.openai.schemas import ChatRequest, CompletionRequest
+from offmoe.server.prepare import Generation, PlainReader
+from offmoe.server.serving import check_model, new_generation, reply_options, respond, served_model
+from offmoe.server.state import ServedModel
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: HttpRequest) -> Response:
+    """A chat's next message."""
+    served = served_model(request)
+    asked = await read_request(request, ChatRequest, served.settings)
+    check_model(asked.model, served)
+    head, generation = await run_in_threadpool(_prepare_chat, asked, served, request)
+    form = ChatStreamForm(head) if asked.stream else ChatJsonForm(head)
+    return respond(request, served, generation, form)
+
+
+def _prepare_chat(asked: ChatRequest, served: ServedModel, request: HttpRequest) -> tuple[ChatHead, Generation]:
+    engine, num = served.engine, asked.n or 1
+    messages, kwargs = engine_messages(asked, served.settings), template_kwargs(asked, engine.tokenizer)
+    options = chat_options(asked, served.settings, engine.context_length)
+    generation = new_generation(served)
+    num_prompt = 0
+    for index, given in enumerate(reply_options(options, num, request, served)):
+        stream = engine.stream_chat(
+            messages, chat_template_kwargs=kwargs, continue_final_message=bool(asked.continue_final_message),
+            queued=True, on_progress=generation.on_progress, **given,
+        )  # fmt: skip
+        num_prompt = len(stream.prompt_ids)
+        generation.add(stream, PlainReader(index))
+    head = ChatHead(
+        model=served.name, num_prompt=num_prompt, num_choices=num, names=TokenNames(engine.tokenizer),
+        wants_logprobs=bool(asked.logprobs),
+        include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
+        shows_progress=bool(asked.return_progress),
+    )  # fmt: skip
+    return head, generation
+
+
+@router.post("/v1/completions")
+async def completions(request: HttpRequest) -> Response:
+    """Text that goes on from a prompt."""
+    served = served_model(request)
+    asked = await read_request(request, CompletionRequest, served.settings)
+    check_model(asked.model, served)
+    head, generation = await run_in_threadpool(_prepare_completion, asked, served, request)
+    form = CompletionStreamForm(head) if asked.stream else CompletionJsonForm(head)
+    return respond(request, served, generation, form)
+
+
+def _prepare_completion(
+    asked: CompletionRequest, served: ServedModel, request: HttpRequest
+) -> tuple[CompletionHead, Generation]:
+    engine, num = served.engine, asked.n or 1
+    options = completion_options(asked, served.settings)
+    generation = new_generation(served)
+    found: list[list[int]] = []
+    for prompt in _prompts(asked, served):
+        for given in reply_options(options, num, request, served):
+            stream = engine.stream(prompt, queued=True, on_progress=generation.on_progress, **given)
+            generation.add(stream, PlainReader(len(found)))
+            found.append(list(stream.prompt_ids))
+    head = CompletionHead(
+        model=served.name, prompts=found, echoed=[_text(engine, ids) for ids in found] if asked.echo else None,
+        num_prompt=sum(map(len, found[::num])), num_choices=len(found), names=TokenNames(engine.tokenizer),
+        num_logprobs=options.get("logprobs"),
+        include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
+    )  # fmt: skip
+    return head, generation
+
+
+def _prompts(asked: CompletionRequest, served: ServedModel) -> list[Any]:
+    """The prompts as a list, each a text or ids."""
+    given = asked.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [given]
+    if not given:
+        raise invalid("the prompt is empty", "prompt", "invalid_value")
+    if len(given) * (asked.n or 1) > served.settings.max_n * 8:
+        raise invalid(f"{len(given)} prompts; at most {served.settings.max_n * 8} replies", "prompt", "invalid_value")
+    return list(given)
+
+
+def _text(engine: Engine, ids: Sequence[int]) -> str:
+    if engine.tokenizer is None:
+        return ""
+    text = engine.tokenizer.decode(list(ids), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
