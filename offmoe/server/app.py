@@ -11,9 +11,10 @@ from starlette.types import ASGIApp
 
 from offmoe.core.errors import OffmoeError
 from offmoe.server import status
+from offmoe.server.anthropic import routes as anthropic_routes
 from offmoe.server.errors import ApiError, as_api_error, error_body
 from offmoe.server.guard import Guard
-from offmoe.server.openai import routes
+from offmoe.server.openai import routes as openai_routes
 from offmoe.server.state import ServedModel
 
 
@@ -21,7 +22,7 @@ def make_app(served: ServedModel) -> ASGIApp:
     """The application for one model. Pages that FastAPI makes of its routes are off: they load scripts from outside."""
     app = FastAPI(title="offmoe", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.served = served
-    routers = (status.router, routes.router)
+    routers = (status.router, openai_routes.router, anthropic_routes.router)
     for router in routers:
         app.include_router(router)
     app.add_exception_handler(ApiError, _answer_error)

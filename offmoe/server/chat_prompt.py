@@ -74,21 +74,26 @@ def _arguments(given: str | dict[str, Any]) -> Any:
 
 
 def template_kwargs(request: ChatRequest, tokenizer: Any) -> dict[str, Any]:
-    """Variables of the template: the request's own, its tools, and its effort of reasoning. Raises ApiError."""
-    found = dict(request.chat_template_kwargs or {})
-    for name in ("tools", "chat_template", "documents"):
-        if name in found:
-            raise invalid(f"{name} is no variable for chat_template_kwargs", f"chat_template_kwargs.{name}")
+    """Variables of the template: the request's own, and its effort of reasoning. Raises ApiError."""
+    found = own_kwargs(request.chat_template_kwargs)
     if request.reasoning_effort is not None:
-        found |= _effort(request.reasoning_effort, tokenizer)
+        found |= effort_kwargs(request.reasoning_effort, tokenizer, "reasoning_effort")
     return found
 
 
-def _effort(effort: str, tokenizer: Any) -> dict[str, Any]:
-    """The template's own variable of that name, else its switch."""
+def own_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
+    """Variables that a request names. Raises ApiError for those that have fields of their own."""
+    for name in ("tools", "chat_template", "documents"):
+        if name in (given or {}):
+            raise invalid(f"{name} is no variable for chat_template_kwargs", f"chat_template_kwargs.{name}")
+    return dict(given or {})
+
+
+def effort_kwargs(effort: str, tokenizer: Any, param: str) -> dict[str, Any]:
+    """The template's own variable of that name, else its switch. Raises ApiError where it has neither."""
     if "reasoning_effort" in template_text(tokenizer):
         return {"reasoning_effort": effort}
     try:
-        return thinking_arguments(tokenizer, effort not in _NO_REASONING)
+        return dict(thinking_arguments(tokenizer, effort not in _NO_REASONING))
     except UsageError as error:
-        raise invalid(f"reasoning_effort: {error}", "reasoning_effort", "unsupported_parameter") from None
+        raise invalid(f"{param}: {error}", param, "unsupported_parameter") from None

@@ -29,6 +29,10 @@ class ReplyReader(Protocol):
     def calls_tools(self) -> bool:
         """The reply has called a tool."""
 
+    @property
+    def is_complete(self) -> bool:
+        """No more of the reply is wanted."""
+
 
 class Generation:
     """Replies of a request. `add` them off the engine's thread, where each is checked; `run` is called on it.
@@ -94,11 +98,11 @@ class Generation:
             if chunk.finish_reason is not None:
                 reason, stop_reason, stats = chunk.finish_reason, chunk.stop_reason, chunk.stats
             self._after_token()
-            if self._is_late():
+            if reader.is_complete or self._is_late():
                 stream.close()
         for event in reader.end():
             job.emit(event)
-        if reader.calls_tools and reason == "stop":
+        if reader.calls_tools and (reason == "stop" or reader.is_complete):
             reason = "tool_calls"
         return ReplyEnd(
             index, reason, stop_reason, stats, num_tokens if stats is None else stats.new_tokens, num_reasoning
@@ -111,7 +115,7 @@ class Generation:
 class PlainReader:
     """A reply as the engine tells it: text, and in a chat reasoning."""
 
-    calls_tools = False
+    calls_tools = is_complete = False
 
     def __init__(self, index: int) -> None:
         self._index = index

@@ -13,11 +13,15 @@ from starlette.responses import Response
 from offmoe.engine.engine import Engine
 from offmoe.server.body import read_request
 from offmoe.server.chat_prompt import engine_messages, template_kwargs
+from offmoe.server.chats import ChatAsk, begin_chat
 from offmoe.server.errors import invalid
 from offmoe.server.openai.chat import ChatHead, ChatJsonForm, ChatStreamForm
 from offmoe.server.openai.completions import CompletionHead, CompletionJsonForm, CompletionStreamForm
 from offmoe.server.openai.logprobs import TokenNames
 from offmoe.server.openai.options import chat_options, completion_options
+from offmoe.server.openai.responses_ask import responses_ask
+from offmoe.server.openai.responses_form import ResponseHead, ResponsesJsonForm, ResponsesStreamForm
+from offmoe.server.openai.responses_schemas import ResponsesRequest
 from offmoe.server.openai.schemas import ChatRequest, CompletionRequest
 from offmoe.server.prepare import Generation, PlainReader
 from offmoe.server.serving import check_model, new_generation, reply_options, respond, served_model
@@ -38,25 +42,41 @@ async def chat_completions(request: HttpRequest) -> Response:
 
 
 def _prepare_chat(asked: ChatRequest, served: ServedModel, request: HttpRequest) -> tuple[ChatHead, Generation]:
-    engine, num = served.engine, asked.n or 1
-    messages, kwargs = engine_messages(asked, served.settings), template_kwargs(asked, engine.tokenizer)
-    options = chat_options(asked, served.settings, engine.context_length)
-    generation = new_generation(served)
-    num_prompt = 0
-    for index, given in enumerate(reply_options(options, num, request, served)):
-        stream = engine.stream_chat(
-            messages, chat_template_kwargs=kwargs, continue_final_message=bool(asked.continue_final_message),
-            queued=True, on_progress=generation.on_progress, **given,
-        )  # fmt: skip
-        num_prompt = len(stream.prompt_ids)
-        generation.add(stream, PlainReader(index))
+    engine = served.engine
+    choice = asked.tool_choice or "auto"
+    num_prompt, generation = begin_chat(
+        ChatAsk(
+            messages=engine_messages(asked, served.settings),
+            options=chat_options(asked, served.settings, engine.context_length),
+            template_kwargs=template_kwargs(asked, engine.tokenizer), num=asked.n or 1,
+            tools=[tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in asked.tools or ()],
+            choice=choice if isinstance(choice, str) else choice.function.name,
+            is_parallel=asked.parallel_tool_calls is not False, continues=bool(asked.continue_final_message),
+        ),
+        served, request,
+    )  # fmt: skip
     head = ChatHead(
-        model=served.name, num_prompt=num_prompt, num_choices=num, names=TokenNames(engine.tokenizer),
+        model=served.name, num_prompt=num_prompt, num_choices=asked.n or 1, names=TokenNames(engine.tokenizer),
         wants_logprobs=bool(asked.logprobs),
         include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
         shows_progress=bool(asked.return_progress),
     )  # fmt: skip
     return head, generation
+
+
+@router.post("/v1/responses")
+async def responses(request: HttpRequest) -> Response:
+    """A response, without memory of earlier ones."""
+    served = served_model(request)
+    asked = await read_request(request, ResponsesRequest, served.settings)
+    check_model(asked.model, served)
+    num_prompt, generation = await run_in_threadpool(_prepare_response, asked, served, request)
+    head = ResponseHead(asked, served.name, num_prompt)
+    return respond(request, served, generation, ResponsesStreamForm(head) if asked.stream else ResponsesJsonForm(head))
+
+
+def _prepare_response(asked: ResponsesRequest, served: ServedModel, request: HttpRequest) -> tuple[int, Generation]:
+    return begin_chat(responses_ask(asked, served.settings, served.engine), served, request)
 
 
 @router.post("/v1/completions")
