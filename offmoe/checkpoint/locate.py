@@ -14,20 +14,37 @@ from offmoe.checkpoint.gguf.file import is_gguf, no_model, only_model, why_not_g
 from offmoe.checkpoint.hub.api import MAIN, Hub
 from offmoe.checkpoint.hub.cache import CachedModel, cache_root, is_offline, missing_weights
 from offmoe.checkpoint.hub.download import Download
+from offmoe.checkpoint.hub.files import gguf_parts, is_tagged
 from offmoe.core.errors import HubUnreachableError, ModelNotFoundError, UsageError
 from offmoe.core.folders import expand
 from offmoe.core.progress import Progress
 
 _log = logging.getLogger(__name__)
 
-# A model, or a GGUF file of one.
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:/([\w./-]+\.gguf))?")
+# A model, or a GGUF file of one: by its path there, or by a part of its name.
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:/([\w./-]+\.gguf)|(:[\w.-]+))?")
+# A page of the hub, as browsers copy it.
+_LINK = re.compile(r"(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/([^?#]+?)/?(?:[?#].*)?")
+_PAGE = re.compile(r"/(?:tree|blob|resolve)/(?P<revision>[^/]+)")
 # Given a model's folder or GGUF file before its weights are fetched; False: with config.json alone, True: with headers.
 Check = Callable[[Path, bool], None]
 
 
+def plain_name(name: str) -> str:
+    """The name on the hub that a link of it means; any other name as it is. Raises UsageError for another revision."""
+    link = _LINK.fullmatch(name.strip())
+    if link is None:
+        return name
+    page = _PAGE.search(link[1])
+    if page is not None and page["revision"] != MAIN:
+        hub_id = link[1][: page.start()]
+        raise UsageError(f"the link is of revision {page['revision']}; use {hub_id} with --revision {page['revision']}")
+    return _PAGE.sub("", link[1])
+
+
 def is_hub_id(name: str) -> bool:
-    """True for what is no path here and looks like a name on the hub."""
+    """True for what is no path here and looks like a name on the hub, or a link of it."""
+    name = plain_name(name)
     path = expand(name)
     return bool(_HUB_ID.fullmatch(name)) and not path.is_absolute() and not path.exists()
 
@@ -61,14 +78,19 @@ def locate_cached(model: str | os.PathLike[str], revision: str | None = None) ->
     if not is_hub_id(name):
         return _local(name)
     hub_id, gguf = hub_name(name)
-    return CachedModel(hub_id, revision or MAIN).find(gguf)
+    cached = CachedModel(hub_id, revision or MAIN)
+    if gguf is not None and gguf.startswith(":"):
+        found = [path.name for path in cached.snapshot(cached.commit or "").glob("*.gguf")]
+        names = [name for name in found if is_tagged(name, gguf)]
+        return cached.find(min(names)) if names else None
+    return cached.find(gguf)
 
 
 def hub_name(name: str) -> tuple[str, str | None]:
-    """A hub id's model, and the GGUF file that it names, if any."""
-    match = _HUB_ID.fullmatch(name)
+    """A hub id's model, and the GGUF file that it names, if any: its path, or a colon and a part of its name."""
+    match = _HUB_ID.fullmatch(plain_name(name))
     assert match is not None, f"{name=}"
-    return match[1], match[2]
+    return match[1], match[2] or match[3]
 
 
 def begin_download(
@@ -80,6 +102,8 @@ def begin_download(
     listing = hub.listing()
     if listing.hub_id != hub_id:
         _log.warning("%s is called %s on the hub now", hub_id, listing.hub_id)
+    if gguf is not None and gguf.startswith(":"):
+        gguf = gguf_parts(hub_id, listing.names, gguf)[0]
     return Download(hub, listing, code=code, gguf=gguf)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -47,13 +48,23 @@ def bench(
     model: str | None, ids_file: Path | None, prompt: str | None, prefill: int, decode: int | None, warm: bool,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Time load, prompt and decoding on given ids. The last line of standard output is one JSON object."""
+    """Time load, prompt and decoding on given ids.
+
+    A table on a terminal; with --json, and in a pipe, the last line of standard output is one JSON object.
+    """
     from offmoe.cli.bench import run_bench_command
 
     engine_given, _ = split_engine_options(options)
     ids = None if ids_file is None else read_ids(ids_file)
     record = run_bench_command(model, engine_given, ids, prompt, prefill, decode, warm=warm, quiet=as_json)
-    print_json(record)
+    if not as_json:
+        from offmoe.report.bench_table import bench_rows
+        from offmoe.report.tables import print_pairs
+
+        with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):
+            print_pairs(f"{record['prompt_tokens']} tokens read, {record['new_tokens']} decoded", bench_rows(record))
+    if as_json or not sys.stdout.isatty():
+        print_json(record)
 
 
 def read_ids(path: Path) -> list[int]:

@@ -17,8 +17,10 @@ from offmoe.cli.options import (
     split_engine_options,
     user_errors,
 )
-from offmoe.core.config import make_config
+from offmoe.core.config import EngineConfig, make_config
+from offmoe.core.units import GIB
 
+BUDGETS_GIB = (4, 8, 12, 16, 24, 32, 48, 64)  # of --formats
 DOES_NOT_FIT = 1  # the exit code of a plan that is one; 2 is for what cannot be planned
 
 
@@ -64,16 +66,23 @@ def probe(model: str | None, path: Path | None, refresh: bool, as_json: bool) ->
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--for", "machine", metavar="MACHINE", help='Another machine than this one, e.g. "RTX 4060 laptop".')
+@click.option(
+    "--for",
+    "machine",
+    metavar="MACHINE",
+    help='Another machine than this one: "RTX 4060", "ram=32GB,vram=8GB,link=13GB/s".',
+)
 @click.option("--trace", type=click.Path(path_type=Path), help="Hit rates from this trace of the model.")
 @click.option("--expert-format", type=click.Choice(EXPERT_FORMATS), help="Plan for experts as quantize writes them.")
+@click.option("--formats", is_flag=True, help="A table instead: formats of the experts against budgets of RAM.")
 @click.option("--prompt-tokens", type=click.IntRange(1), metavar="N", help="The prompt whose time is predicted.")
 @engine_options
 @json_option
 @user_errors
 def plan(
-    model: str | None, machine: str | None, trace: Path | None, prompt_tokens: int | None, as_json: bool, **options: Any
-) -> None:
+    model: str | None, machine: str | None, trace: Path | None, prompt_tokens: int | None, formats: bool, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Plan sizes, placement and speed from config and headers, before anything is loaded.
 
     A hub id needs no download of weights. The exit code is 1 for a model that does not fit, where "fits" is false in
@@ -85,6 +94,9 @@ def plan(
     from offmoe.report.tables import print_pairs
 
     engine_given, others = split_engine_options(options)
+    if formats:
+        show_formats(model, make_config(**engine_given), machine, trace, as_json=as_json)
+        return
     with ProgressReporter(quiet=as_json) as progress:
         found = run_plan(
             model, make_config(**engine_given), machine=machine, trace=trace, prompt_tokens=prompt_tokens,
@@ -99,3 +111,37 @@ def plan(
         click.echo(found.line())
     if found.memory is None:
         sys.exit(DOES_NOT_FIT)
+
+
+def show_formats(
+    model: str | None, config: EngineConfig, machine: str | None, trace: Path | None, *, as_json: bool
+) -> None:
+    """Print the table of `plan --formats`."""
+    from offmoe.planner.make_plan import plan_formats, plan_subject
+    from offmoe.report.plan_table import format_lines
+    from offmoe.report.progress import ProgressReporter
+
+    with ProgressReporter(quiet=as_json) as progress:
+        subject = plan_subject(model, config, machine=machine, trace=trace, progress=progress)
+    rows = plan_formats(subject, config, [number * GIB for number in BUDGETS_GIB])
+    if as_json:
+        print_json({
+            "model": subject.facts.name,
+            "formats": [
+                {
+                    "expert_format": row.expert_format, "total_bytes": row.total_bytes,
+                    "budgets": [
+                        {
+                            "ram_bytes": budget, "fits": plan.memory is not None,
+                            "decode_tok_per_s": None if (speed := plan.prediction) is None else speed.decode_tok_per_s,
+                        }
+                        for budget, plan in row.plans.items()
+                    ],
+                }
+                for row in rows
+            ],
+        })  # fmt: skip
+        return
+    where = "this machine" if subject.record is None else subject.record.name
+    click.echo(f"{subject.facts.name} on {where}: predicted tok/s with --ram of")
+    click.echo("\n".join(format_lines(rows)))

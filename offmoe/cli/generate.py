@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from offmoe.cli.session import PromptProgress, open_engine, peak_line, print_stream
+from offmoe.cli.options import verbosity
+from offmoe.cli.session import PromptProgress, open_engine, print_stream, say_figures
 
 
 def run_generate(
@@ -20,10 +21,9 @@ def run_generate(
                 "text": reply.text, "token_ids": reply.token_ids, "finish_reason": reply.finish_reason,
                 "stats": reply.stats.as_dict(), "engine": engine.stats().as_dict(),
             }  # fmt: skip
-        with PromptProgress(engine) as progress:
+        with PromptProgress(engine, quiet=verbosity() < 0) as progress:
             last = print_stream(engine.stream(prompt, on_prefill=progress.show, **options))
         click.echo()
         assert last.stats is not None
-        click.echo(last.stats.line(), err=True)
-        click.echo(peak_line(engine), err=True)
+        say_figures(engine, last.stats)
         return {}

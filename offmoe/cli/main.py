@@ -8,8 +8,9 @@ from offmoe import __version__
 from offmoe.cli.checks import bench, verify
 from offmoe.cli.facts import inspect, plan, probe
 from offmoe.cli.group import OneLineGroup
+from offmoe.cli.models import list_models, pull, rm
 from offmoe.cli.options import begin_process
-from offmoe.cli.replies import chat, demo, generate
+from offmoe.cli.replies import chat, demo, generate, run
 from offmoe.cli.routing import replay, trace, tune
 from offmoe.cli.serve import serve
 from offmoe.cli.smaller import quantize
@@ -25,15 +26,20 @@ from offmoe.cli.smaller import quantize
 def main(context: click.Context) -> None:
     """Run Mixture-of-Experts language models larger than memory, exactly as published.
 
-    MODEL is a Hugging Face model folder or a hub id; without one, the bundled demo model is used.
+    MODEL is a Hugging Face model folder, a GGUF file, a hub id or a link of the hub; without one, most commands use the
+    bundled demo model.
     """
     begin_process(context)
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for _command in (generate, chat, serve, demo, inspect, probe, plan, verify, bench, quantize, trace, replay, tune):
+for _command in (
+    run, chat, generate, serve, demo, list_models, pull, rm, inspect, probe, plan, verify, bench, quantize, trace,
+    replay, tune,
+):  # fmt: skip
     main.add_command(_command)
+main.add_command(inspect, "show")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from offmoe.core.errors import OffmoeError, UsageError
 from offmoe.machine.memory import rss_bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_CONFIG_KEY = "offmoe.config"
+_CONFIG_KEY, _VERBOSITY_KEY = "offmoe.config", "offmoe.verbosity"
 _MOST_FILE_BYTES = 256 << 10
 EXPERT_FORMATS = ("int4", "int8")
 REVISION_HELP = "Branch, tag or commit of a model on the hub. Default: its main branch."
@@ -102,6 +102,32 @@ def engine_options(command: Command) -> Command:
     return functools.reduce(lambda f, option: option(f), reversed([*_ENGINE_FLAGS, _OLD_FLAG, _CONFIG_FLAG]), command)
 
 
+def _keep_verbosity(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.meta[_VERBOSITY_KEY] = 1 if parameter.name == "verbose" else -1
+
+
+def verbosity_options(command: Command) -> Command:
+    """-v and -q; `verbosity` tells."""
+    flags = [
+        click.option(
+            "-v", "--verbose", is_flag=True, expose_value=False, callback=_keep_verbosity,
+            help="More figures after a reply: hits, bytes, waits, memory.",
+        ),
+        click.option(
+            "-q", "--quiet", is_flag=True, expose_value=False, callback=_keep_verbosity,
+            help="The reply alone: no progress, no figures.",
+        ),
+    ]  # fmt: skip
+    return functools.reduce(lambda f, option: option(f), reversed(flags), command)
+
+
+def verbosity() -> int:
+    """Return 1 with --verbose, -1 with --quiet, else 0."""
+    context = click.get_current_context(silent=True)
+    return int(context.meta.get(_VERBOSITY_KEY, 0)) if context is not None else 0
+
+
 def named_config() -> str | None:
     """The value of --config: a file, "off", or None for the user's own file."""
     context = click.get_current_context(silent=True)
@@ -111,7 +137,7 @@ def named_config() -> str | None:
 def sampling_options(command: Command) -> Command:
     """The flags of how long a reply is and how its tokens are chosen."""
     length = click.option(
-        "--max-new-tokens", type=click.IntRange(1), metavar="N",
+        "-n", "--max-new-tokens", type=click.IntRange(1), metavar="N",
         help="Length of the reply. Default: what the model's publisher set, else 256.",
     )  # fmt: skip
     return length(choice_options(command))

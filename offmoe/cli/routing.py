@@ -108,17 +108,26 @@ def replay(
     "--choose", type=click.Choice(["fit", "knee"]), default="fit", show_default=True,
     help="The largest cache that fits, or the knee: where more memory begins to bring less.",
 )  # fmt: skip
+@click.option("--show", is_flag=True, help="Say which flags are saved, for MODEL or for all; measure nothing.")
+@click.option("--forget", is_flag=True, help="Take back the flags that are saved for the model; measure nothing.")
 @engine_options
 @_shown_options
 @user_errors
 def tune(
     model: str | None, trace_file: Path | None, prompts_file: Path | None, max_new_tokens: int, choose: str,
-    plot: Path | None, no_color: bool, force: bool, as_json: bool, **options: Any,
+    show: bool, forget: bool, plot: Path | None, no_color: bool, force: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Find the cache size and policy for a model on this machine, and save them for the other commands.
 
     They are written to --config, by default to the user's folder of settings; --config off writes nothing.
     """
+    if show or forget:
+        from offmoe.cli.saved import show_saved
+
+        record = show_saved(model, forget=forget, config=named_config(), quiet=as_json)
+        if as_json:
+            print_json(record)
+        return
     from offmoe.cli.tune import Shown, run_tune
 
     engine_given, _ = split_engine_options(options)

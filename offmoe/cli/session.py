@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offmoe.checkpoint.identity import model_hash
-from offmoe.cli.options import named_config, process_baseline_bytes
+from offmoe.cli.options import named_config, process_baseline_bytes, verbosity
+from offmoe.cli.say import say
 from offmoe.core.config import EngineConfig, make_config
 from offmoe.core.errors import UsageError
 from offmoe.core.progress import Progress
@@ -21,6 +22,7 @@ from offmoe.report.progress import ProgressReporter
 if TYPE_CHECKING:
     from offmoe.engine.engine import Engine
     from offmoe.engine.engine_stats import EngineStats
+    from offmoe.engine.stats import GenerationStats
     from offmoe.engine.stream import Chunk, Stream
 
 
@@ -43,28 +45,31 @@ def open_engine(
     `offmoe tune` chose for this model, where `options` leave them open; which ones is said. A `prompt` without room in
     the context is refused before weights are read. `tell_progress` is told of the load, too.
     """
-    from offmoe.api import load_engine
-
+    quiet = quiet or verbosity() < 0
     baseline = process_baseline_bytes() if baseline_bytes is None else baseline_bytes
     folder = check_request(model, options, quiet=quiet)
     if use_saved and (saved := saved_flags(folder, options)) is not None:
         options = {**options, **saved.flags}
         if not quiet:
             click.echo(f"flags: {saved.line()}", err=True)
-    hush_libraries()
-    if prompt is not None:
-        refuse_long_prompt(folder, make_config(**options), prompt)
 
     def tell(line: str) -> None:
         if not quiet:
             click.echo(line, err=True)
 
-    with ProgressReporter(quiet=quiet) as shown:
+    with ProgressReporter(quiet=quiet, at_once=True) as shown:
 
         def progress(stage: str, done: int, total: int) -> None:
             shown(stage, done, total)
             tell_progress(stage, done, total)
 
+        progress("importing torch and transformers", 0, 0)
+        from offmoe.api import load_engine
+
+        hush_libraries()
+        if prompt is not None:
+            progress("counting the prompt's tokens", 0, 0)
+            refuse_long_prompt(folder, make_config(**options), prompt)
         engine = load_engine(folder, make_config(**options), baseline_bytes=baseline, progress=progress, tell=tell)
     if not quiet:
         click.echo(f"{engine.folder.name}: {engine.plan.line()}", err=True)
@@ -121,9 +126,9 @@ def hush_libraries() -> None:
 class PromptProgress(ProgressReporter):
     """Progress of a prompt that `engine` reads: tokens, bytes from disk since this was made, time left."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, quiet: bool = False) -> None:
         begin = engine.stats().disk_bytes
-        super().__init__(detail=lambda: f"{format_traffic(engine.stats().disk_bytes - begin)} read")
+        super().__init__(quiet=quiet, detail=lambda: f"{format_traffic(engine.stats().disk_bytes - begin)} read")
 
     def show(self, done: int, total: int) -> None:
         """For `on_prefill`. Once all is read the bar goes: text comes next, perhaps on the same terminal."""
@@ -146,6 +151,15 @@ def print_stream(chunks: Stream) -> Chunk:
             raise
     assert last is not None, "a stream has a last chunk"
     return last
+
+
+def say_figures(engine: Engine, stats: GenerationStats, more: str = "") -> None:
+    """One line on standard error after a reply; two with --verbose, none with --quiet."""
+    level = verbosity()
+    if level >= 0:
+        say((stats.line() if level else stats.short_line()) + more, dim=True)
+    if level > 0:
+        say(peak_line(engine), dim=True)
 
 
 def peak_line(engine: Engine) -> str:

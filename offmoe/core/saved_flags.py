@@ -67,12 +67,33 @@ def read_flags(path: Path, model_hash: str, given: dict[str, Any]) -> SavedFlags
 
 def write_flags(path: Path, model_hash: str, model: str, flags: dict[str, Any]) -> None:
     """Put `flags` into `path`, keeping what it has of other models. Raises OutputError, UsageError."""
-    models = {**(_models(path) if path.exists() else {}), model_hash: {"model": model, "flags": flags}}
+    _write(path, {**(_models(path) if path.exists() else {}), model_hash: {"model": model, "flags": flags}})
+
+
+def _write(path: Path, models: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, (json.dumps({"models": models}, indent=1) + "\n").encode())
     except OSError as error:
         raise OutputError(f"the flags cannot be written to {path}: {error.strerror or error}; use --config") from None
+
+
+def all_saved(path: Path) -> dict[str, SavedFlags]:
+    """Flags of every model in `path`, by the model's name. Raises UsageError where it cannot be read."""
+    found = {}
+    for entry in _models(path).values() if path.is_file() else ():
+        if isinstance(entry, dict) and isinstance(entry.get("flags"), dict):
+            found[str(entry.get("model"))] = SavedFlags(path=path, flags=entry["flags"])
+    return found
+
+
+def forget_flags(path: Path, model_hash: str) -> bool:
+    """Take a model's flags out of `path`; False where it has none. Raises OutputError, UsageError."""
+    models = _models(path) if path.is_file() else {}
+    if models.pop(model_hash, None) is None:
+        return False
+    _write(path, models)
+    return True
 
 
 def refuse_unwritable(path: Path, what: str) -> None:

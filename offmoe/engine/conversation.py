@@ -91,6 +91,18 @@ class Conversation:
         """A reply to the user's last message, in the place of the one that it has. Raises UsageError without any."""
         return self._exchange(self._until_last_user(), options)
 
+    def undo(self) -> str:
+        """Take the user's last message and its reply away; return that message. Raises UsageError without any."""
+        *before, last = self._until_last_user()
+        self.messages, self._unanswered = before, None
+        return words(last)
+
+    def set_template(self, **arguments: Any) -> None:
+        """Set arguments of the chat template for the replies to come. Raises UsageError for one that it has not."""
+        changed = {**(self._template["chat_template_kwargs"] or {}), **arguments}
+        check_arguments(self._tokenizer, changed)
+        self._template["chat_template_kwargs"] = changed
+
     def last_question(self) -> str:
         """The last message of the user. Raises UsageError without any."""
         return words(self._until_last_user()[-1])

@@ -65,6 +65,10 @@ class GenerationStats:
         """One line for people."""
         return stats_line(self)
 
+    def short_line(self) -> str:
+        """Tokens, speed and time to the first token."""
+        return " | ".join(_speed_parts(self))
+
 
 @dataclass
 class Totals:
@@ -115,12 +119,19 @@ def per_token(decode: Counters, num_tokens: int) -> dict[str, Any]:
     }
 
 
+def _speed_parts(stats: GenerationStats) -> tuple[str, str]:
+    speed = f"{stats.decode_tok_per_s:.1f} tok/s" if stats.step_s else "-"
+    reused = f" ({stats.reused_tokens} reused)" if stats.reused_tokens else ""
+    return (
+        f"{stats.new_tokens} tokens, {speed}",
+        f"first token {stats.prefill_s:.2f} s for {stats.prompt_tokens} prompt tokens{reused}",
+    )
+
+
 def stats_line(stats: GenerationStats) -> str:
     """Cost of a reply in one line: speed, first token, hits by tier, bytes and stall by link, prefetching."""
     decode, prefill = stats.decode, stats.prefill
     mean = per_token(decode, len(stats.step_s))
-    speed = f"{stats.decode_tok_per_s:.1f} tok/s" if stats.step_s else "-"
-    reused = f" ({stats.reused_tokens} reused)" if stats.reused_tokens else ""
     has_link = bool(prefill.link_bytes or decode.link_bytes or decode.cpu_experts)
     hits = format_percent(decode.hit_rate)
     if has_link:
@@ -129,8 +140,7 @@ def stats_line(stats: GenerationStats) -> str:
             f", {format_percent(decode.ram_hits / looked)} of the rest in RAM" if looked else ""
         )
     parts = [
-        f"{stats.new_tokens} tokens, {speed}",
-        f"first token {stats.prefill_s:.2f} s for {stats.prompt_tokens} prompt tokens{reused}",
+        *_speed_parts(stats),
         f"hits {hits}",
         _tier("disk", mean, prefill.disk_bytes),
     ]

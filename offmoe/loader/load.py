@@ -69,6 +69,7 @@ def load_model(
         if device is not None:
             opened.callback(device.close)
         cpu_kernels, why_no_kernels = load_cpu_kernels()
+        progress("building the model from config and headers", 0, 0)
         built = _build(folder, config, opened, device)
         config, model, experts = built.config, built.model, built.experts
         tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
@@ -89,6 +90,7 @@ def load_model(
                 native = ReplacedModules(cpu_kernels)
                 opened.callback(native.remove)
                 native.replace(model)
+            progress("preparing expert slots", 0, 0)
             pool = HostPool(num_slots=plan.num_slots, slot_bytes=plan.slot_bytes)
             serving = build_serving(
                 model, experts, built.disk, pool, plan, config, built.counters, cpu_kernels=cpu_kernels, device=device,
@@ -190,6 +192,7 @@ def _read_weights(
         lambda done, total: progress("resident weights", done, total),
         device=None if device is None else device.torch_device,
     )  # fmt: skip
+    progress("trying the model on a few tokens", 0, 0)
     probe = _probe(model, built.context_length, device)
     return budgets.plan(probe), probe
 

@@ -11,6 +11,7 @@ drives' data sheets. Integer formats on the CPU count at 0.7 of the plain rate (
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import replace
 
 from offmoe.core.errors import UsageError
@@ -64,15 +65,66 @@ _KNOWN = (
     _machine("laptop without GPU, 16 GB", ram=16, cores=6, ram_rate=41, disk=2.5),
     _machine("laptop without GPU, 32 GB", ram=32, cores=8, ram_rate=72, disk=3.5),
 )  # fmt: skip
+_RATES = ("link", "disk", "ram_rate", "vram_rate")
+_NUMBERS = ("ram", "vram", "cores", *_RATES)
+# "GB" of memory are GiB, as memory is sold.
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(gib|gb|tib|tb|g|t)?(?:/s)?")
+_LARGEST = 1e5
 NAMES = tuple(machine.name for machine in _KNOWN)
 
 
 def find_machine(name: str) -> MachineRecord:
-    """The machine called `name`, in any case. Raises UsageError with the nearest and all that are known."""
+    """The machine called `name`, or described by it: "ram=32GB,vram=8GB,link=13GB/s".
+
+    Names are taken in any case, without blanks, and without "laptop" or "desktop" where one machine is left. Raises
+    UsageError with the nearest and all that are known.
+    """
+    if "=" in name:
+        return described_machine(name)
     for machine in _KNOWN:
         if machine.name.lower() == name.strip().lower():
             return machine
+    alike = [machine for machine in _KNOWN if _squeezed(name) and _squeezed(name) in _squeezed(machine.name)]
+    if len(alike) == 1:
+        return alike[0]
     lower = {known.lower(): known for known in NAMES}
     close = difflib.get_close_matches(name.strip().lower(), lower, n=1)
     hint = f"; did you mean {lower[close[0]]!r}?" if close else ";"
-    raise UsageError(f"--for {name!r} is no machine that is known{hint} known: {', '.join(NAMES)}")
+    raise UsageError(
+        f"--for {name!r} is no machine that is known{hint} known: {', '.join(NAMES)}; "
+        'or numbers, such as "ram=32GB,vram=8GB,link=13GB/s"'
+    )
+
+
+def _squeezed(name: str) -> str:
+    """A name without blanks, capitals, and the words of the makers."""
+    return re.sub(r"nvidia|geforce|[^a-z0-9]", "", name.lower())
+
+
+def described_machine(text: str) -> MachineRecord:
+    """A machine of the numbers in `text`. Raises UsageError.
+
+    What is left out is usual: 8 cores, RAM of dual-channel DDR5, a drive of 3.5 GB/s, and with vram a card of the RTX
+    4060's memory on a link of 13 GB/s.
+    """
+    given: dict[str, float] = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip().lower() for piece in part.partition("="))
+        if not equals or key not in _NUMBERS:
+            raise UsageError(f"--for {text!r}: {part.strip()!r} is none of {', '.join(_NUMBERS)}; use ram=32GB")
+        match = _NUMBER.fullmatch(value)
+        if match is None or not 0 < float(match[1]) < _LARGEST:
+            example = "cores=8" if key == "cores" else f"{key}=13GB/s" if key in _RATES else f"{key}=32GB"
+            raise UsageError(f"--for {text!r}: {key} is {value!r}; use a number as in {example}")
+        given[key] = float(match[1]) * (1e3 if (match[2] or "").startswith("t") else 1)
+    if "ram" not in given:
+        raise UsageError(f"--for {text!r} says no ram; use ram=32GB")
+    alone = [key for key in ("link", "vram_rate") if key in given and "vram" not in given]
+    if alone:
+        raise UsageError(f"--for {text!r} has {alone[0]} and no vram; use vram=8GB")
+    ram, vram = round(given["ram"]), round(given["vram"]) if "vram" in given else None
+    return _machine(
+        text, ram=ram, vram=vram, cores=round(given.get("cores", 8)), ram_rate=given.get("ram_rate", 72.0),
+        disk=given.get("disk", 3.5), link=given.get("link", 13.0) if vram else 0,
+        vram_rate=given.get("vram_rate", 218.0) if vram else 0, source="your numbers, and usual ones",
+    )  # fmt: skip

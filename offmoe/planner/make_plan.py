@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from offmoe.core.units import MIB, format_bytes, format_percent
 from offmoe.machine.memory import available_ram_bytes, free_vram_bytes, total_ram_bytes, total_vram_bytes
 from offmoe.machine.record import DriveSpeed, MachineRecord, read_record
 from offmoe.memory.auto import AutoFacts
-from offmoe.planner.hit_rates import published_curve, traced_curve
+from offmoe.planner.hit_rates import HitCurve, published_curve, traced_curve
 from offmoe.planner.machines import find_machine
-from offmoe.planner.model_facts import read_facts
+from offmoe.planner.model_facts import QUANTISED_BYTES, ModelFacts, read_facts
 from offmoe.planner.plan import Plan, make_plan
 from offmoe.trace.reader import read_trace
 
@@ -28,18 +28,39 @@ from offmoe.trace.reader import read_trace
 LIBRARIES_BYTES = 440 * MIB
 
 
-def run_plan(
-    model: str | None,
-    config: EngineConfig,
-    *,
-    machine: str | None = None,
-    trace: Path | None = None,
-    prompt_tokens: int | None = None,
-    expert_format: str | None = None,
+@dataclass(frozen=True, kw_only=True)
+class PlanSubject:
+    """A model and a machine, read once, of which many plans can be made."""
+
+    facts: ModelFacts
+    known: AutoFacts
+    record: MachineRecord | None
+    curve: HitCurve
+
+    def plan(self, config: EngineConfig, *, prompt_tokens: int | None = None) -> Plan:
+        """Return the plan under `config`. Raises UsageError for impossible settings."""
+        return make_plan(
+            self.facts, config, self.known, record=self.record, curve=self.curve, prompt_tokens=prompt_tokens,
+            libraries_bytes=LIBRARIES_BYTES if self.record is None else self.record.libraries_bytes,
+            drive=_drive(self.record, self.facts.path),
+        )  # fmt: skip
+
+    def with_experts_as(self, expert_format: str) -> PlanSubject:
+        """The same with experts as `offmoe quantize` writes them."""
+        return replace(self, facts=self.facts.with_experts_as(expert_format))
+
+    def with_any_ram(self) -> PlanSubject:
+        """The same where memory is as large as it is asked for."""
+        return replace(self, known=replace(self.known, ram_bytes=None, total_ram_bytes=None))
+
+
+def plan_subject(
+    model: str | None, config: EngineConfig, *, machine: str | None = None, trace: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
-) -> Plan:
-    """The plan of `model` on this machine, or on the one called `machine`. `expert_format`: experts as
-    `offmoe quantize` writes them. Raises OffmoeError subclasses.
+) -> PlanSubject:  # fmt: skip
+    """Read headers of `model`, and what is known of this machine or of the one called `machine`.
+
+    Raises OffmoeError subclasses.
     """
     other = None if machine is None else find_machine(machine)
     with locate_headers(model, progress, config.revision) as folder:
@@ -48,19 +69,46 @@ def run_plan(
         curve = None
         if trace is not None:
             curve = traced_curve(read_trace(trace, model_hash=model_hash(folder)), facts.expert_bytes)
-    if expert_format is not None:
-        facts = facts.with_experts_as(expert_format)
-    record = other or read_record()
     known = _known(config.device, other, direct=direct, longest=facts.longest_context)
     _refuse_absent_device(config, known, machine)
     curve = curve or published_curve(
         facts.model_type, num_experts=facts.sizes.num_experts, per_token=facts.num_moe_layers * facts.sizes.top_k
     )
-    return make_plan(
-        facts, config, known, record=record, curve=curve, prompt_tokens=prompt_tokens,
-        libraries_bytes=LIBRARIES_BYTES if record is None else record.libraries_bytes,
-        drive=_drive(record, facts.path),
-    )  # fmt: skip
+    return PlanSubject(facts=facts, known=known, record=other or read_record(), curve=curve)
+
+
+def run_plan(
+    model: str | None, config: EngineConfig, *, machine: str | None = None, trace: Path | None = None,
+    prompt_tokens: int | None = None, expert_format: str | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Plan:  # fmt: skip
+    """The plan of `model` on this machine, or on the one called `machine`. `expert_format`: experts as
+    `offmoe quantize` writes them. Raises OffmoeError subclasses.
+    """
+    subject = plan_subject(model, config, machine=machine, trace=trace, progress=progress)
+    if expert_format is not None:
+        subject = subject.with_experts_as(expert_format)
+    return subject.plan(config, prompt_tokens=prompt_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatRow:
+    """A model with its experts in one format: bytes on disk, and its plan for each budget of RAM in bytes."""
+
+    expert_format: str
+    total_bytes: int
+    plans: dict[int, Plan]
+
+
+def plan_formats(subject: PlanSubject, config: EngineConfig, budgets: Sequence[int]) -> list[FormatRow]:
+    """Plans for experts as published and as `offmoe quantize` writes them, with each budget of RAM."""
+    rows, anywhere = [], subject.with_any_ram()
+    published = subject.facts.expert_kind
+    for expert_format in (published, *(name for name in QUANTISED_BYTES if name != published)):
+        of_format = anywhere if expert_format == published else anywhere.with_experts_as(expert_format)
+        plans = {budget: of_format.plan(replace(config, ram=budget)) for budget in budgets}
+        rows.append(FormatRow(expert_format=expert_format, total_bytes=of_format.facts.total_bytes, plans=plans))
+    return rows
 
 
 def predict_plan(folder: Path, config: EngineConfig) -> Plan | None:

@@ -45,7 +45,7 @@ class LiveRows:
             first, source = top, _row_after(_num_marks(self._shown[:top]), rows)
             top = source
         if same < max(len(rows), len(self._shown)):
-            text = self._go_to(first, heights) + "\n".join(f"{row}\x1b[K" for row in rows[source:]) + "\x1b[J"
+            text = self._go_to(first, heights) + "\n".join(_cleared(row, columns) for row in rows[source:]) + "\x1b[J"
             self._stream.write(_HOLD + text + _RELEASE)
             self._stream.flush()
         self._begun, self._columns = True, columns
@@ -69,6 +69,12 @@ class LiveRows:
 def _height(row: str, columns: int) -> int:
     """Rows of the screen that `row` takes: more than one when the terminal was made narrower since, and wrapped it."""
     return max(1, -(-cell_len(plain(row)) // max(1, columns)))
+
+
+def _cleared(row: str, columns: int) -> str:
+    """`row`, and an end of its line without what stood there. A row that fills the last column has no such rest."""
+    length = cell_len(plain(row))
+    return row if length and length % max(1, columns) == 0 else f"{row}\x1b[K"
 
 
 def _num_marks(rows: list[str]) -> int:

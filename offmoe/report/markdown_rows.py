@@ -1,7 +1,8 @@
 """Markdown as rows of a terminal, also while it is still being written. Rich and markdown-it do the work.
 
 Differs from rich's own look where a chat asks for it: a line break in a paragraph stays one, headings stand on the
-left, code can be copied (no frame, no background, no padding), and HTML is shown as text, not dropped.
+left, code can be copied (no frame, no background, no padding; a long line stays one, which the terminal wraps), and
+HTML is shown as text, not dropped.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ class _PlainCode(CodeBlock):
         yield Text(f"──{name}", style=rule, overflow="ellipsis", no_wrap=True)
         code = str(self.text).rstrip()
         if code:
-            yield Syntax(code, self.lexer_name, theme="ansi_dark", background_color="default", word_wrap=True)
+            lines = Syntax(code, self.lexer_name, theme="ansi_dark", background_color="default").highlight(code)
+            lines.rstrip()
+            lines.no_wrap, lines.overflow = True, "ignore"
+            yield lines
         yield Text("──", style=rule)
 
 
@@ -82,7 +86,7 @@ class RowRenderer:
 
     def _rows(self, what: Any, *, margin: int = 0) -> list[str]:
         file = io.StringIO()
-        Console(file=file, width=self.width - margin, **self._options).print(what)
+        Console(file=file, width=self.width - margin, **self._options).print(what, crop=False)
         rows = [_TRAILING_SPACE.sub("", row) for row in file.getvalue().split("\n")]
         filled = [i for i, row in enumerate(rows) if plain(row)]
         return rows[filled[0] : filled[-1] + 1] if filled else []

@@ -11,6 +11,7 @@ from offmoe.core.units import (
 )
 from offmoe.machine.record import BUSY_SHARE, MachineRecord
 from offmoe.memory.budget import EXPECTED_GROWTH_BYTES, DevicePlan, MemoryPlan
+from offmoe.planner.make_plan import FormatRow
 from offmoe.planner.plan import Plan
 from offmoe.planner.predict import SpeedPrediction, SpeedStep
 
@@ -26,6 +27,24 @@ def plan_tables(plan: Plan) -> list[tuple[str, TableRows]]:
     if plan.prediction is not None and plan.record is not None:
         tables.append((f"speed, from {_whose(plan.record)}", _speed_rows(plan.prediction)))
     return tables
+
+
+def format_lines(rows: list[FormatRow]) -> list[str]:
+    """A table of formats against budgets of RAM: predicted tokens a second, "fits" without a prediction, "-"."""
+    budgets = list(rows[0].plans)
+    heads = ["experts as", "on disk", *(format_bytes(budget).replace(".00", "") for budget in budgets)]
+    cells = [
+        [row.expert_format, format_bytes(row.total_bytes), *(_in_short(row.plans[budget]) for budget in budgets)]
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in (heads, *cells)) for column in range(len(heads))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (heads, *cells)]
+
+
+def _in_short(plan: Plan) -> str:
+    if plan.memory is None:
+        return "-"
+    return "fits" if plan.prediction is None else f"{plan.prediction.decode_tok_per_s:.1f}"
 
 
 def _size_rows(plan: Plan) -> TableRows:

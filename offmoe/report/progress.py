@@ -32,14 +32,15 @@ class ProgressReporter:
     """
 
     def __init__(
-        self, *, quiet: bool = False, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
-        detail: Callable[[], str] = lambda: "",
+        self, *, quiet: bool = False, at_once: bool = False, stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic, detail: Callable[[], str] = lambda: "",
     ) -> None:  # fmt: skip
-        """`detail()`: what else is said of the work so far, such as the bytes that were read. Asked by the caller's
-        thread only, when it calls.
+        """`at_once`: on a terminal the bar is there from the first call. `detail()`: what else is said of the work so
+        far, such as the bytes that were read. Asked by the caller's thread only, when it calls.
         """
         self._stream = stream or sys.stderr
         self._quiet, self._clock, self._detail = quiet, clock, detail
+        self._at_once = at_once and self._stream.isatty()
         self._stage, self._begin, self._last_line = "", clock(), 0.0
         # The timer's thread may draw a stage's first bar: the lock is held while a bar is made, changed or taken down.
         self._lock = threading.Lock()
@@ -48,14 +49,14 @@ class ProgressReporter:
         self._task: TaskID | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` units of `stage`; a new stage name starts its own clock."""
+        """`done` of `total` units of `stage`; a new stage name starts its own clock. A `total` of 0 is not known."""
         now = self._clock()
         if stage != self._stage:
             self.close()
             self._stage, self._begin, self._last_line = stage, now, now
-            if not self._quiet and self._stream.isatty():
+            if not self._quiet and not self._at_once and self._stream.isatty():
                 self._draw_later(done, total)
-        if self._quiet or now - self._begin < SHOW_AFTER_S:
+        if self._quiet or (now - self._begin < SHOW_AFTER_S and not self._at_once):
             return
         if self._stream.isatty():
             detail = self._detail()
@@ -66,9 +67,8 @@ class ProgressReporter:
             elapsed = now - self._begin
             eta = format_seconds(elapsed * (total - done) / done) if done else "unknown"
             detail = f", {text}" if (text := self._detail()) else ""
-            self._stream.write(
-                f"{stage}: {100 * done // max(1, total)}%{detail}, {format_seconds(elapsed)}, ETA {eta}\n"
-            )
+            share, eta = (f"{100 * done // total}%", f", ETA {eta}") if total else ("under way", "")
+            self._stream.write(f"{stage}: {share}{detail}, {format_seconds(elapsed)}{eta}\n")
             self._stream.flush()
 
     def _draw_later(self, done: int, total: int) -> None:
@@ -95,11 +95,14 @@ class ProgressReporter:
                 self._quiet = True
                 return
             self._bar = bar
-            self._task = self._bar.add_task(self._stage, total=total, detail=detail)
+            self._task = self._bar.add_task(self._stage, total=total or None, detail=detail, share="", eta="")
             task = self._bar.tasks[0]
             task.start_time = (task.start_time or 0.0) - (self._clock() - self._begin)
         assert self._task is not None
-        self._bar.update(self._task, completed=done, total=total, detail=detail)
+        share = f"{100 * done // total:>3}%" if total else ""
+        self._bar.update(
+            self._task, completed=done, total=total or None, detail=detail, share=share, eta="ETA" if total else ""
+        )
 
     def _make_bar(self) -> RichProgress:
         from rich.console import Console
@@ -107,14 +110,14 @@ class ProgressReporter:
         from rich.table import Column
 
         console = Console(file=self._stream)
-        share, detail = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[detail]}")
+        share, detail = TextColumn("{task.fields[share]}"), TextColumn("{task.fields[detail]}")
         if console.width < BAR_COLUMNS:  # the stage's name is cut where it has to be
             stage = TextColumn("{task.description}", table_column=Column(no_wrap=True, ratio=1))
-            left = (TextColumn("ETA"), TimeRemainingColumn(compact=True))
+            left = (TextColumn("{task.fields[eta]}"), TimeRemainingColumn(compact=True))
             return Progress(stage, share, detail, *left, console=console, transient=True, expand=True)
         return Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=None), share, detail, TimeElapsedColumn(),
-            TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True,
+            TextColumn("{task.fields[eta]}"), TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
 
     def close(self) -> None:

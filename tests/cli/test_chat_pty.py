@@ -108,6 +108,43 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_chat(warm: WarmChat, folder: Path)
         assert "Traceback" not in terminal.shown
 
 
+def test_messages_are_taken_back_changed_and_read_from_files(warm: WarmChat, tmp_path: Path) -> None:
+    saved, notes = tmp_path / "chat.json", tmp_path / "my notes.txt"
+    notes.write_text("Notes of mine.")
+    with open_scripted(warm, "Yes.", tmp_path) as terminal:
+
+        def enter(line: str, answer: str) -> None:
+            terminal.expect(READY)
+            terminal.send(line + ENTER)
+            terminal.expect(answer)
+
+        def messages() -> list[str]:
+            saved.unlink(missing_ok=True)
+            enter(f"/save {saved}", r"saved \d messages")
+            return [message["content"] for message in json.loads(saved.read_text())["messages"]]
+
+        enter("/undo", "error: nothing was asked yet")
+        enter("/edit Goodbye", "error: nothing was asked yet")
+        enter("/think on", "error: the model's chat template cannot switch thinking")
+        enter("/think maybe", "error: /think is 'maybe'; use on or off")
+        enter("Hello", "tok/s")
+        enter("And now?", "tok/s")
+        enter("/undo", r"taken back: And now\?")
+        assert messages() == ["Hello", "Yes."]
+        enter(f"/file '{notes}' What is this?", "tok/s")
+        assert messages()[2] == "What is this?\n\nmy notes.txt:\n\nNotes of mine."
+        enter(f"/file {tmp_path / 'none.txt'}", "error: .*none.txt")
+        enter("/edit What are those?", "tok/s")
+        assert messages()[2:] == ["What are those?", "Yes."]
+        enter("/edit", r"What are those\?")
+        terminal.send(" Really?" + ENTER)
+        terminal.expect("tok/s")
+        assert messages()[2:] == ["What are those? Really?", "Yes."]
+        enter("/clear", "forgotten")
+        enter("/bye", "")
+        assert terminal.wait() == 0
+
+
 def test_every_command(warm: WarmChat, tmp_path: Path) -> None:
     said = "**First** reply.\n===\nSecond reply."
     saved, other = tmp_path / "my chat.json", tmp_path / "mine.txt"

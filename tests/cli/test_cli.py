@@ -53,7 +53,7 @@ def test_generate_prints_the_text_and_nothing_else() -> None:
     with offmoe.load(ram="4GiB") as engine:
         expected = engine.generate("def f(x):", max_new_tokens=12, temperature=0)
     options = ("--max-new-tokens", 12, "--temperature", 0, *RAM)
-    result = succeed("generate", "--prompt", "def f(x):", *options)
+    result = succeed("generate", "-p", "def f(x):", "-v", *options)
     assert result.stdout == expected.text + "\n"
     plan, stats, memory = result.stderr.splitlines()
     assert plan.startswith("demo_model: 192 of 192 experts in RAM")
@@ -140,6 +140,8 @@ BENCH_KEYS = {
 def test_bench_ends_with_one_json_object(as_json: tuple[str, ...]) -> None:
     result = succeed("bench", "--prefill", 16, "--decode", 6, "--expert-slots", 48, *RAM, *as_json)
     record = last_json(result.stdout)
+    table = [line.split("  ")[0] for line in result.stderr.splitlines()]
+    assert ("decode" in table) is not bool(as_json)
     assert record.keys() >= BENCH_KEYS
     numbers = {name: record[name] for name in BENCH_KEYS - {"settings"}}
     assert all(isinstance(value, (int, float)) and value >= 0 for value in numbers.values()), numbers

@@ -11,7 +11,7 @@ from engines import leaves_nothing, save_tiny
 
 from offmoe.core.counters import Counters
 from offmoe.engine.stats import GenerationStats
-from offmoe.tiers import device as device_module
+from offmoe.tiers import open_device as device_module
 from offmoe.tiers.device import Device, SimulatedDevice
 
 FLAGS = ("--device", "cuda", "--ram", "4GiB", "--vram", "64MiB", "--expert-slots", "4", "--miss", "stream")
@@ -47,7 +47,7 @@ def test_bench_records_the_device(tiny: Path) -> None:
 def test_generate_says_where_everything_is() -> None:
     """The bundled model, which has a tokenizer."""
     flags = ("--device", "cuda", "--ram", "4GiB", "--vram", "256MiB", "--expert-slots", "48", "--miss", "stream")
-    result = succeed("generate", "--prompt", "import os", "--max-new-tokens", 3, *flags)
+    result = succeed("generate", "--prompt", "import os", "-v", "--max-new-tokens", 3, *flags)
     plan, stats, memory = result.stderr.splitlines()[-3:]
     assert "48 of 192 experts on the device" in plan and "vram 256.0 MiB" in plan
     assert " | link " in stats

@@ -177,7 +177,25 @@ def test_tune_saves_flags_that_the_other_commands_use(tiny: Path, tmp_path: Path
         assert record["experts_cached"] == slots, given
         assert record["settings"]["policy"] == ("auto" if "off" in given else policy)
     assert "flags: " not in succeed(*bench, "--json").stderr
-    assert "from" not in succeed("bench", "--prefill", 4, "--decode", 4).stderr, "another model"
+    assert "flags: " not in succeed("bench", "--prefill", 4, "--decode", 4).stderr, "another model"
+
+
+def test_saved_flags_are_shown_and_forgotten(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "flags.json"
+    assert succeed("tune", "--show", "--config", file).stdout == f"none in {file}\n"
+    assert succeed("tune", tiny, "--forget", "--config", file).stdout == f"{tiny.name}: nothing was saved in {file}\n"
+    assert not file.exists()
+    write_flags(file, model_hash(tiny), "mine", {"ram": "900MiB", "policy": "lru"})
+    write_flags(file, "other", "another", {"ram": "1GiB"})
+    line = f"--ram 900MiB --policy lru from {file} (--config off ignores it)"
+    assert succeed("tune", "--show", "--config", file).stdout.splitlines()[0] == f"mine: {line}"
+    assert succeed("tune", tiny, "--show", "--config", file).stdout == f"{tiny.name}: {line}\n"
+    every = last_json(succeed("tune", "--show", "--json", "--config", file).stdout)
+    assert every == {"models": {"mine": {"ram": "900MiB", "policy": "lru"}, "another": {"ram": "1GiB"}}}
+    assert succeed("tune", tiny, "--forget", "--config", file).stdout == f"{tiny.name}: forgotten in {file}\n"
+    assert succeed("tune", tiny, "--show", "--config", file).stdout == f"{tiny.name}: nothing is saved\n"
+    assert list(json.loads(file.read_text())["models"]) == ["other"]
+    assert "names no file" in fail("tune", "--show", "--config", "off")
 
 
 def test_tune_chooses_a_budget_at_the_knee_and_takes_a_trace(tiny: Path, recorded: Path, tmp_path: Path) -> None:

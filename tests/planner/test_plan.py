@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from commands import last_json, succeed
 from engines import open_tiny, save_tiny
 from makers import one_line
 from published import GPT_OSS_120B, TOTAL_BYTES, write_published
@@ -328,3 +330,56 @@ def test_what_a_config_says_wrongly(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = plan(read_facts(tmp_path, direct=True), AutoFacts(has_device=False, ram_bytes=64 * GIB))
     assert found.kv.num_bytes == 36 * 4096 * 2 * 8 * (2880 // 64) * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("rtx 4090", "RTX 4090 desktop"), ("4090", "RTX 4090 desktop"), ("RTX4060", "RTX 4060 laptop"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090 desktop"), ("rtx 3060", "RTX 3060 12GB desktop"),
+        ("laptop without gpu, 16 gb", "laptop without GPU, 16 GB"),
+    ],
+)  # fmt: skip
+def test_cards_by_short_names(name: str, known: str) -> None:
+    assert find_machine(name).name == known
+
+
+def test_a_machine_in_numbers() -> None:
+    machine = find_machine("RAM=32GB, vram=8GB,link=13GB/s,cores=6,disk=2.5GB/s,ram_rate=60,vram_rate=0.3TB/s")
+    assert (machine.ram_bytes, machine.vram_bytes, machine.num_cores) == (32 << 30, 8 << 30, 6)
+    assert (machine.link_pinned_bytes_per_s, machine.device_bytes_per_s) == (13e9, 300e9)
+    assert machine.drives[""].direct_bytes_per_s == 2.5e9 and machine.read_bytes_per_s == 60e9
+    without = find_machine("ram=16GB")
+    assert without.vram_bytes is None and without.ram_bytes == 16 << 30
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ram=32GB,vrm=8GB", "'vrm=8GB' is none of ram, vram"), ("ram=much", "ram is 'much'; use a number as in ram"),
+        ("ram=0GB", "use a number as in ram=32GB"), ("vram=8GB", "says no ram"), ("ram=8GB,link=3GB/s", "no vram"),
+        ("ram=32GB,", "'' is none of"), ("ram=1e999GB", "use a number"), ("ram=-3GB", "use a number"),
+        ("laptop", "or numbers, such as"),
+    ],
+)  # fmt: skip
+def test_a_machine_that_is_none(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        find_machine(text)
+
+
+def test_a_table_of_formats_against_budgets(folders: Path) -> None:
+    lines = succeed("plan", folders / "mixtral-8x7b", "--for", "rtx 4060", "--formats").stdout.splitlines()
+    heads = re.split(r"\s{2,}", lines[1].strip())
+    assert heads[:2] == ["experts as", "on disk"] and heads[-1] == "64 GiB"
+    rows = {cells[0]: cells for cells in (re.split(r"\s{2,}", line.strip()) for line in lines[2:])}
+    assert set(rows) == {"bf16", "int8", "int4"} and all(len(cells) == len(heads) for cells in rows.values())
+    whole = float(succeed_plan(folders / "mixtral-8x7b", "--for", "rtx 4060", "--ram", "24GiB"))
+    assert float(rows["bf16"][heads.index("24 GiB")]) == pytest.approx(whole, abs=0.06)
+    assert float(rows["int4"][-1]) > float(rows["bf16"][-1])
+    record = last_json(succeed("plan", folders / "mixtral-8x7b", "--for", "rtx 4060", "--formats", "--json").stdout)
+    assert [row["expert_format"] for row in record["formats"]] == list(rows)
+
+
+def succeed_plan(*args: object) -> str:
+    found = last_json(succeed("plan", *args, "--json").stdout)
+    return str(found["prediction"]["decode_tok_per_s"])

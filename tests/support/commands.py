@@ -13,7 +13,10 @@ from patience import PATIENCE_S
 
 from offmoe.cli.main import main
 
-COMMANDS = ("bench", "chat", "demo", "generate", "inspect", "quantize", "replay", "serve", "trace", "tune", "verify")
+COMMANDS = (
+    "bench", "chat", "demo", "generate", "inspect", "list", "plan", "pull", "quantize", "replay", "rm", "run", "serve",
+    "show", "trace", "tune", "verify",
+)  # fmt: skip
 TIMEOUT_S = PATIENCE_S
 
 

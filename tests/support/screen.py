@@ -50,6 +50,7 @@ class Screen:
             assert 0 < int(argument or 1) <= self._row, f"{argument=} {self._row=}: beyond the top of the screen"
             self._row -= int(argument or 1)
         elif kind == "K":
+            assert self._column < self.columns, "a terminal would clear the last letter"
             self.rows[self._row] = row[: self._column]
         elif kind == "J":
             self.rows[self._row :] = [row[: self._column]]
@@ -62,7 +63,10 @@ class Screen:
             self._down()
         else:
             assert step.isprintable(), f"{step=}"
-            assert self._column + cell_len(step) <= self.columns, f"{row!r} is too long for {self.columns}"
+            if self._column + cell_len(step) > self.columns:  # a line that is too long goes on in the next row
+                self._column = 0
+                self._down()
+                row = self.rows[self._row]
             self.rows[self._row] = row[: self._column].ljust(self._column) + step + row[self._column + 1 :]
             self._column += 1
 

@@ -114,7 +114,7 @@ def _serve() -> None:
     import rich.syntax
     import torch
 
-    import offmoe.cli.chat
+    import offmoe.cli.chat.loop
     import offmoe.engine.engine  # noqa: F401
 
     torch.set_num_threads(1)

@@ -77,6 +77,35 @@ class CachedModel:
         return folder if (folder / "config.json").is_file() and not missing_weights(folder) else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheEntry:
+    """A model in the cache: bytes on disk, and whether all of its weights are there, at its main branch."""
+
+    hub_id: str
+    root: Path
+    num_bytes: int
+    is_whole: bool
+
+
+def cached_models() -> list[CacheEntry]:
+    """Every model in the cache, by name."""
+    found = []
+    for root in sorted(cache_root().glob("models--*--*")):
+        if not root.is_dir() or root.is_symlink():
+            continue
+        hub_id = root.name.removeprefix("models--").replace("--", "/", 1)
+        cached = CachedModel(hub_id)
+        files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
+        has_gguf = cached.commit is not None and any(cached.snapshot(cached.commit).glob("*.gguf"))
+        found.append(
+            CacheEntry(
+                hub_id=hub_id, root=root, num_bytes=sum(path.stat().st_size for path in files),
+                is_whole=cached.find() is not None or has_gguf,
+            )
+        )  # fmt: skip
+    return found
+
+
 def missing_weights(folder: Path) -> list[str]:
     """Weight files that `folder` lacks, by its own index."""
     if not (folder / INDEX_NAME).is_file():

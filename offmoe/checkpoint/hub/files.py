@@ -62,8 +62,17 @@ def weight_names(hub_id: str, names: Sequence[str], indexed: Sequence[str]) -> l
     raise ModelNotFoundError(f"{hub_id} has no weights on the hub; check the name")
 
 
+def is_tagged(name: str, tag: str) -> bool:
+    """Whether a GGUF file's name has the part that a name like `owner/model:Q4_K_M` ends with."""
+    words = re.escape(tag.lstrip(":"))
+    return re.search(rf"(?:^|[-.]){words}(?:[-.]|$)", PurePosixPath(name).name, re.IGNORECASE) is not None
+
+
 def gguf_parts(hub_id: str, names: Sequence[str], gguf: str | None) -> list[str]:
-    """All parts of the GGUF file `gguf`, or of the only one that there is. Raises ModelNotFoundError naming them."""
+    """All parts of the GGUF file `gguf` (":TAG": the one whose name has TAG), or of the only one that there is.
+
+    Raises ModelNotFoundError naming them.
+    """
     models = [
         name
         for name in names
@@ -74,6 +83,9 @@ def gguf_parts(hub_id: str, names: Sequence[str], gguf: str | None) -> list[str]
     if gguf is None and len(models) != 1:
         some = ", ".join(f"{hub_id}/{name}" for name in models[:8])
         raise ModelNotFoundError(f"{hub_id} has {len(models)} GGUF files and no safetensors; name one: {some}")
+    if gguf is not None and gguf.startswith(":"):
+        models = [name for name in models if is_tagged(name, gguf)] or models
+        gguf = models[0] if len(models) == 1 else gguf
     first = models[0] if gguf is None else gguf
     if first not in names:
         have = ", ".join(models[:8]) or "none"

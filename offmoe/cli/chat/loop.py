@@ -8,14 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offmoe.cli.chat_commands import COMMAND_NAMES, Leave, SlashCommands
-from offmoe.cli.chat_input import make_reader
-from offmoe.cli.interrupt import StopRequest
-from offmoe.cli.options import print_json
+from offmoe.cli.chat.commands import COMMAND_NAMES, Leave, SlashCommands
+from offmoe.cli.chat.input import make_reader
+from offmoe.cli.chat.interrupt import StopRequest
+from offmoe.cli.options import print_json, verbosity
 from offmoe.cli.say import say
-from offmoe.cli.session import PromptProgress
+from offmoe.cli.session import PromptProgress, say_figures
 from offmoe.core.errors import ContextLengthError, EngineBusyError, EngineClosedError, OffmoeError, UsageError
-from offmoe.engine.stats import stats_line
 from offmoe.report.reply_view import is_smart_terminal, make_view, no_echo
 
 if TYPE_CHECKING:
@@ -69,7 +68,9 @@ class _Chat:
     ) -> None:  # fmt: skip
         self._engine, self._style, self.interactive = engine, style, interactive
         self._conversation = conversation
-        self._commands = SlashCommands(engine, self._conversation, options, retry=self._retry)
+        self._commands = SlashCommands(
+            engine, self._conversation, options, retry=self._retry, answer=self.answer
+        )  # fmt: skip
         self._num_taken = self._num_failed = 0
         self._num_retries = 0
 
@@ -87,7 +88,8 @@ class _Chat:
         while True:
             line = None
             try:
-                line = reader.read()
+                draft, self._commands.draft = self._commands.draft, ""
+                line = reader.read(draft)
                 asked_to_leave = False
                 if line is None:
                     break
@@ -152,7 +154,7 @@ class _Chat:
         texts: dict[bool, list[str]] = {False: [], True: []}
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            progress = stack.enter_context(PromptProgress(self._engine))
+            progress = stack.enter_context(PromptProgress(self._engine, quiet=verbosity() < 0))
             if self.interactive and is_smart_terminal(sys.stdout):
                 stack.enter_context(no_echo())
 
@@ -192,13 +194,16 @@ class _Chat:
             forgotten = "" if "".join(texts[False]).strip() else "; nothing was answered: /retry asks it again"
             say(f"[stopped]{forgotten}", dim=True)
         else:
-            say(f"{stats_line(stats)} | {self._context_meter()}", dim=True)
+            say_figures(self._engine, stats, f" | {self._context_meter()}")
         if stopped and not self.interactive:
             raise KeyboardInterrupt
+        if verbosity() < 0:
+            return
         is_full = stats is not None and stats.prompt_tokens + stats.new_tokens >= self._engine.context_length
         if last is not None and last.finish_reason == "length" and not is_full:
             most = self._commands.options["max_new_tokens"]
-            say(f"[cut at {most} tokens: /set max_new_tokens N for longer replies]", dim=True)
+            how = "/set max_new_tokens N" if self.interactive else "--max-new-tokens N"
+            say(f"[cut at {most} tokens: {how} for longer replies]", dim=True)
         if last is not None and last.finish_reason == "length" and is_full:
             say("[the context is full: /reset begins anew, /save FILE keeps this]", dim=True)
         elif self._used() > _NEARLY_FULL * self._engine.context_length:

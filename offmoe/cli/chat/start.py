@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offmoe.cli.options import read_stdin, split_engine_options
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from offmoe.engine.conversation import Conversation
     from offmoe.engine.engine import Engine
 
-DASH = "-"
+DASH, DEMO = "-", "demo"
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,22 @@ class TemplateOptions:
         )
 
 
-def start_chat(model: str | None, dash: str | None, options: dict[str, Any], template: TemplateOptions) -> None:
-    """Load and talk. `model` may be the dash. Raises UsageError before anything heavy is imported."""
+def start_run(model: str, words: tuple[str, ...], options: dict[str, Any], template: TemplateOptions) -> None:
+    """`run`: one question and its answer, or a chat without `words`."""
+    named = None if model == DEMO and not Path(DEMO).exists() else model
+    if not words:
+        start_chat(named, None, options, template)
+        return
+    start_chat(named, None, options, template, question=" ".join(read_stdin() if w == DASH else w for w in words))
+
+
+def start_chat(
+    model: str | None, dash: str | None, options: dict[str, Any], template: TemplateOptions, *,
+    question: str | None = None,
+) -> None:  # fmt: skip
+    """Load and talk; with a `question`, answer it and end. `model` may be the dash. Raises UsageError before anything
+    heavy is imported.
+    """
     if model == DASH:
         model, dash = dash, DASH
     if dash not in {None, DASH}:
@@ -50,11 +65,11 @@ def start_chat(model: str | None, dash: str | None, options: dict[str, Any], tem
     }  # fmt: skip
     system = others.pop("system", None)
     check_request(model, engine_given, quiet=style["as_json"])
-    message = read_stdin() if dash else None
+    message = read_stdin() if dash else question
     if message is not None and not message.strip():
-        raise UsageError("standard input is empty; give a message")
+        raise UsageError("standard input is empty; give a message" if dash else "the question is empty; give one")
     with open_engine(model, engine_given) as engine:
-        from offmoe.cli.chat import ChatStyle, run_chat
+        from offmoe.cli.chat.loop import ChatStyle, run_chat
 
         conversation = template.begin(engine, system=system)
         run_chat(engine, conversation, options=others, style=ChatStyle(**style), message=message)

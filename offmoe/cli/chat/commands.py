@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from offmoe.cli.say import say
 from offmoe.cli.session import peak_line
 from offmoe.core.errors import UsageError
+from offmoe.core.files import read_text_bounded
 from offmoe.core.folders import expand
 from offmoe.core.units import format_percent, format_seconds, format_traffic
 
@@ -22,6 +23,8 @@ _WHOLE = ("max_new_tokens", "top_k", "seed")
 _FRACTIONS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 SETTINGS = (*_WHOLE, *_FRACTIONS)
 _UNSET = ("default", "auto")
+_SHOWN_LETTERS = 60
+MAX_FILE_BYTES = 4 << 20  # /file's; a context of a million tokens
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,13 @@ class SlashCommands:
     """Runs `/name argument` lines on a conversation. `options` are those of every reply; /set changes them."""
 
     def __init__(
-        self, engine: Engine, conversation: Conversation, options: dict[str, Any], *, retry: Callable[[], None]
-    ) -> None:
+        self, engine: Engine, conversation: Conversation, options: dict[str, Any], *, retry: Callable[[], None],
+        answer: Callable[[str], None],
+    ) -> None:  # fmt: skip
         self._engine, self._conversation, self.options = engine, conversation, options
-        self._retry = retry
+        self._retry, self._answer = retry, answer
+        self.draft = ""
+        """What stands at the next prompt for the user to change."""
 
     def run(self, line: str) -> None:
         """Raises UsageError for what cannot be done, and Leave."""
@@ -69,6 +75,32 @@ class SlashCommands:
     def _reset(self, argument: str) -> None:
         self._conversation.reset()
         say("forgotten" + ("; the system message stays" if self._conversation.system else ""))
+
+    def _undo(self, argument: str) -> None:
+        question = self._conversation.undo()
+        say(f"taken back: {_shortened(question)}")
+
+    def _edit(self, argument: str) -> None:
+        """Take the last exchange back; answer `argument`, or let the user change the message at the prompt."""
+        question = self._conversation.undo()
+        if argument:
+            self._answer(argument)
+        else:
+            self.draft = question
+
+    def _file(self, argument: str) -> None:
+        path, question = _path_and_rest(argument)
+        text = read_text_bounded(path, "/file", MAX_FILE_BYTES)
+        self._answer(f"{question}\n\n{path.name}:\n\n{text}" if question else f"{path.name}:\n\n{text}")
+
+    def _think(self, argument: str) -> None:
+        from offmoe.chat.template import thinking_arguments
+
+        if argument not in {"on", "off"}:
+            raise UsageError(f"/think is {argument!r}; use on or off")
+        assert self._engine.tokenizer is not None, "a conversation has a tokenizer"
+        self._conversation.set_template(**thinking_arguments(self._engine.tokenizer, argument == "on"))
+        say(f"thinking {argument}")
 
     def _system(self, argument: str) -> None:
         if argument:
@@ -162,6 +194,20 @@ def _unknown(what: str, name: str, known: list[str]) -> str:
     return f"unknown {what} {name!r}{hint} known: {', '.join(known)}"
 
 
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_LETTERS else f"{line[:_SHOWN_LETTERS]}..."
+
+
+def _path_and_rest(argument: str) -> tuple[Path, str]:
+    """A path, in quotes if it has blanks, and what follows it."""
+    if argument[0] in "\"'" and argument[0] in argument[1:]:
+        path, _, rest = argument[1:].partition(argument[0])
+    else:
+        path, _, rest = argument.partition(" ")
+    return _path(path), rest.strip()
+
+
 def _path(text: str) -> Path:
     return expand(text.strip("\"'"))
 
@@ -170,12 +216,16 @@ _COMMANDS = {
     "/help": _Command("", "these lines", SlashCommands._help),
     "/reset": _Command("", "forget what was said, but not the system message", SlashCommands._reset),
     "/retry": _Command("", "another reply to your last message", SlashCommands._again),
+    "/undo": _Command("", "take your last message and its reply back", SlashCommands._undo),
+    "/edit": _Command("[TEXT]", "change your last message, or put TEXT in its place", SlashCommands._edit),
+    "/file": _Command("FILE [QUESTION]", "send a text file, with a question about it", SlashCommands._file),
+    "/think": _Command("on|off", "whether the model reasons before it answers, where it can", SlashCommands._think),
     "/system": _Command("[TEXT]", "show or set the system message; 'off' takes it away", SlashCommands._system),
     "/set": _Command("[NAME VALUE]", "show or change how replies are chosen: /set temperature 0.7", SlashCommands._set),
     "/stats": _Command("", "what was read, kept and waited for since the model was loaded", SlashCommands._stats),
     "/save": _Command("FILE", "write the conversation as JSON", SlashCommands._save),
     "/load": _Command("FILE", "go on with a saved conversation", SlashCommands._load),
-    "/exit": _Command("", "leave; so do /quit, Ctrl-D, and Ctrl-C twice", SlashCommands._exit),
+    "/exit": _Command("", "leave; so do /bye, /quit, Ctrl-D, and Ctrl-C twice", SlashCommands._exit),
 }
-_ALIASES = {"/quit": "/exit", "/?": "/help"}
+_ALIASES = {"/quit": "/exit", "/bye": "/exit", "/clear": "/reset", "/regen": "/retry", "/?": "/help"}
 COMMAND_NAMES = tuple(_COMMANDS)

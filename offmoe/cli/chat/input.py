@@ -29,8 +29,8 @@ _LARGEST_HISTORY, _KEPT_HISTORY = 1 << 20, 1 << 19
 class Reader(Protocol):
     """`read` gives the next message; None at the end of input. KeyboardInterrupt: Ctrl-C on an empty line."""
 
-    def read(self) -> str | None:
-        """Waits for it."""
+    def read(self, draft: str = "") -> str | None:
+        """Waits for it. `draft`: text to begin with, which the user may change."""
 
 
 def make_reader(*, commands: Sequence[str], color: bool, keep_history: bool) -> Reader:
@@ -51,8 +51,10 @@ class LineReader:
     def __init__(self, *, prompt: str) -> None:
         self._prompt = prompt
 
-    def read(self) -> str | None:
-        """See Reader. Raises UsageError for bytes that are no text."""
+    def read(self, draft: str = "") -> str | None:
+        """See Reader; a draft is shown, to be typed anew. Raises UsageError for bytes that are no text."""
+        if draft and self._prompt:
+            say(f"your last message, to type anew: {draft}")
         lines: list[str] = []
         while not lines or continues(lines[-1]):
             line = self._read_line(self._prompt and (CONTINUED if lines else self._prompt))
@@ -100,10 +102,10 @@ class EditorReader:
             color_depth=None if color else ColorDepth.MONOCHROME, output=self._output,
         )  # fmt: skip
 
-    def read(self) -> str | None:
+    def read(self, draft: str = "") -> str | None:
         """See Reader."""
         try:
-            return self._session.prompt(PROMPT)
+            return self._session.prompt(PROMPT, default=draft)
         except EOFError:
             return None
         except SystemExit:  # SIGTERM: the editor gives back the terminal's mode, and not this
