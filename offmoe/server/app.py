@@ -10,19 +10,22 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from offmoe.core.errors import OffmoeError
-from offmoe.server import status
+from offmoe.server import expert_stream, status
 from offmoe.server.anthropic import routes as anthropic_routes
 from offmoe.server.errors import ApiError, as_api_error, error_body
 from offmoe.server.guard import Guard
 from offmoe.server.openai import routes as openai_routes
 from offmoe.server.state import ServedModel
+from offmoe.server.web_page import page_router
 
 
 def make_app(served: ServedModel) -> ASGIApp:
     """The application for one model. Pages that FastAPI makes of its routes are off: they load scripts from outside."""
     app = FastAPI(title="offmoe", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.served = served
-    routers = (status.router, openai_routes.router, anthropic_routes.router)
+    routers = [status.router, openai_routes.router, anthropic_routes.router, expert_stream.router]
+    if served.settings.web_page:
+        routers.append(page_router())
     for router in routers:
         app.include_router(router)
     app.add_exception_handler(ApiError, _answer_error)

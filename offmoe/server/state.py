@@ -14,6 +14,7 @@ from offmoe.engine.engine import Engine
 from offmoe.engine.engine_stats import EngineStats
 from offmoe.server.errors import ApiError
 from offmoe.server.events import ReplyEnd
+from offmoe.server.expert_watch import ExpertWatch
 from offmoe.server.jobs import JobQueue
 from offmoe.server.metrics import Measured
 from offmoe.server.settings import ServerSettings
@@ -43,7 +44,7 @@ class ServedModel:
         self._engine: Engine | None = None
         self._progress: tuple[str, int, int] = ("starting", 0, 0)
         self._snapshot_at = 0.0
-        self.after_token_hooks: list[Callable[[Engine], None]] = []
+        self.watch = ExpertWatch()
         self.loaded = threading.Event()
         self._thread = threading.Thread(target=self._run, name="offmoe-server-engine", daemon=True)
 
@@ -93,8 +94,7 @@ class ServedModel:
         engine = self._engine
         if engine is None:
             return
-        for hook in self.after_token_hooks:
-            hook(engine)
+        self.watch.look(engine)
         if (now := time.monotonic()) - self._snapshot_at >= _SNAPSHOT_S:
             self._snapshot_at = now
             self.stats = engine.stats()

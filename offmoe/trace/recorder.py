@@ -11,6 +11,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 # Stands for a choice that is none: padding. So the most experts a layer may have are 65,535.
@@ -116,6 +117,11 @@ class Recorder:
     def recent(self) -> list[TraceEvent]:
         """Events in the ring, the oldest first. Between two calls of `record`."""
         return [TraceEvent(layer_idx, top_k, prefill, ids) for layer_idx, top_k, prefill, ids in self._ring]
+
+    def latest(self, num_calls: int) -> list[TraceEvent]:
+        """The last `num_calls` events in the ring, the newest first. Between two calls of `record`."""
+        calls = islice(reversed(self._ring), num_calls)
+        return [TraceEvent(layer_idx, top_k, prefill, ids) for layer_idx, top_k, prefill, ids in calls]
 
 
 def flat_ids(ids: Iterable[int], num_experts: int) -> array[int]:
