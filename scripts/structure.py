@@ -93,7 +93,10 @@ def import_circles(package: Path) -> list[list[str]]:
         parts = path.relative_to(package.parent).with_suffix("").parts
         homes[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     known = {name: _imported_modules(path, homes) - {name} for name, path in homes.items()}
-    reached = {name: set(below) for name, below in known.items()}
+    while ends := [name for name, below in known.items() if not below & known.keys()]:
+        for name in ends:  # what imports nothing that is left is in no circle
+            del known[name]
+    reached = {name: below & known.keys() for name, below in known.items()}
     for through in known:  # Warshall's transitive closure
         for below in reached.values():
             if through in below:

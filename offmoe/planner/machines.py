@@ -3,7 +3,7 @@
 Not measured here. RTX 4060 laptop: PCIe 13 GB/s, CPU experts 65 GB/s, 218 GB/s of its 256 GB/s memory, as offload
 engines report for it. The others by arithmetic: 0.85 of the memory bandwidth in NVIDIA's data sheets, pinned copies of
 12, 13, 25 or 50 GB/s by PCIe generation and lanes, 0.8 of dual-channel DDR4-3200 (51 GB/s) or DDR5-5600 (90), 0.8 of
-drives' data sheets. Integer formats on the CPU count at 0.7 of the plain rate (scripts/bench_kernels.py measured 0.7 to
+drives' data sheets. Integer formats on the CPU count at 0.7 of the plain rate (scripts/bench kernels measured 0.7 to
 0.75), what a layer and a token cost whatever they read as on the one server that was measured, a layer's overhead at
 0.1 ms on a device, a core at 40 GFLOP/s.
 """

@@ -1,1 +1,1 @@
-"""What scripts/make_checkpoint.py and scripts/bench.py are made of; not part of the package."""
+"""What scripts/make_checkpoint.py and scripts/bench are made of; not part of the package."""

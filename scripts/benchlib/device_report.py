@@ -1,4 +1,4 @@
-"""The records of scripts/bench_device.py as tables for people. Pure: knows records, no torch."""
+"""The records of `scripts/bench device` as tables for people. Pure: knows records, no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The systems that scripts/bench_device.py times, behind one contract: feed these ids, tell the seconds of each.
+"""The systems that `scripts/bench device` times, behind one contract: feed these ids, tell the seconds of each.
 
 All are teacher-forced (the ids are given), and all choose a next id greedily after every token, which they tell and
 which is not fed back: so every system does the same work and waits for the device as a real generation does.

@@ -54,6 +54,9 @@ class Outcome:
         return next((line for line in reversed(self.lines) if line.strip() and not line.startswith("{")), "")
 
 
+BENCH = ("-m", "benchlib.command_line")
+
+
 def plan_parts(*, simulate: bool, models: Path) -> list[Part]:
     """All parts in order of what they decide. `models`: a folder for checkpoints, shared by the parts.
 
@@ -73,7 +76,7 @@ def plan_parts(*, simulate: bool, models: Path) -> list[Part]:
                     **more)  # fmt: skip
 
     def device(key: str, title: str, limit_s: float, minutes: int, *arguments: str) -> Part:
-        command = (here, "-X", "faulthandler", "scripts/bench_device.py", *tiny, "--models", "qwen3-30b-a3b",
+        command = (here, "-X", "faulthandler", *BENCH, "device", *tiny, "--models", "qwen3-30b-a3b",
                    "--layers", "2" if simulate else "4", "--keep", str(models), *arguments)  # fmt: skip
         return Part(key=key, title=title, command=command, limit_s=limit_s, minutes=minutes, records=True)
 
@@ -93,9 +96,9 @@ def plan_parts(*, simulate: bool, models: Path) -> list[Part]:
                       "--max-new-tokens", "4" if simulate else "24", *where)),
         device("device-100", "all experts on the device", 50, 6, "--shares", "100", "--settings", "auto", "--exact"),
         Part(key="kernels", title="kernels, each alone", limit_s=75, minutes=9, records=True,
-             command=(here, "-X", "faulthandler", "scripts/bench_triton.py", *tiny)),
+             command=(here, "-X", "faulthandler", *BENCH, "triton-kernels", *tiny)),
         Part(key="far-slots", title="misses read over the link by the kernels", limit_s=35, minutes=9, records=True,
-             command=(here, "-X", "faulthandler", "scripts/bench_far_slots.py", *tiny)),
+             command=(here, "-X", "faulthandler", *BENCH, "far-slots", *tiny)),
         device("device-cpu", "a quarter, misses in RAM", 45, 9, "--shares", "25", "--settings", "miss cpu"),
         device("device-stream", "a quarter, misses streamed", 45, 9, "--shares", "25", "--settings", "miss stream"),
         tests("compiled", "tests of compiled steps", 90, 9, "tests/gpu/test_compiled_on_gpu.py"),

@@ -1,4 +1,4 @@
-"""The systems bench.py can run: each name turned into a command line that prints one JSON line.
+"""The systems that `scripts/bench systems` can run: each name turned into a command line that prints one JSON line.
 
 Each runs in a process and, where it needs one, an interpreter of its own. All get the same ids, the same split into
 prefill and decode, and the same number of threads.

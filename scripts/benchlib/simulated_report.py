@@ -1,4 +1,4 @@
-"""What bench_simulated.py measured, as a table and as JSON."""
+"""The results of `scripts/bench simulated`, as a table and as JSON."""
 
 from __future__ import annotations
 

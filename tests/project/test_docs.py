@@ -81,6 +81,14 @@ def test_promises_have_tests() -> None:
             assert not test or re.search(rf"^def {test}\(", text, re.MULTILINE), f"{file}::{test}"
 
 
+def test_quick_tests_are_there() -> None:
+    named = (ROOT / "tests" / "quick.txt").read_text(encoding="utf-8").split()
+    assert len(named) > 15
+    for name in named:
+        file, _, test = name.partition("::")
+        assert not test or f"def {test.partition('[')[0]}(" in text_of(ROOT / file), name
+
+
 @cache
 def known_flags() -> set[str]:
     flags = {flag for command in main.commands.values() for param in command.params for flag in param.opts}

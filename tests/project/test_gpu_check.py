@@ -104,8 +104,8 @@ def test_a_rehearsal_keeps_every_result_that_there_is(tmp_path: Path) -> None:
 def test_the_benchmark_on_a_simulated_link_runs(tmp_path: Path) -> None:
     out = tmp_path / "result.md"
     command = [
-        sys.executable,
-        str(SCRIPTS / "bench_simulated.py"),
+        str(SCRIPTS / "bench"),
+        "simulated",
         "--layers",
         "2",
         "--ratios",
@@ -114,7 +114,7 @@ def test_the_benchmark_on_a_simulated_link_runs(tmp_path: Path) -> None:
         str(out),
     ]
     command += ["--share", "0.25", "--blocks", "2", "--block", "4", "--warmup", "4"]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout.splitlines()[-1])

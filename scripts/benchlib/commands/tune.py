@@ -1,6 +1,6 @@
 """Hold the speeds that `offmoe tune` predicts against runs: one model, one text, several cache sizes and policies.
 
-    python scripts/bench_tune.py --model checkpoints/qwen3-6l --out benchmarks/DATE-tune.md
+    scripts/bench tune --model checkpoints/qwen3-6l --out benchmarks/DATE-tune.md
 
 One engine with slots for `--share` of the experts records a trace and what a token costs, as `offmoe tune` does. The
 curves made of that are compared with engines of other sizes that write the same text, without prefetching. Progress
@@ -15,25 +15,23 @@ import json
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import offmoe
+from benchlib.command_line import make_parser
 from benchlib.machine import describe_machine, describe_versions
 from benchlib.report import without_folders
-
-import offmoe
 from offmoe.engine.trace_run import record_prompts
 from offmoe.planner.tuning import Curves, TokenCosts, make_curves, token_costs
 from offmoe.trace.reader import read_trace
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
-def main() -> None:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str]) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder with an ids.json")
     parser.add_argument("--share", type=float, default=0.25, help="of the experts, where costs are measured (0.25)")
     parser.add_argument("--check", type=float, nargs="+", default=[0.125, 0.25, 0.5], help="of the experts, to run")
@@ -41,7 +39,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=16, help="ids of a prompt (default: 16)")
     parser.add_argument("--decode", type=int, default=64, help="tokens after it (default: 64)")
     parser.add_argument("--out", type=Path, help="result file, Markdown")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     ids = json.loads((args.model / "ids.json").read_text())
     prompts = [ids[number * 512 : number * 512 + args.prefill] for number in range(args.prompts)]
     curves, costs = tuned(args, prompts)
@@ -102,7 +100,7 @@ def render(args: argparse.Namespace, curves: Curves, costs: TokenCosts, rows: li
     """The result file."""
     lines = [
         f"# tune's predictions against runs: {args.model.name}, {datetime.date.today().isoformat()}", "",
-        f"- command: `{shlex.join(['python', 'scripts/bench_tune.py', *without_folders(sys.argv[1:])])}`",
+        f"- command: `{shlex.join(['scripts/bench', 'tune', *without_folders(sys.argv[1:])])}`",
         f"- machine: {', '.join(f'{key} {value}' for key, value in describe_machine().items())}",
         f"- versions: {', '.join(f'{key} {value}' for key, value in describe_versions(ROOT).items())}",
         f"- work: {args.prompts} prompts of {args.prefill} ids, {args.decode} sampled tokens each; without prefetching",
@@ -119,7 +117,3 @@ def render(args: argparse.Namespace, curves: Curves, costs: TokenCosts, rows: li
             f"{row['tok_per_s'] / row['measured_tok_per_s']:.2f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 """Times of a prompt and of a decoded token with every expert in RAM, beside the machine's streaming read.
 
-    python scripts/bench_step.py --model checkpoints/qwen3.5-moe                     # offmoe
-    python scripts/bench_step.py --model checkpoints/qwen3.5-moe --transformers      # transformers alone
-    python scripts/bench_step.py --model ... --against /path/to/another/commit       # both at once, in turn
+    scripts/bench step --model checkpoints/qwen3.5-moe                     # offmoe
+    scripts/bench step --model checkpoints/qwen3.5-moe --transformers      # transformers alone
+    scripts/bench step --model ... --against /path/to/another/commit       # both at once, in turn
 
 With `--against` two processes hold the model, this tree's and the other's, and take turns: twelve tokens each, the
 other standing still. `ratio`: the median over turns of this tree's median token over the other's, `turns` its
@@ -24,20 +24,22 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchlib.command_line import make_parser
 
 TURN = 12
 NUM_SKIPPED = 8  # steps after the prompt, while caches settle
 READ_EVERY = 4  # steps
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Run what the command line says."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder with an ids.json")
     parser.add_argument("--prefill", type=int, default=64, help="ids in the prompt (default: 64)")
     parser.add_argument("--decode", type=int, default=60, help="tokens after it (default: 60)")
@@ -46,7 +48,7 @@ def main() -> int:
     parser.add_argument("--against", type=Path, help="checkout of another commit, its kernels built")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--transformers", action="store_true", help="measure transformers' own model")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.against is not None:
         print(json.dumps(in_turn(options)))
         return 0
@@ -105,12 +107,14 @@ def work(options: argparse.Namespace, ids: list[int]) -> int:
 
 def in_turn(options: argparse.Namespace) -> dict[str, Any]:
     """This tree's offmoe and another's, turn by turn."""
-    trees = (Path(__file__).resolve().parents[1], options.against)
+    trees = (Path(__file__).resolve().parents[3], options.against)
     command = [
         sys.executable,
         "-W",
         "ignore",
-        __file__,
+        "-m",
+        "benchlib.command_line",
+        "step",
         "--worker",
         "--model",
         str(options.model),
@@ -121,7 +125,7 @@ def in_turn(options: argparse.Namespace) -> dict[str, Any]:
     workers = [
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(tree)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), str(trees[0] / "scripts")])},
         )
         for tree in trees
     ]  # fmt: skip
@@ -227,7 +231,3 @@ def shares(token_bytes: int, found: dict[str, Any]) -> dict[str, Any]:
 def ms(seconds: float) -> float:
     """Milliseconds, to a microsecond."""
     return round(1e3 * seconds, 3)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

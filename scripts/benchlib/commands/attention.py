@@ -1,6 +1,6 @@
 """Time one token's attention over cached rows by the CPU kernels, against torch's fused operation, in turn.
 
-    python scripts/bench_attention.py --out benchmarks/DATE-cpu-attention.md
+    scripts/bench attention --out benchmarks/DATE-cpu-attention.md
 
 Each call reads another cache, as each layer has its own, so that keys and values come from memory. Torch has one
 thread, as while a token is decoded, and all of them. Figures are medians; GB/s are of keys and values read once. A
@@ -9,7 +9,6 @@ table goes to stderr, one JSON object to stdout, last.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
@@ -21,15 +20,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from benchlib.machine import describe_machine, describe_versions
-from benchlib.report import without_folders
 from torch.nn import functional
 
+from benchlib.command_line import make_parser
+from benchlib.machine import describe_machine, describe_versions
+from benchlib.report import without_folders
 from offmoe.kernels.cpu.decode import AttentionShape, CpuAttention
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 MOST_BYTES = 256 << 20
 # Torch's threads look for work for a while after a call.
 IDLE_S = 0.005
@@ -64,10 +64,10 @@ COLUMNS = ("shape", "heads", "shared by", "tokens", "kernels us", "GB/s", "GFLOP
            "times as fast")  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Command line entry; returns the exit code."""
-    command = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = list(argv)
+    parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[500, 4000, 16000], help="of context")
     parser.add_argument("--level", default="auto", help="instruction set of the kernels (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9)
@@ -155,7 +155,7 @@ def report(found: Sequence[dict[str, Any]], command: Sequence[str]) -> str:
     return "\n".join([
         "# One token's attention on the CPU",
         "",
-        f"- command: `{shlex.join(['python', 'scripts/bench_attention.py', *without_folders(command)])}`",
+        f"- command: `{shlex.join(['scripts/bench', 'attention', *without_folders(command)])}`",
         f"- machine: {', '.join(f'{key} {value}' for key, value in describe_machine().items())}",
         f"- versions: {', '.join(f'{name} {version}' for name, version in describe_versions(ROOT).items())}",
         "- bfloat16; a call reads keys and values that no cache holds. `torch us` is on one thread, as while a token",
@@ -164,7 +164,3 @@ def report(found: Sequence[dict[str, Any]], command: Sequence[str]) -> str:
         *table(found),
         "",
     ])  # fmt: skip
-
-
-if __name__ == "__main__":
-    sys.exit(main())

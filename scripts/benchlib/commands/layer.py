@@ -1,8 +1,8 @@
 """Time a token on the CPU: by the fused step, by transformers' modules with our linears, norms and attention, in turn.
 
     python scripts/make_checkpoint.py --like qwen3-30b-a3b --tiny --layers 24 --out checkpoints/tiny-24
-    python scripts/bench_layer.py checkpoints/tiny-24 --cold 64MB      # fixed costs: the weights are nearly nothing
-    python scripts/bench_layer.py checkpoints/qwen3-6l --out benchmarks/DATE-cpu-layer.md
+    scripts/bench layer checkpoints/tiny-24 --cold 64MB      # fixed costs: the weights are nearly nothing
+    scripts/bench layer checkpoints/qwen3-6l --out benchmarks/DATE-cpu-layer.md
 
 All experts are cached. `token ms` is the median of a token, `layer us` its share for each layer, everything included:
 embedding, rotary angles, last norm, logits, sampling. With `--cold`, that much memory is read before each token,
@@ -26,15 +26,16 @@ from statistics import median
 from typing import Any
 
 import torch
+
+import offmoe
+from benchlib.command_line import make_parser
 from benchlib.machine import describe_machine, describe_versions
 from benchlib.report import without_folders
 from benchlib.sizes import parse_bytes
-
-import offmoe
 from offmoe.core.errors import OffmoeError
 from offmoe.engine.parts import parts_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 SYSTEMS = ("fused", "eager")
 PROMPT = list(range(3, 35))
 
@@ -101,7 +102,7 @@ def report(found: Sequence[Timed], facts: dict[str, Any], command: Sequence[str]
     return "\n".join([
         f"# A token on the CPU, {datetime.datetime.now(datetime.timezone.utc).date()}",
         "",
-        f"- command: `{shlex.join(['python', 'scripts/bench_layer.py', *without_folders(command)])}`",
+        f"- command: `{shlex.join(['scripts/bench', 'layer', *without_folders(command)])}`",
         f"- machine: {', '.join(f'{key} {value}' for key, value in machine.items())}",
         f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}",
         f"- {', '.join(f'{key}: {value}' for key, value in facts.items())}",
@@ -113,10 +114,10 @@ def report(found: Sequence[Timed], facts: dict[str, Any], command: Sequence[str]
     ])  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Command line entry; returns the exit code."""
-    command = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = list(argv)
+    parser = make_parser(__doc__)
     parser.add_argument("model", type=Path, help="a checkpoint folder")
     parser.add_argument("--cold", help="memory to read before each token, such as 64MB (default: none)")
     parser.add_argument("--tokens", type=int, default=32, help="a round (default: %(default)s)")
@@ -148,7 +149,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.write_text(report(found, facts, command))
     print(json.dumps({"bench": "layer", **facts, "records": [asdict(timed) for timed in found]}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

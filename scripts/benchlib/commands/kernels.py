@@ -1,8 +1,8 @@
 """Time the CPU kernels on rotating experts, format by format, against a streaming read and torch, in turn.
 
-    python scripts/bench_kernels.py                                # Qwen3-30B-A3B's experts, all formats: some minutes
-    python scripts/bench_kernels.py --formats int4 --tokens 1,4    # a part of it
-    python scripts/bench_kernels.py --out benchmarks/DATE-cpu-kernels.md
+    scripts/bench kernels                                # Qwen3-30B-A3B's experts, all formats: some minutes
+    scripts/bench kernels --formats int4 --tokens 1,4    # a part of it
+    scripts/bench kernels --out benchmarks/DATE-cpu-kernels.md
 
 A call computes eight experts, up to down, each for all T rows, other experts than the call before: together they are
 many times larger than the caches. GB/s are bytes of codes, scales and zero points a second. The read is torch's sum of
@@ -31,9 +31,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
+
+from benchlib.command_line import make_parser
 from benchlib.machine import describe_machine, describe_versions
 from benchlib.report import without_folders
-
 from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat, QuantKind
 from offmoe.core.errors import OffmoeError
 from offmoe.kernels.cpu import CpuKernels, load_cpu_kernels
@@ -41,7 +42,7 @@ from offmoe.probe.sample_experts import EXPERTS_A_CALL, SampleExperts
 from offmoe.probe.speeds import FORMATS as PROBED
 from offmoe.tiers.huge_pages import in_huge_pages
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 READ_BYTES, READ_PIECES = 256 << 20, 4
 CALLS_A_ROUND = 3
 SPIN_S = 0.3  # for torch's threads, which look for work a while after their last, to go to sleep
@@ -184,7 +185,7 @@ def report(args: argparse.Namespace, kernels: CpuKernels, found: Sequence[Timed]
     return "\n".join([
         f"# CPU kernels, {datetime.datetime.now(datetime.timezone.utc).date()}",
         "",
-        f"- command: `{shlex.join(['python', 'scripts/bench_kernels.py', *without_folders(command)])}`",
+        f"- command: `{shlex.join(['scripts/bench', 'kernels', *without_folders(command)])}`",
         f"- machine: {', '.join(f'{key} {value}' for key, value in machine.items())}",
         f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}",
         f"- kernels: {kernels.level}, {kernels.num_threads} threads; the read and torch likewise",
@@ -198,10 +199,10 @@ def report(args: argparse.Namespace, kernels: CpuKernels, found: Sequence[Timed]
     ])  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Command line entry; returns the exit code."""
-    command = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = list(argv)
+    parser = make_parser(__doc__)
     parser.add_argument("--formats", default=",".join(FORMATS), help="with commas (default: %(default)s)")
     parser.add_argument("--tokens", default="1,4,16,64", help="rows an expert (default: %(default)s)")
     parser.add_argument("--width", type=int, default=2048)
@@ -243,7 +244,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.write_text(report(args, kernels, found, command))
     print(json.dumps({"bench": "kernels", "level": kernels.level, "records": [asdict(timed) for timed in found]}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,9 @@
 """Time the Triton expert kernels alone, against a device-to-device copy measured in the same run.
 
-    python scripts/bench_triton.py                    # a GPU: both shapes, bfloat16, then the first quantised; a minute
-    python scripts/bench_triton.py --formats int4,fp8 # these alone
-    python scripts/bench_triton.py --sweep            # also block sizes of the row kernels, for one token
-    python scripts/bench_triton.py --simulate         # no GPU: tiny shapes in the interpreter; tries the script only
+    scripts/bench triton-kernels                    # a GPU: both shapes, bfloat16, then the first quantised; a minute
+    scripts/bench triton-kernels --formats int4,fp8 # these alone
+    scripts/bench triton-kernels --sweep            # also block sizes of the row kernels, for one token
+    scripts/bench triton-kernels --simulate         # no GPU: tiny shapes in the interpreter; tries the script only
 
 Every call takes other experts than the one before, so that no weights are found in L2; calls are captured in a CUDA
 graph, so launches cost nothing, and what a launch costs the host is given beside. GB/s are bytes of the weights that a
@@ -12,7 +12,6 @@ call must read at least, once for each expert it touches. A table goes to stderr
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -27,9 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from benchlib.command_line import make_parser
 from benchlib.expert_layers import BF16, FORMATS, SHAPES, TINY, Shape, fits, make_layer
 from benchlib.ledger import Ledger, TimeIsUpError
-
 from offmoe.formats.dense import view_expert
 from offmoe.formats.layout import layout_of
 from offmoe.kernels.activations import Activation
@@ -218,9 +218,9 @@ def print_rows(records: list[dict[str, Any]], copy: float) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Command line entry; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--sweep", action="store_true", help="also try other block sizes for one token")
     parser.add_argument("--simulate", action="store_true", help="tiny, in Triton's interpreter: measures nothing")
     parser.add_argument("--partial", type=Path, help="JSON file rewritten after every shape and format")
@@ -268,7 +268,3 @@ def main(argv: Sequence[str] | None = None) -> int:
               "records": ledger.records}  # fmt: skip
     print(json.dumps(result))
     return 1 if ledger.failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Wall-clock benchmark of prefetching and of placing misses on a simulated device: RAM behind a link of a set speed.
 
-    python scripts/bench_simulated.py                                  # a few minutes on two cores
-    python scripts/bench_simulated.py --ratios 0.5 --share 0.1 --blocks 20 --out /tmp/result.md
+    scripts/bench simulated                                  # a few minutes on two cores
+    scripts/bench simulated --ratios 0.5 --share 0.1 --blocks 20 --out /tmp/result.md
 
 The model is made on the spot (random weights, experts of about 600 KB, real text ids). `ratio` is the link's bandwidth
 over that at which the same machine computes experts: at 0.2, copying an expert takes five times as long as using it.
@@ -26,15 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+
+from benchlib.command_line import make_parser
 from benchlib.device_checkpoint import MadeModel, make_model
 from benchlib.device_exact import demo_folder
 from benchlib.device_systems import OffmoeSystem, Place
 from benchlib.given_ids import GivenIds, Toggled, compared, take_turns
 from benchlib.simulated_report import Result, as_json, render
 from benchlib.stdlib_text import held_out_ids
-from tokenizers import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 VOCAB = 4096
 SIZES = {
     "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_experts": 32,
@@ -73,7 +75,7 @@ class Work:
         return self.prompt + self.warmup + self.blocks * self.block
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Command line entry; returns the exit code."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -105,12 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if same else 1
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--ratios", type=float, nargs="+", default=[0.5, 1.0], help="link over compute bandwidth (default: 0.5 1)"
     )
@@ -235,7 +234,3 @@ def same_ids(systems: dict[str, GivenIds]) -> bool:
 def progress(line: str) -> None:
     """One line on stderr; stdout is for the result."""
     print(line, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

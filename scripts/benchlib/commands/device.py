@@ -1,8 +1,8 @@
 """Time offmoe on a GPU at several VRAM sizes, on models of published shapes made on the spot, beside its peers.
 
-    python scripts/bench_device.py                                     # both shapes, about five minutes
-    python scripts/bench_device.py --models mixtral-8x7b --shares 10,25 --seconds 200
-    python scripts/bench_device.py --simulate --seconds 60             # no GPU: tries the script, measures nothing
+    scripts/bench device                                     # both shapes, about five minutes
+    scripts/bench device --models mixtral-8x7b --shares 10,25 --seconds 200
+    scripts/bench device --simulate --seconds 60             # no GPU: tries the script, measures nothing
 
 Weights are random, ids are those of real text, so the routing is that of random routers; shapes and bytes are true.
 Everything measured so far is in --partial after every measurement. Progress goes to stderr; the last line on stdout is
@@ -22,7 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from transformers.utils import logging as transformers_logging
+
 from benchlib.bandwidths import TINY, Sizes, measure
+from benchlib.command_line import make_parser
 from benchlib.device_checkpoint import MadeModel, make_model
 from benchlib.device_exact import check_exact, copy_as_float32, demo_folder
 from benchlib.device_levels import SETTINGS, Bench, Level, Work, run_level
@@ -33,8 +37,6 @@ from benchlib.families import FAMILIES
 from benchlib.ledger import Ledger, TimeIsUpError
 from benchlib.roofline import Bandwidths
 from benchlib.stdlib_text import held_out_ids
-from tokenizers import Tokenizer
-from transformers.utils import logging as transformers_logging
 
 LAYERS = {"qwen3-30b-a3b": 12, "mixtral-8x7b": 4}
 VOCAB = 32_000
@@ -63,7 +65,7 @@ class Plan:
         return self.layers or (2 if self.simulate else LAYERS[name])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Command line entry; returns the exit code."""
     args = parse_args(argv)
     transformers_logging.set_verbosity_error()
@@ -81,12 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if ledger.failures else 0
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--models", default=",".join(LAYERS), help="(default: %(default)s)")
     parser.add_argument("--layers", type=int, help="of every model (default: qwen3 12, mixtral 4)")
     parser.add_argument("--shares", default="25,100,10,50", help="percent of experts in VRAM, in order of importance")
@@ -207,7 +206,3 @@ def make(ledger: Ledger, plan: Plan, name: str, *, num_layers: int, dtype: str) 
         resident_bytes=model.resident_bytes, make_s=begin_s - ledger.left_s,
     )  # fmt: skip
     return model
-
-
-if __name__ == "__main__":
-    sys.exit(main())

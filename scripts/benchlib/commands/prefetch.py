@@ -1,6 +1,6 @@
 """Fetching ahead from disk, on and off, in turns within one process: the same text, token by token.
 
-    python scripts/bench_prefetch.py --model checkpoints/qwen3-6l --share 0.25 --out benchmarks/DATE-prefetch-disk.md
+    scripts/bench prefetch --model checkpoints/qwen3-6l --share 0.25 --out benchmarks/DATE-prefetch-disk.md
 
 One engine for each setting of --prefetch is open, each with slots for `--share` of the experts. All decode the same
 ids, a block of tokens each, forwards and back (A B B A), so that whatever the machine does meanwhile falls on all of
@@ -15,18 +15,18 @@ import datetime
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import offmoe
+from benchlib.command_line import make_parser
 from benchlib.given_ids import GivenIds, compared, take_turns
 from benchlib.machine import describe_machine, describe_model, describe_versions
-
-import offmoe
 from offmoe.core.units import format_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def listed(facts: Mapping[str, object]) -> str:
@@ -71,7 +71,7 @@ def render(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
     lines = [
         f"# Fetching ahead from disk: {args.model.name}, {datetime.datetime.now(tz=datetime.timezone.utc):%Y-%m-%d}",
         "",
-        f"- command: `python scripts/bench_prefetch.py {shlex.join(Path(arg).name for arg in sys.argv[1:])}`",
+        f"- command: `scripts/bench prefetch {shlex.join(Path(arg).name for arg in sys.argv[1:])}`",
         *(f"- {name}: {value}" for name, value in (
             ("machine", listed(describe_machine())), ("versions", listed(describe_versions(ROOT))),
             ("model", listed(describe_model(args.model))),
@@ -93,8 +93,8 @@ def render(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(argv: Sequence[str]) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder with an ids.json")
     parser.add_argument("--share", type=float, nargs="+", default=[0.1, 0.25, 0.5], help="of the experts, in slots")
     parser.add_argument(
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--out", type=Path, help="result file, Markdown")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     results = [run(args, share) for share in args.share]
     print(file=sys.stderr)
     text = render(args, results)
@@ -112,7 +112,3 @@ def main() -> None:
     if args.out:
         args.out.write_text(text)
     print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Hold what `offmoe plan` predicts against what a run measures: peak RAM, and tok/s while decoding.
 
-    python scripts/bench_plan.py --models checkpoints/qwen3-6l checkpoints/olmoe --out benchmarks/DATE-plan.md
+    scripts/bench plan --models checkpoints/qwen3-6l checkpoints/olmoe --out benchmarks/DATE-plan.md
 
 Before each model the machine is probed (OFFMOE_CACHE keeps the figures), and the drive and the memory (bfloat16
 experts) again right before and right after each run: what they do changes by the minute where others use them too. The
@@ -27,9 +27,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchlib.command_line import make_parser
 from benchlib.machine import describe_machine, describe_versions
 from benchlib.report import without_folders
-
 from offmoe.checkpoint.locate import locate_model
 from offmoe.core.config import make_config
 from offmoe.kernels.cpu.loader import load_cpu_kernels
@@ -42,7 +42,7 @@ from offmoe.probe.probe import largest_file
 from offmoe.probe.sample_experts import SampleExperts
 from offmoe.probe.speeds import drive_speed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 COLUMNS = ("model", "slots", "peak predicted GiB", "measured GiB", "ratio", "hits", "tok/s predicted", "measured",
            "ratio", "all rounds", "memory GB/s probed", "beside the run", "drive", "in the run", "ratio with that",
            "tok/s with published hits")  # fmt: skip
@@ -51,10 +51,10 @@ LEAST_BYTES = 1 << 20
 DRIVE_S = 0.7
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Command line entry; returns the exit code."""
-    command = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = list(argv)
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="*", default=[], help="folders beside the bundled model")
     parser.add_argument("--shares", default="1.0,0.5", help="of the experts in RAM (default: %(default)s)")
     parser.add_argument("--context-length", type=int, default=2048)
@@ -212,7 +212,7 @@ def report(found: Sequence[dict[str, Any]], records: Sequence[MachineRecord], co
     return "\n".join([
         "# Plans against runs",
         "",
-        f"- command: `{shlex.join(['python', 'scripts/bench_plan.py', *without_folders(command)])}`",
+        f"- command: `{shlex.join(['scripts/bench', 'plan', *without_folders(command)])}`",
         f"- machine: {', '.join(f'{key} {value}' for key, value in describe_machine().items())}",
         f"- versions: {', '.join(f'{name} {version}' for name, version in describe_versions(ROOT).items())}",
         *[f"- probe: {probe_line(record)}" for record in records],
@@ -233,7 +233,3 @@ def probe_line(record: MachineRecord) -> str:
         f"{layers.modules_s * 1e3:.3f} by modules, {layers.token_s * 1e3:.3f} beside; while experts are missing "
         f"{layers.watched_s * 1e3:.2f} more, a layer that fetches {layers.fetch_s * 1e3:.2f}"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchlib.command_line import make_parser
 from benchlib.machine import describe_machine
 from benchlib.traces import deeper, record_generated, record_given, token_calls
-
 from offmoe.cache.auto import AutoPolicy, choose_policy
 from offmoe.cache.policy import POLICY_NAMES, needs_quota
 from offmoe.cache.replay import ReplayedCall, layer_calls, replay_belady
@@ -68,7 +68,7 @@ def render(args: argparse.Namespace, header: TraceHeader, num_tokens: int, resul
     lines = [
         f"# Policies: bytes read by {header.model}, {datetime.datetime.now(tz=datetime.timezone.utc):%Y-%m-%d}",
         "",
-        f"- command: `python scripts/bench_policies.py {shlex.join(Path(arg).name for arg in sys.argv[1:])}`",
+        f"- command: `scripts/bench policies {shlex.join(Path(arg).name for arg in sys.argv[1:])}`",
         f"- machine: {machine}",
         f"- model: {header.num_layers} MoE layers, {header.num_experts} experts, top {header.top_k}",
         f"- work: {args.about}; {num_tokens} tokens one at a time; counted by replay, without prefetch",
@@ -94,8 +94,8 @@ def render(args: argparse.Namespace, header: TraceHeader, num_tokens: int, resul
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(argv: Sequence[str]) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("trace", type=Path, help="trace file, to read or to record")
     parser.add_argument("--model", type=Path, help="checkpoint folder to record a trace of")
     parser.add_argument("--generate", type=int, metavar="N", help="record N sampled tokens")
@@ -108,7 +108,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--share", type=float, nargs="+", default=[0.1, 0.25, 0.5], help="of the experts, in slots")
     parser.add_argument("--out", type=Path, help="result file, Markdown")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.generate:
         record_generated(args.model, args.trace, num_tokens=args.generate, ram=args.ram, warm_start=False)
     elif args.given:
@@ -128,7 +128,3 @@ def main() -> None:
     if args.out:
         args.out.write_text(text)
     print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Misses that the kernels read over the link themselves, beside copying them to the device first.
 
-    python scripts/bench_far_slots.py               # a GPU: 1, 8 and 64 missing experts; half a minute
-    python scripts/bench_far_slots.py --simulate    # no GPU: tiny, in Triton's interpreter; tries the script only
+    scripts/bench far-slots               # a GPU: 1, 8 and 64 missing experts; half a minute
+    scripts/bench far-slots --simulate    # no GPU: tiny, in Triton's interpreter; tries the script only
 
 An experiment: offmoe copies. A miss that is read where it lies needs no host between router and experts. Both ways give
 the same bits, which is checked. Every call takes other experts than the one before. "resident": the same work with
@@ -10,18 +10,19 @@ every expert on the device. A table goes to stderr, one JSON object to stdout, l
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bench_triton import Bench
+
+from benchlib.command_line import make_parser
+from benchlib.commands.triton_kernels import Bench
 from benchlib.expert_layers import BF16, SHAPES, TINY
 from benchlib.far_slots import make_far_slab, number_slots
 from benchlib.ledger import Ledger, TimeIsUpError
@@ -84,13 +85,13 @@ class Misses:
         return found
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Command line entry; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--simulate", action="store_true", help="tiny, in Triton's interpreter: measures nothing")
     parser.add_argument("--partial", type=Path, help="JSON file rewritten after every number of experts")
     parser.add_argument("--seconds", type=float, default=60, help="nothing begins after these (default: %(default)g)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.simulate:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     elif not torch.cuda.is_available():
@@ -106,7 +107,3 @@ def main() -> int:
             ledger.add("far slots", missing=num_missing, **misses.measure(num_missing))
     print(json.dumps({"bench": "far slots", "simulated": args.simulate, "records": ledger.records}))
     return 1 if ledger.failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """What compiling the decode step saves: milliseconds a layer, eager and compiled, in turn at the same token.
 
-    python scripts/bench_compile.py --families qwen3_moe,gpt_oss --layers 12 --out benchmarks/DATE-compiled-steps.md
+    scripts/bench compile --families qwen3_moe,gpt_oss --layers 12 --out benchmarks/DATE-compiled-steps.md
 
 Models of the tests' tiny width, so that the host's work a layer is all there is. "resident" has experts that answer
 zero; "whole" has all experts cached. The last line on stdout is one JSON object.
@@ -15,29 +15,30 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import benchlib.test_helpers  # noqa: F401
 import families
 import torch
-from benchlib.machine import describe_machine, describe_versions
 
+import benchlib.test_helpers  # noqa: F401
 import offmoe
+from benchlib.command_line import make_parser
+from benchlib.machine import describe_machine, describe_versions
 from offmoe.decode.compiled import DecodeCompiler
 from offmoe.engine.parts import parts_of
 from offmoe.engine.step import Forward
 from offmoe.hf.internals import experts_modules
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 NUM_PROMPT = 32
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Command line entry; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--families", default="qwen3_moe,mixtral,deepseek_v3,gpt_oss,olmoe")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--steps", type=int, default=200, help="of each way, in blocks of ten")
@@ -46,7 +47,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cpu-time", action="store_true", help="time of this thread's work, on a busy machine")
     parser.add_argument("--out", type=Path, help="file for the table")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     rows = [measure(name, args) for name in args.families.split(",")]
     if args.out:
@@ -132,7 +133,7 @@ def _time(run: Callable[[], None], cpu_time: bool, num: int = 10) -> list[float]
 def _render(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     lines = [
         "# Compiled decode steps", "",
-        f"- command: `python scripts/bench_compile.py {' '.join(sys.argv[1:])}`",
+        f"- command: `scripts/bench compile {' '.join(sys.argv[1:])}`",
         f"- machine: {describe_machine()}", f"- versions: {describe_versions(ROOT)}", "",
         f"Milliseconds {'of the thread ' if args.cpu_time else ''}a layer, eager and compiled steps in turn: medians; "
         "the ratio is the median of the blocks' ratios.",
@@ -146,7 +147,3 @@ def _render(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         cells = [f"{row[kind][key]}" for kind in ("resident_ms", "whole_ms") for key in ("eager", "compiled", "ratio")]
         lines.append(f"| {row['family']} | {' | '.join(cells)} | {row['first_reply_s']} |")
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Run the same work on offmoe and its peers, side by side, and write what came out under benchmarks/.
 
-    python scripts/bench.py --model checkpoints/qwen3-6l --systems offmoe,transformers
-    python scripts/bench.py --model checkpoints/qwen3-6l --systems offmoe,accelerate,llama \
+    scripts/bench systems --model checkpoints/qwen3-6l --systems offmoe,transformers
+    scripts/bench systems --model checkpoints/qwen3-6l --systems offmoe,accelerate,llama \
         --cap 4.0GB --ram 2GiB --rounds 3 --llama-python ~/llama/bin/python
 
 Every system runs in a process of its own and gets the same ids: the first ones in one prefill, the rest one at a time
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchlib.cgroup import drop_page_cache, memory_group, run_measured
+from benchlib.command_line import make_parser
 from benchlib.errors import ScriptError
 from benchlib.machine import describe_machine, describe_model, describe_versions, num_cores
 from benchlib.peers import BUILDERS, Options, System, build_systems
@@ -31,10 +32,10 @@ from benchlib.report import Facts, render
 from benchlib.results import Round, Summary, decode_ratios, read_round
 from benchlib.sizes import format_gb, parse_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Command line entry; returns the exit code."""
     args = parse_args(argv)
     # An exit and not a sudden end, so that the group, the scratch folder and the running system go too.
@@ -49,12 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--systems", required=True, help=f"comma-separated, of: {', '.join(BUILDERS)}")
     parser.add_argument("--prefill", type=int, default=128, help="ids in the prefill (default: 128)")
@@ -101,7 +99,8 @@ def bench(args: argparse.Namespace) -> dict[str, object]:
         reasons = ", ".join(f"{summary.system.name} {summary.failure}" for summary in summaries)
         raise ScriptError(f"no system finished: {reasons}")
     facts = Facts(
-        date=datetime.date.today().isoformat(), command=["python", *sys.argv], model_name=model.name, model=model_facts,
+        date=datetime.date.today().isoformat(), command=["scripts/bench", *sys.argv],
+        model_name=model.name, model=model_facts,
         machine=describe_machine(), versions=describe_versions(ROOT), prefill=args.prefill, decode=args.decode,
         rounds=args.rounds, threads=args.threads, cap_bytes=cap_bytes,
     )  # fmt: skip
@@ -186,7 +185,3 @@ def to_json(facts: Facts, summaries: Sequence[Summary]) -> dict[str, object]:
 def progress(line: str) -> None:
     """One line on stderr; stdout is for the result."""
     print(line, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
