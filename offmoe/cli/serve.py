@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from pathlib import Path
@@ -57,7 +58,6 @@ def serve(model: str | None, api_key_file: Path | None, log_requests: bool, no_w
 
         given["max_body_bytes"] = parse_size(given["max_body_bytes"], name="max_body")
     settings = make_server_settings(api_keys=_keys(api_key_file), web_page=not no_web, **given)
-    _check_installed()
     run_server(model, engine_given, settings, log_requests=log_requests)
 
 
@@ -66,22 +66,18 @@ def _keys(path: Path | None) -> tuple[str, ...]:
     return named + (read_keys(path) if path is not None else ())
 
 
-def _check_installed() -> None:
-    import importlib.util
-
-    for name in ("fastapi", "uvicorn"):
-        if importlib.util.find_spec(name) is None:
-            raise UsageError(f"the server needs {name}: pip install 'offmoe[serve]'")
-
-
 def run_server(
     model: str | None, engine_given: dict[str, Any], settings: ServerSettings, *, log_requests: bool = False
 ) -> None:
     """Listen, load, serve until a signal. Raises UsageError before anything is loaded."""
     from offmoe.cli.session import check_request, open_engine
-    from offmoe.server.serve import RunningServer
 
     folder = check_request(model, engine_given)
+    for name in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"the server needs {name}: pip install 'offmoe[serve]'")
+    from offmoe.server.serve import RunningServer
+
     baseline = process_baseline_bytes()
     context = click.get_current_context()
 

@@ -23,6 +23,7 @@ from offmoe.engine.call import Request, answer, translate
 from offmoe.engine.conversation import Conversation
 from offmoe.engine.ends import end_ids
 from offmoe.engine.engine_stats import EngineStats, engine_stats
+from offmoe.engine.live_server import LiveServer, start_server
 from offmoe.engine.prefill_chunk import PrefillChunk
 from offmoe.engine.prompt import chat_prompt, encode_prompt, is_list_of_prompts
 from offmoe.engine.reasoning import split_reasoning, with_marks
@@ -234,6 +235,13 @@ class Engine:
         chunks = self.stream(ids, **given)
         parts = with_marks(chunks, self.tokenizer) if raw else split_reasoning(chunks, self.tokenizer, ids)
         return Stream(parts, chunks.closed, prompt_ids=ids)
+
+    def serve(self, **options: Any) -> LiveServer:
+        """Serve this engine's model over HTTP, on a thread of its own, until the server is closed; the engine stays.
+
+        `options`: those of `offmoe serve`, such as port (8000; 0: any free one), by the names of ServerSettings.
+        """
+        return start_server(self, options)
 
     def conversation(
         self, *, system: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,

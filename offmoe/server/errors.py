@@ -7,6 +7,7 @@ from typing import Any
 from offmoe.core.errors import (
     BudgetError,
     ContextLengthError,
+    EngineBusyError,
     EngineClosedError,
     OffmoeError,
     UsageError,
@@ -54,12 +55,19 @@ def as_api_error(error: BaseException) -> ApiError:
         message = _cut(error)
         first = message.split(maxsplit=1)[0].rstrip(":") if message else ""
         return invalid(message, param=first if first.isidentifier() and first in _PARAMS else None)
-    if isinstance(error, EngineClosedError):
-        return ApiError(503, "the server is shutting down", kind="server_error", code="shutting_down")
-    if isinstance(error, BudgetError):
-        return ApiError(503, "memory ran out on this request; try a shorter one", kind="server_error", code="no_memory")
+    for kind, answer in _UNAVAILABLE.items():
+        if isinstance(error, kind):
+            code, message = answer
+            return ApiError(503, message, kind="server_error", code=code, headers={"Retry-After": "5"})
     code = "engine_error" if isinstance(error, OffmoeError) else "internal_error"
     return ApiError(500, _INTERNAL, kind="server_error", code=code)
+
+
+_UNAVAILABLE: dict[type[OffmoeError], tuple[str, str]] = {
+    EngineClosedError: ("shutting_down", "the server is shutting down"),
+    EngineBusyError: ("engine_busy", "the program that serves the model uses it; try again"),
+    BudgetError: ("no_memory", "memory ran out on this request; try a shorter one"),
+}
 
 
 def error_body(error: ApiError, path: str) -> dict[str, Any]:

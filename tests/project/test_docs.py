@@ -16,7 +16,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [page.name for page in PAGES]
 WITH_LINKS = [*PAGES, *sorted((ROOT / "benchmarks").glob("*.md"))]
 # Flags that are not offmoe's own.
-FOREIGN_FLAGS = {"--out", "--rounds"}
+FOREIGN_FLAGS = {"--out", "--rounds"} | {
+    "--served-model-name", "--max-model-len", "--tensor-parallel-size", "--enable-auto-tool-choice",
+    "--tool-call-parser", "--reasoning-parser", "--model-path", "--tp", "--publish", "--volume", "--secret", "--tag",
+    "--requests", "--connections", "--memory", "--no-install-recommends", "--create-home", "--user", "--no-cache-dir",
+}  # fmt: skip
 NAMED_FILE = re.compile(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|h|cpp|toml))\b")
 
 
