@@ -40,6 +40,9 @@ def load(
     context_length: Count | None = None,
     expert_slots: Count | None = None,
     prefill_chunk: Count | None = None,
+    kept_prompts: Size | None = None,
+    prompt_cache: str | os.PathLike[str] | None = None,
+    prompt_cache_size: Size | None = None,
     policy: EvictionPolicy = "auto",
     warm_start: bool = True,
     io: IoMode = "auto",
@@ -63,6 +66,10 @@ def load(
     context_length       tokens of prompt plus reply to set memory aside for; default: 4096, at most the model's limit
     expert_slots         experts to keep where they are computed; default: as many as ram or vram has room for
     prefill_chunk        prompt tokens that go through the model at once; default: what memory allows
+    kept_prompts         "1GiB" or bytes of ram for prompts that were read, 0: none; default: what two contexts take, at
+                         most a sixteenth of what the fixed parts leave
+    prompt_cache         a folder where such prompts are kept from run to run; default: none
+    prompt_cache_size    "20GiB" or bytes that the folder may have; default: 16 GiB
     policy               eviction: "lru", "lfru", "decayed"; default "auto": what would read least
     warm_start           count uses of experts from run to run, in the user's cache folder; default True
     io                   "direct" reads or reads through the page cache ("buffered"); default "auto": direct if possible
@@ -87,7 +94,8 @@ def load(
         warnings.warn(line, DeprecationWarning, stacklevel=2)
     config = make_config(
         ram=ram, vram=vram, context_length=context_length,
-        expert_slots=experts if expert_slots is None else expert_slots, prefill_chunk=prefill_chunk, policy=policy,
+        expert_slots=experts if expert_slots is None else expert_slots, prefill_chunk=prefill_chunk,
+        kept_prompts=kept_prompts, prompt_cache=prompt_cache, prompt_cache_size=prompt_cache_size, policy=policy,
         warm_start=warm_start, io=io, device=device, miss=miss, prefetch=prefetch, compile=compile,
         placement_invariant=placement_invariant, trust_remote_code=trust_remote_code, revision=revision,
     )  # fmt: skip

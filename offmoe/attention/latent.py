@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from offmoe.attention.token import token_attention
 from offmoe.hf.masks import mask_sees_all
+from offmoe.kernels.row_blocks import BLOCK_TOKENS, active_blocks
 from offmoe.memory.shape import MAX_ABSORBED_TOKENS
 
 _CHECKED_TOKENS, _CHECKED_CONTEXT = 3, 9
@@ -49,8 +50,14 @@ class LatentAttention:
 
     def expand(self, rotated: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all heads by the module's own code: (B, H, S, N + R) and (B, H, S, V)."""
-        keys, values = type(self._module).expand_kv(self._module, latents, rotated)
-        return keys, values
+        module = self._module
+        if active_blocks() is None:
+            keys, values = type(module).expand_kv(module, latents, rotated)
+            return keys, values
+        # All tokens of the context, whatever part of them is read now.
+        pieces = zip(latents.split(BLOCK_TOKENS, dim=-2), rotated.split(BLOCK_TOKENS, dim=-2), strict=True)
+        parts = [type(module).expand_kv(module, *piece) for piece in pieces]
+        return torch.cat([keys for keys, _ in parts], dim=2), torch.cat([values for _, values in parts], dim=2)
 
     def takes(self, query: torch.Tensor, mask: torch.Tensor | None) -> bool:
         """These queries are better served from the latents. Several need a mask that says what they see."""

@@ -26,6 +26,7 @@ from offmoe.attention.token import TokenAttention, set_token_attention, token_at
 from offmoe.hf.masks import mask_sees_all
 from offmoe.hf.replace import agree
 from offmoe.kernels.cpu.kernels import CpuKernels
+from offmoe.kernels.row_blocks import active_blocks
 
 _NAME = "sdpa"
 _MARK = "_offmoe_attention"
@@ -72,12 +73,12 @@ def _choosing(theirs: Any) -> Any:
         latent: LatentAttention | None = getattr(module, _MARK, None)
         plain = not options.get("dropout") and all(options.get(n) is None or options[n] is False for n in _OTHERS)
         if latent is not None:
-            if plain and latent.takes(query, attention_mask):
+            if plain and active_blocks() is None and latent.takes(query, attention_mask):
                 return latent.attend(query, key, value, attention_mask, options.get("scaling")), None
             key, value = latent.expand(key, value)
-        if plain and hasattr(module, _MARK) and query.shape[2] > 1 and query.device.type == "cpu":
+        if plain and hasattr(module, _MARK) and (query.shape[2] > 1 or active_blocks()) and query.device.type == "cpu":
             return _attend(theirs, module, query, key, value, attention_mask, **options)
-        one = token_attention(module) if plain else None
+        one = token_attention(module) if plain and active_blocks() is None else None
         if one is not None and one.takes(query, key, value, None) and mask_sees_all(attention_mask):
             return one.attend(
                 query, key, value, options.get("scaling"),

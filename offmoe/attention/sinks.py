@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from offmoe.attention.token import token_attention
 from offmoe.hf.masks import mask_sees_all
 from offmoe.hf.replace import agree
+from offmoe.kernels.row_blocks import active_blocks
 
 SINKS = "offmoe_sinks"
 EAGER = "eager"
@@ -111,6 +112,12 @@ def _attention(
     def fused() -> torch.Tensor:
         return _fused(query, key, value, attention_mask, scaling, sinks)
 
+    blocks = active_blocks()
+    if blocks is not None:
+        mask = query.new_zeros(1, 1, query.shape[2], key.shape[2]) if attention_mask is None else attention_mask
+        return blocks.attend(
+            lambda q, k, v, seen: _fused(q, k, v, seen, scaling, sinks), query, key, value, mask, rows_dim=1
+        ), None  # fmt: skip
     if one is not None and one.takes(query, key, value, sinks) and mask_sees_all(attention_mask):
         return one.attend(query, key, value, scaling, fused, sinks), None
     return fused(), None

@@ -43,6 +43,11 @@ _ENGINE_FLAGS = [
     ),
     click.option("--expert-slots", metavar="N", help="Expert slots, instead of what --vram or --ram leaves room for."),
     click.option("--prefill-chunk", metavar="N", help="Prompt tokens that go through the model at once."),
+    click.option(
+        "--kept-prompts", metavar="SIZE", help="Memory of --ram for prompts that were read; 0: none. Default: auto."
+    ),
+    click.option("--prompt-cache", metavar="DIR", help="A folder where prompts are kept from run to run."),
+    click.option("--prompt-cache-size", metavar="SIZE", help="What the folder may have. Default: 16GiB."),
     click.option("--policy", metavar="auto|lru|lfru|decayed", help="Which experts are evicted."),
     click.option(
         "--warm-start/--no-warm-start", default=None, help="Count experts' uses from run to run, in the cache folder."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -30,6 +31,9 @@ class EngineConfig:
     context_length      tokens of prompt plus reply that memory is set aside for
     expert_slots        expert slots where experts are computed, instead of what `vram` (or `ram`) leaves room for
     prefill_chunk       prompt tokens that go through the model at once
+    kept_prompts        bytes of `ram` for prompts that were read, so that they are not read again; 0: none
+    prompt_cache        folder where they are kept from run to run
+    prompt_cache_size   bytes that the folder may have; by default 16 GiB
     policy              who is evicted: "auto", "lru", "lfru" or "decayed"
     warm_start          count experts' uses from run to run, in a small file in the user's cache folder
     io                  "auto" (direct where possible), "direct" or "buffered"
@@ -48,6 +52,9 @@ class EngineConfig:
     context_length: int | None = None
     expert_slots: int | None = None
     prefill_chunk: int | None = None
+    kept_prompts: int | None = None
+    prompt_cache: str | None = None
+    prompt_cache_size: int | None = None
     policy: EvictionPolicy = "auto"
     warm_start: bool = True
     io: IoMode = "auto"
@@ -66,7 +73,7 @@ class EngineConfig:
 
 OPTION_NAMES = tuple(field.name for field in fields(EngineConfig))
 MAX_PREFETCH_DISTANCE = 3
-_SIZES = ("ram", "vram")
+_SIZES = ("ram", "vram", "kept_prompts", "prompt_cache_size")
 _COUNTS = ("context_length", "expert_slots", "prefill_chunk")
 _SWITCHES = ("warm_start", "placement_invariant", "trust_remote_code")
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -93,6 +100,10 @@ def make_config(**options: Any) -> EngineConfig:
     for name in _SIZES:
         if name in values:
             values[name] = _size(name, values[name])
+    if "prompt_cache" in values:
+        values["prompt_cache"] = _folder("prompt_cache", values["prompt_cache"])
+    elif "prompt_cache_size" in values:
+        raise UsageError("prompt_cache_size is set without a folder; use prompt_cache (--prompt-cache DIR), too")
     for name in _COUNTS:
         if name in values:
             values[name] = _count(name, values[name])
@@ -113,10 +124,22 @@ def make_config(**options: Any) -> EngineConfig:
 
 def _size(name: str, value: Any) -> int:
     """Bytes. A bare number that is less than a megabyte was meant in another unit."""
+    if name == "kept_prompts" and value in {"off", "0"}:
+        return 0
     num_bytes = parse_size(value, name=name)
     if 0 < num_bytes < MIB and (isinstance(value, int) or value.strip().isdigit()):
         raise UsageError(f'{name} is {num_bytes} bytes, which nothing fits in; write a unit: "{num_bytes}GiB"')
     return num_bytes
+
+
+def _folder(name: str, value: Any) -> str:
+    try:
+        path = os.fspath(value)
+    except TypeError:
+        path = b""
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise UsageError(f"{name} is {value!r}; use the path of a folder")
+    return path
 
 
 def _is_revision(value: Any) -> bool:

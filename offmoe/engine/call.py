@@ -37,6 +37,7 @@ class Request:
     on_progress: Callable[[PrefillProgress], None] | None
     scorer: PromptScorer | None
     reuse: bool | None
+    cache_salt: str | None
     own_text: bool
     closed: threading.Event = field(default_factory=threading.Event)
 
@@ -53,9 +54,9 @@ def answer(
     """Begin a call. The chunks: the prompt is read where `kept` does not hold it, then comes the reply. `totals` gets
     what it cost.
     """
-    recorder = parts.serving.recorder
+    recorder, began = parts.serving.recorder, time.perf_counter()
     decode.begin(num_held=len(kept.ids))
-    num_reused = kept.begin(call.ids, reuse=call.reuse)
+    num_reused = kept.begin(call.ids, reuse=call.reuse, root=kept.root(call.cache_salt))
 
     tell = _teller(call, parts, num_reused)
 
@@ -76,12 +77,16 @@ def answer(
         on_prefill=on_prefill, decode=decode,
         smaller_chunk=halving.halve if halving else None, scorer=call.scorer,
     )  # fmt: skip
-    return stream_text(
+    chunks = stream_text(
         steps, call.tokenizer, call.rules, parts.cache.counters, num_prompt_tokens=len(call.ids),
         num_reused=num_reused, on_end=on_end, after=() if call.own_text else call.ids,
         way=lambda: (decode.path, decode.reason), logprobs=call.logprobs,
-        prompt_logprobs=None if call.scorer is None else lambda: call.prompt_logprobs,
+        prompt_logprobs=None if call.scorer is None else lambda: call.prompt_logprobs, began=began,
     )  # fmt: skip
+    try:
+        yield from chunks
+    finally:  # behind the last chunk: nobody waits for it
+        kept.keep()
 
 
 def _teller(call: Request, parts: LoadedModel, num_reused: int) -> Callable[[int, int], None]:

@@ -51,6 +51,9 @@ class Conversation:
         self._template: ChatOptions = {
             "chat_template_kwargs": dict(chat_template_kwargs or {}), "allow_control_tokens": allow_control_tokens
         }  # fmt: skip
+        # A reply is gone on from as it was computed: reading it again would cost its time once more at every turn.
+        config = getattr(engine, "config", None)
+        self._reuse = None if getattr(config, "placement_invariant", False) else True
         check_arguments(engine.tokenizer, chat_template_kwargs or {})
         self.messages: list[Message] = []
         # The last question, where nothing was answered: `retry` asks it again.
@@ -137,7 +140,7 @@ class Conversation:
         return self.messages[: users[-1] + 1]
 
     def _exchange(self, asked: list[Message], options: ChatOptions) -> Stream:
-        given: ChatOptions = {**self._template, **options}
+        given: ChatOptions = {"reuse": self._reuse, **self._template, **options}
         chunks = self._engine.stream_chat(asked, **given)  # what is wrong with the request is raised here, at once
         return Stream(self._remember(asked, chunks), chunks.closed, prompt_ids=chunks.prompt_ids)
 

@@ -23,6 +23,7 @@ from offmoe.engine.call import Request, answer, translate
 from offmoe.engine.conversation import Conversation
 from offmoe.engine.ends import end_ids
 from offmoe.engine.engine_stats import EngineStats, engine_stats
+from offmoe.engine.keeping import keeping
 from offmoe.engine.live_server import LiveServer, start_server
 from offmoe.engine.prefill_chunk import PrefillChunk
 from offmoe.engine.prompt import chat_prompt, encode_prompt, is_list_of_prompts
@@ -102,8 +103,8 @@ class Engine:
         self._kept = PrefixCache(
             loaded.model,
             compiler.empty_cache if compiler else lambda: make_kv_cache(loaded.model, loaded.context_length),
-            divisible=loaded.chunkable,
-        )
+            divisible=loaded.chunkable, **keeping(loaded, self.folder),
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         if self._loaded is None:
@@ -262,10 +263,10 @@ class Engine:
         `own_text`: the reply does not continue the prompt's text, and begins without the space before its first word.
         `queued`: only the first `next` finds out whether the engine is busy.
 
-        `reuse`: what the KV cache holds of the prompt from the last call is not read again. True: the longest common
-        prefix. False: nothing. Default: False with placement_invariant; True with `own_text`, as chats are; else when
-        the prompt goes on where the last one ended. It cuts the prompt in other places than a fresh reading does, which
-        in 16 bits rounds differently.
+        `reuse`: the begin of the prompt that is kept from earlier calls is not read again. Default: as far as it has
+        the bits of a fresh reading. True: the longest common prefix with the last call, its reply included, which in 16
+        bits rounds differently. False: nothing, and nothing is kept. `cache_salt`: what is kept of prompts with one
+        salt serves no others.
 
         Raises UsageError (unknown or impossible option), ContextLengthError (the prompt leaves no room for a token) and
         EngineBusyError at the call. At any step CheckpointError from a failed read and BudgetError from full RAM or a
@@ -294,7 +295,7 @@ class Engine:
             self.at_close(self.stats())
         loaded, self._loaded = self._loaded, None
         if loaded is not None and self._process.is_here:
-            self._kept.forget()
+            self._kept.close()
             self._decode.close()
             loaded.close()
 

@@ -62,6 +62,7 @@ class EngineStats(Mapping[str, Any]):
     io: Literal["direct", "buffered"]
     prefilled_tokens: int
     reused_tokens: int
+    kept_prompts: dict[str, int] | None = None
     compile: str
     decode_path: str
     decode_path_reason: str
@@ -127,7 +128,9 @@ def engine_stats(
         **{**cache.counters.as_dict(), **decoded.as_dict(), **serving},
         hit_rate=cache.counters.hit_rate, experts_cached=cache.num_slots, experts_total=plan.num_experts,
         io="direct" if parts.disk.direct else "buffered", prefilled_tokens=kept.num_prefilled,
-        reused_tokens=kept.num_reused, compile=decode.state, decode_path=decode.path, decode_path_reason=decode.reason,
+        reused_tokens=kept.num_reused,
+        kept_prompts=None if kept.keeper is None else kept.keeper.as_dict(), compile=decode.state,
+        decode_path=decode.path, decode_path_reason=decode.reason,
         ram_bytes=plan.ram_bytes, planned_bytes=plan.total_bytes,
         peak_rss_growth_bytes=max(0, peak_rss_bytes() - baseline_bytes), **on_device,
         predicted=None if predicted is None else dict(predicted),

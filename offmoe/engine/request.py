@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from offmoe.chat.reasoning import ReasoningGate
 from offmoe.core.errors import UsageError
@@ -30,7 +31,7 @@ def make_call(
     defaults = parts.model.generation_config
     assert defaults is not None
     params = sampling_of(options)
-    reuse, own_text = _reuse(parts, options), options.get("own_text", False)
+    reuse, own_text = _reuse(options), options.get("own_text", False)
     ids = encode_prompt(prompt, parts.tokenizer, vocab_size=vocab_size)
     if params.ignore_eos:
         end_ids = frozenset()
@@ -55,7 +56,7 @@ def make_call(
         ids=ids, tokenizer=parts.tokenizer, rules=rules, on_prefill=options.get("on_prefill") or _not_told,
         on_progress=options.get("on_progress"), choose=recorder or choose,
         logprobs=None if recorder is None else recorder.take, scorer=scorer,
-        reuse=reuse if scorer is None else False, own_text=own_text,
+        reuse=reuse if scorer is None else False, cache_salt=_salt(options), own_text=own_text,
     )  # fmt: skip
 
 
@@ -84,14 +85,19 @@ def _scorer(parts: LoadedModel, num_top: int | None) -> PromptScorer | None:
     return PromptScorer(parts.model, num_top, workspace_bytes=workspace)
 
 
-def _reuse(parts: LoadedModel, options: RequestOptions) -> bool | None:
-    """True, False, or None: only a prompt that goes on where the last one ended."""
-    reuse, is_invariant = options.get("reuse"), parts.config.placement_invariant
+def _reuse(options: RequestOptions) -> bool | None:
+    """True, False, or None: only what gives the bits of a fresh reading."""
+    reuse: Any = options.get("reuse")
     if reuse not in {None, True, False}:
         raise UsageError(f"reuse is {reuse!r}; use True, False, or leave it out")
-    if reuse is None and (options.get("own_text") or is_invariant):
-        return not is_invariant
-    return reuse
+    return bool(reuse) if reuse is not None else None
+
+
+def _salt(options: RequestOptions) -> str | None:
+    salt = options.get("cache_salt")
+    if salt is None or (isinstance(salt, str) and salt):
+        return salt
+    raise UsageError(f"cache_salt is {salt!r}; use a text that is not empty, or leave it out")
 
 
 def _rules(parts: LoadedModel, num_prompt: int, end_ids: frozenset[int]) -> Rules:

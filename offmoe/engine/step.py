@@ -102,15 +102,17 @@ def _read_prompt(
     hooks = [layer.register_forward_hook(layer_done) for layer in layers]
     try:
         while begin < total:
-            piece = ids[:, begin : begin + chunk]
+            # Pieces end at multiples of their length from the begin of all: so a kept begin changes no later piece.
+            piece = ids[:, begin : begin + chunk - len(kept.ids) % chunk]
             size, layers_done = piece.shape[1], 0
-            with cos_sin_of(model, len(prompt_ids)):
+            with cos_sin_of(model, len(prompt_ids)), kept.reading(size):
                 result = forward(piece) if smaller_chunk is None else forward.unless_out_of_memory(piece)
             if result is None:
                 assert smaller_chunk is not None
                 chunk = smaller_chunk(size)
                 continue
             kept.ids += new_ids[begin : begin + size]
+            kept.piece_read(size, chunk)
             logits, begin, size = result, begin + size, 0
             on_prefill(begin, total)
             if (

@@ -114,17 +114,18 @@ def stream_text(
     on_end: Callable[[GenerationStats], None] = lambda stats: None,
     after: Sequence[int] = (), way: Callable[[], tuple[str, str]] = lambda: ("", ""),
     logprobs: Callable[[], TokenLogprobs] | None = None,
-    prompt_logprobs: Callable[[], tuple[TokenLogprobs | None, ...] | None] | None = None,
+    prompt_logprobs: Callable[[], tuple[TokenLogprobs | None, ...] | None] | None = None, began: float | None = None,
 ) -> Generator[Chunk, None, None]:  # fmt: skip
     """Chunks of text for the ids of `steps`, until a rule ends them. Without a tokenizer, chunks have ids only.
 
     `num_reused` of the prompt's tokens were in the KV cache already. `on_end` is told what it cost, also when it is
     broken off. `after`: ids whose text the reply continues. `way`: the last token's decode path and its reason.
     `logprobs`: those of the last token. `prompt_logprobs`: those of the prompt, asked for once it was read.
+    `began`: the clock when the request did, if that is not now.
     """
     decoder = TextDecoder(tokenizer, after=after) if tokenizer is not None else None
     stops = StopMatcher(rules.stop_strings)
-    meter = Meter(counters, num_prompt_tokens, num_reused, clock, way)
+    meter = Meter(counters, num_prompt_tokens, num_reused, clock, way, began=began)
     reason: FinishReason = "length"
     stop_reason: int | str | None = None
     of_prompt: tuple[TokenLogprobs | None, ...] | None = None
@@ -161,11 +162,11 @@ class Meter:
 
     def __init__(
         self, counters: Counters, num_prompt_tokens: int, num_reused: int, clock: Callable[[], float],
-        way: Callable[[], tuple[str, str]] = lambda: ("", ""),
+        way: Callable[[], tuple[str, str]] = lambda: ("", ""), began: float | None = None,
     ) -> None:  # fmt: skip
         self._counters, self._num_prompt_tokens, self._clock = counters, num_prompt_tokens, clock
         self._num_reused, self._way = num_reused, way
-        self._times = [clock()]
+        self._times = [clock() if began is None else began]
         self._at_start = counters.copy()
         self._at_first = self._at_start
         # The first token was asked for its time only.

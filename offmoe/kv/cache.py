@@ -18,6 +18,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from offmoe.hf.internals import brings_own_cache
 
 Buffers = tuple[torch.Tensor, torch.Tensor]
+# A long piece of a prompt leaves so many rows more in a window than the next token sees.
+_ROWS_BEFORE = 64
 
 
 def _allocate(keys: torch.Tensor, values: torch.Tensor, room: int) -> Buffers:
@@ -122,6 +124,17 @@ class PreallocatedLayer(DynamicLayer):
         """Others write tokens into the buffers: `length` of them are valid now."""
         self._length, self._is_stale = length, True
 
+    def put(self, begin: int, states: Buffers, *, device: torch.device) -> None:
+        """Hold `states` behind the first `begin` tokens, and nothing behind those."""
+        if not self.is_initialized:
+            self.lazy_initialization(*(some[..., :1, :].to(device) for some in states))
+        if self.buffers is None:
+            self.buffers = _allocate(states[0].to(device), states[1].to(device), self._capacity)
+        end = begin + states[0].shape[-2]
+        for buffer, some in zip(self.buffers, states, strict=True):
+            buffer[..., begin:end, :] = some
+        self.grow_to(end)
+
     def reset(self) -> None:
         """Forget the tokens; the buffers stay."""
         self.keys = self.values = None
@@ -169,8 +182,9 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         else:  # a long piece of the prompt: it passes by, and its last tokens stay
             before = self._rows(begin, self.cumulative_length)
             states = (torch.cat([before[0], key_states], dim=-2), torch.cat([before[1], value_states], dim=-2))
-            self.offset = max(0, end - self.sliding_window + 1)
-            num_kept = end - self.offset
+            # Some more than the next token sees: a prompt may be gone back in to the last border of blocks.
+            num_kept = min(end - begin, self.room, self.sliding_window - 1 + _ROWS_BEFORE)
+            self.offset = end - num_kept
             self._write(self.offset, tuple(s.narrow(-2, s.shape[-2] - num_kept, num_kept) for s in states))
         self.grow_to(end)
         return states
@@ -204,6 +218,21 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         """The buffers hold the tokens before `length` now, as far back as the window sees."""
         self.cumulative_length = length
         self.keys, self.values = self._rows(max(0, length - self.sliding_window + 1), length)
+
+    def rows_at(self, length: int) -> Buffers | None:
+        """All rows that a token behind `length` others sees of them; None where some are gone."""
+        begin = max(0, length - self.sliding_window + 1)
+        if not self.can_open or begin < self.offset or length > self.cumulative_length:
+            return None
+        return self._rows(begin, length)
+
+    def put(self, length: int, states: Buffers, *, device: torch.device) -> None:
+        """See `refill`, for a layer that may be empty yet."""
+        if not self.is_initialized:
+            self.lazy_initialization(*(some[..., :1, :].to(device) for some in states))
+        if self.buffers is None:
+            self.buffers = _allocate(states[0].to(device), states[1].to(device), self.room)
+        self.refill(length, states)
 
     def refill(self, length: int, states: Buffers) -> None:
         """Hold `length` tokens, of which the last ones have `states`: all that the window sees."""

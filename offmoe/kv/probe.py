@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.func import functional_call
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from offmoe.core.errors import CheckpointError
 from offmoe.hf.internals import cache_name
 from offmoe.kv.cache import kv_bytes, make_kv_cache
+from offmoe.kv.layout import CacheLayout, cache_layout
 
 _NUM_TOKENS = 8
 # Relative difference of the last logits above which cutting the prompt changes the result. A layer that forgets its
@@ -25,10 +26,13 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 
 @dataclass(frozen=True)
 class ModelProbe:
-    """`kv_bytes` for the whole context; `chunkable`: a prompt may go through the model in pieces."""
+    """`kv_bytes` for the whole context; `chunkable`: a prompt may go through the model in pieces. `layout` of a
+    KV cache.
+    """
 
     kv_bytes: int
     chunkable: bool
+    layout: CacheLayout = field(default_factory=dict)
 
 
 def predict_kv_bytes(model: PreTrainedModel, context_length: int) -> int:
@@ -94,4 +98,5 @@ def _measure(model: PreTrainedModel, context_length: int) -> ModelProbe:
             second = model(input_ids=ids[:, cut:], use_cache=True, **{name: getattr(first, name)})
             difference = (whole - second.logits[0, -1].float()).abs().max() / whole.abs().max().clamp_min(1e-6)
             chunkable = bool(difference < _TOLERANCE.get(model.dtype, 3e-2))
-    return ModelProbe(kv_bytes(whole_cache, num_tokens, context_length), chunkable)
+    layout = cache_layout(whole_cache) if chunkable else {}
+    return ModelProbe(kv_bytes(whole_cache, num_tokens, context_length), chunkable, layout)

@@ -112,7 +112,7 @@ def load_model(
     return LoadedModel(
         model=model, tokenizer=tokenizer, index=built.index, experts=experts, disk=built.disk,
         pools=(pool, device_pool), serving=serving, native=native, calls=calls, device=device, plan=plan, config=config,
-        chunkable=probe.chunkable,
+        chunkable=probe.chunkable, layout=probe.layout,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from offmoe.core.config import EngineConfig
 from offmoe.hf.internals import experts_modules
 from offmoe.hf.replace import ReplacedModules
 from offmoe.hf.seam import ClosedExecutor, ExpertsExecutor, attach
+from offmoe.kv.layout import CacheLayout
 from offmoe.loader.calls import OneCallAtATime
 from offmoe.loader.serving import Serving
 from offmoe.memory.budget import MemoryPlan
@@ -49,6 +50,7 @@ class LoadedModel:
     calls: OneCallAtATime
     plan: MemoryPlan
     chunkable: bool
+    layout: CacheLayout
 
     @property
     def context_length(self) -> int:

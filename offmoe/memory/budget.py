@@ -79,7 +79,8 @@ class DevicePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Division of `ram_bytes`. `runtime` is what libraries and the model's skeleton took before any weight was read.
+    """Division of `ram_bytes`. `runtime` is what libraries and the model's skeleton took before any weight was read,
+    `kept` what prompts that were read may take.
 
     With a `device`, resident weights and KV cache are not in RAM, but `staging_bytes` for copies and, while the model
     is loaded, `load_bytes` are.
@@ -96,6 +97,7 @@ class MemoryPlan:
     prefill_chunk: int
     staging_bytes: int = 0
     load_bytes: int = 0
+    kept_bytes: int = 0
     device: DevicePlan | None = None
 
     @property
@@ -112,7 +114,7 @@ class MemoryPlan:
     def fixed_bytes(self) -> int:
         """Everything but the pool."""
         parts = self.runtime_bytes + self.resident_bytes + self.kv_bytes + self.workspace_bytes + self.staging_bytes
-        return parts + SLACK_BYTES
+        return parts + self.kept_bytes + SLACK_BYTES
 
     @property
     def total_bytes(self) -> int:
@@ -126,13 +128,14 @@ class MemoryPlan:
 
     def line(self) -> str:
         """One line for people."""
+        kept = f", kept prompts {format_bytes(self.kept_bytes)}" if self.kept_bytes else ""
         experts = f"{self.num_slots} of {self.num_experts} experts in RAM ({format_bytes(self.pool_bytes)})"
         libraries, budget = f"libraries {format_bytes(self.runtime_bytes)}", format_bytes(self.ram_bytes)
         if self.device is not None:
-            return f"{self.device.line()}; {experts}, {libraries}; ram {budget}"
+            return f"{self.device.line()}; {experts}, {libraries}{kept}; ram {budget}"
         return (
             f"{experts}, resident {format_bytes(self.resident_bytes)}, KV {format_bytes(self.kv_bytes)}, "
-            f"workspace {format_bytes(self.workspace_bytes)}, {libraries}; budget {budget}"
+            f"workspace {format_bytes(self.workspace_bytes)}, {libraries}{kept}; budget {budget}"
         )
 
 
@@ -159,7 +162,7 @@ def allowed_vram(vram_bytes: int | None, most_bytes: int) -> int:
 def plan_memory(
     *, ram_bytes: int, runtime_bytes: int, resident_bytes: int, kv_bytes: int, workspace_bytes: int, slot_bytes: int,
     num_experts: int, top_k: int, expert_slots: int | None, prefill_chunk: int, staging_bytes: int = 0,
-    load_bytes: int = 0, device: DevicePlan | None = None,
+    load_bytes: int = 0, kept_bytes: int = 0, device: DevicePlan | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """Slots for what the fixed parts leave of `ram_bytes`, or exactly `expert_slots` when the user asked for them.
 
@@ -168,7 +171,7 @@ def plan_memory(
     """
     parts = [
         ("libraries", runtime_bytes), ("resident weights", resident_bytes), ("KV cache", kv_bytes),
-        ("workspace", workspace_bytes + SLACK_BYTES), ("staging", staging_bytes),
+        ("workspace", workspace_bytes + SLACK_BYTES), ("staging", staging_bytes), ("kept prompts", kept_bytes),
     ]  # fmt: skip
     loading = runtime_bytes + load_bytes + SLACK_BYTES
     if loading > ram_bytes and loading > _total(parts) + top_k * slot_bytes:
@@ -185,7 +188,8 @@ def plan_memory(
     return MemoryPlan(
         ram_bytes=ram_bytes, runtime_bytes=runtime_bytes, resident_bytes=resident_bytes, kv_bytes=kv_bytes,
         workspace_bytes=workspace_bytes, slot_bytes=slot_bytes, num_slots=num_slots, num_experts=num_experts,
-        prefill_chunk=prefill_chunk, staging_bytes=staging_bytes, load_bytes=load_bytes, device=device,
+        prefill_chunk=prefill_chunk, staging_bytes=staging_bytes, load_bytes=load_bytes, kept_bytes=kept_bytes,
+        device=device,
     )  # fmt: skip
 
 

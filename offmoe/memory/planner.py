@@ -7,6 +7,7 @@ measured; what differs between their plans is what goes in.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from offmoe.core.config import EngineConfig
 from offmoe.memory.budget import (
@@ -22,6 +23,9 @@ from offmoe.memory.budget import (
 )
 from offmoe.memory.shape import ModelShape
 from offmoe.memory.workspace import choose_chunk, host_workspace_bytes, workspace_bytes
+
+# Of what the fixed parts leave beside the fewest slots, one part in so many may be for kept prompts.
+_KEPT_SHARE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +107,28 @@ class MemoryPlanner:
         workspace = (
             self._workspace(chunk, on_device=False) if in_ram else host_workspace_bytes(sizes.shape, chunk=chunk)
         )
-        return plan_memory(
+        bare = partial(
+            plan_memory,
             ram_bytes=machine.ram_bytes, runtime_bytes=machine.runtime_bytes,
             resident_bytes=sizes.resident_bytes if in_ram else 0, kv_bytes=self.kv_bytes if in_ram else 0,
             workspace_bytes=workspace, slot_bytes=sizes.slot_bytes, num_experts=sizes.num_experts, top_k=sizes.top_k,
             expert_slots=self.config.expert_slots if in_ram else None, prefill_chunk=chunk,
             staging_bytes=0 if in_ram else STAGING_BYTES, load_bytes=0 if in_ram else sizes.load_bytes, device=device,
         )  # fmt: skip
+        if self.config.kept_prompts is not None:
+            return bare(kept_bytes=self.config.kept_prompts if self.chunkable else 0)
+        plan = bare()
+        return bare(kept_bytes=self._kept_bytes(plan)) if self.chunkable else plan
+
+    def _kept_bytes(self, plan: MemoryPlan) -> int:
+        """Bytes for kept prompts: two contexts, where that is little of what the fixed parts leave.
+
+        The fewest expert slots, and those that the user asked for, come first.
+        """
+        slots = min(self.config.expert_slots or self.sizes.top_k, plan.num_experts) if plan.device is None else 0
+        slots = max(slots, self.sizes.top_k)
+        left = plan.ram_bytes - plan.fixed_bytes - slots * plan.slot_bytes
+        return max(0, min(2 * self.kv_bytes, left // _KEPT_SHARE))
 
     def with_runtime(self, runtime_bytes: int) -> MemoryPlanner:
         """The same where libraries take `runtime_bytes`."""

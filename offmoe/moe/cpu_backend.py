@@ -15,7 +15,8 @@ from offmoe.formats.quantised import QuantMatrix
 from offmoe.kernels.cpu.decode import CpuTokenExperts
 from offmoe.kernels.cpu.kernels import CpuKernels, CpuLayer, ExpertRows
 from offmoe.kernels.products import most_rows, multiply
-from offmoe.kernels.reference import ExpertMath
+from offmoe.kernels.reference import ExpertMath, experts_forward
+from offmoe.kernels.row_blocks import RowBlocks, active_blocks
 from offmoe.moe.backends import Computed, ReferenceBackend
 from offmoe.moe.dispatch import num_rows
 
@@ -44,18 +45,50 @@ class CpuBackend:
     ) -> None:
         """Experts with few rows in one call; the others one by one."""
         layer = self.layer(layer_idx, math, experts[0].weights)
+        blocks = active_blocks()
+        if blocks is not None and x_TD.shape[0] > 1:
+            self._compute_in_blocks(blocks, layer, math, experts, x_TD, y_SD)
+            return
         if layer is None:
             self._reference.compute(layer_idx, math, experts, x_TD, y_SD)
             return
-        most = most_rows(math.dtype, in_tiles=self.kernels.has_tiles and not math.transposed)
-        if isinstance(experts[0].weights.up[0], QuantMatrix):
-            most = max(most, MAX_QUANTISED_ROWS)
+        most = self._most_rows(math, experts[0].weights)
         few = [_rows_of(expert) for expert in experts if num_rows(expert.assigned) <= most]
         for rows in _calls(few, max(LEAST_CALL_ROWS, CALL_NUMBERS // layer.hidden)):
             self.kernels.experts(layer, rows, _by_rows(x_TD), y_SD)
         many = [expert for expert in experts if num_rows(expert.assigned) > most]
         if many:
             self._reference.compute(layer_idx, math, many, x_TD, y_SD)
+
+    def _compute_in_blocks(
+        self, blocks: RowBlocks, layer: CpuLayer | None, math: ExpertMath, experts: list[Computed],
+        x_TD: torch.Tensor, y_SD: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Which way a row goes depends on the rows of its block that chose its expert, and on no others."""
+        most = self._most_rows(math, experts[0].weights) if layer is not None else 0
+        few: list[ExpertRows] = []
+        for expert in experts:
+            expert_idx, weights, tokens, choices = _rows_of(expert)
+            by_kernels: tuple[list[int], list[int]] = ([], [])
+            for rows in blocks.split_rows(tokens):
+                if len(rows) <= most:
+                    by_kernels[0].extend(tokens[row] for row in rows)
+                    by_kernels[1].extend(choices[row] for row in rows)
+                    continue
+                x_ND = x_TD[[tokens[row] for row in rows]]
+                y_SD[[choices[row] for row in rows]] = experts_forward(
+                    math, [(expert_idx, weights, x_ND)], multiply=multiply
+                )
+            if by_kernels[0]:
+                few.append((expert_idx, weights, *by_kernels))
+        for call in _calls(few, max(LEAST_CALL_ROWS, CALL_NUMBERS // layer.hidden)) if layer is not None else ():
+            assert layer is not None
+            self.kernels.experts(layer, call, _by_rows(x_TD), y_SD)
+
+    def _most_rows(self, math: ExpertMath, weights: ExpertWeights) -> int:
+        """Rows of one expert that the kernels are given."""
+        most = most_rows(math.dtype, in_tiles=self.kernels.has_tiles and not math.transposed)
+        return max(most, MAX_QUANTISED_ROWS) if isinstance(weights.up[0], QuantMatrix) else most
 
     def token_sum(
         self, layer_idx: int, layer: CpuLayer, expert_ids: Sequence[int], experts: Sequence[ExpertWeights],

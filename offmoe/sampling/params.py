@@ -145,6 +145,7 @@ class RequestOptions(SamplingOptions, total=False):
     on_prefill: Callable[[int, int], None]
     on_progress: Callable[[PrefillProgress], None]
     reuse: bool | None
+    cache_salt: str | None
     own_text: bool
     queued: bool
     after_reasoning: bool
@@ -164,7 +165,7 @@ class ChatOptions(RequestOptions, ChatPromptOptions, total=False):
 
 SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams))
 REQUEST_NAMES = (
-    *SAMPLING_NAMES, "sampling", "choose", "on_prefill", "on_progress", "reuse", "own_text", "queued",
+    *SAMPLING_NAMES, "sampling", "choose", "on_prefill", "on_progress", "reuse", "cache_salt", "own_text", "queued",
     "after_reasoning",
 )  # fmt: skip
 

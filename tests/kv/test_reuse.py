@@ -49,7 +49,9 @@ def count_rows(engine: offmoe.Engine) -> list[int]:
 
 
 def reply(engine: offmoe.Engine, ids: list[int], **options: Any) -> offmoe.Reply:
-    return engine.generate(ids, **{"max_new_tokens": NUM_NEW, "temperature": 0, "ignore_eos": True, **options})
+    return engine.generate(
+        ids, **{"max_new_tokens": NUM_NEW, "temperature": 0, "ignore_eos": True, "reuse": True, **options}
+    )
 
 
 def fresh(engine: offmoe.Engine, ids: list[int], **options: Any) -> tuple[int, ...]:
@@ -107,12 +109,12 @@ def test_a_repeated_prompt_starts_from_its_own_logits(engine: offmoe.Engine) -> 
     assert reply(engine, PROMPT, reuse=True, max_new_tokens=3).token_ids == first.token_ids[:3]
 
 
-def test_unasked_only_a_growing_prompt_is_reused(engine: offmoe.Engine) -> None:
-    said = reply(engine, PROMPT).token_ids
-    assert reply(engine, PROMPT).stats.reused_tokens == 0, "a repetition is a measurement"
-    assert reply(engine, [*PROMPT[:5], *MORE]).stats.reused_tokens == 0
+def test_unasked_only_what_has_the_bits_of_a_fresh_reading_is_reused(engine: offmoe.Engine) -> None:
+    said = reply(engine, PROMPT, reuse=None).token_ids
+    assert reply(engine, PROMPT, reuse=None).stats.reused_tokens == len(PROMPT), "all of it, with its logits"
+    assert reply(engine, [*PROMPT[:5], *MORE], reuse=None).stats.reused_tokens == 0
     reply(engine, PROMPT)
-    assert reply(engine, [*PROMPT, said[0], 3]).stats.reused_tokens == len(PROMPT) + 1
+    assert reply(engine, [*PROMPT, said[0], 3], reuse=None).stats.reused_tokens == 0, "no whole block"
     reply(engine, PROMPT)
     assert reply(engine, [*PROMPT, *MORE], reuse=False).stats.reused_tokens == 0
 
@@ -120,7 +122,7 @@ def test_unasked_only_a_growing_prompt_is_reused(engine: offmoe.Engine) -> None:
 def test_where_rounding_must_not_vary_nothing_is_reused(folder: Path) -> None:
     with open_tiny(folder, placement_invariant=True) as engine:
         reply(engine, PROMPT)
-        assert reply(engine, [*PROMPT, *MORE]).stats.reused_tokens == 0
+        assert reply(engine, [*PROMPT, *MORE], reuse=None).stats.reused_tokens == 0
 
 
 @pytest.mark.parametrize("name", GOES_ON)

@@ -103,8 +103,8 @@ def test_schemas_that_grow_are_refused_or_taken_at_once(engine: offmoe.Engine) -
     wide = {"allOf": [{"anyOf": [{"properties": {f"{i}{j}": {"type": "string"}}} for j in range(9)]} for i in range(9)]}
     with pytest.raises(UsageError, match="too large"):
         engine.stream("x", json_schema=wide)
-    with pytest.raises(UsageError, match=r"followed|regex"):
-        engine.generate("x", regex="(a|aa|ab|b){1,800}(c|d|(a|b){1,900}){1,900}z" * 30, max_new_tokens=400)
+    large = "(a|aa|ab|b){1,800}(c|d|(a|b){1,900}){1,900}z" * 30
+    assert engine.generate("x", regex=large, max_new_tokens=40).text[0] in "abcd"
 
 
 def test_models_without_a_tokenizer_or_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
