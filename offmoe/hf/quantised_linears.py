@@ -20,7 +20,7 @@ from offmoe.kernels.cpu.decode import CpuLinear
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.matrices import knows, unreadable
 from offmoe.kernels.products import most_rows, multiply
-from offmoe.kernels.row_blocks import active_blocks
+from offmoe.kernels.row_blocks import in_row_blocks
 from offmoe.memory.shape import LATENT_MATRIX
 
 _BUFFERS = ("offmoe_codes", "offmoe_scales", "offmoe_zeros")
@@ -97,10 +97,8 @@ class QuantisedLinear(KernelLinear):
         matrix, bias = self.quant_matrix, self.bias
         if matrix is None:  # on the meta device
             return nn.functional.linear(input, self.weight, bias)
-        if (in_blocks := active_blocks()) is not None:
-            input = input.contiguous()  # noqa: A001
-            if (result := in_blocks.split(self.forward, input)) is not None:
-                return result
+        if (result := in_row_blocks(self.forward, input)) is not None:
+            return result
         if self._linear is None and (bias is None or not bias.is_meta):
             dtype = self.weight.dtype
             self._linear = CpuLinear(self._kernels, matrix, None if bias is None else bias.detach(), dtype=dtype)

@@ -29,7 +29,7 @@ from offmoe.kernels.cpu.decode import NORM_KINDS, CpuLinear, CpuNorm
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.matrices import Weight, unreadable
 from offmoe.kernels.products import float32_is_faster, most_rows
-from offmoe.kernels.row_blocks import active_blocks
+from offmoe.kernels.row_blocks import in_row_blocks
 
 # Rows that linears are computed for; of norms, numbers. More are torch's, which uses all cores for them.
 MAX_NORM_NUMBERS = 1 << 17
@@ -84,11 +84,8 @@ class ReplacedLinear(ReplacedModule, KernelLinear):
         """Multiply like nn.Linear: (..., K) to (..., N)."""
         if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or not self.has_same_weights():
             return nn.functional.linear(input, self.weight, self.bias)
-        blocks = active_blocks()
-        if blocks is not None:
-            input = input.contiguous()  # noqa: A001 - or it is the rows' layout that decides who computes them
-            if (result := blocks.split(self.forward, input)) is not None:
-                return result
+        if (result := in_row_blocks(self.forward, input)) is not None:
+            return result
         kernel = self._kernel
         most = most_rows(input.dtype, in_tiles=kernel.in_tiles)
         if input.numel() > most * kernel.num_inputs or not kernel.takes(input):
@@ -108,11 +105,8 @@ class ReplacedNorm(ReplacedModule):
         """The normed rows."""
         if x is None:
             (x,) = named.values()
-        blocks = active_blocks()
-        if blocks is not None:
-            x = x.contiguous()
-            if (split := blocks.split(self.forward, x)) is not None:
-                return split
+        if (split := in_row_blocks(self.forward, x)) is not None:
+            return split
         own_code = torch.compiler.is_dynamo_compiling() or x.numel() > MAX_NORM_NUMBERS or torch.is_grad_enabled()
         if own_code or not self._kernel.takes(x) or not self.has_same_weights():
             result: torch.Tensor = super().forward(x)

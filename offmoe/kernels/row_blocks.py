@@ -29,6 +29,16 @@ def active_blocks() -> RowBlocks | None:
     return None if torch.compiler.is_compiling() else _active.get()
 
 
+def in_row_blocks(compute: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor | None:
+    """Result of a module's `compute` in blocks of rows, where the context and `states` ask for that; else None."""
+    blocks = active_blocks()
+    if blocks is None:
+        return None
+    if not states.is_contiguous():  # or the rows' layout would decide who computes them
+        return compute(states.contiguous())
+    return blocks.split(compute, states)
+
+
 class RowBlocks(TorchFunctionMode):
     """Within: operations on the rows of a piece of `num_tokens`, the first of them at a border of blocks."""
 

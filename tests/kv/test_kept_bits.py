@@ -16,10 +16,10 @@ from offmoe.core.errors import UsageError
 
 IDS = [(i * 37 + 5) % 120 for i in range(240)]
 OTHER = [(i * 31 + 7) % 120 for i in range(150)]
-# Whose rows are computed in blocks of 64 tokens: full attention, latents, sinks and windows, short convolutions.
-IN_BLOCKS = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "gemma4", "granitemoe"]
-# Which are kept at the ends of prefill chunks: delta nets, mixers, indexers.
-IN_CHUNKS = ["qwen3_next", "granitemoehybrid", "deepseek_v32", "lfm2_moe"]
+# Whose rows are computed in blocks of 64 tokens: full attention, latents.
+IN_BLOCKS = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "granitemoe"]
+# Which are kept at the ends of prefill chunks: delta nets, mixers, indexers; windows of 8 tokens, which hold no more.
+IN_CHUNKS = ["gpt_oss", "gemma4", "qwen3_next", "granitemoehybrid", "deepseek_v32", "lfm2_moe"]
 
 
 def logits(engine: offmoe.Engine, ids: list[int], **options: Any) -> tuple[list[torch.Tensor], int]:
