@@ -71,14 +71,20 @@ class JobResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
 
+        loop = asyncio.get_running_loop()
+
         async def bounded(message: Message) -> None:
-            await asyncio.wait_for(send(message), self._write_timeout_s)
+            timer = loop.call_later(self._write_timeout_s, talk.cancel)
+            try:
+                await send(message)
+            finally:
+                timer.cancel()
 
         talk = asyncio.ensure_future(self._talk(bounded))
         watch = asyncio.ensure_future(_until_gone(receive))
         try:
             await asyncio.wait({talk, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not talk.done():
+            if not talk.done() or talk.cancelled():
                 self._on_left()
             else:
                 talk.result()
