@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from offmoe.sampling.params import REQUEST_NAMES
 from offmoe.server.errors import ApiError, error_body
 from offmoe.server.jobs import ServerJob
 from offmoe.server.prepare import Generation
@@ -51,7 +50,7 @@ def reply_options(
 ) -> Sequence[dict[str, Any]]:
     """Options of each of `num` replies: seeds one after another, and the name under which the prompt is kept."""
     salt = served.salt(api_key(request))
-    salted = options if salt is None or "cache_salt" not in REQUEST_NAMES else {**options, "cache_salt": salt}
+    salted = options if salt is None else {**options, "cache_salt": salt}
     seed = options.get("seed")
     return [salted if seed is None else {**salted, "seed": seed + number} for number in range(num)]
 
