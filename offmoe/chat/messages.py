@@ -10,7 +10,7 @@ from offmoe.chat.render_time import limited_time
 from offmoe.chat.template import Message, check_arguments, check_length, render, words
 from offmoe.core.errors import UsageError
 from offmoe.hf.door import PreTrainedTokenizerBase
-from offmoe.hf.tokenizing import check_rows, check_text, tokenizing
+from offmoe.hf.tokens.tokenizing import check_rows, check_text, tokenizing
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _FORM = f"use {{'role': one of {', '.join(ROLES)}, 'content': text, or a list of {{'type': 'text', 'text': ...}}}}"

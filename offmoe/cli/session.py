@@ -86,7 +86,7 @@ def refuse_long_prompt(folder: Path, config: EngineConfig, prompt: str) -> None:
     from offmoe.checkpoint.context_limit import context_limit
     from offmoe.checkpoint.index import read_config
     from offmoe.engine.prompt import check_room, encode_prompt
-    from offmoe.hf.tokenizer import load_tokenizer
+    from offmoe.hf.tokens.tokenizer import load_tokenizer
     from offmoe.memory.auto import DEFAULT_CONTEXT_LENGTH
 
     longest = context_limit(read_config(folder))

@@ -11,7 +11,7 @@ from offmoe.chat.template import Message
 from offmoe.core.errors import ContextLengthError, UsageError
 from offmoe.engine.stream import StopRules
 from offmoe.hf.door import PreTrainedModel, PreTrainedTokenizerBase
-from offmoe.hf.tokenizing import check_rows, check_text, tokenizing
+from offmoe.hf.tokens.tokenizing import check_rows, check_text, tokenizing
 from offmoe.sampling.params import ChatPromptOptions
 
 

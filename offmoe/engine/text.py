@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from offmoe.chat.control_tokens import control_tokens
 from offmoe.hf.door import PreTrainedTokenizerBase
-from offmoe.hf.tokenizing import tokenizing
+from offmoe.hf.tokens.tokenizing import tokenizing
 
 _REPLACEMENT = "\ufffd"
 # Tokens that wait for the end of a character, at most: no text has that many bytes without one.

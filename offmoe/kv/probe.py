@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from offmoe.core.errors import CheckpointError
 from offmoe.hf.internals import cache_name
-from offmoe.kv.cache import kv_bytes, make_kv_cache
+from offmoe.kv.cache import make_kv_cache
 from offmoe.kv.layout import CacheLayout, cache_layout
+from offmoe.kv.sizes import kv_bytes
 
 _NUM_TOKENS = 8
 # Relative difference of the last logits above which cutting the prompt changes the result. A layer that forgets its

@@ -29,7 +29,7 @@ from offmoe.hf.internals import SEAM_NAME, KeyMapping, Target, experts_modules
 from offmoe.hf.quantised_linears import QuantisedLinears
 from offmoe.hf.replace import KernelLinear, ReplacedModules
 from offmoe.hf.seam import LayerBinding, bind
-from offmoe.hf.tokenizer import load_tokenizer, note_end_tokens
+from offmoe.hf.tokens.tokenizer import load_tokenizer, note_end_tokens
 from offmoe.hf.torch_threads import keep_to_quota, spare_forked_children
 from offmoe.hf.unexpected import LeftOut, sort_out
 from offmoe.kernels.cpu.loader import load_cpu_kernels

@@ -256,7 +256,7 @@ def _use_tokenizer(tokenizer: Any) -> None:
 
 
 def _read_tokenizer(data: bytes, folder: Path) -> None:
-    from offmoe.hf.tokenizer import load_tokenizer
+    from offmoe.hf.tokens.tokenizer import load_tokenizer
 
     _write_files(_document(data), folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=False)
@@ -265,7 +265,7 @@ def _read_tokenizer(data: bytes, folder: Path) -> None:
 
 
 def _read_gguf_tokenizer(data: bytes, folder: Path) -> None:
-    from offmoe.hf.tokenizer import load_tokenizer
+    from offmoe.hf.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(_write_gguf(_document(data), folder), trust_remote_code=False)
     if tokenizer is not None:
@@ -274,7 +274,7 @@ def _read_gguf_tokenizer(data: bytes, folder: Path) -> None:
 
 @functools.cache
 def _demo_tokenizer() -> Any:
-    from offmoe.hf.tokenizer import load_tokenizer
+    from offmoe.hf.tokens.tokenizer import load_tokenizer
 
     return load_tokenizer(demo_model_folder(), trust_remote_code=False)
 

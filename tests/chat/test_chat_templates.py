@@ -19,7 +19,7 @@ from offmoe.chat.control_tokens import HiddenTokens
 from offmoe.chat.messages import chat_ids
 from offmoe.chat.template import MOST_CHARACTERS, thinking_arguments
 from offmoe.core.errors import UsageError
-from offmoe.hf.tokenizer import load_tokenizer
+from offmoe.hf.tokens.tokenizer import load_tokenizer
 
 PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'text' %}"

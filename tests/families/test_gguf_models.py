@@ -21,7 +21,7 @@ from offmoe.checkpoint.gguf.config import gguf_sampling
 from offmoe.checkpoint.gguf.header import GgufHeader
 from offmoe.checkpoint.locate import demo_model_folder
 from offmoe.core.errors import CheckpointError
-from offmoe.hf.tokenizer import load_tokenizer
+from offmoe.hf.tokens.tokenizer import load_tokenizer
 from offmoe.planner.inspect import inspect_checkpoint
 from offmoe.sampling.params import SamplingParams
 from offmoe.sampling.sampler import resolve_sampling

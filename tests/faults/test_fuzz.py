@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from makers import one_line
 
 from offmoe.core.errors import CheckpointError, OffmoeError
-from offmoe.hf.tokenizing import tokenizing
+from offmoe.hf.tokens.tokenizing import tokenizing
 
 SEEDS = [(target.name, path.name) for target in TARGETS.values() for path in target.seeds()]
 

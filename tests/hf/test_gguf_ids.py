@@ -16,7 +16,7 @@ from gguf_vocabularies import byte_pairs, pairs_by_score
 
 from offmoe.checkpoint.gguf.splits import SPLITTINGS, find_splitting
 from offmoe.checkpoint.gguf.vocabulary import Vocabulary, read_vocabulary
-from offmoe.hf.gguf_tokenizer import make_tokenizer
+from offmoe.hf.tokens.gguf_tokenizer import make_tokenizer
 
 PINNED = json.loads((Path(__file__).parent / "gguf_ids.json").read_text())
 TEXTS = [entry["text"] for entry in PINNED["texts"]]

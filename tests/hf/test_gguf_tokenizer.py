@@ -16,7 +16,7 @@ from makers import one_line
 import offmoe
 from offmoe.checkpoint.gguf.vocabulary import read_vocabulary
 from offmoe.core.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.tokenizer import load_tokenizer
+from offmoe.hf.tokens.tokenizer import load_tokenizer
 
 WORDS = ("\u2581th", "in", "\u2581a", "er", "\u2581the", "on", "\u2581w", "\u2581wor", "ld", "\u2581world", "or")
 MERGES = ("\u0120 t", "\u0120t h", "i n", "\u0120th e", "e r", "\u0120 w", "o r", "\u0120w or", "l d", "\u0120wor ld")

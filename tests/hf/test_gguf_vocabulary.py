@@ -16,7 +16,7 @@ from makers import one_line
 from offmoe.checkpoint.gguf.header import MAX_KEPT_ITEMS
 from offmoe.checkpoint.gguf.vocabulary import read_vocabulary
 from offmoe.core.errors import CheckpointError
-from offmoe.hf.tokenizer import load_tokenizer
+from offmoe.hf.tokens.tokenizer import load_tokenizer
 
 # Three letters each, so that a merge is two letters and one: more than a header keeps.
 PAIRS = [f"{first} {second}" for first in "abcdefghijklmnopqrstuvwxyz" for second in "abcdefghijklmnopqrstuvwxyz"]

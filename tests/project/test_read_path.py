@@ -31,7 +31,7 @@ def counted() -> tuple[dict[str, Any], dict[str, set[str]]]:
 
 # A newcomer reads it in an hour. It was 156 functions in 43 files.
 @pytest.mark.parametrize(
-    ("path", "functions", "files", "lines"), [("fused", 60, 16, 500), ("eager", 90, 26, 700)]
+    ("path", "functions", "files", "lines"), [("fused", 60, 17, 500), ("eager", 90, 26, 700)]
 )  # fmt: skip
 def test_a_token_is_few_functions(
     counted: tuple[dict[str, Any], dict[str, set[str]]], path: str, functions: int, files: int, lines: int

@@ -11,8 +11,8 @@ from offmoe.checkpoint.gguf.file import is_gguf
 from offmoe.checkpoint.gguf.vocabulary import read_vocabulary
 from offmoe.checkpoint.json_file import read_json
 from offmoe.core.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.gguf_tokenizer import GgufTokenizer, make_tokenizer
-from offmoe.hf.tokenizing import tokenizing
+from offmoe.hf.tokens.gguf_tokenizer import GgufTokenizer, make_tokenizer
+from offmoe.hf.tokens.tokenizing import tokenizing
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 _TEMPLATE_FILE = "chat_template.json"

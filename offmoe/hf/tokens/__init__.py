@@ -1,0 +1,1 @@
+"""Tokenizers as transformers makes them, also from GGUF metadata. Knows no model."""
