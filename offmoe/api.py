@@ -16,6 +16,7 @@ from offmoe.core.config import (
     EvictionPolicy,
     IoMode,
     MissMode,
+    PackMode,
     PrefetchDistance,
     Size,
     make_config,
@@ -50,6 +51,7 @@ def load(
     miss: MissMode = "auto",
     prefetch: PrefetchDistance = "auto",
     compile: CompileMode = "auto",  # noqa: A002
+    pack: PackMode = "auto",
     placement_invariant: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -77,6 +79,7 @@ def load(
     miss                 a missing expert is copied to the device ("stream") or computed in RAM ("cpu"); default "auto"
     prefetch             layers ahead that experts are fetched, 1 to 3, or "off"; default "auto": while it saves time
     compile              compile the model's resident part: "on", "off"; default "auto": on a CUDA device
+    pack                 keep bfloat16 in 12 bits in RAM, without loss: "on", "off"; default "auto": where it is faster
     placement_invariant  compute all experts in one place: rounding does not depend on the cache; default False
     trust_remote_code    run Python code that comes with the model; default False
     revision             branch, tag or commit of the model on the hub; default: its main branch
@@ -97,7 +100,7 @@ def load(
         expert_slots=experts if expert_slots is None else expert_slots, prefill_chunk=prefill_chunk,
         kept_prompts=kept_prompts, prompt_cache=prompt_cache, prompt_cache_size=prompt_cache_size, policy=policy,
         warm_start=warm_start, io=io, device=device, miss=miss, prefetch=prefetch, compile=compile,
-        placement_invariant=placement_invariant, trust_remote_code=trust_remote_code, revision=revision,
+        pack=pack, placement_invariant=placement_invariant, trust_remote_code=trust_remote_code, revision=revision,
     )  # fmt: skip
     folder = fetch_model(model, config, progress, token=token)
     return load_engine(folder, config, baseline_bytes=baseline_bytes, progress=progress, tell=tell or _log.info)

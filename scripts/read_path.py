@@ -35,7 +35,7 @@ def functions_of_a_token(system: str) -> set[CodeType]:
 
     with (
         mock.patch.dict(os.environ, {"OFFMOE_DECODE": system}),
-        offmoe.load(device="cpu", compile="off", prefetch="off") as engine,
+        offmoe.load(device="cpu", compile="off", prefetch="off", pack="off") as engine,
     ):
         ids, most = [5, 6, 7, 8], NUM_WARM + NUM_COUNTED + 1
         engine.generate(ids, max_new_tokens=most, ignore_eos=True, temperature=0)

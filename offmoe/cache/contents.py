@@ -60,6 +60,20 @@ class Contents:
         self.weights[self.slots.evict(key)] = None
         self.changes.add(key)
 
+    def take_next(self, slot: int) -> tuple[ExpertKey | None, bool]:
+        """Make the slot behind `slot` a part of it: the key that went for it, and whether it was to be had."""
+        behind, victim = slot + 1, None
+        if behind >= len(self.slots):
+            return None, False
+        key = self.slots.key_of(behind)
+        if key is not None and self.slots.is_evictable(key):
+            victim = key
+            self.evict(key)
+        if self.slots.state(behind) is not SlotState.FREE:
+            return victim, False
+        self.slots.take_next(slot)
+        return victim, True
+
     def fail(self, key: ExpertKey, slot: int) -> None:
         """Free `slot`: its fetch failed."""
         self.policy.removed(key)

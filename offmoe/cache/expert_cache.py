@@ -130,6 +130,14 @@ class ExpertCache:
             self.policy.touched(key)
             self.books.used(key)
 
+    def take_next(self, slot: int) -> bool:
+        """Make the slot behind `slot` a part of it, for an expert that is larger; False where it is in use."""
+        victim, is_taken = self.contents.take_next(slot)
+        if victim is not None:
+            self.counters.evictions += 1
+            self._wasted_ahead(victim)
+        return is_taken
+
     def slot_of(self, key: ExpertKey) -> int:
         """The slot of a key that is held."""
         return self.contents.slot_of(key)

@@ -20,38 +20,43 @@ POLICY_NAMES = tuple(_POLICIES)
 
 
 class KeepAllPolicy:
-    """For a cache with room for everything: nothing ever goes, so nothing is noted."""
+    """For a cache with room for everything: nothing goes but where experts turn out larger, and then the oldest."""
 
     name = "all"
 
     def __init__(self) -> None:
         self.usage = Usage()
+        self._keys: dict[ExpertKey, None] = {}
 
     def __repr__(self) -> str:
         return "<KeepAllPolicy>"
 
     def inserted(self, key: ExpertKey, *, cold: bool) -> None:
         """There is room."""
+        self._keys[key] = None
 
     def touched(self, key: ExpertKey) -> None:
         """Nothing to compare it with."""
 
     def removed(self, key: ExpertKey) -> None:
-        """A fetch failed."""
+        """A fetch failed, or two slots were needed."""
+        self._keys.pop(key, None)
 
     def token_pass(self) -> None:
         """Nothing ages."""
 
     def victim(self, is_evictable: IsEvictable, layer_idx: int | None = None) -> ExpertKey | None:
-        """None: there are free slots."""
-        return None
+        """The first that came of those that may go."""
+        return next((key for key in self._keys if is_evictable(key)), None)
 
     def drain(self) -> tuple[list[ExpertKey], list[ExpertKey]]:
-        """Nothing was noted."""
-        return [], []
+        """All keys, in the order in which they came."""
+        keys, self._keys = list(self._keys), {}
+        return [], keys
 
     def restored(self, key: ExpertKey, *, cold: bool) -> None:
         """There is room."""
+        self._keys[key] = None
 
 
 def make_policy(

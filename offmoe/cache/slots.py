@@ -13,11 +13,15 @@ from offmoe.core.keys import ExpertKey
 
 
 class SlotState(Enum):
-    """The life of a slot: FREE -> FILLING -> READY -> FREE, or FILLING -> FREE when the read fails."""
+    """The life of a slot: FREE -> FILLING -> READY -> FREE, or FILLING -> FREE when the read fails.
+
+    PART: it belongs to the slot before it, which holds an expert that is larger than a slot.
+    """
 
     FREE = "free"
     FILLING = "filling"
     READY = "ready"
+    PART = "part"
 
 
 class SlotTable:
@@ -89,6 +93,16 @@ class SlotTable:
         self._forget(slot)
         return slot
 
+    def take_next(self, slot: int) -> None:
+        """The free slot behind `slot` is a part of it, until its key goes."""
+        assert self._states[slot] is not SlotState.FREE and self._states[slot + 1] is SlotState.FREE, f"{slot=}"
+        self._free.remove(slot + 1)
+        self._states[slot + 1] = SlotState.PART
+
+    def key_of(self, slot: int) -> ExpertKey | None:
+        """The key that a slot holds or waits for."""
+        return self._keys[slot]
+
     def hold(self, slot: int) -> None:
         """Keep the slot from eviction until as many releases."""
         assert self._states[slot] is not SlotState.FREE, f"{slot=} is free"
@@ -105,6 +119,12 @@ class SlotTable:
         del self._slot_of[key]
         self._states[slot], self._keys[slot] = SlotState.FREE, None
         self._free.append(slot)
+        if self._is_part(slot + 1):
+            self._states[slot + 1] = SlotState.FREE
+            self._free.append(slot + 1)
+
+    def _is_part(self, slot: int) -> bool:
+        return slot < len(self._states) and self._states[slot] is SlotState.PART
 
     def recover(self, is_valid: Callable[[int], bool]) -> list[ExpertKey]:
         """After a call was broken off between any two lines: forget holds and reads, keep the READY slots that the map
@@ -116,6 +136,7 @@ class SlotTable:
             if state is SlotState.READY and key is not None and self._slot_of.get(key) == slot and is_valid(slot)
         }
         slots = set(kept.values())
+        slots |= {slot + 1 for slot in slots if self._is_part(slot + 1)}
         self._holds = [0] * len(self._states)
         self._free = [slot for slot in range(len(self._states) - 1, -1, -1) if slot not in slots]
         for slot in self._free:
@@ -126,9 +147,12 @@ class SlotTable:
     def check_integrity(self) -> None:
         """Assert that map, states, keys, holds and free list agree. For tests, after every step."""
         assert len(set(self._free)) == len(self._free), f"{self._free=}"
-        assert len(self._slot_of) + len(self._free) == len(self._states), f"{self!r}"
+        parts = self._states.count(SlotState.PART)
+        assert len(self._slot_of) + len(self._free) + parts == len(self._states), f"{self!r}"
         for slot, (state, key) in enumerate(zip(self._states, self._keys, strict=True)):
             if state is SlotState.FREE:
                 assert key is None and slot in self._free and self._holds[slot] == 0, f"{slot=} {key=}"
+            elif state is SlotState.PART:
+                assert key is None and slot not in self._free and self._keys[slot - 1] is not None, f"{slot=} {key=}"
             else:
                 assert key is not None and self._slot_of[key] == slot and slot not in self._free, f"{slot=} {key=}"

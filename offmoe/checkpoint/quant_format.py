@@ -9,6 +9,8 @@ int8    codes I32 (N, K/4): byte i of word j is column 4j+i; or I8 (N, K)
 mxfp4   codes U8 (N, K/2): e2m1, low nibble first; scales U8 (N, K/32): exponents of two, 127 added
 fp8     codes F8_E4M3 (N, K); scales float (ceil(N/group_rows), ceil(K/group))
 
+packed  codes U8 (N, 48 * ceil(K/32)), heads of rows and escapes: bfloat16 without loss (`formats/packed.py`)
+
 q4_k... codes U8 (N, K/columns * bytes): GGUF's blocks (`BLOCK_KINDS`), which hold their scales themselves
 
 The first two are compressed-tensors' `pack-quantized` and `int-quantized`, mxfp4 is gpt-oss as published (the OCP
@@ -26,6 +28,7 @@ QuantKind = Literal[
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "mxfp4_gguf",
     "iq2_xxs", "iq2_xs", "iq3_xxs", "iq1_s", "iq4_nl", "iq3_s",
     "iq2_s", "iq4_xs", "iq1_m", "tq1_0", "tq2_0",
+    "packed",
 ]  # fmt: skip
 
 
@@ -74,6 +77,8 @@ class QuantFormat:
     @property
     def name(self) -> str:
         """For people: `int4, groups of 32`."""
+        if self.kind == "packed":
+            return "bfloat16, packed without loss"
         if self.kind == "mxfp4" or self.is_blocks:
             return self.kind.removesuffix("_gguf")
         if self.group_rows > 1:

@@ -59,6 +59,7 @@ _ENGINE_FLAGS = [
     ),
     click.option("--prefetch", metavar="auto|off|N", help="How many layers ahead experts are fetched, 1 to 3."),
     click.option("--compile", metavar="auto|off|on", help="Compile the part of the model that stays in memory."),
+    click.option("--pack", metavar="auto|off|on", help="Keep bfloat16 weights in 12 bits in RAM, without loss."),
     click.option(
         "--placement-invariant", is_flag=True, default=None,
         help="Compute every expert in one place: the same rounding whatever is cached where.",

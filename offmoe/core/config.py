@@ -19,6 +19,7 @@ IoMode: TypeAlias = Literal["auto", "direct", "buffered"]
 MissMode: TypeAlias = Literal["auto", "stream", "cpu"]
 PrefetchDistance: TypeAlias = Literal["auto", "off", 1, 2, 3]
 CompileMode: TypeAlias = Literal["auto", "off", "on"]
+PackMode: TypeAlias = Literal["auto", "off", "on"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class EngineConfig:
                         whichever is measured to be faster ("auto")
     prefetch            "auto", "off", or how many layers ahead experts are fetched: 1 to 3
     compile             compile the model's resident part: "auto", "off" or "on"
+    pack                keep bfloat16 weights in 12 bits in RAM, without loss: "auto" (where it is faster), "off", "on"
     placement_invariant compute every expert in one place, so that rounding does not depend on what was cached where
     trust_remote_code   run model code that comes with the checkpoint
     revision            branch, tag or commit of a model on the hub, instead of its main branch
@@ -62,6 +64,7 @@ class EngineConfig:
     miss: MissMode = "auto"
     prefetch: PrefetchDistance = "auto"
     compile: CompileMode = "auto"
+    pack: PackMode = "auto"
     placement_invariant: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
@@ -78,7 +81,7 @@ _COUNTS = ("context_length", "expert_slots", "prefill_chunk")
 _SWITCHES = ("warm_start", "placement_invariant", "trust_remote_code")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "policy": get_args(EvictionPolicy), "io": get_args(IoMode), "miss": get_args(MissMode),
-    "compile": get_args(CompileMode),
+    "compile": get_args(CompileMode), "pack": get_args(PackMode),
 }  # fmt: skip
 _REVISION = re.compile(r"[\w.][\w./-]{0,199}")
 # Options and choices of earlier versions, and what to do without them.

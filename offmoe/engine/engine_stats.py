@@ -78,6 +78,8 @@ class EngineStats(Mapping[str, Any]):
     miss_chosen: str | None = None
     kernels: list[str] | str | None = None
     cpu_kernels: list[str]
+    pack: str
+    wide_experts: int | None = None
     notes: list[str] | None = None
     ram_bytes: int
     planned_bytes: int

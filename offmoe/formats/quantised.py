@@ -10,6 +10,7 @@ import torch
 
 from offmoe.checkpoint.quant_format import QuantFormat
 from offmoe.formats.blocks import block_values
+from offmoe.formats.packed import packed_values
 
 # The sixteen values of e2m1: 1 sign bit, 2 exponent bits, 1 mantissa bit. And of four bits with 8 added.
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -24,7 +25,7 @@ class QuantMatrix:
     """A matrix of `shape` (N outputs, K inputs), always that way round. `quant_format.py` has the layouts.
 
     GGUF's blocks are codes alone. The tensors may be strided views of a slot; they are as stored, and valid as long as
-    the slot is held.
+    the slot is held. `faster` gives rows of a packed matrix as bfloat16: the same as here, by kernels.
     """
 
     format: QuantFormat
@@ -32,6 +33,7 @@ class QuantMatrix:
     codes: torch.Tensor
     scales: torch.Tensor | None
     zeros: torch.Tensor | None
+    faster: Callable[[QuantMatrix, slice], torch.Tensor] | None = None
 
     def dequantise(self, dtype: torch.dtype, rows: slice = ALL_ROWS) -> torch.Tensor:
         """Rows as values, (R, K): computed in float32, then rounded to `dtype` once. `rows` has no step.
@@ -41,6 +43,12 @@ class QuantMatrix:
         """
         begin, end, step = rows.indices(self.shape[0])
         assert step == 1, f"{rows=}"
+        if self.format.kind == "packed":
+            if self.faster is not None:
+                return self.faster(self, slice(begin, end)).to(dtype)
+            assert self.scales is not None and self.zeros is not None, f"{self.format=}"
+            rows = slice(begin, end)
+            return packed_values(self.codes[rows], self.scales[rows], self.zeros, self.shape[1]).to(dtype)
         if self.format.is_blocks:
             return block_values(self.format.kind, self.codes[begin:end]).to(dtype)
         values = _VALUES[self.format.kind](self, slice(begin, end))

@@ -208,7 +208,8 @@ class ReplacedModules:
         weight = module.weight
         if module.groups != module.in_channels or weight.device.type != "cpu" or not float32_is_faster(weight.dtype):
             return None
-        ours, rows = ReplacedConv(module), _random_rows(2 * module.kernel_size[0], weight.dtype)
+        taps = module.dilation[0] * (module.kernel_size[0] - 1) + 1  # inputs that an output looks at
+        ours, rows = ReplacedConv(module), _random_rows(2 * taps, weight.dtype)
         rows = rows[:1].expand(module.in_channels, -1)
         if not agree(ours(rows), module.forward(rows)):
             return None

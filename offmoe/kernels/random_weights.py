@@ -8,6 +8,7 @@ import torch
 
 from offmoe.checkpoint.quant_format import BLOCK_KINDS, QuantFormat
 from offmoe.formats.dense import STORED_DTYPES
+from offmoe.formats.packed_sizes import HEAD_BYTES, row_bytes
 from offmoe.formats.quantised import QuantMatrix
 
 # The root mean square of values whose codes are as likely each.
@@ -30,8 +31,11 @@ def blank_matrix(form: QuantFormat | None, shape: tuple[int, int], dtype: torch.
         return torch.empty(shape, dtype=dtype)
     if form.is_blocks:
         block = BLOCK_KINDS[form.kind]
-        row_bytes = num_in // block.num_columns * block.num_bytes
-        return QuantMatrix(form, shape, torch.empty(num_out, row_bytes, dtype=torch.uint8), None, None)
+        block_bytes = num_in // block.num_columns * block.num_bytes
+        return QuantMatrix(form, shape, torch.empty(num_out, block_bytes, dtype=torch.uint8), None, None)
+    if form.kind == "packed":
+        heads, escapes = torch.empty(num_out, HEAD_BYTES, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int32)
+        return QuantMatrix(form, shape, torch.empty(num_out, row_bytes(num_in), dtype=torch.uint8), heads, escapes)
     groups = -(-num_in // form.group)
     scales = torch.empty(-(-num_out // form.group_rows), groups, dtype=STORED_DTYPES[form.scale_dtype])
     if form.kind in ("fp8", "mxfp4"):
@@ -58,6 +62,10 @@ def fill_at_random(part: torch.Tensor | QuantMatrix, num_in: int, generator: tor
     if part.zeros is not None:
         _fill_codes(part.zeros, generator)
     assert part.scales is not None, f"{part.format=}"
+    if part.format.kind == "packed":  # no escapes; exponents of numbers below num_in**-0.5
+        largest = 126 - (num_in.bit_length() - 1) // 2
+        part.scales.copy_(torch.tensor([0, 0, 0, 0, 0, 0, largest - 14, largest - 15], dtype=torch.uint8))
+        return
     scale = num_in**-0.5 / _SPREAD[part.format.kind]
     if part.format.scale_dtype == "U8":
         exponent = 127 + round(math.log2(scale))

@@ -132,6 +132,9 @@ def _project(
 ) -> torch.Tensor:  # fmt: skip
     outputs = []
     for part in parts:
+        if isinstance(part, QuantMatrix) and part.format.kind == "packed":
+            outputs.append(multiply(x, part.dequantise(math.dtype)))
+            continue
         if isinstance(part, QuantMatrix):
             outputs += _project_quantised(x, part, math.dtype, multiply)
             continue

@@ -16,7 +16,9 @@ from offmoe.core.config import EngineConfig
 from offmoe.core.errors import BudgetError
 from offmoe.core.units import format_bytes
 from offmoe.formats.layout import device_slot_bytes
+from offmoe.formats.packed_sizes import loading_bytes
 from offmoe.kv.probe import ModelProbe, predict_kv_bytes
+from offmoe.loader.packed_weights import WeightPacker
 from offmoe.loader.resident import resident_bytes
 from offmoe.machine.memory import available_ram_bytes, rss_bytes
 from offmoe.machine.reservations import Reservation, one_at_a_time, outstanding
@@ -39,17 +41,25 @@ class Budgets:
     def __init__(
         self, model: PreTrainedModel, experts: ExpertIndex, config: EngineConfig, context_length: int, *,
         slot_bytes: int, load_bytes: int, baseline_bytes: int, device: Device | None, reservation: Reservation,
+        staging_bytes: int = 0, packer: WeightPacker | None = None,
     ) -> None:  # fmt: skip
-        """`slot_bytes` of a RAM slot; `load_bytes` pass through RAM at once on their way to `device`.
+        """`slot_bytes` of a RAM slot; `load_bytes` pass through RAM at once on their way to `device`, `staging_bytes`
+        on the way to packed slots. `packer` will pack
+        resident weights.
 
         `reservation` tells engines that load beside what this one will take, first as foreseen and then as planned.
         """
         self._model, self._config, self._context_length = model, config, context_length
         self._baseline_bytes, self._device, self._reservation = baseline_bytes, device, reservation
+        resident = resident_bytes(model)
+        if packer is not None:
+            saved, largest = packer.foreseen()
+            load_bytes = loading_bytes(resident - saved, resident, largest)
+            resident -= saved
         self._sizes = ModelSizes(
-            shape=model_shape(model), resident_bytes=resident_bytes(model), load_bytes=load_bytes,
+            shape=model_shape(model), resident_bytes=resident, load_bytes=load_bytes,
             slot_bytes=slot_bytes, device_slot_bytes=device_slot_bytes(experts), num_experts=experts.num_experts,
-            top_k=experts.top_k,
+            top_k=experts.top_k, staging_bytes=staging_bytes,
         )  # fmt: skip
         self._runtime_bytes = max(0, rss_bytes() - baseline_bytes)
         self._free_bytes = device.free_bytes() if device is not None else 0
@@ -73,6 +83,10 @@ class Budgets:
                     raise
                 others = format_bytes(self._others_bytes)
                 raise BudgetError(f"{error}; {others} of what is free are kept for other offmoe processes") from None
+
+    def weights_were_packed(self) -> None:
+        """The resident weights take less than before."""
+        self._sizes = dataclasses.replace(self._sizes, resident_bytes=resident_bytes(self._model))
 
     def plan(self, probe: ModelProbe) -> MemoryPlan:
         """The plan, now that the weights are loaded and the model has run once. Raises BudgetError.

@@ -26,18 +26,21 @@ from offmoe.hf.context import longest_context
 from offmoe.hf.device_failures import explained, release_unused
 from offmoe.hf.expert_map import map_experts, streamed_parameters
 from offmoe.hf.internals import SEAM_NAME, KeyMapping, Target, experts_modules
-from offmoe.hf.quantised_linears import QuantisedLinears
 from offmoe.hf.replace import KernelLinear, ReplacedModules
 from offmoe.hf.seam import LayerBinding, bind
 from offmoe.hf.tokens.tokenizer import load_tokenizer, note_end_tokens
 from offmoe.hf.torch_threads import keep_to_quota, spare_forked_children
 from offmoe.hf.unexpected import LeftOut, sort_out
+from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.kv.probe import ModelProbe, probe_model
 from offmoe.loader.budgets import Budgets, fit_to_free, shrink
 from offmoe.loader.build import build_on_meta, read_model_config
 from offmoe.loader.calls import CallBudget, guard_calls
 from offmoe.loader.loaded import LoadedModel, attach_all
+from offmoe.loader.packed_weights import WeightPacker
+from offmoe.loader.packing import PackedSlots, choose_packing
+from offmoe.loader.quantised_linears import QuantisedLinears
 from offmoe.loader.resident import load_peak_bytes, load_resident
 from offmoe.loader.serving import Serving, build_serving
 from offmoe.machine.memory import give_back_freed_memory, total_ram_bytes
@@ -80,8 +83,13 @@ def load_model(
         with explained(device):
             reservation = Reservation(baseline_bytes)
             opened.callback(reservation.close)
-            budgets = _budgets(built, kept, device, reservation, baseline_bytes=baseline_bytes)
-            plan, probe = _read_weights(built, kept, device, budgets, progress)
+            slot_bytes = experts.slot_bytes(direct=built.disk.direct)
+            packing, unpacked = choose_packing(
+                config.pack, experts, model.dtype, cpu_kernels, slot_bytes=slot_bytes, on_device=device is not None
+            )
+            packer = _weight_packer(built, cpu_kernels) if packing is not None and cpu_kernels is not None else None
+            budgets = _budgets(built, kept, device, reservation, packing, packer, baseline_bytes=baseline_bytes)
+            plan, probe = _read_weights(built, kept, device, budgets, packer, progress)
             device_pool = None
             if device is not None:
                 plan, device_pool = _make_device_pool(plan, device, top_k=experts.top_k)
@@ -95,9 +103,9 @@ def load_model(
             serving = build_serving(
                 model, experts, built.disk, pool, plan, config, built.counters, cpu_kernels=cpu_kernels, device=device,
                 device_pool=device_pool, warm=_warm_start(folder, config, built.index, experts),
-                progress=progress,
+                packing=packing, progress=progress,
             )  # fmt: skip
-        serving.notes += _notes(built, why_no_kernels)
+        serving.notes += _notes(built, why_no_kernels) + ([] if unpacked is None else [unpacked])
         serving.closing.callback(reservation.close)
         if cpu_kernels is not None:
             serving.closing.callback(cpu_kernels.close)
@@ -165,23 +173,32 @@ def _build(folder: Path, config: EngineConfig, opened: ExitStack, device: Device
 
 
 def _budgets(
-    built: _Built, kept: QuantisedLinears | None, device: Device | None, reservation: Reservation, *,
-    baseline_bytes: int,
+    built: _Built, kept: QuantisedLinears | None, device: Device | None, reservation: Reservation,
+    packing: PackedSlots | None, packer: WeightPacker | None, *, baseline_bytes: int,
 ) -> Budgets:  # fmt: skip
     """Budgets, and the memory that the parts of the model take of them."""
     keys = built.expert_keys if kept is None else built.expert_keys | kept.keys
     return Budgets(
         built.model, built.experts, built.config, built.context_length,
-        slot_bytes=built.experts.slot_bytes(direct=built.disk.direct),
+        slot_bytes=built.experts.slot_bytes(direct=built.disk.direct) if packing is None else packing.slot_bytes,
+        staging_bytes=0 if packing is None else packing.staging_bytes,
         load_bytes=load_peak_bytes(built.targets, keys, built.index, built.model.dtype), baseline_bytes=baseline_bytes,
-        device=device, reservation=reservation,
+        device=device, reservation=reservation, packer=packer,
     )  # fmt: skip
 
 
+def _weight_packer(built: _Built, kernels: CpuKernels) -> WeightPacker:
+    return WeightPacker(built.model, kernels, routers={layer.num_experts for layer in built.experts.layers})
+
+
 def _read_weights(
-    built: _Built, kept: QuantisedLinears | None, device: Device | None, budgets: Budgets, progress: Progress
-) -> tuple[MemoryPlan, ModelProbe]:
-    """The resident weights in their places, and the memory that is left divided. `kept` stays as it is stored."""
+    built: _Built, kept: QuantisedLinears | None, device: Device | None, budgets: Budgets, packer: WeightPacker | None,
+    progress: Progress,
+) -> tuple[MemoryPlan, ModelProbe]:  # fmt: skip
+    """The resident weights in their places, and the memory that is left divided. `kept` stays as it is stored.
+
+    `packer` packs them, where there is one.
+    """
     model, index = built.model, built.index
     keys = built.expert_keys if kept is None else built.expert_keys | kept.keys
     budgets.refuse_hopeless()
@@ -190,8 +207,10 @@ def _read_weights(
     load_resident(
         model, index, built.mapping, built.targets, keys,
         lambda done, total: progress("resident weights", done, total),
-        device=None if device is None else device.torch_device,
+        device=None if device is None else device.torch_device, packer=packer,
     )  # fmt: skip
+    if packer is not None:
+        budgets.weights_were_packed()
     progress("trying the model on a few tokens", 0, 0)
     probe = _probe(model, built.context_length, device)
     return budgets.plan(probe), probe

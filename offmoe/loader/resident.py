@@ -14,13 +14,12 @@ from offmoe.checkpoint.index import CheckpointIndex
 from offmoe.checkpoint.quantised import QuantEntry
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.core.errors import CheckpointError
+from offmoe.formats.packed_sizes import BATCH_BYTES
 from offmoe.hf.derived import derive
 from offmoe.hf.internals import KeyMapping, ResidentLoader, Target
 from offmoe.hf.stored import read_matrix, read_tensor, values_of
+from offmoe.loader.packed_weights import PackedWeight, WeightPacker, is_packed
 from offmoe.tiers.huge_pages import in_huge_pages
-
-# Tensors handed to transformers' loader at once: bounds what is read ahead of conversion.
-BATCH_BYTES = 256 << 20
 
 
 class LazyTensor:
@@ -40,19 +39,26 @@ class LazyTensor:
 def resident_bytes(model: PreTrainedModel) -> int:
     """Bytes of the model's own parameters and buffers, tied ones counted once. Experts must be dropped before."""
     tied = set(model.all_tied_weights_keys)
-    params: int = sum(p.nbytes for name, p in model.named_parameters() if name not in tied)
+    params = sum(_stored_bytes(p) for name, p in model.named_parameters() if name not in tied)
     buffers: int = sum(buffer.nbytes for buffer in model.buffers())
     return params + buffers
+
+
+def _stored_bytes(param: torch.nn.Parameter) -> int:
+    weight: object = param
+    return weight.stored_bytes if isinstance(weight, PackedWeight) else param.nbytes
 
 
 def load_resident(
     model: PreTrainedModel, index: CheckpointIndex, mapping: KeyMapping, targets: dict[str, Target],
     expert_keys: set[str], progress: Callable[[int, int], None], device: torch.device | None = None,
+    packer: WeightPacker | None = None,
 ) -> None:  # fmt: skip
     """Read everything but `expert_keys`. `progress(done_bytes, total_bytes)` is called after each batch.
 
     With a `device` each batch goes there before the next one is read, so that RAM never holds more than one
-    (`load_peak_bytes`); buffers that are in no file go there last. Tied weights are one tensor wherever they are.
+    (`load_peak_bytes`); buffers that are in no file go there last. Tied weights are one tensor wherever they are. With
+    a `packer` weights are packed as they come.
     Raises CheckpointError when parameters stay without weights, or shapes differ from config.json.
     """
     dtype = model.dtype
@@ -64,6 +70,8 @@ def load_resident(
         loader.load({key: LazyTensor(index, index.tensors[key], dtype) for key in batch})
         if device is not None:
             _move_parameters(model, device)
+        if packer is not None:
+            packer.pack_loaded()
         done += sum(index.tensors[key].num_bytes for key in batch)
         progress(done, total)
     report = loader.finish()
@@ -81,8 +89,11 @@ def load_resident(
     if device is not None:
         model.to(device)
         return
+    if packer is not None:  # weights that are tied to others
+        packer.pack_loaded()
     for param in model.parameters():  # one at a time: the largest is there twice for a moment
-        param.data = in_huge_pages(param.data)
+        if not is_packed(param):
+            param.data = in_huge_pages(param.data)
 
 
 def load_peak_bytes(

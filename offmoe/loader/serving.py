@@ -15,11 +15,13 @@ from offmoe.cache.auto import AutoPolicy, choose_policy, policy_facts
 from offmoe.cache.backing_store import BackingStore, DiskStore
 from offmoe.cache.expert_cache import ExpertCache
 from offmoe.cache.host_store import HostStore
+from offmoe.cache.packing_store import PackingStore
 from offmoe.cache.usage import Usage
 from offmoe.cache.warm_start import WarmStart
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.core.config import EngineConfig
 from offmoe.core.counters import Counters
+from offmoe.core.keys import ExpertKey
 from offmoe.formats.layout import layout_of
 from offmoe.hf.internals import experts_modules
 from offmoe.hf.seam import ExpertsExecutor, math_of
@@ -28,6 +30,7 @@ from offmoe.kernels.make_slot_kernels import make_slot_kernels
 from offmoe.kernels.slot_kernels import SlotKernels
 from offmoe.loader.costs import measure_miss_costs
 from offmoe.loader.look_ahead import look_ahead
+from offmoe.loader.packing import PackedSlots
 from offmoe.memory.budget import MemoryPlan
 from offmoe.moe.backends import ExpertBackend, KernelBackend, TokenRows
 from offmoe.moe.cpu_backend import CpuBackend
@@ -51,7 +54,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Serving:
-    """The parts, for statistics and for `close`. `cache` is the tier that computes, `host` the RAM slots."""
+    """The parts, for statistics and for `close`. `cache` is the tier that computes, `host` the RAM slots.
+
+    `wide`: those that lie as they are stored, of experts that are kept packed; None where none is packed.
+    """
 
     cache: ExpertCache
     host: ExpertCache
@@ -61,6 +67,7 @@ class Serving:
     kernels: SlotKernels | None = None
     cpu_backend: CpuBackend | None = None
     warm: WarmStart | None = None
+    wide: set[ExpertKey] | None = None
     recorder: Recorder = field(default_factory=Recorder)
     notes: list[str] = field(default_factory=list)
     closing: ExitStack = field(default_factory=ExitStack)
@@ -84,6 +91,7 @@ class Serving:
             found["cpu_kernels"] = ["torch"]
         else:
             found["cpu_kernels"] = [str(self.cpu_backend.kernels), *sorted(set(self.cpu_backend.reasons.values()))]
+        found |= {"pack": "off"} if self.wide is None else {"pack": "on", "wide_experts": len(self.wide)}
         return found | ({"notes": self.notes} if self.notes else {})
 
     def close(self) -> None:
@@ -98,7 +106,7 @@ class Serving:
 def build_serving(
     model: PreTrainedModel, experts: ExpertIndex, disk: DiskTier, pool: HostPool, plan: MemoryPlan,
     config: EngineConfig, counters: Counters, *, cpu_kernels: CpuKernels | None = None, device: Device | None = None,
-    device_pool: DevicePool | None = None, warm: WarmStart | None = None,
+    device_pool: DevicePool | None = None, warm: WarmStart | None = None, packing: PackedSlots | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Serving:  # fmt: skip
     """Caches and executor over the given pools. Called when the resident weights are loaded and no executor attached.
@@ -106,16 +114,19 @@ def build_serving(
     `progress(stage, done_bytes, total_bytes)`: of page-locking RAM slots, and of bringing all experts to a device that
     has room for them. Kernels that are compiled for the device are counted by number.
     """
-    host_source = DiskStore(experts, pool, disk)
     cpu_backend = None if cpu_kernels is None else CpuBackend(cpu_kernels)
     counted = {} if warm is None else warm.load()
     if device is None or device_pool is None:
-        cache = make_cache(pool.num_slots, experts, host_source, counters, policy=config.policy, usage=Usage(counted))
+        store = DiskStore(experts, pool, disk) if packing is None else PackingStore(experts, pool, disk, packing.packer)
+        cache = make_cache(pool.num_slots, experts, store, counters, policy=config.policy, usage=Usage(counted))
         serving = Serving(cache=cache, host=cache, executor=_NOT_YET, cpu_backend=cpu_backend, warm=warm)
+        if isinstance(store, PackingStore):
+            store.take_next, serving.wide = cache.take_next, store.wide
         executor = Executor(cache, rows=cpu_backend, recorder=serving.recorder)
         _fetch_ahead(serving, executor, model, experts, config)
         serving.executor = InterruptSafeExecutor(executor)
         return serving
+    host_source = DiskStore(experts, pool, disk)
     host = make_cache(
         pool.num_slots, experts, host_source, Counters(), policy=config.policy, usage=Usage(counted), listens=True
     )

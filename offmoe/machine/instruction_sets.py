@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+# Those whose kernels multiply packed weights faster than plain ones: they unpack in registers.
+PACKING_SETS = ("avx512", "avx2")
 # Best first. Names of the parts are those of /proc/cpuinfo, without underscores.
 PARTS = {
     "avx512": frozenset(
@@ -13,6 +16,12 @@ PARTS = {
     "neon_dot": frozenset(("asimddp",)),
     "neon": frozenset(("asimd",)),
 }
+
+
+def packs_here() -> bool:
+    """Whether the kernels that this processor gets are faster with packed weights, as far as the system says."""
+    chosen = os.environ.get("OFFMOE_CPU_KERNELS", "auto")
+    return (next(iter(instruction_sets()), "") if chosen == "auto" else chosen) in PACKING_SETS
 
 
 def instruction_sets(cpu_info: Path = Path("/proc/cpuinfo")) -> list[str]:

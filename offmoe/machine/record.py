@@ -20,7 +20,7 @@ from offmoe.core.files import write_whole
 from offmoe.core.folders import cache_folder
 from offmoe.machine.memory import num_cores
 
-VERSION = 5
+VERSION = 6
 # Behind a format's name: its rate where experts do not begin with a cache line.
 OFF_LINES = ", off lines"
 
@@ -101,11 +101,13 @@ class MachineRecord:
         return asdict(self)
 
     def cpu_rate(self, kind: str, *, off_lines: bool = False) -> float:
-        """Experts of format `kind` on the CPU; of the slowest that was measured where that one was not. `off_lines`:
+        """Experts of format `kind` on the CPU; of the slowest that was measured where that one was not, packed ones as
+        bfloat16. `off_lines`:
         they do not begin with a line of the processor's caches, which counts for some formats.
         """
         rates = self.cpu_bytes_per_s
-        return (off_lines and rates.get(f"{kind}{OFF_LINES}")) or rates.get(kind) or min(rates.values())
+        known = (off_lines and rates.get(f"{kind}{OFF_LINES}")) or rates.get(kind)
+        return known or (kind == "packed" and rates.get("bf16")) or min(rates.values())
 
     def drive(self, path: Path) -> DriveSpeed | None:
         """Speed of the drive that `path` is on, or of the only one that was measured."""

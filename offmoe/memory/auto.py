@@ -22,7 +22,8 @@ class AutoFacts:
     """Facts that settle "auto". None: not known yet, and what depends on it stays open.
 
     `may_compile`: steps of this model on the device; `longest_context` the model's own; `ram_bytes` and `vram_bytes`
-    free, and with `total` all there is, used or not; `direct_reads`: the file system has them.
+    free, and with `total` all there is, used or not; `direct_reads`: the file system has them; `packs`: the
+    processor is faster with packed weights.
     """
 
     has_device: bool
@@ -33,6 +34,7 @@ class AutoFacts:
     direct_reads: bool | None = None
     total_ram_bytes: int | None = None
     total_vram_bytes: int | None = None
+    packs: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,7 +178,7 @@ def plan_memory(
         need = suggested_mib(loading)
         raise BudgetError(
             f"ram is {format_bytes(ram_bytes)}, loading this model needs {need} MiB: libraries "
-            f"{format_bytes(runtime_bytes)}, and {format_bytes(load_bytes)} of weights on their way to the device; "
+            f"{format_bytes(runtime_bytes)}, and {format_bytes(load_bytes)} of weights on their way; "
             f"use --ram {need}MiB"
         )
     num_slots = _count_slots(

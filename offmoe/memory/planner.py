@@ -31,7 +31,7 @@ _KEPT_SHARE = 16
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
     """Bytes of a model's parts. `slot_bytes` of a slot in RAM, `device_slot_bytes` of one on a device; `load_bytes`
-    pass through RAM at once on their way to a device.
+    pass through RAM at once on their way to a device, `staging_bytes` on the way to packed slots.
     """
 
     shape: ModelShape
@@ -41,6 +41,7 @@ class ModelSizes:
     device_slot_bytes: int
     num_experts: int
     top_k: int
+    staging_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,8 @@ class MemoryPlanner:
             resident_bytes=sizes.resident_bytes if in_ram else 0, kv_bytes=self.kv_bytes if in_ram else 0,
             workspace_bytes=workspace, slot_bytes=sizes.slot_bytes, num_experts=sizes.num_experts, top_k=sizes.top_k,
             expert_slots=self.config.expert_slots if in_ram else None, prefill_chunk=chunk,
-            staging_bytes=0 if in_ram else STAGING_BYTES, load_bytes=0 if in_ram else sizes.load_bytes, device=device,
+            staging_bytes=sizes.staging_bytes if in_ram else STAGING_BYTES,
+            load_bytes=0 if in_ram and not sizes.staging_bytes else sizes.load_bytes, device=device,
         )  # fmt: skip
         if self.config.kept_prompts is not None:
             return bare(kept_bytes=self.config.kept_prompts if self.chunkable else 0)
@@ -161,7 +163,8 @@ class MemoryPlanner:
         slots = min(self.config.expert_slots or sizes.top_k, sizes.num_experts)
         taken = sizes.resident_bytes + self.kv_bytes
         if machine.vram_free_bytes is None:
-            return machine.ram_bytes - machine.runtime_bytes - SLACK_BYTES - taken - slots * sizes.slot_bytes
+            taken += SLACK_BYTES + sizes.staging_bytes
+            return machine.ram_bytes - machine.runtime_bytes - taken - slots * sizes.slot_bytes
         allowed = allowed_vram(self.config.vram, machine.vram_free_bytes + machine.context_bytes)
         taken += machine.context_bytes + machine.slack_bytes
         return allowed - taken - slots * sizes.device_slot_bytes

@@ -88,7 +88,9 @@ class CpuBackend:
     def _most_rows(self, math: ExpertMath, weights: ExpertWeights) -> int:
         """Rows of one expert that the kernels are given."""
         most = most_rows(math.dtype, in_tiles=self.kernels.has_tiles and not math.transposed)
-        return max(most, MAX_QUANTISED_ROWS) if isinstance(weights.up[0], QuantMatrix) else most
+        first = weights.up[0]
+        is_quantised = isinstance(first, QuantMatrix) and first.format.kind != "packed"  # computed as if it was plain
+        return max(most, MAX_QUANTISED_ROWS) if is_quantised else most
 
     def token_sum(
         self, layer_idx: int, layer: CpuLayer, expert_ids: Sequence[int], experts: Sequence[ExpertWeights],

@@ -20,6 +20,7 @@ from offmoe.checkpoint.quant_config import read_quantisation
 from offmoe.core.errors import CheckpointError, UnsupportedModelError
 from offmoe.memory.family_facts import EXPERT_COUNT_NAMES, experts_per_token, whole_numbers
 from offmoe.memory.shape import text_config
+from offmoe.planner.packed_sample import PackedSample, sample_packed
 
 # layers.3.mlp.experts.17.gate_proj.weight -> ("layers.3.mlp.experts", 17)
 # decoder.block.1.layer.2.mlp.experts.expert_17.wi.weight -> ("decoder.block.1.layer.2.mlp.experts", 17)
@@ -38,7 +39,8 @@ class Inspection:
     """Contents of a checkpoint. Bytes on disk; `resident` is everything that is loaded and no routed expert.
 
     `unused_bytes` are of tensors that are not loaded: layers beyond the last, for guessing tokens ahead, a tied head
-    that is stored too, parts of other modalities. The numbers are those of `offmoe plan`.
+    that is stored too, parts of other modalities. The numbers are those of `offmoe plan`. `packed`: what the first
+    experts would take in 12 bits, of bfloat16 ones that are there.
     """
 
     model_type: str
@@ -57,6 +59,7 @@ class Inspection:
     num_files: int
     num_tensors: int
     context_length: int | None
+    packed: PackedSample | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -102,6 +105,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         num_files=len(index.files),
         num_tensors=len(index.stored),
         context_length=context_limit(config),
+        packed=sample_packed([file.path for file in index.files], per_expert, stacked),
     )
 
 

@@ -15,6 +15,7 @@ from offmoe.core.config import EngineConfig
 from offmoe.core.errors import OffmoeError, UsageError
 from offmoe.core.progress import Progress
 from offmoe.core.units import MIB, format_bytes, format_percent
+from offmoe.machine.instruction_sets import packs_here
 from offmoe.machine.memory import available_ram_bytes, free_vram_bytes, total_ram_bytes, total_vram_bytes
 from offmoe.machine.record import DriveSpeed, MachineRecord, read_record
 from offmoe.memory.auto import AutoFacts
@@ -150,7 +151,7 @@ def _known(device: str, other: MachineRecord | None, *, direct: bool, longest: i
     return AutoFacts(
         has_device=vram is not None, longest_context=longest, ram_bytes=available_ram_bytes(), vram_bytes=vram,
         direct_reads=direct, total_ram_bytes=total_ram_bytes(),
-        total_vram_bytes=None if vram is None else total_vram_bytes(),
+        total_vram_bytes=None if vram is None else total_vram_bytes(), packs=packs_here(),
     )  # fmt: skip
 
 

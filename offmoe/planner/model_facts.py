@@ -22,6 +22,7 @@ from offmoe.memory.family_facts import experts_per_token, facts_of_family
 from offmoe.memory.planner import ModelSizes
 from offmoe.memory.shape import LATENT_MATRIX, largest_number, shape_of, text_config
 from offmoe.planner.inspect import EMBEDDING, is_tied, layer_of, loaded_tensors, num_hidden_layers
+from offmoe.planner.packed import PackedSizes, find_packed
 
 _KINDS = {"BF16": "bf16", "F16": "bf16", "F32": "f32", "F64": "f32"}
 # Bytes a weight as `offmoe quantize` writes experts in groups of 32, scales in 16 bits.
@@ -60,11 +61,31 @@ class ModelFacts:
     longest_context: int | None
     tokenizer_bytes: int = 0
     path: Path | None = None
+    memory_bytes_an_expert: int | None = None
+    packed: PackedSizes | None = None
 
     @property
     def routed_bytes(self) -> int:
         """Bytes of the experts of one token, all layers."""
         return self.num_moe_layers * self.sizes.top_k * self.expert_bytes
+
+    @property
+    def memory_expert_bytes(self) -> int:
+        """Bytes of one expert in RAM, from where a token reads it."""
+        return self.expert_bytes if self.memory_bytes_an_expert is None else self.memory_bytes_an_expert
+
+    def as_packed(self) -> ModelFacts:
+        """The same model as the CPU has it where bfloat16 is packed."""
+        packed = self.packed
+        assert packed is not None
+        sizes = replace(
+            self.sizes, slot_bytes=packed.slot_bytes, staging_bytes=packed.staging_bytes,
+            resident_bytes=self.sizes.resident_bytes - packed.resident_saving, load_bytes=packed.load_bytes,
+        )  # fmt: skip
+        return replace(
+            self, sizes=sizes, dense_bytes=self.dense_bytes - packed.dense_saving, expert_kind="packed",
+            memory_bytes_an_expert=packed.slot_bytes, is_off_lines=False,
+        )  # fmt: skip
 
     def with_experts_as(self, kind: str) -> ModelFacts:
         """The same model with its experts as `offmoe quantize` writes them."""
@@ -74,7 +95,7 @@ class ModelFacts:
         return replace(
             self, sizes=replace(self.sizes, slot_bytes=slot, device_slot_bytes=aligned(expert_bytes)),
             expert_bytes=expert_bytes, experts_total_bytes=total, expert_kind=kind, is_off_lines=False,
-            total_bytes=self.total_bytes - self.experts_total_bytes + total,
+            total_bytes=self.total_bytes - self.experts_total_bytes + total, packed=None,
         )  # fmt: skip
 
 
@@ -131,6 +152,10 @@ def facts_of(
         expert_kind=_turned(config, stacked) or _kind(first), item_bytes=item,
         is_off_lines=any(span.start % BUFFERED_ALIGN_BYTES for one in spans.values() for span in one),
         longest_context=context_limit(config), path=path, tokenizer_bytes=index.tokenizer_bytes,
+        packed=find_packed(
+            per_expert, stacked, resident, total=total_resident, is_transposed=_turned(config, stacked) is not None,
+            num_experts=len(spans) // len(layers),
+        ),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from offmoe.core.config import EngineConfig
+from offmoe.core.config import EngineConfig, PackMode
 from offmoe.core.errors import BudgetError, UsageError
 from offmoe.core.units import format_seconds
 from offmoe.machine.record import DriveSpeed, MachineRecord
@@ -89,8 +89,9 @@ def make_plan(
     prompt = min(DEFAULT_PROMPT_TOKENS, context) if prompt_tokens is None else prompt_tokens
     if prompt > context:
         raise UsageError(f"a prompt of {prompt} tokens is longer than the context of {context}; use --context {prompt}")
-    kv = estimate_kv(facts.config, item_bytes=facts.item_bytes, context_length=context)
     on_device = complete.config.device != "cpu"
+    facts, complete = _packed(facts, complete, known, on_device=on_device)
+    kv = estimate_kv(facts.config, item_bytes=facts.item_bytes, context_length=context)
     sizes = replace(facts.sizes, resident_bytes=facts.device_resident_bytes) if on_device else facts.sizes
     division = MemoryPlanner(
         sizes=sizes,
@@ -113,6 +114,22 @@ def make_plan(
     return Plan(
         facts=facts, complete=complete, kv=kv, memory=memory, refusal=refusal, prediction=prediction, record=record
     )
+
+
+def _packed(facts: ModelFacts, complete: Complete, known: AutoFacts, *, on_device: bool) -> tuple[ModelFacts, Complete]:
+    """Facts of the model as RAM has it, and the setting that was decided."""
+    packed, asked = facts.packed, complete.config.pack
+    if packed is None or on_device:
+        reason = "a device computes them" if on_device else "its experts are not plain bfloat16, outputs by inputs"
+        return facts, _decided(complete, "off", reason)
+    if asked == "off" or (asked == "auto" and not (known.packs and packed.is_worth_it)):
+        return facts, _decided(complete, "off", "slower with this processor, or for experts so small")
+    return facts.as_packed(), _decided(complete, "on", "bfloat16 weights in 12 bits, bit for bit the same")
+
+
+def _decided(complete: Complete, pack: PackMode, reason: str) -> Complete:
+    reasons = complete.reasons | {"pack": reason if complete.config.pack == "auto" else "as set"}
+    return Complete(config=replace(complete.config, pack=pack), reasons=reasons)
 
 
 def _beside_driver(free_bytes: int | None, allowed_bytes: int | None) -> int:

@@ -65,17 +65,19 @@ def predict(
 def _decode_on_cpu(
     facts: ModelFacts, plan: MemoryPlan, record: MachineRecord, hit_rate: float, disk: float, num_tokens: int
 ) -> tuple[SpeedStep, ...]:
-    small = facts.dense_bytes + facts.routed_bytes <= record.cache_bytes / 2
+    in_memory = facts.num_moe_layers * facts.sizes.top_k * facts.memory_expert_bytes
+    small = facts.dense_bytes + in_memory <= record.cache_bytes / 2
     costs = record.cached_layers if small else record.layers
     faster = record.cached_bytes_per_s / record.cpu_rate("bf16") if small else 1.0
     # With room for all experts, each is moved to a line's begin once.
     off_lines = facts.is_off_lines and plan.num_slots < plan.num_experts
     rate = faster * record.cpu_rate(facts.expert_kind, off_lines=off_lines)
+    dense_kind = "packed" if facts.expert_kind == "packed" else "bf16"
     operations, weights = latent_work(facts.config, num_tokens)
     layer_s, token_s = layer_cost(facts.model_type, costs)
     steps = [
-        _read("resident weights", facts.dense_bytes, faster * record.cpu_rate("bf16")),
-        _read(f"experts ({facts.expert_kind})", facts.routed_bytes, rate),
+        _read("resident weights", facts.dense_bytes, faster * record.cpu_rate(dense_kind)),
+        _read(f"experts ({facts.expert_kind})", in_memory, rate),
         _read("KV cache, half full", plan.kv_bytes / 2, record.read_bytes_per_s),
         _times("layers, whatever they read", facts.num_layers, layer_s),
         _times("a token, beside its layers", 1, token_s),
@@ -104,7 +106,7 @@ def _missing(
     for missed in range(1, per_layer):
         chance = math.comb(per_layer, missed) * (1 - hit_rate) ** missed * hit_rate ** (per_layer - missed)
         waiting_s = costs.fetch_s + missed * facts.expert_bytes / disk
-        hidden_s += num_layers * chance * min(waiting_s, (per_layer - missed) * facts.expert_bytes / rate)
+        hidden_s += num_layers * chance * min(waiting_s, (per_layer - missed) * facts.memory_expert_bytes / rate)
     yield SpeedStep(what="of that, while others are computed", amount=calls, rate=-calls / max(hidden_s, 1e-9),
                seconds=-hidden_s, unit="times")  # fmt: skip
 

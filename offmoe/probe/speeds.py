@@ -35,9 +35,9 @@ from offmoe.probe.sample_experts import (
     usual_s,
 )
 from offmoe.tiers.copier import Copier
-from offmoe.tiers.disk import NUM_THREADS, PIECE_BYTES
 from offmoe.tiers.host import HostPool
 from offmoe.tiers.huge_pages import in_huge_pages
+from offmoe.tiers.pieces import NUM_THREADS, PIECE_BYTES
 
 READ_BYTES = 256 << 20
 # Small enough for caches: of the bundled model's size.
@@ -48,6 +48,7 @@ TURNED_OFF_LINES = f"{TURNED}{OFF_LINES}"
 TURNED_WIDTH, TURNED_A_CALL, OFF_LINE_BYTES = 2880, 2, 48
 FORMATS: dict[str, QuantFormat | None] = {
     "bf16": None,
+    "packed": QuantFormat(kind="packed", group=WIDTH_D, scale_dtype="U8"),
     TURNED: None,
     TURNED_OFF_LINES: None,
     "int8": QuantFormat(kind="int8", group=32, offset=128),

@@ -72,7 +72,7 @@ def _memory_tables(memory: MemoryPlan, kv_how: str) -> list[tuple[str, TableRows
             ("resident weights", format_bytes(memory.resident_bytes)),
             ("KV cache", f"{format_bytes(memory.kv_bytes)} ({kv_how})"),
         ]
-    else:
+    if memory.staging_bytes:
         rows.append(("staging", format_bytes(memory.staging_bytes)))
     rows += [
         (f"workspace{beside} of {memory.prefill_chunk} tokens", format_bytes(memory.workspace_bytes)),

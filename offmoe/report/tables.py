@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from offmoe.core.units import format_bytes
 from offmoe.planner.inspect import Inspection
+from offmoe.planner.packed_sample import PackedSample
 
 
 def print_pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -25,6 +26,11 @@ def print_pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
+def _packed(sample: PackedSample) -> str:
+    share = 100 * sample.escape_share
+    return f"{sample.bits:.2f} bits a weight without loss, {share:.3f}% escapes (of {sample.num_weights} weights)"
+
+
 def inspection_rows(inspect_checkpoint: Inspection) -> list[tuple[str, str]]:
     """The lines of `offmoe inspect`."""
     s = inspect_checkpoint
@@ -40,5 +46,6 @@ def inspection_rows(inspect_checkpoint: Inspection) -> list[tuple[str, str]]:
         ("read per token", f"{format_bytes(s.bytes_per_token)} of experts when nothing is cached"),
         ("on disk", f"{format_bytes(s.total_bytes)} in {s.num_files} files, {s.num_tensors} tensors"),
         ("formats", formats),
+        *([("packed", _packed(s.packed))] if s.packed is not None else []),
         ("context", f"{s.context_length} tokens" if s.context_length else "not stated"),
     ]

@@ -34,18 +34,31 @@ def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     """
     if tensor.device.type != "cpu" or tensor.nbytes < _LEAST_BYTES or not tensor.is_contiguous():
         return tensor
+    memory = huge_memory(tensor.nbytes)
+    return tensor if memory is None else memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def huge_memory(num_bytes: int) -> torch.Tensor | None:
+    """Fresh memory (U8, zeros) in huge pages, where the system has them; None where no memory can be mapped so."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return tensor
+        return None
     try:
-        mapping = mmap.mmap(-1, tensor.nbytes + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping = mmap.mmap(-1, num_bytes + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
-        return tensor
+        return None
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
     begin = -memory.data_ptr() % HUGE_BYTES
     with contextlib.suppress(OSError):  # a kernel without huge pages
-        mapping.madvise(mmap.MADV_HUGEPAGE, begin, tensor.nbytes // HUGE_BYTES * HUGE_BYTES)
-    copy = memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor)
+        mapping.madvise(mmap.MADV_HUGEPAGE, begin, num_bytes // HUGE_BYTES * HUGE_BYTES)
+    return memory[begin : begin + num_bytes]
+
+
+def forget(address: int, num_bytes: int) -> None:
+    """Give memory back whose numbers nobody reads any more, before the tensor that has it goes: whole pages of it."""
+    begin = address + -address % mmap.PAGESIZE
+    end = (address + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def fault_in(slab: torch.Tensor, progress: Callable[[int, int], None] = lambda done, total: None) -> None:

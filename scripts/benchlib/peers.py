@@ -22,7 +22,7 @@ ACCELERATE_OVERHEAD_BYTES = 2_300_000_000  # Python and torch, and the staged ex
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command lines are made from. `rams`, `prefetches`, `policies`: offmoe's flags as typed; empty:
+    """What the command lines are made from. `rams`, `prefetches`, `policies`, `packs`: offmoe's flags as typed; empty:
     its defaults.
     """
 
@@ -35,6 +35,7 @@ class Options:
     rams: tuple[str, ...]
     prefetches: tuple[str, ...]
     policies: tuple[str, ...]
+    packs: tuple[str, ...]
     warm: bool
     accelerate_bytes: int | None
     llama_python: Path | None
@@ -61,7 +62,7 @@ def build_systems(names: list[str], options: Options) -> list[System]:
 
 
 def _offmoe(name: str, options: Options) -> list[System]:
-    """One system for each `--ram`, `--prefetch` and `--policy` value with each of the others.
+    """One system for each `--ram`, `--prefetch`, `--policy` and `--pack` value with each of the others.
 
     "offmoe-int4" is the folder beside the model that `offmoe quantize` has written, with `-int4` added to its name.
     """
@@ -73,12 +74,14 @@ def _offmoe(name: str, options: Options) -> list[System]:
     command = [sys.executable, "-m", "offmoe", "bench", str(folder), "--ids", str(options.ids)]
     command += ["--prefill", str(options.prefill), "--json", *(["--warm"] if options.warm else [])]
     systems = []
-    for ram, prefetch, policy in product(options.rams or ("",), options.prefetches or ("",), options.policies or ("",)):
+    asked = (options.rams, options.prefetches, options.policies, options.packs)
+    for ram, prefetch, policy, pack in product(*(values or ("",) for values in asked)):
         flags, label = list(command), [name]
         for flag, value, word in (
             ("--ram", ram, ""),
             ("--prefetch", prefetch, "prefetch "),
             ("--policy", policy, "policy "),
+            ("--pack", pack, "pack "),
         ):
             if value:
                 flags += [flag, value]

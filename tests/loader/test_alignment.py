@@ -35,10 +35,10 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_moved_where_all_fit_and_the_numbers_stay(checkpoint: Path) -> None:
-    with offmoe.load(str(checkpoint), ram="4GiB", expert_slots=8) as engine:
+    with offmoe.load(str(checkpoint), ram="4GiB", expert_slots=8, pack="off") as engine:
         expected = engine.generate(IDS, max_new_tokens=8, temperature=0, ignore_eos=True)
         assert starts(engine) != {0}
-    with offmoe.load(str(checkpoint), ram="4GiB") as engine:
+    with offmoe.load(str(checkpoint), ram="4GiB", pack="off") as engine:
         reply = engine.generate(IDS, max_new_tokens=8, temperature=0, ignore_eos=True)
         assert starts(engine) == {0}
         with engine.uncached():

@@ -99,11 +99,12 @@ def test_the_verdict_turns_at_one_slot(name: str, folders: Path) -> None:
     facts = facts_of(folders, name)
     here = AutoFacts(has_device=False, longest_context=facts.longest_context, ram_bytes=4000 * GIB)
     options = {"device": "cpu", "prefill_chunk": 64}
-    whole = memory(plan(facts, here, **options))
-    assert whole.num_slots == facts.sizes.num_experts
-    least = whole.fixed_bytes + facts.sizes.top_k * facts.sizes.slot_bytes
-    assert memory(plan(facts, here, ram=least, **options)).num_slots == facts.sizes.top_k
-    assert memory(plan(facts, here, ram=least + facts.sizes.slot_bytes, **options)).num_slots == facts.sizes.top_k + 1
+    found = plan(facts, here, **options)
+    whole, sizes = memory(found), found.facts.sizes
+    assert whole.num_slots == sizes.num_experts
+    least = whole.fixed_bytes + sizes.top_k * sizes.slot_bytes
+    assert memory(plan(facts, here, ram=least, **options)).num_slots == sizes.top_k
+    assert memory(plan(facts, here, ram=least + sizes.slot_bytes, **options)).num_slots == sizes.top_k + 1
     assert memory(plan(facts, here, ram=whole.total_bytes - 1, **options)).num_slots == whole.num_slots - 1
     refused = plan(facts, here, ram=least - 1, **options)
     assert refused.memory is None and refused.prediction is None

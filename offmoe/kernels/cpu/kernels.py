@@ -211,6 +211,14 @@ class CpuKernels:
         """A `structs.Encode`; see quantise.py. Raises MemoryError."""
         self._call(self._library.offmoe_encode, address, "a matrix's codes")
 
+    def run_unpack(self, address: int) -> None:
+        """A `structs.Unpack`; see packing.py. Raises MemoryError."""
+        self._call(self._library.offmoe_unpack, address, "a matrix's numbers")
+
+    def run_pack(self, address: int) -> None:
+        """A `structs.Pack`, by the calling thread, beside other calls; see packing.py."""
+        self._library.offmoe_pack(self._handle, address)
+
     def run_route(self, address: int, logits: int, scores: int) -> None:
         """A `structs.Route` on one row of float32 logits; see layer.py. Raises MemoryError."""
         if code := self._library.offmoe_route(address, logits, scores):

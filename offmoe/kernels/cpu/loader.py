@@ -113,8 +113,9 @@ def _library() -> ctypes.CDLL:
     library.offmoe_open.argtypes = (ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
     library.offmoe_close.restype = None
     library.offmoe_close.argtypes = (ctypes.c_void_p,)
-    for name in ("encode", "experts", "linear", "norm", "attend", "latent", "layer", "program"):
+    for name in ("encode", "pack", "unpack", "experts", "linear", "norm", "attend", "latent", "layer", "program"):
         getattr(library, f"offmoe_{name}").argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    library.offmoe_pack.restype = None
     library.offmoe_program.restype = ctypes.c_int64
     library.offmoe_route.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     return library

@@ -10,14 +10,14 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-ABI_VERSION = 16
+ABI_VERSION = 17
 TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALE_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
 DENSE_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 QUANT_KINDS = {
     "int8": 3, "int4": 4, "mxfp4": 5, "fp8": 6,
     "q4_0": 7, "q8_0": 8, "q4_k": 9, "q5_k": 10, "q6_k": 11, "mxfp4_gguf": 12,
-    "iq4_nl": 13, "iq4_xs": 14,
+    "iq4_nl": 13, "iq4_xs": 14, "packed": 15,
 }  # fmt: skip
 CURVES = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu_squared": 5}
 
@@ -60,6 +60,24 @@ class CEncode(ctypes.Structure):
         ("num_groups", c_int64),
         ("num_divisors", c_int32), ("group", c_int32), ("bits_a_code", c_int32), ("offset", c_int32),
         ("value_type", c_int32), ("scale_type", c_int32), ("is_finite", c_int32),
+    )  # fmt: skip
+
+
+class CPack(ctypes.Structure):
+    """Bfloat16 rows to be packed."""
+
+    _fields_ = (
+        ("values", c_void_p), ("codes", c_void_p), ("heads", c_void_p), ("escapes", c_void_p),
+        ("num_escapes", c_void_p),
+        ("rows", c_int64), ("columns", c_int64), ("row_bytes", c_int64), ("most_escapes", c_int64),
+    )  # fmt: skip
+
+
+class CUnpack(ctypes.Structure):
+    """Rows of a packed matrix to be unpacked."""
+
+    _fields_ = (
+        ("matrix", c_void_p), ("to", c_void_p), ("begin", c_int64), ("end", c_int64), ("to_row_bytes", c_int64),
     )  # fmt: skip
 
 

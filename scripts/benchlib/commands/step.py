@@ -3,6 +3,7 @@
     scripts/bench step --model checkpoints/qwen3.5-moe                     # offmoe
     scripts/bench step --model checkpoints/qwen3.5-moe --transformers      # transformers alone
     scripts/bench step --model ... --against /path/to/another/commit       # both at once, in turn
+    scripts/bench step --model ... --set pack=on --against-set pack=off    # two settings of this commit
 
 With `--against` two processes hold the model, this tree's and the other's, and take turns: twelve tokens each, the
 other standing still. `ratio`: the median over turns of this tree's median token over the other's, `turns` its
@@ -46,10 +47,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--ram", default="14GiB", help="budget; it must hold all experts (default: 14GiB)")
     parser.add_argument("--turns", type=int, default=24, help="with --against (default: 24)")
     parser.add_argument("--against", type=Path, help="checkout of another commit, its kernels built")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of offmoe.load")
+    parser.add_argument("--against-set", action="append", default=[], metavar="NAME=VALUE", help="the other's options")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--transformers", action="store_true", help="measure transformers' own model")
     options = parser.parse_args(argv)
-    if options.against is not None:
+    if options.against is not None or options.against_set:
         print(json.dumps(in_turn(options)))
         return 0
     ids = json.loads((options.model / "ids.json").read_text())[: options.prefill + options.decode]
@@ -68,7 +71,7 @@ def with_offmoe(options: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
     import offmoe
     from offmoe.engine.parts import parts_of
 
-    with offmoe.load(options.model, ram=options.ram, **QUIET) as engine:
+    with offmoe.load(options.model, ram=options.ram, **QUIET, **settings(options.set)) as engine:
         found = measured(lambda prompt, rest: engine_steps(engine, prompt, iter(rest), len(rest)), ids, options.prefill)
         stats, model = engine.stats(), engine.model
         layers = parts_of(engine).experts.layers
@@ -85,12 +88,17 @@ def engine_steps(engine: Any, prompt: list[int], rest: Iterator[int], num_new: i
     return pieces
 
 
+def settings(given: list[str]) -> dict[str, Any]:
+    """Options written NAME=VALUE."""
+    return dict(item.split("=", 1) for item in given)
+
+
 def work(options: argparse.Namespace, ids: list[int]) -> int:
     """Measure whenever a line comes: "prompt", or "tokens" for the next TURN of a reply that never ends."""
     import offmoe
 
     prompt, given = ids[: options.prefill], ids[options.prefill :]
-    with offmoe.load(options.model, ram=options.ram, tell=None, **QUIET) as engine:
+    with offmoe.load(options.model, ram=options.ram, tell=None, **QUIET, **settings(options.set)) as engine:
         list(engine_steps(engine, prompt, iter(given), len(given)))  # what it needs is in RAM now
         pieces = None
         for line in sys.stdin:
@@ -107,7 +115,8 @@ def work(options: argparse.Namespace, ids: list[int]) -> int:
 
 def in_turn(options: argparse.Namespace) -> dict[str, Any]:
     """This tree's offmoe and another's, turn by turn."""
-    trees = (Path(__file__).resolve().parents[3], options.against)
+    here = Path(__file__).resolve().parents[3]
+    trees = (here, options.against or here)
     command = [
         sys.executable,
         "-W",
@@ -117,17 +126,18 @@ def in_turn(options: argparse.Namespace) -> dict[str, Any]:
         "step",
         "--worker",
         "--model",
-        str(options.model),
+        str(options.model.resolve()),
         "--ram",
         options.ram,
     ]
     command += ["--prefill", str(options.prefill), "--decode", str(options.decode)]
     workers = [
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), str(trees[0] / "scripts")])},
+            [*command, *(part for item in given for part in ("--set", item))], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, cwd=tree,  # "-m" puts the folder first of all
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), str(here / "scripts")])},
         )
-        for tree in trees
+        for tree, given in zip(trees, (options.set, options.against_set), strict=True)
     ]  # fmt: skip
 
     def ask(what: str) -> list[float]:

@@ -62,6 +62,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ram", nargs="+", default=[], help="offmoe's --ram; several values are several systems")
     parser.add_argument("--prefetch", nargs="+", default=[], help="offmoe's --prefetch, likewise")
     parser.add_argument("--policy", nargs="+", default=[], help="offmoe's --policy, likewise")
+    parser.add_argument("--pack", nargs="+", default=[], help="offmoe's --pack, likewise")
     parser.add_argument("--warm", action="store_true", help="offmoe goes through the ids once before it is timed")
     parser.add_argument("--accelerate-ram", help="weights accelerate keeps in RAM (default: all but experts)")
     parser.add_argument("--threads", type=int, default=num_cores(), help="of every system (default: the cores)")
@@ -87,7 +88,7 @@ def bench(args: argparse.Namespace) -> dict[str, object]:
         options = Options(
             model=model, ids=ids, prefill=args.prefill, decode=args.decode, threads=args.threads, cap_bytes=cap_bytes,
             rams=tuple(args.ram), prefetches=tuple(args.prefetch),
-            policies=tuple(args.policy), warm=args.warm,
+            policies=tuple(args.policy), packs=tuple(args.pack), warm=args.warm,
             accelerate_bytes=parse_bytes(args.accelerate_ram) if args.accelerate_ram else None,
             llama_python=args.llama_python, gguf_dir=args.gguf_dir or model.parent,
             offload_dir=Path(scratch) / "offload",

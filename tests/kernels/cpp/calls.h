@@ -14,6 +14,8 @@ int32_t offmoe_attend(void* handle, const offmoe::Attend* call);
 int32_t offmoe_latent(void* handle, const offmoe::Latent* call);
 int32_t offmoe_layer(void* handle, const offmoe::Layer* call);
 int32_t offmoe_encode(void* handle, offmoe::Encode* call);
+void offmoe_pack(void* handle, const offmoe::Pack* call);
+int32_t offmoe_unpack(void* handle, const offmoe::Unpack* call);
 int64_t offmoe_program(void* handle, const offmoe::Program* call);
 int32_t offmoe_route(const offmoe::Route* route, const float* logits, float* scores);
 }
@@ -58,6 +60,7 @@ int64_t try_latent(const Handles& handles, int64_t share);
 int64_t try_routes();
 int64_t try_layers(const Handles& handles);
 int64_t try_encodes(const Handles& handles);
+int64_t try_packing(const Handles& handles);
 int64_t try_deltas(const Handles& handles);
 int64_t try_threads(int32_t isa_idx);
 

@@ -165,7 +165,7 @@ std::vector<Written> run_all(int32_t idx, const char* name, int64_t share) {
     const Handles handles(idx);
     int64_t calls = 0;
     for (const auto attempt : {try_linears, try_experts, try_attention, try_latent}) calls += attempt(handles, share);
-    for (const auto attempt : {try_norms, try_layers, try_encodes, try_deltas}) calls += attempt(handles);
+    for (const auto attempt : {try_norms, try_layers, try_encodes, try_deltas, try_packing}) calls += attempt(handles);
     for (const Isa* isa : known_isas())
         if (std::strcmp(isa->name, name) == 0) try_products(*isa, share);
     std::printf("%s: %lld calls, %zu outputs\n", name, static_cast<long long>(calls), all_written.size());

@@ -47,7 +47,7 @@ int main(int argc, char** argv) {
         }
         const auto begin = std::chrono::steady_clock::now();
         const Handles handles(idx);
-        int64_t made[9] = {};
+        int64_t made[10] = {};
         made[0] = try_linears(handles, share);
         made[1] = try_experts(handles, share);
         made[2] = try_norms(handles);
@@ -57,9 +57,10 @@ int main(int argc, char** argv) {
         made[6] = try_threads(idx);
         made[7] = try_encodes(handles);
         made[8] = try_deltas(handles);
+        made[9] = try_packing(handles);
         const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-        std::printf("%s: %lld linears, %lld layers of experts, %lld norms, %lld attentions, %lld latent attentions, %lld layers and runs, %lld calls of several threads, %lld encodings, %lld delta nets; %.1f s\n",
-                    isa, (long long)made[0], (long long)made[1], (long long)made[2], (long long)made[3], (long long)made[4], (long long)made[5], (long long)made[6], (long long)made[7], (long long)made[8], seconds);
+        std::printf("%s: %lld linears, %lld layers of experts, %lld norms, %lld attentions, %lld latent attentions, %lld layers and runs, %lld calls of several threads, %lld encodings, %lld delta nets, %lld packed matrices; %.1f s\n",
+                    isa, (long long)made[0], (long long)made[1], (long long)made[2], (long long)made[3], (long long)made[4], (long long)made[5], (long long)made[6], (long long)made[7], (long long)made[8], (long long)made[9], seconds);
         std::fflush(stdout);
     }
     return 0;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "isa/isa.h"
 
 namespace made {
 
@@ -120,6 +121,7 @@ constexpr Format kFormats[] = {
     {"mxfp4_gguf", MXFP4_BLOCKS, 32, 17, -1, -1},
     {"iq4_nl", IQ4_NL, 32, 18, 0, -1},
     {"iq4_xs", IQ4_XS, 256, 136, 0, -1},
+    {"packed", PACKED, 1, 0, -1, -1},
 };
 
 inline bool is_dense(const Format& format) { return format.kind <= DENSE_F16; }
@@ -144,6 +146,7 @@ public:
         matrix.group = static_cast<int32_t>(columns);
         if (is_dense(format)) dense(random, variant);
         else if (format.block_bytes) blocks(random, format, variant);
+        else if (format.kind == PACKED) packed(random, variant);
         else codes(random, variant);
     }
 
@@ -175,6 +178,27 @@ private:
             if (format.half_at < 0) made.at()[at] = static_cast<uint8_t>(120 + random.below(8));  // an exponent
         }
         matrix.codes = keep(std::move(made));
+    }
+
+    // Numbers of many sizes, and zeros: with escapes in most rows.
+    void packed(Random& random, const Variant& variant) {
+        const int64_t count = matrix.rows * matrix.columns;
+        Buffer numbers = random_numbers(random, BF16, count);
+        for (int64_t i = 0; i < count; ++i) {
+            if (random.below(40) == 0) put_number(BF16, std::ldexp(random.number(), static_cast<int>(random.below(60)) - 30), numbers.at() + 2 * i);
+            if (random.below(50) == 0) put_number(BF16, 0.0f, numbers.at() + 2 * i);
+        }
+        matrix.row_bytes = (matrix.columns + 31) / 32 * 48;
+        Buffer made(matrix.rows * matrix.row_bytes, variant.skew), heads(8 * matrix.rows), all(4 * count);
+        uint32_t num_escapes = 0;
+        const Pack call = {numbers.at(), made.at(), heads.at(), reinterpret_cast<uint32_t*>(all.at()), &num_escapes, matrix.rows, matrix.columns, matrix.row_bytes, count};
+        kPortable.pack(call);
+        Buffer escapes(4 * int64_t{num_escapes});
+        std::memcpy(escapes.at(), all.at(), static_cast<size_t>(escapes.size()));
+        matrix.codes = keep(std::move(made));
+        matrix.scales = keep(std::move(heads));
+        matrix.scale_row_bytes = 8;
+        matrix.zeros = keep(std::move(escapes));
     }
 
     void codes(Random& random, const Variant& variant) {
@@ -222,7 +246,7 @@ inline std::vector<Variant> variants_of(const Format& format) {
             found.push_back(variant);
             variant.transposed = true;
             found.push_back(variant);
-        } else if (format.block_bytes) {
+        } else if (format.block_bytes || format.kind == PACKED) {
             found.push_back(variant);
         } else {
             for (int64_t group : {0, 32, 64, 128})

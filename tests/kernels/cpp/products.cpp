@@ -10,6 +10,7 @@ constexpr int32_t kTypes[] = {F32, BF16, F16};
 
 // Dense weights are multiplied in their own type or in float32.
 bool goes_with(const Format& format, int32_t type) {
+    if (format.kind == PACKED) return type != F16;
     if (!is_dense(format) || type == F32) return true;
     return format.kind == (type == BF16 ? DENSE_BF16 : DENSE_F16);
 }
@@ -201,6 +202,42 @@ int64_t try_encodes(const Handles& handles) {
                     require(std::memcmp(codes[0].at(), codes[1].at(), codes[0].size()) == 0, "codes by threads", "", group, bits, type);
                     require(std::memcmp(scales[0].at(), scales[1].at(), scales[0].size()) == 0, "scales by threads", "", group, bits, type);
                 }
+    return made;
+}
+
+// Rows are packed and come back, whatever their numbers; by one thread, by pieces, and where they do not fit.
+int64_t try_packing(const Handles& handles) {
+    Random random(13);
+    int64_t made = 0;
+    for (int64_t columns : {1, 31, 33, 64, 95, 128, 160, 257, 520})
+        for (int64_t rows : {1, 7, 33})
+            for (int32_t mix : {0, 1, 2}) {
+                Buffer numbers = mix == 2 ? random_bytes(random, 2 * rows * columns) : random_numbers(random, BF16, rows * columns);
+                for (int64_t i = 0; mix == 1 && i < rows * columns; i += 37) put_number(BF16, std::ldexp(1.0f, static_cast<int>(random.below(200)) - 100), numbers.at() + 2 * i);
+                const int64_t row_bytes = (columns + 31) / 32 * 48, most = mix == 2 && columns % 2 ? 3 : rows * columns;
+                Buffer codes(rows * row_bytes), heads(8 * rows), escapes(4 * most), back(2 * rows * columns);
+                uint32_t num_escapes = 0;
+                for (int64_t begin = 0, end; begin < rows; begin = end) {
+                    end = begin + 5 < rows ? begin + 5 : rows;
+                    const Pack call = {numbers.at() + 2 * begin * columns, codes.at() + begin * row_bytes, heads.at() + 8 * begin, reinterpret_cast<uint32_t*>(escapes.at()), &num_escapes, end - begin, columns, row_bytes, most};
+                    offmoe_pack(handles.alone, &call);
+                }
+                ++made;
+                if (num_escapes > most) continue;
+                Matrix matrix = {};
+                matrix.codes = codes.at();
+                matrix.scales = heads.at();
+                matrix.zeros = escapes.at();
+                matrix.rows = rows;
+                matrix.columns = columns;
+                matrix.row_bytes = row_bytes;
+                matrix.scale_row_bytes = 8;
+                matrix.kind = PACKED;
+                const Unpack call = {&matrix, back.at(), 0, rows, 2 * columns};
+                require(offmoe_unpack(handles.several(made), &call) == 0, "unpacking", "packed", rows, columns, mix);
+                require(std::memcmp(back.at(), numbers.at(), static_cast<size_t>(back.size())) == 0, "numbers do not come back", "packed", rows, columns, mix);
+                show("packed: codes", "", kBytes, codes);
+            }
     return made;
 }
 

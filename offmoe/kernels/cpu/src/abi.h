@@ -8,7 +8,8 @@ enum Type : int32_t { F32 = 0, BF16 = 1, F16 = 2, E8M0 = 3 };
 // From Q4_0 on GGUF's blocks, which hold their scales: the other fields on scales and zeros mean nothing there.
 enum Kind : int32_t {
     DENSE_F32 = 0, DENSE_BF16 = 1, DENSE_F16 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, FP8 = 6,
-    Q4_0 = 7, Q8_0 = 8, Q4_K = 9, Q5_K = 10, Q6_K = 11, MXFP4_BLOCKS = 12, IQ4_NL = 13, IQ4_XS = 14
+    Q4_0 = 7, Q8_0 = 8, Q4_K = 9, Q5_K = 10, Q6_K = 11, MXFP4_BLOCKS = 12, IQ4_NL = 13, IQ4_XS = 14,
+    PACKED = 15  // bfloat16 in 12 bits (isa/generic/packed.h): `scales` are the rows' heads, `zeros` their escapes
 };
 enum Curve : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4, RELU_SQUARED = 5 };
 
@@ -55,6 +56,24 @@ struct Encode {
     const float* divisors;
     int64_t num_groups;
     int32_t num_divisors, group, bits_a_code, offset, value_type, scale_type, is_finite;
+};
+
+// Rows of bfloat16 numbers, side by side, to rows of PACKED. Several threads may pack rows of one matrix: `num_escapes` is
+// theirs together. Where it ends above `most_escapes` the matrix does not fit, and means nothing.
+struct Pack {
+    const void* values;
+    uint8_t* codes;
+    void* heads;
+    uint32_t* escapes;
+    uint32_t* num_escapes;
+    int64_t rows, columns, row_bytes, most_escapes;
+};
+
+// Rows [begin, end) of a PACKED matrix to bfloat16 numbers, `to_row_bytes` apart.
+struct Unpack {
+    const Matrix* matrix;
+    void* to;
+    int64_t begin, end, to_row_bytes;
 };
 
 // Rows of one layer: expert e computes rows begin[e] to begin[e + 1]; row r reads x[token[r]], writes y[choice[r]].

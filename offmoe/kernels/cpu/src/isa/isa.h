@@ -33,6 +33,9 @@ struct Isa {
                        int64_t size, int32_t type, float* out);
     // quantise.h: groups [begin, end); false where one of their numbers is not finite.
     bool (*encode)(const Encode& call, int64_t begin, int64_t end);
+    // pack.h: bfloat16 numbers to PACKED ones, and back.
+    void (*pack)(const Pack& call);
+    void (*unpack)(const Unpack& call, int64_t begin, int64_t end);
 };
 
 // All but the first where they were compiled.
@@ -43,5 +46,15 @@ bool encode_portable(const Encode& call, int64_t begin, int64_t end);
 bool encode_avx2(const Encode& call, int64_t begin, int64_t end);
 bool encode_avx512(const Encode& call, int64_t begin, int64_t end);
 bool encode_neon(const Encode& call, int64_t begin, int64_t end);
+
+// isa/*/packed.cpp.
+void pack_portable(const Pack& call);
+void pack_avx2(const Pack& call);
+void pack_avx512(const Pack& call);
+void pack_neon(const Pack& call);
+void unpack_portable(const Unpack& call, int64_t begin, int64_t end);
+void unpack_avx2(const Unpack& call, int64_t begin, int64_t end);
+void unpack_avx512(const Unpack& call, int64_t begin, int64_t end);
+void unpack_neon(const Unpack& call, int64_t begin, int64_t end);
 
 }  // namespace offmoe

@@ -46,6 +46,7 @@ int32_t run_attend(Pool& pool, const Isa& isa, Workspace& space, const Attend& c
 int32_t run_latent(Pool& pool, const Isa& isa, Workspace& space, const Latent& call);
 int32_t run_layer(Pool& pool, const Isa& isa, Workspace& space, const Layer& call);
 int32_t run_encode(Pool& pool, const Isa& isa, Encode& call);
+int32_t run_unpack(Pool& pool, const Isa& isa, const Unpack& call);
 int32_t run_mamba(Pool& pool, const Isa& isa, Workspace& space, const Mamba& call);
 int32_t run_delta(Pool& pool, const Isa& isa, Workspace& space, const Delta& call);
 // Ends at the first step whose experts are not all in RAM, whose number it returns; else `call.end`. -1: no memory.

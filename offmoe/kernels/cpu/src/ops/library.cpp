@@ -123,7 +123,7 @@ int32_t alone(void* handle, Run run) noexcept {
 extern "C" {
 
 // Changes with the functions below, and with what a field of abi.h means; where fields lie is in layout.cpp.
-int32_t offmoe_abi_version() { return 16; }
+int32_t offmoe_abi_version() { return 17; }
 
 // The idx-th best instruction set that was compiled, or null; `usable`: this processor has it.
 const char* offmoe_isa(int32_t idx, int32_t* usable) {
@@ -191,6 +191,13 @@ int32_t offmoe_layer(void* handle, const offmoe::Layer* call) {
 
 int32_t offmoe_encode(void* handle, offmoe::Encode* call) {
     return alone(handle, [&](Kernels& kernels) { return offmoe::run_encode(kernels.pool, kernels.isa, *call); });
+}
+
+// By the calling thread alone, beside whatever the handle's threads do.
+void offmoe_pack(void* handle, const offmoe::Pack* call) { static_cast<Kernels*>(handle)->isa.pack(*call); }
+
+int32_t offmoe_unpack(void* handle, const offmoe::Unpack* call) {
+    return alone(handle, [&](Kernels& kernels) { return offmoe::run_unpack(kernels.pool, kernels.isa, *call); });
 }
 
 // The step that it stopped at, or minus a code.

@@ -18,6 +18,6 @@ void avx2_multiply_floats(const Matrix& matrix, int32_t type, int64_t begin, int
 }
 
 const Isa kAvx2 = {"avx2", avx2_prepared_bytes, avx2_prepare, avx2_multiply,
-    general_activate, norm_row, rotate, attend_any, delta_rule, mamba_rule, encode_avx2};
+    general_activate, norm_row, rotate, attend_any, delta_rule, mamba_rule, encode_avx2, pack_avx2, unpack_avx2};
 
 }  // namespace offmoe

@@ -74,6 +74,22 @@ struct Avx2Vectors {
                  _mm256_castsi256_ps(_mm256_slli_epi32(second, 16)), _mm256_castsi256_ps(_mm256_and_si256(second, odd))}};
     }
 
+    // The tables of a row of PACKED.
+    struct Exponents {
+        explicit OFFMOE_INLINE Exponents(const ::offmoe::Exponents& of)
+            : upper(twice(of.upper)), lower(twice(of.lower)) {}
+
+        __m256i upper, lower;
+    };
+
+    static OFFMOE_INLINE Weights packed(const uint8_t* numbers, const uint8_t* indices, const Exponents& exponents) {
+        const PackedWords words = unpack_words(numbers, indices, exponents.upper, exponents.lower);
+        const __m256i odd = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+        return {{_mm256_castsi256_ps(_mm256_slli_epi32(words.first, 16)), _mm256_castsi256_ps(_mm256_and_si256(words.first, odd)),
+                 _mm256_castsi256_ps(_mm256_slli_epi32(words.second, 16)),
+                 _mm256_castsi256_ps(_mm256_and_si256(words.second, odd))}};
+    }
+
     struct Table {
         uint8_t lower[16], upper[16];
     };

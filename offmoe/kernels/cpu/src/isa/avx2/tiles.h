@@ -3,6 +3,7 @@
 // of an output's sums is that of coded.h, so it has the same bits whether its row comes alone or with others.
 #pragma once
 #include <algorithm>
+#include <optional>
 
 #include "isa/avx2/coded.h"
 
@@ -21,14 +22,39 @@ struct FloatTile {
 // Of a row of x with each row of a tile: what even pieces and odd pieces come to.
 typedef float TileSums[kTileRows][2][8];
 
-template <int32_t KIND>
-OFFMOE_INLINE void unpack_piece(const uint8_t* from, float* to) {
-    Avx2Vectors::Weights w;
-    if constexpr (is_dense(KIND)) w = Avx2Vectors::dense<KIND>(from);
-    else w = Avx2Vectors::widen_fp8(load<U8x32>(from));
+OFFMOE_INLINE void store_piece(const Avx2Vectors::Weights& w, float* to) {
     OFFMOE_UNROLL
     for (int i = 0; i < 4; ++i) _mm256_store_ps(to + 8 * i, w.parts[i]);
 }
+
+template <int32_t KIND>
+OFFMOE_INLINE void fill_piece(const uint8_t* from, float* to) {
+    Avx2Vectors::Weights w;
+    if constexpr (is_dense(KIND)) w = Avx2Vectors::dense<KIND>(from);
+    else w = Avx2Vectors::widen_fp8(load<U8x32>(from));
+    store_piece(w, to);
+}
+
+// A row of PACKED, which is unpacked tile by tile.
+struct PackedTileRow {
+    PackedTileRow(const Matrix& matrix, int64_t row) : from(matrix, row), exponents(from.exponents) {}
+
+    void fill(int64_t first, int64_t count, FloatTile& tile, int64_t at) {
+        for (int64_t piece = 0; piece < count; ++piece) {
+            const int64_t here = first + piece;
+            if (__builtin_expect(here == from.next_piece, 0)) {
+                alignas(64) uint16_t words[kPackedPiece];
+                from.words(here, words);
+                store_piece(Avx2Vectors::dense<DENSE_BF16>(reinterpret_cast<const uint8_t*>(words)), tile.weights[at][piece]);
+            } else {
+                store_piece(Avx2Vectors::packed(from.numbers(here), from.indices(here), exponents), tile.weights[at][piece]);
+            }
+        }
+    }
+
+    PackedRow from;
+    Avx2Vectors::Exponents exponents;
+};
 
 // `count` pieces of a row from `first` on, a multiple of kTilePieces, as the at-th row of the tile.
 template <int32_t KIND>
@@ -36,11 +62,11 @@ void fill_row(const Matrix& matrix, int64_t row, int64_t first, int64_t count, F
     constexpr int64_t kBytes = kPiece * code_bits(KIND) / 8;
     const uint8_t *codes = matrix.codes + row * matrix.row_bytes, *from = codes + first * kBytes;
     const int64_t whole = std::min(count, matrix.columns / kPiece - first);
-    for (int64_t piece = 0; piece < whole; ++piece) unpack_piece<KIND>(from + piece * kBytes, tile.weights[at][piece]);
+    for (int64_t piece = 0; piece < whole; ++piece) fill_piece<KIND>(from + piece * kBytes, tile.weights[at][piece]);
     if (whole < count) {
         alignas(64) uint8_t last[kBytes] = {};
         std::memcpy(last, from + whole * kBytes, row_code_bytes(matrix) - (first + whole) * kBytes);
-        unpack_piece<KIND>(last, tile.weights[at][whole]);
+        fill_piece<KIND>(last, tile.weights[at][whole]);
     }
     if constexpr (!is_dense(KIND)) {
         PieceScales scales(matrix, row);
@@ -147,10 +173,14 @@ void multiply_tiles(const Matrix& matrix, int64_t begin, int64_t end, const floa
         const int64_t num_rows = std::min(kTileRows, end - begin);
         const int64_t filled = (num_rows + kBlockRows - 1) / kBlockRows * kBlockRows;
         std::memset(sums, 0, num_x * sizeof sums[0]);
+        std::optional<PackedTileRow> packed[kTileRows];
+        if constexpr (KIND == PACKED)
+            for (int64_t n = 0; n < filled; ++n) packed[n].emplace(matrix, begin + std::min(n, num_rows - 1));
         for (int64_t first = 0; first < all_pieces; first += kTilePieces) {
             const int64_t count = std::min(kTilePieces, all_pieces - first);
             for (int64_t n = 0; n < filled; ++n)  // the last one again, where a block has no other
-                fill_row<KIND>(matrix, begin + std::min(n, num_rows - 1), first, count, tile, n);
+                if constexpr (KIND == PACKED) packed[n]->fill(first, count, tile, n);
+                else fill_row<KIND>(matrix, begin + std::min(n, num_rows - 1), first, count, tile, n);
             const bool is_last = first + count == all_pieces;
             const uint8_t* next = matrix.codes + begin * matrix.row_bytes;
             next += is_last ? kTileRows * matrix.row_bytes : (first + count) * kBytes;
@@ -183,6 +213,7 @@ inline void tiled_multiply(const Matrix& matrix, int64_t begin, int64_t end, con
             case DENSE_F32: multiply_tiles<DENSE_F32>(matrix, begin, end, rows, some, out, stride); break;
             case DENSE_BF16: multiply_tiles<DENSE_BF16>(matrix, begin, end, rows, some, out, stride); break;
             case DENSE_F16: multiply_tiles<DENSE_F16>(matrix, begin, end, rows, some, out, stride); break;
+            case PACKED: multiply_tiles<PACKED>(matrix, begin, end, rows, some, out, stride); break;
             default: multiply_tiles<FP8>(matrix, begin, end, rows, some, out, stride); break;
         }
     }

@@ -4,6 +4,7 @@
 
 #include "isa/avx512/blocks.h"
 #include "isa/avx512/dense.h"
+#include "isa/avx512/packed.h"
 #include "isa/avx512/products.h"
 #include "isa/generic/activate.h"
 #include "isa/generic/attend.h"
@@ -16,7 +17,7 @@ namespace {
 // Whether there is a kernel for its products with bfloat16.
 bool is_fast(const Matrix& matrix) {
     if (matrix.transposed) return false;
-    if (matrix.kind == DENSE_BF16 || is_blocks(matrix.kind)) return true;
+    if (matrix.kind == DENSE_BF16 || matrix.kind == PACKED || is_blocks(matrix.kind)) return true;
     if (matrix.kind < INT8 || num_groups(matrix) > kMostGroups) return false;
     if (matrix.kind == INT8 && !matrix.zeros && matrix.zero != (matrix.code_signed ? 0 : 128)) return false;
     if (in_nibbles(matrix) && matrix.columns % 8 != 0) return false;
@@ -30,7 +31,7 @@ bool in_two(const Matrix& matrix, int32_t type) {
     return type == F16 && !is_dense(matrix.kind) && matrix.kind != INT8 && matrix.kind != Q8_0 && is_fast(matrix);
 }
 
-bool needs_sums(const Matrix& matrix) { return matrix.zeros != nullptr; }
+bool needs_sums(const Matrix& matrix) { return matrix.zeros != nullptr && matrix.kind != PACKED; }
 bool has_minima(const Matrix& matrix) { return matrix.kind == Q4_K || matrix.kind == Q5_K; }
 
 // With zero points a sum for each group, to the end of a vector; with minima sixteen for every 256 columns.
@@ -127,7 +128,7 @@ void prepare_blocks(const Matrix& matrix, const float* x, uint16_t* out) {
 void prepare_fast(const Matrix& matrix, const float* x, uint16_t* out) {
     if (is_blocks(matrix.kind)) return prepare_blocks(matrix, x, out);
     if (in_nibbles(matrix)) return prepare_chunks<Nibbles>(matrix, x, out);
-    if (matrix.kind != DENSE_BF16) return prepare_chunks<ByteTables>(matrix, x, out);
+    if (!is_dense(matrix.kind)) return prepare_chunks<ByteTables>(matrix, x, out);
     for (int64_t column = 0; column < matrix.columns; ++column)
         out[column] = static_cast<uint16_t>(bits<uint32_t>(x[column]) >> 16);
     std::memset(out + matrix.columns, 0, 2 * (padded(matrix.columns) - matrix.columns));
@@ -194,6 +195,7 @@ void multiply_fast(const Matrix& matrix, int64_t begin, int64_t end, const void*
     const bool zeros = matrix.zeros != nullptr;
     switch (matrix.kind) {
         case DENSE_BF16: return run_kernel<Dense>(matrix, begin, end, x, num_x, out, stride);
+        case PACKED: return run_kernel<Packed>(matrix, begin, end, x, num_x, out, stride);
         case FP8: return run_kernel<Coded<Fp8, false>>(matrix, begin, end, x, num_x, out, stride);
         case Q4_0: return run_kernel<Blocks<PairNibbles<Q4_0>>>(matrix, begin, end, x, num_x, out, stride);
         case MXFP4_BLOCKS: return run_kernel<Blocks<PairNibbles<MXFP4_BLOCKS>>>(matrix, begin, end, x, num_x, out, stride);
@@ -242,6 +244,6 @@ void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, co
 }  // namespace
 
 const Isa kAvx512 = {"avx512", prepared_bytes, prepare, multiply, general_activate,
-                       norm_row, rotate, attend_any, delta_rule, mamba_rule, encode_avx512};
+                       norm_row, rotate, attend_any, delta_rule, mamba_rule, encode_avx512, pack_avx512, unpack_avx512};
 
 }  // namespace offmoe

@@ -33,6 +33,13 @@ struct Avx512Vectors {
         else return {from_bf16_512(from), from_bf16_512(from + 32)};
     }
 
+    using Exponents = Avx2Vectors::Exponents;
+    static OFFMOE_INLINE Weights packed(const uint8_t* numbers, const uint8_t* indices, const Exponents& exponents) {
+        const Avx2Vectors::Weights w = Avx2Vectors::packed(numbers, indices, exponents);
+        return {_mm512_insertf32x8(_mm512_castps256_ps512(w.parts[0]), w.parts[1], 1),
+                _mm512_insertf32x8(_mm512_castps256_ps512(w.parts[2]), w.parts[3], 1)};
+    }
+
     static OFFMOE_INLINE __m512 from_bf16_512(const uint8_t* from) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16));
     }

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kChunk = 128;
 constexpr int64_t kVectors = kChunk / kLanes;
 
-constexpr bool is_blocks(int32_t kind) { return kind >= Q4_0; }
+constexpr bool is_blocks(int32_t kind) { return kind >= Q4_0 && kind != PACKED; }
 
 constexpr int64_t block_columns(int32_t kind) {
     return kind == Q4_K || kind == Q5_K || kind == Q6_K || kind == IQ4_XS ? 256 : 32;

@@ -8,6 +8,7 @@
 //   Weights widen(bytes)                  32 signed bytes, divided by kScale
 //   Weights widen_fp8(codes)              32 numbers of e4m3, divided by kFp8Scale
 //   Weights dense<KIND>(from)             32 dense ones
+//   Weights packed(numbers, indices, Exponents)  32 of PACKED without an escape
 //   U8x32 nibbles(codes)                  of 16 bytes: the low ones, then the high ones
 //   I8x32 e2m1_twice(nibbles), iq4(nibbles) numbers
 //   Weights of_table<KIND>(nibbles)       what 32 nibbles mean (twice e2m1), with kTables; others come by way of `widen`
@@ -19,6 +20,7 @@
 //   int64_t place(kind, at)               which of the 32 the at-th float of x is multiplied with
 //   kSums, kMostRows                      what registers are enough for: sums of a row, rows at once
 #pragma once
+#include "isa/generic/packed.h"
 #include "isa/generic/pieces.h"
 
 namespace offmoe {
@@ -239,6 +241,35 @@ void dense_row(const Matrix& matrix, int64_t row, const void* const* x, float* o
     sums.store(out, stride);
 }
 
+// As `dense_row` adds them, and so with the same bits.
+template <class Unit, int T>
+void packed_row(const Matrix& matrix, int64_t row, const void* const* x, float* out, int64_t stride) {
+    PackedRow from(matrix, row);
+    const typename Unit::Exponents exponents(from.exponents);
+    RowSums<Unit, PACKED, T> sums(x, from.num_pieces);
+    const auto add = [&](const uint8_t* numbers, const uint8_t* indices, int64_t piece, int64_t turn) {
+        if (__builtin_expect(piece == from.next_piece, 0)) {
+            alignas(64) uint16_t words[kPackedPiece];
+            from.words(piece, words);
+            sums.add(Unit::template dense<DENSE_BF16>(reinterpret_cast<const uint8_t*>(words)), piece, turn);
+        } else {
+            sums.add(Unit::packed(numbers, indices, exponents), piece, turn);
+        }
+    };
+    const uint8_t* chunk = from.codes;
+    int64_t piece = 0;
+    for (; piece + 4 <= from.num_pieces; piece += 4, chunk += 192) {
+        for (int64_t line = 0; line < 192; line += 64) prefetch_codes<PACKED>(chunk + line);
+        OFFMOE_UNROLL
+        for (int64_t i = 0; i < 4; ++i) add(chunk + 32 * i, chunk + 128 + 16 * i, piece + i, i);
+    }
+    for (; piece < from.num_pieces; ++piece) {
+        if (piece % 2) add(from.numbers(piece), from.indices(piece), piece, 1);
+        else add(from.numbers(piece), from.indices(piece), piece, 0);
+    }
+    sums.store(out, stride);
+}
+
 // GGUF's blocks of 32 or 256 columns, eight pieces at a time.
 template <class Unit, int32_t KIND, int T>
 void block_row(const Matrix& matrix, int64_t row, const void* const* x, float* out, int64_t stride) {
@@ -299,7 +330,8 @@ void group_row(const Matrix& matrix, int64_t row, const void* const* x, float* o
 template <class Unit, int32_t KIND, bool LESS, int T>
 void coded_rows(const Matrix& matrix, int64_t begin, int64_t end, const void* const* x, float* out, int64_t stride) {
     for (int64_t row = begin; row < end; ++row, ++out) {
-        if constexpr (is_dense(KIND)) dense_row<Unit, KIND, T>(matrix, row, x, out, stride);
+        if constexpr (KIND == PACKED) packed_row<Unit, T>(matrix, row, x, out, stride);
+        else if constexpr (is_dense(KIND)) dense_row<Unit, KIND, T>(matrix, row, x, out, stride);
         else if constexpr (is_blocks(KIND)) block_row<Unit, KIND, T>(matrix, row, x, out, stride);
         else group_row<Unit, KIND, LESS, T>(matrix, row, x, out, stride);
     }
@@ -328,6 +360,7 @@ void coded_multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t e
             case DENSE_F32: coded_kind<Unit, DENSE_F32, false>(matrix, begin, stop, x, num_x, out, stride); break;
             case DENSE_BF16: coded_kind<Unit, DENSE_BF16, false>(matrix, begin, stop, x, num_x, out, stride); break;
             case DENSE_F16: coded_kind<Unit, DENSE_F16, false>(matrix, begin, stop, x, num_x, out, stride); break;
+            case PACKED: coded_kind<Unit, PACKED, false>(matrix, begin, stop, x, num_x, out, stride); break;
             case INT8:
                 if (zeros || matrix.zero != (matrix.code_signed ? 0 : 128))
                     coded_kind<Unit, INT8, true>(matrix, begin, stop, x, num_x, out, stride);

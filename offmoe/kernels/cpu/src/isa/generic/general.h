@@ -13,6 +13,7 @@ constexpr int64_t code_bits(int32_t kind) {
     switch (kind) {
         case DENSE_F32: return 32;
         case DENSE_BF16: case DENSE_F16: return 16;
+        case PACKED: return 12;
         case INT8: case FP8: return 8;
         default: return 4;
     }

@@ -12,7 +12,8 @@ typedef int8_t I8x8 __attribute__((vector_size(8)));
 
 constexpr int64_t kPiece = 32;
 
-constexpr bool is_dense(int32_t kind) { return kind <= DENSE_F16; }
+// Whether a weight is a number by itself, without a scale.
+constexpr bool is_dense(int32_t kind) { return kind <= DENSE_F16 || kind == PACKED; }
 
 // Whether these kernels multiply it; others are left to the general ones.
 inline bool takes_codes(const Matrix& matrix) {

@@ -67,6 +67,14 @@ struct NeonVectors {
         return w;
     }
 
+    // Of a piece of PACKED, by way of its words.
+    using Exponents = ::offmoe::Exponents;
+    static OFFMOE_INLINE Weights packed(const uint8_t* numbers, const uint8_t* indices, const Exponents& exponents) {
+        alignas(64) uint16_t words[kPackedPiece];
+        unpack_piece(numbers, indices, exponents, words);
+        return dense<DENSE_BF16>(reinterpret_cast<const uint8_t*>(words));
+    }
+
     static OFFMOE_INLINE Vec dot(const Weights& w, const float* x) {
         return vaddq_f32(dot_of_16(w.parts, x), dot_of_16(w.parts + 4, x + 16));
     }

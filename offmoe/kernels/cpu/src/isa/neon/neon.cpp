@@ -7,6 +7,6 @@
 namespace offmoe {
 
 const Isa kNeon = {"neon", coded_prepared_bytes, coded_prepare<NeonVectors>, coded_multiply<NeonVectors>,
-    general_activate, norm_row, rotate, attend_any, delta_rule, mamba_rule, encode_neon};
+    general_activate, norm_row, rotate, attend_any, delta_rule, mamba_rule, encode_neon, pack_neon, unpack_neon};
 
 }  // namespace offmoe

@@ -45,6 +45,6 @@ void multiply(const Matrix& matrix, int32_t type, int64_t begin, int64_t end, co
 }  // namespace
 
 const Isa kNeonDot = {"neon_dot", prepared_bytes, prepare, multiply, general_activate,
-                      norm_row, rotate, attend_any, delta_rule, mamba_rule, encode_neon};
+                      norm_row, rotate, attend_any, delta_rule, mamba_rule, encode_neon, pack_neon, unpack_neon};
 
 }  // namespace offmoe

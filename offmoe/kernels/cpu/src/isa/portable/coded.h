@@ -49,6 +49,14 @@ struct AnyVectors {
         else return {from_bf16(load<U16x16>(from)), from_bf16(load<U16x16>(from + 32))};
     }
 
+    // Of a piece of PACKED, by way of its words.
+    using Exponents = ::offmoe::Exponents;
+    static OFFMOE_INLINE Weights packed(const uint8_t* numbers, const uint8_t* indices, const Exponents& exponents) {
+        alignas(64) uint16_t words[kPackedPiece];
+        unpack_piece(numbers, indices, exponents, words);
+        return dense<DENSE_BF16>(reinterpret_cast<const uint8_t*>(words));
+    }
+
     static OFFMOE_INLINE F32x16 dot(const Weights& w, const float* x) {
         return w.first * load<F32x16>(x) + w.second * load<F32x16>(x + kLanes);
     }

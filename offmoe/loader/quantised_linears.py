@@ -23,6 +23,8 @@ from offmoe.kernels.products import most_rows, multiply
 from offmoe.kernels.row_blocks import in_row_blocks
 from offmoe.memory.shape import LATENT_MATRIX
 
+# A packed matrix of no more bytes is unpacked whole for a product of many rows.
+WHOLE_BYTES = 64 << 20
 _BUFFERS = ("offmoe_codes", "offmoe_scales", "offmoe_zeros")
 
 
@@ -107,6 +109,8 @@ class QuantisedLinear(KernelLinear):
             few = input.numel() <= most_rows(input.dtype, in_tiles=linear.in_tiles) * linear.num_inputs
             if few:
                 return linear(input)
+        if matrix.format.kind == "packed" and 2 * matrix.shape[0] * matrix.shape[1] <= WHOLE_BYTES:
+            return multiply(input, matrix.dequantise(input.dtype), bias)  # as if it were not packed
         blocks = [
             multiply(input, matrix.dequantise(input.dtype, rows), None if bias is None else bias[rows])
             for rows in matrix.row_blocks()
