@@ -34,7 +34,7 @@ class AutoFacts:
     direct_reads: bool | None = None
     total_ram_bytes: int | None = None
     total_vram_bytes: int | None = None
-    packs: bool = True
+    packs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

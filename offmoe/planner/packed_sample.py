@@ -1,19 +1,18 @@
-"""Bits that bfloat16 experts of a checkpoint would take packed: counted on rows of its first experts. numpy alone."""
+"""Bits that bfloat16 experts of a checkpoint would take packed: counted on rows of its first experts. No torch."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from offmoe.checkpoint.derived import StoredTensor
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.formats.packed_sizes import ESCAPE_BYTES, HEAD_BYTES, row_bytes
 
 # Matrices that are looked at, and bytes of each.
-NUM_MATRICES, SAMPLE_BYTES = 6, 1 << 20
+NUM_MATRICES, SAMPLE_BYTES = 6, 1 << 17
 _NEIGHBOURS = 15
 
 
@@ -35,34 +34,34 @@ def sample_packed(
     if not all(isinstance(entry, TensorEntry) and entry.dtype == "BF16" for entry in entries):
         return None
     weights = escapes = num_bytes = 0
-    for rows in _rows(files, [entry for entry in entries if isinstance(entry, TensorEntry)]):
-        if not rows.any():
+    for data, columns in _rows(files, [entry for entry in entries if isinstance(entry, TensorEntry)]):
+        if not any(data):
             continue
-        found = count_escapes(rows)
-        weights, escapes = weights + rows.size, escapes + found
-        num_bytes += len(rows) * (row_bytes(rows.shape[1]) + HEAD_BYTES) + found * ESCAPE_BYTES
+        found, size = count_escapes(data, columns), len(data) // 2
+        weights, escapes = weights + size, escapes + found
+        num_bytes += size // columns * (row_bytes(columns) + HEAD_BYTES) + found * ESCAPE_BYTES
     if not weights:
         return None
     return PackedSample(bits=8 * num_bytes / weights, escape_share=escapes / weights, num_weights=weights)
 
 
-def count_escapes(rows_NK: np.ndarray) -> int:
-    """Escapes of rows of bfloat16 numbers (U16), with the exponents that suit each row best."""
-    exponents = (rows_NK >> 7 & 255).astype(np.intp)
-    num_rows = len(exponents)
-    counts = np.zeros((num_rows, 256), dtype=np.int64)
-    np.add.at(counts, (np.arange(num_rows)[:, None], exponents), 1)
-    sums = np.concatenate([np.zeros((num_rows, 1), dtype=np.int64), counts.cumsum(1)], axis=1)
-    windows = sums[:, _NEIGHBOURS:] - sums[:, :-_NEIGHBOURS]  # numbers in the fifteen exponents from each one on
-    begin = windows.argmax(1)
-    outside = counts.copy()
-    for exponent in range(_NEIGHBOURS):
-        outside[np.arange(num_rows), begin + exponent] = 0
-    return int(rows_NK.size - windows.max(1).sum() - outside.max(1).sum())
+def count_escapes(numbers: bytes, columns: int) -> int:
+    """Escapes of rows of bfloat16 numbers, with the exponents that suit each row best."""
+    escapes = 0
+    for begin in range(0, len(numbers), 2 * columns):
+        row = numbers[begin : begin + 2 * columns]
+        pairs = Counter(zip(row[1::2], row[::2], strict=True))
+        counts = [0] * 256
+        for (upper, lower), count in pairs.items():
+            counts[(upper & 127) << 1 | lower >> 7] += count
+        inside, first = max((sum(counts[at : at + _NEIGHBOURS]), -at) for at in range(257 - _NEIGHBOURS))
+        others = counts[:-first] + counts[_NEIGHBOURS - first :]
+        escapes += columns - inside - max(others)
+    return escapes
 
 
-def _rows(files: Sequence[Path], entries: Sequence[TensorEntry]) -> Iterator[np.ndarray]:
-    """The first rows of each tensor, (rows, columns) U16."""
+def _rows(files: Sequence[Path], entries: Sequence[TensorEntry]) -> Iterator[tuple[bytes, int]]:
+    """The first rows of each tensor and their columns."""
     for entry in entries:
         columns = entry.shape[-1]
         num_rows = min(entry.num_bytes // (2 * columns), max(1, SAMPLE_BYTES // (2 * columns)))
@@ -70,4 +69,4 @@ def _rows(files: Sequence[Path], entries: Sequence[TensorEntry]) -> Iterator[np.
             file.seek(entry.start)
             data = file.read(2 * num_rows * columns)
         if len(data) == 2 * num_rows * columns:
-            yield np.frombuffer(data, dtype="<u2").reshape(num_rows, columns)
+            yield data, columns

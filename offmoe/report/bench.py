@@ -65,7 +65,7 @@ def _teacher_forced(
     done = 0
     chunks = engine.stream(
         list(ids[:prefill]), max_new_tokens=total, choose=lambda _, __: next(given), ignore_eos=True,
-        on_prefill=lambda done, total: progress("prefill", done, total),
+        on_prefill=lambda done, total: progress("prefill", done, total), reuse=False,
     )  # fmt: skip
     for chunk in chunks:
         done += len(chunk.token_ids)

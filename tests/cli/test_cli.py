@@ -121,10 +121,10 @@ def corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_verify_fails_on_corrupt_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     corrupt(monkeypatch)
-    result = invoke("verify", "--max-new-tokens", 4, *RAM)
+    result = invoke("verify", "--max-new-tokens", 4, "--pack", "off", *RAM)
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-1] == "cached output DIFFERS from uncached output"
-    result = invoke("verify", "--max-new-tokens", 4, *RAM, "--json")
+    result = invoke("verify", "--max-new-tokens", 4, "--pack", "off", *RAM, "--json")
     record = last_json(result.stdout)
     assert result.exit_code == 1 and record["passed"] is False
     assert not any(size["passed"] for size in record["sizes"])

@@ -108,7 +108,7 @@ def interrupted_at(engine: offmoe.Engine, line: int) -> str:
     interruptor, previous = Interruptor(line), sys.gettrace()
     sys.settrace(interruptor)
     try:
-        engine.generate(PROMPT, max_new_tokens=1)
+        engine.generate(PROMPT, max_new_tokens=1, reuse=False)
     except KeyboardInterrupt:
         pass
     finally:

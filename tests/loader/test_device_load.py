@@ -254,7 +254,7 @@ def test_a_device_that_stays_full_is_an_error_with_the_numbers(folder: Path) -> 
         memory = NoMemory(limit=2, times=2)
         on_experts_call(engine, memory)
         with logs_warning("going on with 4"), pytest.raises(BudgetError) as caught:
-            generate(engine)
+            engine.generate(PROMPT, max_new_tokens=4, reuse=False)
         assert re.search(
             r"no memory for 4 prompt tokens at once, after the chunk was halved: .* are free; close other programs",
             one_line(caught),

@@ -98,7 +98,7 @@ def test_the_verdict_turns_at_one_slot(name: str, folders: Path) -> None:
     """The smallest budget of top-k slots fits, a byte less does not; each slot's bytes more are one slot more."""
     facts = facts_of(folders, name)
     here = AutoFacts(has_device=False, longest_context=facts.longest_context, ram_bytes=4000 * GIB)
-    options = {"device": "cpu", "prefill_chunk": 64}
+    options = {"device": "cpu", "prefill_chunk": 64, "kept_prompts": 0}
     found = plan(facts, here, **options)
     whole, sizes = memory(found), found.facts.sizes
     assert whole.num_slots == sizes.num_experts

@@ -204,7 +204,7 @@ def _say(text: str, pause_s: float) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
     end_id = int(tokenizer.convert_tokens_to_ids("<|end|>"))
 
-    def make_chooser(sampling: SamplingParams, device: torch.device, rules: object, *, num_prompt: int) -> Chooser:
+    def make_chooser(sampling: SamplingParams, device: torch.device, rules: object, **_: object) -> Chooser:
         ids: Iterator[int] | None = None
 
         def choose(given: torch.Tensor, logits: torch.Tensor) -> int:
