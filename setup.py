@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
-from kernels_build import FOLDER, ISAS, LIBRARY, SOURCES, defines_of, flags_of, isa_of, isas_of, native_isas, sources_of
+from kernels_build import FACE, FOLDER, ISAS, SOURCES, defines_of, flags_of, isa_of, isas_of, native_isas, sources_of
 
 
 class BuildKernels(build_ext):
@@ -38,7 +38,7 @@ class BuildKernels(build_ext):
     def _compile_all(self, pool: ThreadPoolExecutor) -> list[str]:
         """Every source with the flags of its instruction set, several at once, a line as each is done."""
         isas = isas_of(platform.machine()) if os.environ.get("OFFMOE_LEVELS") == "all" else native_isas()
-        compiling = {pool.submit(self._compile, name): name for name in sources_of(*isas) if name != LIBRARY}
+        compiling = {pool.submit(self._compile, name): name for name in sources_of(*isas) if name != FACE}
         for done, future in enumerate(as_completed(compiling), 1):
             if future.exception() is None:
                 seconds = future.result()[1]
@@ -46,7 +46,7 @@ class BuildKernels(build_ext):
         missing = self._missing_isas(compiling)
         defines = defines_of([isa for isa in isas if isa not in missing])
         kept = [future for future, name in compiling.items() if isa_of(name) not in missing]
-        return [*(name for future in kept for name in future.result()[0]), *self._compile(LIBRARY, defines)[0]]
+        return [*(name for future in kept for name in future.result()[0]), *self._compile(FACE, defines)[0]]
 
     def _missing_isas(self, compiling: dict[Future[tuple[list[str], float]], str]) -> set[str]:
         """Instruction sets that this compiler does not know. Raises its error where it cannot compile the rest."""

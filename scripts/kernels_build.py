@@ -11,7 +11,7 @@ from pathlib import Path
 FOLDER = "offmoe/kernels/cpu/src"  # includes are written relative to it
 SOURCES = Path(__file__).parents[1] / FOLDER
 # The source that says which instruction sets there are: compiled with -DOFFMOE_HAS_NAME for each.
-LIBRARY = "ops/library.cpp"
+FACE = "ops/library.cpp"
 FLAGS = ("-O3", "-g0", "-std=c++17", "-fPIC", "-Wno-psabi", "-Wno-uninitialized", "-fno-math-errno", "-pthread")
 # Instruction sets besides the portable one. Without those that a compiler does not know the library does with less.
 ISAS = {
@@ -69,7 +69,7 @@ def flags_of(source: str) -> list[str]:
 
 
 def defines_of(isas: list[str]) -> list[str]:
-    """The flags that tell LIBRARY which instruction sets are linked."""
+    """The flags that tell FACE which instruction sets are linked."""
     return [f"-DOFFMOE_HAS_{isa.upper()}" for isa in isas]
 
 

@@ -75,9 +75,14 @@ class QuantFormat:
         return self.kind in BLOCK_KINDS
 
     @property
+    def is_lossless(self) -> bool:
+        """True where the values are those of the plain matrix, bit for bit: it is computed as that one would be."""
+        return self.kind == "packed"
+
+    @property
     def name(self) -> str:
         """For people: `int4, groups of 32`."""
-        if self.kind == "packed":
+        if self.is_lossless:
             return "bfloat16, packed without loss"
         if self.kind == "mxfp4" or self.is_blocks:
             return self.kind.removesuffix("_gguf")

@@ -43,7 +43,7 @@ class QuantMatrix:
         """
         begin, end, step = rows.indices(self.shape[0])
         assert step == 1, f"{rows=}"
-        if self.format.kind == "packed":
+        if self.format.is_lossless:
             if self.faster is not None:
                 return self.faster(self, slice(begin, end)).to(dtype)
             assert self.scales is not None and self.zeros is not None, f"{self.format=}"

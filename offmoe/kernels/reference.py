@@ -132,7 +132,7 @@ def _project(
 ) -> torch.Tensor:  # fmt: skip
     outputs = []
     for part in parts:
-        if isinstance(part, QuantMatrix) and part.format.kind == "packed":
+        if isinstance(part, QuantMatrix) and part.format.is_lossless:
             outputs.append(multiply(x, part.dequantise(math.dtype)))
             continue
         if isinstance(part, QuantMatrix):

@@ -109,7 +109,7 @@ class QuantisedLinear(KernelLinear):
             few = input.numel() <= most_rows(input.dtype, in_tiles=linear.in_tiles) * linear.num_inputs
             if few:
                 return linear(input)
-        if matrix.format.kind == "packed" and 2 * matrix.shape[0] * matrix.shape[1] <= WHOLE_BYTES:
+        if matrix.format.is_lossless and 2 * matrix.shape[0] * matrix.shape[1] <= WHOLE_BYTES:
             return multiply(input, matrix.dequantise(input.dtype), bias)  # as if it were not packed
         blocks = [
             multiply(input, matrix.dequantise(input.dtype, rows), None if bias is None else bias[rows])

@@ -89,7 +89,7 @@ class CpuBackend:
         """Rows of one expert that the kernels are given."""
         most = most_rows(math.dtype, in_tiles=self.kernels.has_tiles and not math.transposed)
         first = weights.up[0]
-        is_quantised = isinstance(first, QuantMatrix) and first.format.kind != "packed"  # computed as if it was plain
+        is_quantised = isinstance(first, QuantMatrix) and not first.format.is_lossless
         return max(most, MAX_QUANTISED_ROWS) if is_quantised else most
 
     def token_sum(

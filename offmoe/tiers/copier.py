@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 CopyPart = tuple[torch.Tensor, torch.Tensor]
-"""What to copy and where to: contiguous uint8 tensors of one dimension and equal size."""
+"""Sources and targets of copies: contiguous uint8 tensors of one dimension and equal size."""
 
 
 class CancelledMoveError(RuntimeError):

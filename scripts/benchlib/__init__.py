@@ -1,1 +1,1 @@
-"""What scripts/make_checkpoint.py and scripts/bench are made of; not part of the package."""
+"""Parts of scripts/make_checkpoint.py and scripts/bench; not part of the package."""

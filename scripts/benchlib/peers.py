@@ -22,7 +22,7 @@ ACCELERATE_OVERHEAD_BYTES = 2_300_000_000  # Python and torch, and the staged ex
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command lines are made from. `rams`, `prefetches`, `policies`, `packs`: offmoe's flags as typed; empty:
+    """Parts of the command lines. `rams`, `prefetches`, `policies`, `packs`: offmoe's flags as typed; empty:
     its defaults.
     """
 

@@ -16,7 +16,7 @@ DRIVER = driver_build.DRIVER
 
 
 def test_every_exported_function_is_called() -> None:
-    exported = set(re.findall(r"\b(offmoe_\w+)\(", (kernels_build.SOURCES / kernels_build.LIBRARY).read_text()))
+    exported = set(re.findall(r"\b(offmoe_\w+)\(", (kernels_build.SOURCES / kernels_build.FACE).read_text()))
     sources = "".join(path.read_text() for path in DRIVER.glob("*.cpp")) + (DRIVER / "calls.h").read_text()
     calls = [name for name in exported if len(re.findall(rf"\b{name}\(", sources)) >= 2]  # declared and called
     assert sorted(exported) == sorted(calls)
@@ -31,7 +31,7 @@ def test_every_kind_of_weights_has_a_line_in_the_table() -> None:
 def test_flags_are_those_of_the_build() -> None:
     assert set(kernels_build.ISAS) >= {"avx2", "avx512", "neon"}
     assert "-mavx2" in driver_build.flags_of("isa/avx2/avx2.cpp", ["avx2"])
-    assert driver_build.flags_of(kernels_build.LIBRARY, ["avx2"]) == ["-DOFFMOE_HAS_AVX2"]
+    assert driver_build.flags_of(kernels_build.FACE, ["avx2"]) == ["-DOFFMOE_HAS_AVX2"]
     assert set(kernels_build.native_isas()) <= set(kernels_build.ISAS)
 
 

@@ -88,4 +88,4 @@ def test_every_source_is_compiled_for_some_platform_and_the_longest_first() -> N
     assert "-ffp-contract=off" in kernels_build.flags_of("isa/avx2/quantise.cpp")
     assert "-mavx2" in kernels_build.flags_of("isa/avx2/quantise.cpp")
     assert "-ffp-contract=off" not in kernels_build.flags_of("ops/quantise.cpp")
-    assert "-mavx2" not in kernels_build.flags_of(kernels_build.LIBRARY)
+    assert "-mavx2" not in kernels_build.flags_of(kernels_build.FACE)

@@ -50,7 +50,7 @@ class SlashCommands:
         self._engine, self._conversation, self.options = engine, conversation, options
         self._retry, self._answer = retry, answer
         self.draft = ""
-        """What stands at the next prompt for the user to change."""
+        """The text at the next prompt, for the user to change."""
 
     def run(self, line: str) -> None:
         """Raises UsageError for what cannot be done, and Leave."""
