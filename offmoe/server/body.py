@@ -25,6 +25,12 @@ class Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class ModelRequest(Fields):
+    """A request that may name its model."""
+
+    model: str | None = None
+
+
 async def read_request(request: HttpRequest, model: type[Model], settings: ServerSettings) -> Model:
     """The body as a `model`. Raises ApiError for what is no JSON, too deep, or of the wrong form."""
     return parse_body(await request.body(), model, settings)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from offmoe.server.body import ModelRequest, read_request
 from offmoe.server.errors import ApiError, error_body
 from offmoe.server.jobs import ServerJob
 from offmoe.server.prepare import Generation
 from offmoe.server.responses import JsonResponse, SseResponse
 from offmoe.server.state import ServedModel
+
+Asked = TypeVar("Asked", bound=ModelRequest)
 
 
 def served_model(request: HttpRequest) -> ServedModel:
@@ -60,6 +64,19 @@ def new_generation(served: ServedModel) -> Generation:
     return Generation(
         served.engine, timeout_s=served.settings.timeout_s, after_token=served.after_token, on_end=served.on_end
     )
+
+
+async def answer(
+    request: HttpRequest,
+    schema: type[Asked],
+    prepare: Callable[[Asked, ServedModel, HttpRequest], tuple[Any, Generation]],
+) -> Response:
+    """Read a request and put it into the queue. `prepare`, off the event loop, gives its form and replies."""
+    served = served_model(request)
+    asked = await read_request(request, schema, served.settings)
+    check_model(asked.model, served)
+    form, generation = await run_in_threadpool(prepare, asked, served, request)
+    return respond(request, served, generation, form)
 
 
 def respond(request: HttpRequest, served: ServedModel, generation: Generation, form: Any) -> Response:

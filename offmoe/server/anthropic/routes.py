@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.concurrency import run_in_threadpool
@@ -13,7 +15,7 @@ from offmoe.server.anthropic.schemas import CountRequest, MessagesRequest
 from offmoe.server.body import read_request
 from offmoe.server.chats import begin_chat, chat_tokens
 from offmoe.server.prepare import Generation
-from offmoe.server.serving import check_model, respond, served_model
+from offmoe.server.serving import answer, check_model, served_model
 from offmoe.server.state import ServedModel
 
 router = APIRouter()
@@ -22,16 +24,13 @@ router = APIRouter()
 @router.post("/v1/messages")
 async def messages(request: HttpRequest) -> Response:
     """A chat's next message."""
-    served = served_model(request)
-    asked = await read_request(request, MessagesRequest, served.settings)
-    check_model(asked.model, served)
-    num_prompt, generation = await run_in_threadpool(_prepare, asked, served, request)
+    return await answer(request, MessagesRequest, _prepare)
+
+
+def _prepare(asked: MessagesRequest, served: ServedModel, request: HttpRequest) -> tuple[Any, Generation]:
+    num_prompt, generation = begin_chat(messages_ask(asked, served.settings, served.engine), served, request)
     head = MessageHead(served.name, num_prompt)
-    return respond(request, served, generation, MessageStreamForm(head) if asked.stream else MessageJsonForm(head))
-
-
-def _prepare(asked: MessagesRequest, served: ServedModel, request: HttpRequest) -> tuple[int, Generation]:
-    return begin_chat(messages_ask(asked, served.settings, served.engine), served, request)
+    return MessageStreamForm(head) if asked.stream else MessageJsonForm(head), generation
 
 
 @router.post("/v1/messages/count_tokens")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from offmoe.server.body import Fields
+from offmoe.server.body import Fields, ModelRequest
 
 
 class ContentBlock(Fields):
@@ -84,10 +84,9 @@ class OutputConfig(Fields):
     format: OutputFormat | None = None
 
 
-class CountRequest(Fields):
+class CountRequest(ModelRequest):
     """`POST /v1/messages/count_tokens`."""
 
-    model: str | None = None
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
     system: str | list[ContentBlock] | None = None
     tools: list[AnthropicTool] | None = None

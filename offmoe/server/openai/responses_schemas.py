@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from offmoe.server.body import Fields
+from offmoe.server.body import Fields, ModelRequest
 from offmoe.server.openai.schemas import StreamOptions
 
 
@@ -85,10 +85,9 @@ class ReasoningSettings(Fields):
     summary: Literal["auto"] | None = None
 
 
-class ResponsesRequest(Fields):
+class ResponsesRequest(ModelRequest):
     """`POST /v1/responses`."""
 
-    model: str | None = None
     input: str | list[InputItem]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None

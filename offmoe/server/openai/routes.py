@@ -7,11 +7,9 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from offmoe.engine.engine import Engine
-from offmoe.server.body import read_request
 from offmoe.server.chat_prompt import engine_messages, template_kwargs
 from offmoe.server.chats import ChatAsk, begin_chat
 from offmoe.server.errors import invalid
@@ -24,7 +22,7 @@ from offmoe.server.openai.responses_form import ResponseHead, ResponsesJsonForm,
 from offmoe.server.openai.responses_schemas import ResponsesRequest
 from offmoe.server.openai.schemas import ChatRequest, CompletionRequest
 from offmoe.server.prepare import Generation, PlainReader
-from offmoe.server.serving import check_model, new_generation, reply_options, respond, served_model
+from offmoe.server.serving import answer, new_generation, reply_options
 from offmoe.server.state import ServedModel
 
 router = APIRouter()
@@ -33,15 +31,10 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def chat_completions(request: HttpRequest) -> Response:
     """A chat's next message."""
-    served = served_model(request)
-    asked = await read_request(request, ChatRequest, served.settings)
-    check_model(asked.model, served)
-    head, generation = await run_in_threadpool(_prepare_chat, asked, served, request)
-    form = ChatStreamForm(head) if asked.stream else ChatJsonForm(head)
-    return respond(request, served, generation, form)
+    return await answer(request, ChatRequest, _prepare_chat)
 
 
-def _prepare_chat(asked: ChatRequest, served: ServedModel, request: HttpRequest) -> tuple[ChatHead, Generation]:
+def _prepare_chat(asked: ChatRequest, served: ServedModel, request: HttpRequest) -> tuple[Any, Generation]:
     engine = served.engine
     choice = asked.tool_choice or "auto"
     num_prompt, generation = begin_chat(
@@ -61,38 +54,28 @@ def _prepare_chat(asked: ChatRequest, served: ServedModel, request: HttpRequest)
         include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
         shows_progress=bool(asked.return_progress),
     )  # fmt: skip
-    return head, generation
+    return ChatStreamForm(head) if asked.stream else ChatJsonForm(head), generation
 
 
 @router.post("/v1/responses")
 async def responses(request: HttpRequest) -> Response:
     """A response, without memory of earlier ones."""
-    served = served_model(request)
-    asked = await read_request(request, ResponsesRequest, served.settings)
-    check_model(asked.model, served)
-    num_prompt, generation = await run_in_threadpool(_prepare_response, asked, served, request)
+    return await answer(request, ResponsesRequest, _prepare_response)
+
+
+def _prepare_response(asked: ResponsesRequest, served: ServedModel, request: HttpRequest) -> tuple[Any, Generation]:
+    num_prompt, generation = begin_chat(responses_ask(asked, served.settings, served.engine), served, request)
     head = ResponseHead(asked, served.name, num_prompt)
-    return respond(request, served, generation, ResponsesStreamForm(head) if asked.stream else ResponsesJsonForm(head))
-
-
-def _prepare_response(asked: ResponsesRequest, served: ServedModel, request: HttpRequest) -> tuple[int, Generation]:
-    return begin_chat(responses_ask(asked, served.settings, served.engine), served, request)
+    return ResponsesStreamForm(head) if asked.stream else ResponsesJsonForm(head), generation
 
 
 @router.post("/v1/completions")
 async def completions(request: HttpRequest) -> Response:
     """Text that goes on from a prompt."""
-    served = served_model(request)
-    asked = await read_request(request, CompletionRequest, served.settings)
-    check_model(asked.model, served)
-    head, generation = await run_in_threadpool(_prepare_completion, asked, served, request)
-    form = CompletionStreamForm(head) if asked.stream else CompletionJsonForm(head)
-    return respond(request, served, generation, form)
+    return await answer(request, CompletionRequest, _prepare_completion)
 
 
-def _prepare_completion(
-    asked: CompletionRequest, served: ServedModel, request: HttpRequest
-) -> tuple[CompletionHead, Generation]:
+def _prepare_completion(asked: CompletionRequest, served: ServedModel, request: HttpRequest) -> tuple[Any, Generation]:
     engine, num = served.engine, asked.n or 1
     options = completion_options(asked, served.settings)
     generation = new_generation(served)
@@ -108,7 +91,7 @@ def _prepare_completion(
         num_logprobs=options.get("logprobs"),
         include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
     )  # fmt: skip
-    return head, generation
+    return CompletionStreamForm(head) if asked.stream else CompletionJsonForm(head), generation
 
 
 def _prompts(asked: CompletionRequest, served: ServedModel) -> list[Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from offmoe.server.body import Fields
+from offmoe.server.body import Fields, ModelRequest
 
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -113,10 +113,9 @@ class ChatMessage(Fields):
     cache_control: Any = None
 
 
-class Sampling(Fields):
+class Sampling(ModelRequest):
     """Fields that chat and completions share."""
 
-    model: str | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
