@@ -20,13 +20,13 @@ from offmoe.core.errors import UnsupportedModelError
 from offmoe.core.keys import ExpertKey
 from offmoe.formats.dense import ExpertWeights, view_expert
 from offmoe.formats.layout import LayerLayout, layout_of
-from offmoe.formats.packed_sizes import ALIGN_BYTES, MOST_COLUMNS, PackedPlace, place_matrices
+from offmoe.formats.packed_sizes import MOST_COLUMNS, PackedPlace, packed_slot, place_matrices
 from offmoe.formats.packed_slot import num_escapes, view_packed
 from offmoe.formats.quantised import QuantMatrix
 from offmoe.tiers.copier import Ticket
 from offmoe.tiers.disk import DiskTier, Passage
 from offmoe.tiers.host import HostPool
-from offmoe.tiers.pieces import NUM_THREADS, PIECE_BYTES, THROUGH_BYTES
+from offmoe.tiers.pieces import ALL_THROUGH_BYTES, PIECE_BYTES
 
 BF16_BYTES = 2
 
@@ -79,14 +79,16 @@ def packed_layout(layer: MoeLayer) -> PackedLayout:
 
 def packed_slot_bytes(index: ExpertIndex) -> int:
     """Bytes of a slot that a packed expert of any layer fits into, and two of which hold one as it is stored."""
-    layouts = [max(packed_layout(layer).slot_bytes, -(-layout_of(layer).slot_bytes // 2)) for layer in index.layers]
-    return max(num_bytes + -num_bytes % ALIGN_BYTES for num_bytes in layouts)
+    return max(
+        packed_slot([part.shape for part in packed_layout(layer).parts], layout_of(layer).slot_bytes)
+        for layer in index.layers
+    )
 
 
 def packing_bytes(index: ExpertIndex) -> int:
     """Memory that packing takes beside the slots: what passes through the threads, and a matrix that is unpacked."""
     largest = max(part.shape[0] * part.shape[1] for layer in index.layers for part in layer.stored_parts)
-    return NUM_THREADS * THROUGH_BYTES + BF16_BYTES * largest
+    return ALL_THROUGH_BYTES + BF16_BYTES * largest
 
 
 class PackingStore:

@@ -38,6 +38,12 @@ def row_bytes(columns: int) -> int:
     return -(-columns // PIECE_COLUMNS) * PIECE_BYTES
 
 
+def packed_slot(shapes: Iterable[tuple[int, int]], plain_bytes: int) -> int:
+    """Bytes of a slot for matrices of these shapes, two of which hold them as they are stored in `plain_bytes`."""
+    need = max(place_matrices(shapes)[1], -(-plain_bytes // 2))
+    return _aligned(need)
+
+
 def loading_bytes(resident_bytes: int, plain_bytes: int, largest_bytes: int) -> int:
     """The most that is there while resident weights are packed as they are read, a batch or the largest at a time.
 

@@ -24,7 +24,7 @@ def fetch_model(
 
     def check(found: Path, has_headers: bool) -> None:
         if has_headers:
-            from offmoe.loader.load import check_headers
+            from offmoe.loader.headers import check_headers
 
             check_headers(found, config)
         else:

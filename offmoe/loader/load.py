@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,37 +16,27 @@ from offmoe.cache.warm_start import WarmStart
 from offmoe.checkpoint.expert_index import ExpertIndex
 from offmoe.checkpoint.identity import model_hash
 from offmoe.checkpoint.index import CheckpointIndex
-from offmoe.checkpoint.quant_config import Quantisation
 from offmoe.core.config import EngineConfig
-from offmoe.core.counters import Counters
 from offmoe.core.progress import Progress
-from offmoe.hf.adapters.base import AdaptedExperts
-from offmoe.hf.context import longest_context
 from offmoe.hf.device_failures import explained, release_unused
-from offmoe.hf.expert_map import map_experts, streamed_parameters
-from offmoe.hf.internals import SEAM_NAME, KeyMapping, Target, experts_modules
 from offmoe.hf.replace import KernelLinear, ReplacedModules
-from offmoe.hf.seam import LayerBinding, bind
 from offmoe.hf.tokens.tokenizer import load_tokenizer, note_end_tokens
 from offmoe.hf.torch_threads import keep_to_quota, spare_forked_children
-from offmoe.hf.unexpected import LeftOut, sort_out
 from offmoe.kernels.cpu.kernels import CpuKernels
 from offmoe.kernels.cpu.loader import load_cpu_kernels
 from offmoe.kv.probe import ModelProbe, probe_model
 from offmoe.loader.budgets import Budgets, fit_to_free, shrink
-from offmoe.loader.build import build_on_meta, read_model_config
 from offmoe.loader.calls import CallBudget, guard_calls
+from offmoe.loader.headers import HeadersRead, read_headers
 from offmoe.loader.loaded import LoadedModel, attach_all
 from offmoe.loader.packed_weights import WeightPacker
 from offmoe.loader.packing import PackedSlots, choose_packing
 from offmoe.loader.quantised_linears import QuantisedLinears
 from offmoe.loader.resident import load_peak_bytes, load_resident
 from offmoe.loader.serving import Serving, build_serving
-from offmoe.machine.memory import give_back_freed_memory, total_ram_bytes
+from offmoe.machine.memory import give_back_freed_memory
 from offmoe.machine.reservations import Reservation
-from offmoe.memory.auto import AutoFacts, complete_config
 from offmoe.memory.budget import MemoryPlan
-from offmoe.tiers.disk import DiskTier
 from offmoe.tiers.host import HostPool
 
 if TYPE_CHECKING:
@@ -73,7 +62,7 @@ def load_model(
             opened.callback(device.close)
         cpu_kernels, why_no_kernels = load_cpu_kernels()
         progress("building the model from config and headers", 0, 0)
-        built = _build(folder, config, opened, device)
+        built = read_headers(folder, config, opened, device)
         config, model, experts = built.config, built.model, built.experts
         tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
         note_end_tokens(model, tokenizer)
@@ -124,56 +113,8 @@ def load_model(
     )  # fmt: skip
 
 
-def check_headers(folder: Path, config: EngineConfig) -> None:
-    """Raise what `load_model` would raise before it reads a weight; `folder` may have holes in their place."""
-    with ExitStack() as opened:
-        _build(folder, config, opened, None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Built:
-    """A model without weights, its files, and what each tensor in them is. `config` is settled but for memory."""
-
-    config: EngineConfig
-    context_length: int
-    quantisation: Quantisation | None
-    index: CheckpointIndex
-    model: PreTrainedModel
-    mapping: KeyMapping
-    targets: dict[str, Target]
-    left_out: LeftOut
-    experts: ExpertIndex
-    expert_keys: set[str]
-    disk: DiskTier
-    counters: Counters
-
-
-def _build(folder: Path, config: EngineConfig, opened: ExitStack, device: Device | None) -> _Built:
-    """Everything that headers tell. What is opened is left to `opened`. `device`: as of `load_model`."""
-    model_config, quantisation = read_model_config(folder, trust_remote_code=config.trust_remote_code)
-    index = CheckpointIndex.open(folder, quantisation)
-    opened.callback(index.close)
-    model = build_on_meta(model_config, index, trust_remote_code=config.trust_remote_code)
-    config = _settled(config, model, device)
-    assert config.context_length is not None, "settled"
-    mapping = KeyMapping(model)
-    targets = mapping.targets(index.tensors)
-    experts, expert_keys = map_experts(model, index, mapping, targets)
-    left_out = sort_out(model, index, mapping, targets, expert_keys)
-    targets = {key: target for key, target in targets.items() if key not in left_out.kinds}
-    counters = Counters()
-    disk = DiskTier(index.files, io=config.io, counters=counters)
-    opened.callback(disk.close)
-    _take_experts_out(model, experts)
-    return _Built(
-        config=config, context_length=config.context_length, quantisation=quantisation, index=index, model=model,
-        mapping=mapping, targets=targets, left_out=left_out, experts=experts, expert_keys=expert_keys, disk=disk,
-        counters=counters,
-    )  # fmt: skip
-
-
 def _budgets(
-    built: _Built, kept: QuantisedLinears | None, device: Device | None, reservation: Reservation,
+    built: HeadersRead, kept: QuantisedLinears | None, device: Device | None, reservation: Reservation,
     packing: PackedSlots | None, packer: WeightPacker | None, *, baseline_bytes: int,
 ) -> Budgets:  # fmt: skip
     """Budgets, and the memory that the parts of the model take of them."""
@@ -187,13 +128,13 @@ def _budgets(
     )  # fmt: skip
 
 
-def _weight_packer(built: _Built, kernels: CpuKernels) -> WeightPacker:
+def _weight_packer(built: HeadersRead, kernels: CpuKernels) -> WeightPacker:
     return WeightPacker(built.model, kernels, routers={layer.num_experts for layer in built.experts.layers})
 
 
 def _read_weights(
-    built: _Built, kept: QuantisedLinears | None, device: Device | None, budgets: Budgets, packer: WeightPacker | None,
-    progress: Progress,
+    built: HeadersRead, kept: QuantisedLinears | None, device: Device | None, budgets: Budgets,
+    packer: WeightPacker | None, progress: Progress,
 ) -> tuple[MemoryPlan, ModelProbe]:  # fmt: skip
     """The resident weights in their places, and the memory that is left divided. `kept` stays as it is stored.
 
@@ -233,7 +174,7 @@ def _warm_start(
     return WarmStart(model_hash(folder, index.stored), [layer.num_experts for layer in experts.layers])
 
 
-def _notes(built: _Built, why_no_kernels: str) -> list[str]:
+def _notes(built: HeadersRead, why_no_kernels: str) -> list[str]:
     model, quantisation, left_out = built.model, built.quantisation, built.left_out.note()
     notes = [] if left_out is None else [left_out]
     if quantisation is not None and quantisation.quantises_activations:
@@ -280,26 +221,3 @@ def _finish_modules(model: PreTrainedModel, native: ReplacedModules, serving: Se
     linears = (module for module in model.modules() if isinstance(module, nn.Linear))
     if serving.cpu_backend is not None and all(isinstance(module, KernelLinear) for module in linears):
         native.threads.begin(serving.cpu_backend.reasons, attends=attention is not None)
-
-
-def _take_experts_out(model: PreTrainedModel, experts: ExpertIndex) -> None:
-    """Remove the streamed parameters and bind each experts module to its number."""
-    for layer_idx, (_, module) in enumerate(experts_modules(model)):
-        params = streamed_parameters(module)
-        first = next(iter(params.values()))
-        for name in params:
-            del module._parameters[name]
-        bind(module, LayerBinding(layer_idx, first.shape[0], first.dtype, halves=experts.layers[layer_idx].halves))
-    if not all(isinstance(module, AdaptedExperts) for _, module in experts_modules(model)):
-        model.set_experts_implementation(SEAM_NAME)
-
-
-def _settled(config: EngineConfig, model: PreTrainedModel, device: Device | None) -> EngineConfig:
-    """`config` with everything settled but memory, which is divided when it is known."""
-    # A simulated device would gain nothing by it.
-    may_compile = not model.config.is_encoder_decoder and device is not None and device.torch_device.type == "cuda"
-    facts = AutoFacts(
-        has_device=device is not None, may_compile=may_compile,
-        longest_context=longest_context(model), total_ram_bytes=total_ram_bytes(),
-    )  # fmt: skip
-    return complete_config(config, facts).config

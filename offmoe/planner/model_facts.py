@@ -153,7 +153,8 @@ def facts_of(
         is_off_lines=any(span.start % BUFFERED_ALIGN_BYTES for one in spans.values() for span in one),
         longest_context=context_limit(config), path=path, tokenizer_bytes=index.tokenizer_bytes,
         packed=find_packed(
-            per_expert, stacked, resident, total=total_resident, is_transposed=_turned(config, stacked) is not None,
+            per_expert, stacked, resident, total=total_resident, tied=is_tied(config),
+            is_transposed=_turned(config, stacked) is not None,
             num_experts=len(spans) // len(layers),
         ),
     )  # fmt: skip

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from offmoe.checkpoint.derived import StoredTensor
 from offmoe.checkpoint.tensor_entry import TensorEntry
 from offmoe.formats.layout import aligned
-from offmoe.formats.packed_sizes import ALIGN_BYTES, LEAST_NUMBERS, WORTH_IT, loading_bytes, place_matrices
+from offmoe.formats.packed_sizes import LEAST_NUMBERS, WORTH_IT, loading_bytes, packed_slot, place_matrices
 from offmoe.memory.shape import LATENT_MATRIX
 from offmoe.planner.inspect import EMBEDDING, layer_of
-from offmoe.tiers.pieces import NUM_THREADS, THROUGH_BYTES
+from offmoe.tiers.pieces import ALL_THROUGH_BYTES
 
 _BF16_BYTES = 2
 Shape = tuple[int, int]
@@ -36,9 +36,11 @@ class PackedSizes:
 
 def find_packed(
     per_expert: Sequence[tuple[str, int, StoredTensor]], stacked: Sequence[tuple[StoredTensor, int]],
-    resident: Sequence[StoredTensor], *, total: int, is_transposed: bool, num_experts: int,
+    resident: Sequence[StoredTensor], *, total: int, tied: bool, is_transposed: bool, num_experts: int,
 ) -> PackedSizes | None:  # fmt: skip
-    """None where experts are not plain bfloat16, outputs by inputs. `total`: bytes of resident weights in memory."""
+    """None where experts are not plain bfloat16, outputs by inputs. `total`: bytes of resident weights in memory;
+    `tied`: the head, which every token reads, is the embedding.
+    """
     experts: dict[tuple[str, int], list[Shape]] = {}
     for prefix, number, entry in per_expert:
         if not _is_bf16(entry, 2):
@@ -50,17 +52,15 @@ def find_packed(
         experts.setdefault((layer_of(entry.name), 0), []).append((entry.shape[1], entry.shape[2]))
     slots, plain = [], []
     for shapes in experts.values():
-        half = -(-sum(aligned(_BF16_BYTES * rows * columns) for rows, columns in shapes) // 2)
-        need = max(place_matrices(shapes)[1], half)
-        slots.append(need + -need % ALIGN_BYTES)
-        plain.append(2 * half)
+        plain.append(sum(aligned(_BF16_BYTES * rows * columns) for rows, columns in shapes))
+        slots.append(packed_slot(shapes, plain[-1]))
     largest = max(rows * columns for shapes in experts.values() for rows, columns in shapes)
     saving = dict(_savings(resident, num_experts))
     max_bytes = max((entry.num_bytes for entry in resident if entry.name in saving), default=0)
     return PackedSizes(
-        slot_bytes=max(slots), staging_bytes=NUM_THREADS * THROUGH_BYTES + _BF16_BYTES * largest,
+        slot_bytes=max(slots), staging_bytes=ALL_THROUGH_BYTES + _BF16_BYTES * largest,
         resident_saving=sum(saving.values()),
-        dense_saving=sum(saved for name, saved in saving.items() if not EMBEDDING.search(name)),
+        dense_saving=sum(saved for name, saved in saving.items() if tied or not EMBEDDING.search(name)),
         load_bytes=loading_bytes(total - sum(saving.values()), total, max_bytes),
         is_worth_it=max(slots) <= WORTH_IT * max(plain),
     )  # fmt: skip

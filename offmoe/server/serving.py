@@ -66,7 +66,7 @@ def new_generation(served: ServedModel) -> Generation:
     )
 
 
-async def answer(
+async def answer_request(
     request: HttpRequest,
     schema: type[Asked],
     prepare: Callable[[Asked, ServedModel, HttpRequest], tuple[Any, Generation]],

@@ -9,3 +9,4 @@ NUM_THREADS = 8
 PIECE_BYTES = 2 << 20
 # Memory of each thread through which what is not kept as it is stored passes, with what direct reads add at both ends.
 THROUGH_BYTES = PIECE_BYTES + 2 * DIRECT_ALIGN_BYTES
+ALL_THROUGH_BYTES = NUM_THREADS * THROUGH_BYTES

@@ -15,7 +15,7 @@ from offmoe.server.anthropic.schemas import CountRequest, MessagesRequest
 from offmoe.server.body import read_request
 from offmoe.server.chats import begin_chat, chat_tokens
 from offmoe.server.prepare import Generation
-from offmoe.server.serving import answer, check_model, served_model
+from offmoe.server.serving import answer_request, check_model, served_model
 from offmoe.server.state import ServedModel
 
 router = APIRouter()
@@ -24,7 +24,7 @@ router = APIRouter()
 @router.post("/v1/messages")
 async def messages(request: HttpRequest) -> Response:
     """A chat's next message."""
-    return await answer(request, MessagesRequest, _prepare)
+    return await answer_request(request, MessagesRequest, _prepare)
 
 
 def _prepare(asked: MessagesRequest, served: ServedModel, request: HttpRequest) -> tuple[Any, Generation]:

@@ -22,7 +22,7 @@ from offmoe.server.openai.responses_form import ResponseHead, ResponsesJsonForm,
 from offmoe.server.openai.responses_schemas import ResponsesRequest
 from offmoe.server.openai.schemas import ChatRequest, CompletionRequest
 from offmoe.server.prepare import Generation, PlainReader
-from offmoe.server.serving import answer, new_generation, reply_options
+from offmoe.server.serving import answer_request, new_generation, reply_options
 from offmoe.server.state import ServedModel
 
 router = APIRouter()
@@ -31,7 +31,7 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def chat_completions(request: HttpRequest) -> Response:
     """A chat's next message."""
-    return await answer(request, ChatRequest, _prepare_chat)
+    return await answer_request(request, ChatRequest, _prepare_chat)
 
 
 def _prepare_chat(asked: ChatRequest, served: ServedModel, request: HttpRequest) -> tuple[Any, Generation]:
@@ -60,7 +60,7 @@ def _prepare_chat(asked: ChatRequest, served: ServedModel, request: HttpRequest)
 @router.post("/v1/responses")
 async def responses(request: HttpRequest) -> Response:
     """A response, without memory of earlier ones."""
-    return await answer(request, ResponsesRequest, _prepare_response)
+    return await answer_request(request, ResponsesRequest, _prepare_response)
 
 
 def _prepare_response(asked: ResponsesRequest, served: ServedModel, request: HttpRequest) -> tuple[Any, Generation]:
@@ -72,7 +72,7 @@ def _prepare_response(asked: ResponsesRequest, served: ServedModel, request: Htt
 @router.post("/v1/completions")
 async def completions(request: HttpRequest) -> Response:
     """Text that goes on from a prompt."""
-    return await answer(request, CompletionRequest, _prepare_completion)
+    return await answer_request(request, CompletionRequest, _prepare_completion)
 
 
 def _prepare_completion(asked: CompletionRequest, served: ServedModel, request: HttpRequest) -> tuple[Any, Generation]:
