@@ -50,7 +50,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Graphs:
 
 
 def ids_of(engine: offmoe.Engine, num_new: int = NUM_NEW) -> tuple[int, ...]:
-    return engine.generate(PROMPT, max_new_tokens=num_new, temperature=0, ignore_eos=True).token_ids
+    given: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "reuse": False}
+    return engine.generate(PROMPT, max_new_tokens=num_new, **given).token_ids
 
 
 def guesses_of(engine: offmoe.Engine) -> tuple[tuple[int, ...], list[RouterGuess]]:

@@ -82,7 +82,7 @@ def main(new_path: str, model: str, stride: int) -> int:
     loader._library = lambda: Watched(real(), new)  # type: ignore[assignment,return-value]
     tally = Tally(new)
     with open_tiny(Path(model), tell=None) as engine:
-        generate = partial(engine.generate, PROMPT, max_new_tokens=4, ignore_eos=True)
+        generate = partial(engine.generate, PROMPT, reuse=False, max_new_tokens=4, ignore_eos=True)
         expected = generate().token_ids
         tally.each_nth(lambda: generate().token_ids, expected, stride)
 
